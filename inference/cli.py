@@ -1,0 +1,204 @@
+"""The commands generate, reconstruct and info."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from inference.model_folder import INDEX_NAME, PARTS, load_model_folder, toolkit_version
+from inference.pipeline import GenerationResult, TextToImage
+from inference.sampling import SamplingParams
+from tokenizer_image import VQGAN
+from tokenizer_image.images import (BadImageError, float_to_pixels, image_grid, image_to_pixels, open_image, pixels_to_float,
+                                    pixels_to_images)
+from tokenloom_common.errors import DataError, UserError
+from tokenloom_common.pretrained import resolve_folder
+from tokenloom_common.progress import progress
+
+PNG_KEY = "tokenloom"  # text chunk with everything needed to make the picture again
+
+
+def _parser(name: str, text: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"tokenloom {name}", description=text, epilog=f"examples:\n{examples}",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {name}: this machine has no usable GPU; leave --device out, or say --device cpu")
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:0") from None
+    return name
+
+
+def generate(argv: Sequence[str] | None = None) -> int:
+    """`tokenloom generate`: one PNG a picture, a grid, and the files' names on stdout."""
+    parser = _parser("generate", "Sample pictures for captions.",
+                     '  tokenloom generate "a red heart" --model demo/model --out pictures\n'
+                     '  tokenloom generate "a cat" --model demo/model --num-images 4 --guidance 2 --seed 7 --out pictures')
+    parser.add_argument("prompt", nargs="+", help="one or more captions, each in quotes")
+    parser.add_argument("--model", required=True, help="model folder or hub id")
+    parser.add_argument("--out", required=True, help="folder for the pictures; files there are never overwritten")
+    parser.add_argument("--num-images", type=int, default=1, help="pictures per caption (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
+    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens; 0 = all (default: the model folder's)")
+    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this mass (default: the model folder's)")
+    parser.add_argument("--min-p", type=float, help="drop tokens below this share of the likeliest (default: the model's)")
+    parser.add_argument("--temperature", type=float, help="0 = always the likeliest token (default: the model folder's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off (default: the model folder's)")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures decoded at a time (default 32)")
+    parser.add_argument("--no-metadata", action="store_true", help="leave prompt, seed and parameters out of the PNG files")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
+    args = parser.parse_args(argv)
+    device = _device(args.device)
+    out = _output_folder(args.out)
+    model = TextToImage.from_pretrained(args.model, device)
+    given = {"guidance_scale": args.guidance, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+             "min_p": args.min_p}
+    params = SamplingParams.parse({**model.default_params.plain(), **{k: v for k, v in given.items() if v is not None}},
+                                  "sampling options")
+    result = _generate_with_progress(model, args, params)
+    for path in _save_pictures(result, out, args):
+        print(path)
+    return 0
+
+
+def _generate_with_progress(model: TextToImage, args: argparse.Namespace, params: SamplingParams) -> GenerationResult:
+    """One prompt at a time, so that the bar moves."""
+    parts = [model.generate(prompt, num_images=args.num_images, params=params, seed=args.seed, batch_size=args.batch_size)
+             for prompt in progress(args.prompt, "generate", unit="caption")]
+    return GenerationResult([i for p in parts for i in p.images], torch.cat([p.image_tokens for p in parts]),
+                            [t for p in parts for t in p.prompts], [s for p in parts for s in p.seeds], params)
+
+
+def _save_pictures(result: GenerationResult, out: Path, args: argparse.Namespace) -> list[Path]:
+    paths = []
+    for prompt, seed, picture in zip(result.prompts, result.seeds, result.images, strict=True):
+        info = None
+        if not args.no_metadata:
+            info = PngInfo()
+            info.add_text(PNG_KEY, json.dumps({
+                "prompt": prompt, "seed": seed, **result.params.plain(), "model": str(args.model),
+                "tokenloom": toolkit_version(), "digitalSourceType": "trainedAlgorithmicMedia"}, ensure_ascii=False))
+        path = _free_name(out, f"{_slug(prompt)}-seed{seed}")
+        picture.save(path, pnginfo=info)
+        paths.append(path)
+    if len(result.images) > 1:
+        columns = min(args.num_images, 8) if args.num_images > 1 else min(len(result.images), 8)
+        path = _free_name(out, "grid")
+        image_grid(result.images, columns=columns).save(path)
+        paths.append(path)
+    return paths
+
+
+def _output_folder(name: str) -> Path:
+    out = Path(name)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be created ({error.strerror})") from None
+    return out
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60] or "picture"
+
+
+def _free_name(folder: Path, stem: str) -> Path:
+    path, number = folder / f"{stem}.png", 1
+    while path.exists():
+        path, number = folder / f"{stem}-{number}.png", number + 1
+    return path
+
+
+def reconstruct(argv: Sequence[str] | None = None) -> int:
+    """`tokenloom reconstruct`: each picture beside what the tokenizer keeps of it, with its PSNR on stdout."""
+    parser = _parser("reconstruct", "Send pictures through the image tokenizer and back: original left, reconstruction right.",
+                     "  tokenloom reconstruct cat.png dog.jpg --model demo/model --out reconstructions")
+    parser.add_argument("image", nargs="+", help="picture files")
+    parser.add_argument("--model", required=True, help="model folder, or the folder of an image tokenizer")
+    parser.add_argument("--out", required=True, help="folder for the pictures; files there are never overwritten")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
+    args = parser.parse_args(argv)
+    device = _device(args.device)
+    out = _output_folder(args.out)
+    tokenizer = load_image_tokenizer(args.model, device)
+    failed = 0
+    for name in progress(args.image, "reconstruct", unit="picture"):
+        try:
+            picture = open_image(Path(name))
+        except UserError as error:
+            if len(args.image) == 1 or not isinstance(error, BadImageError):
+                raise
+            print(f"tokenloom reconstruct: skipped: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        both, decibel = _both(tokenizer, picture, device)
+        path = _free_name(out, f"{Path(name).stem}-reconstruction")
+        both.save(path)
+        print(f"{path}\t{decibel:.2f} dB")
+    if failed == len(args.image):
+        raise DataError(f"none of {failed} pictures could be read")
+    return 1 if failed else 0
+
+
+def _both(tokenizer: VQGAN, picture: Image.Image, device: str) -> tuple[Image.Image, float]:
+    pixels = torch.from_numpy(image_to_pixels(picture, tokenizer.config.resolution))[None]  # [1, S, S, 3]
+    rebuilt = float_to_pixels(tokenizer.decode(tokenizer.encode(pixels_to_float(pixels).to(device)))).cpu()
+    error = float((pixels.double() - rebuilt.double()).square().mean())
+    decibel = 100.0 if error == 0 else min(100.0, float(10 * numpy.log10(255.0**2 / error)))
+    return image_grid(pixels_to_images(torch.cat([pixels, rebuilt])), columns=2), decibel
+
+
+def load_image_tokenizer(name: str, device: str) -> VQGAN:
+    """The image tokenizer of a model folder, or the one whose own folder is named."""
+    folder = resolve_folder(name)
+    part = folder / PARTS[0] if (folder / INDEX_NAME).is_file() else folder
+    return VQGAN.from_pretrained(part, device)
+
+
+def info(argv: Sequence[str] | None = None) -> int:
+    """`tokenloom info`: the parts of a model folder, their sizes and defaults."""
+    parser = _parser("info", "Say what a model folder holds; it is loaded and checked whole.",
+                     "  tokenloom info demo/model\n  tokenloom info demo/model --json")
+    parser.add_argument("folder", help="model folder or hub id")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    args = parser.parse_args(argv)
+    model = load_model_folder(args.folder)
+    report = {
+        "folder": str(model.folder),
+        "image_tokenizer": {"kind": model.image_tokenizer.kind, "parameters": _count(model.image_tokenizer),
+                            **model.image_tokenizer.config.plain()},
+        "seq2seq": {"kind": model.seq2seq.kind, "parameters": _count(model.seq2seq), **model.seq2seq.config.plain()},
+        "text_tokenizer": model.text_tokenizer.config.plain(),
+        "generation": model.generation.plain(),
+    }
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    for part, values in report.items():
+        if isinstance(values, dict):
+            print(f"{part}:")
+            for key, value in values.items():
+                print(f"  {key:<24} {f'{value:,}' if key == 'parameters' else value}")
+        else:
+            print(f"{part}: {values}")
+    return 0
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

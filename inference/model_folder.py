@@ -1,0 +1,117 @@
+"""The model folder: model_index.json + tokenizer_image/ + seq2seq/ + text_tokenizer/, and generation_config.json.
+
+The one place that knows its layout. It is written whole or not at all; no pickle is ever read from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from inference.sampling import SamplingParams
+from seq2seq import EncoderDecoder, TextTokenizer
+from tokenizer_image import VQGAN
+from tokenizer_image.fingerprint import code_fingerprint
+from tokenloom_common.config import read_mapping
+from tokenloom_common.errors import MissingFileError, UserError, choose
+from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
+from tokenloom_common.pretrained import resolve_folder, write_pretrained
+
+INDEX_NAME = "model_index.json"
+GENERATION_NAME = "generation_config.json"
+CLASS_NAME = "TextToImage"
+SCHEMA_VERSION = 1
+IMAGE_TOKENIZERS = {VQGAN.kind: VQGAN}
+SEQ2SEQ_MODELS = {EncoderDecoder.kind: EncoderDecoder}
+PARTS = ("tokenizer_image", "seq2seq", "text_tokenizer")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The parts of a model folder."""
+
+    image_tokenizer: VQGAN
+    seq2seq: EncoderDecoder
+    text_tokenizer: TextTokenizer
+    generation: SamplingParams
+    folder: Path
+
+
+def toolkit_version() -> str:
+    """The installed version of Tokenloom."""
+    try:
+        return version("tokenloom")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def save_model_folder(folder: str | Path, image_tokenizer: VQGAN, seq2seq: EncoderDecoder, text_tokenizer: TextTokenizer,
+                      generation: SamplingParams, card: str) -> Path:
+    """Write a whole model folder with its model card. UserError if the parts do not belong together."""
+    check_pair(image_tokenizer, seq2seq, text_tokenizer, "the model folder to write")
+    with atomic_folder(Path(folder)) as aside:
+        for name, part in (("tokenizer_image", image_tokenizer), ("seq2seq", seq2seq)):
+            (aside / name).mkdir()
+            write_pretrained(part.kind, part.config, part.state_dict(), aside / name)
+        (aside / "text_tokenizer").mkdir()
+        text_tokenizer.write_files(aside / "text_tokenizer")
+        write_json_atomic(aside / GENERATION_NAME, generation.plain())
+        write_text_atomic(aside / "README.md", card)
+        write_json_atomic(aside / INDEX_NAME, {
+            "_class_name": CLASS_NAME, "_tokenloom_version": toolkit_version(), "schema_version": SCHEMA_VERSION,
+            "tokenizer_image": image_tokenizer.kind, "seq2seq": seq2seq.kind, "text_tokenizer": "sentencepiece"})
+    return Path(folder)
+
+
+def read_model_index(folder: Path) -> dict[str, str]:
+    """model_index.json, checked; UserError or MissingFileError naming the file and the remedy."""
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        raise MissingFileError(f"{folder}: {INDEX_NAME} is missing, so this is not a (whole) model folder; "
+                               "give the folder that training wrote as RUN/model")
+    index = read_mapping(path)
+    if index.get("_class_name") != CLASS_NAME:
+        raise UserError(f"{path}: _class_name is {index.get('_class_name')!r}, expected '{CLASS_NAME}'; "
+                        "models of other projects are converted first")
+    if not isinstance(index.get("schema_version"), int) or not 1 <= index["schema_version"] <= SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version {index.get('schema_version')!r} is not supported by this release")
+    for part in PARTS:
+        if not (folder / part).is_dir():
+            raise MissingFileError(f"{folder}: {part}/ is missing, so the model folder is only half there; copy it again")
+    return index
+
+
+def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> LoadedModel:
+    """Load a local model folder or a hub id, strictly, in eval mode."""
+    folder = resolve_folder(name, revision)
+    index = read_model_index(folder)
+    where = f"{folder / INDEX_NAME}: "
+    tokenizer_class = choose(IMAGE_TOKENIZERS, str(index.get("tokenizer_image")), f"{where}kind of image tokenizer")
+    seq2seq_class = choose(SEQ2SEQ_MODELS, str(index.get("seq2seq")), f"{where}kind of seq2seq model")
+    image_tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer_image", device)
+    seq2seq = seq2seq_class.from_pretrained(folder / "seq2seq", device)
+    text_tokenizer = TextTokenizer.from_pretrained(folder / "text_tokenizer")
+    generation = SamplingParams()
+    if (folder / GENERATION_NAME).is_file():
+        generation = SamplingParams.parse(read_mapping(folder / GENERATION_NAME), str(folder / GENERATION_NAME))
+    check_pair(image_tokenizer, seq2seq, text_tokenizer, str(folder))
+    return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder)
+
+
+def check_pair(image_tokenizer: VQGAN, seq2seq: EncoderDecoder, text_tokenizer: TextTokenizer, where: str) -> None:
+    """UserError naming both sides when the parts do not belong together."""
+    config = seq2seq.config
+    pairs = [("codebook size", "image tokenizer", image_tokenizer.codebook_size, config.codebook_size),
+             ("code grid", "image tokenizer", tuple(image_tokenizer.grid), tuple(config.grid)),
+             ("vocabulary", "text tokenizer", text_tokenizer.config.vocab_size, config.text_vocab_size),
+             ("text length", "text tokenizer", text_tokenizer.config.text_length, config.text_length)]
+    if config.tokenizer_fingerprint:
+        pairs.append(("codes (fingerprint)", "image tokenizer", code_fingerprint(image_tokenizer),
+                      config.tokenizer_fingerprint))
+    for what, part, theirs, ours in pairs:
+        if theirs != ours:
+            raise UserError(f"{where}: the {part} has {what} {theirs}, the transformer was trained for {ours}; "
+                            f"use the {part} that it was trained with")

@@ -1,0 +1,27 @@
+"""Image <-> codes: the image tokenizers, and all that turns files into pixels and pixels into files.
+
+Knows pixels, nothing of captions.
+"""
+
+from tokenizer_image.config import PRESETS, QuantizerConfig, VQGANConfig, preset
+from tokenizer_image.grid import codes_to_tokens, tokens_to_codes
+from tokenizer_image.images import (
+    BadImageError,
+    float_to_pixels,
+    image_grid,
+    image_to_pixels,
+    open_image,
+    pixels_to_float,
+    pixels_to_images,
+)
+from tokenizer_image.losses import TokenizerLoss, TokenizerLossConfig, tokenizer_loss
+from tokenizer_image.perceptual import LPIPS
+from tokenizer_image.usage import CodebookUsage, Usage
+from tokenizer_image.vqgan import VQGAN, Reconstruction
+
+__all__ = [
+    "LPIPS", "PRESETS", "VQGAN", "BadImageError", "CodebookUsage", "QuantizerConfig", "Reconstruction",
+    "TokenizerLoss", "TokenizerLossConfig", "Usage", "VQGANConfig", "codes_to_tokens", "float_to_pixels", "image_grid",
+    "image_to_pixels", "open_image", "pixels_to_float", "pixels_to_images", "preset", "tokenizer_loss",
+    "tokens_to_codes",
+]

@@ -1,0 +1,179 @@
+"""Blocks of the CNN tokenizers. Attribute names are those of the released VQGAN state dicts, so that they load.
+
+Axes: B batch, C channels, H W pixels or positions.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokenizer_image.config import VQGANConfig
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm with the released models' epsilon (PyTorch's default is 1e-5)."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Twice norm, swish, 3x3 convolution; a 1x1 convolution on the way around where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels, groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, H, W]."""
+        out = self.conv1(F.silu(self.norm1(hidden)))
+        out = self.conv2(self.dropout(F.silu(self.norm2(out))))
+        return out + (self.nin_shortcut(hidden) if hasattr(self, "nin_shortcut") else hidden)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over all positions, projections as 1x1 convolutions, scale C^-0.5."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        normed = self.norm(hidden)
+        query, key, value = (rearrange(conv(normed), "b c h w -> b 1 (h w) c") for conv in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(query, key, value)  # [B, 1, H*W, C]
+        return hidden + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=hidden.shape[2]))
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution that pads right and below only, as the released models do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2]."""
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W]."""
+        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where the config asks for it."""
+
+    def __init__(self, widths: list[int], attend: bool, config: VQGANConfig, downsample: Downsample | None = None,
+                 upsample: Upsample | None = None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(before, after, config.norm_groups, config.dropout)
+                                   for before, after in pairwise(widths))
+        self.attn = nn.ModuleList(AttentionBlock(after, config.norm_groups) for after in widths[1:] if attend)
+        self.downsample = downsample
+        self.upsample = upsample
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, H, W], or half or twice the size where the level ends in a resampling."""
+        for index, block in enumerate(self.block):
+            hidden = block(hidden)
+            if self.attn:
+                hidden = self.attn[index](hidden)
+        if self.downsample is not None:
+            return self.downsample(hidden)
+        return hidden if self.upsample is None else self.upsample(hidden)
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the resolution of the code grid."""
+
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, config.norm_groups, config.dropout)
+        if config.mid_attention:
+            self.attn_1 = AttentionBlock(channels, config.norm_groups)
+        self.block_2 = ResBlock(channels, channels, config.norm_groups, config.dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        hidden = self.block_1(hidden)
+        if hasattr(self, "attn_1"):
+            hidden = self.attn_1(hidden)
+        return self.block_2(hidden)
+
+
+class Encoder(nn.Module):
+    """Image -> feature map at the resolution of the code grid."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        width = config.channels
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.down = nn.ModuleList()
+        last = len(config.channel_multipliers) - 1
+        for index, multiplier in enumerate(config.channel_multipliers):
+            out = config.channels * multiplier
+            attend = config.level_resolutions[index] in config.attention_resolutions
+            widths = [width] + [out] * config.num_res_blocks
+            downsample = Downsample(out) if index != last else None
+            self.down.append(Level(widths, attend, config, downsample=downsample))
+            width = out
+        self.mid = Middle(width, config)
+        self.norm_out = group_norm(width, config.norm_groups)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] -> features [B, z_channels, h, w]."""
+        hidden = self.conv_in(image)
+        for level in self.down:
+            hidden = level(hidden)
+        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+
+
+class Decoder(nn.Module):
+    """Features at the resolution of the code grid -> image. `up` is stored by level and runs from the last to 0."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        width = config.channels * config.channel_multipliers[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
+        self.mid = Middle(width, config)
+        levels: list[Level] = []
+        for index in reversed(range(len(config.channel_multipliers))):
+            out = config.channels * config.channel_multipliers[index]
+            attend = config.level_resolutions[index] in config.attention_resolutions
+            widths = [width] + [out] * (config.num_res_blocks + 1)  # one block more than on the way down
+            upsample = Upsample(out) if index != 0 else None
+            levels.insert(0, Level(widths, attend, config, upsample=upsample))
+            width = out
+        self.up = nn.ModuleList(levels)
+        self.norm_out = group_norm(width, config.norm_groups)
+        self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, z_channels, h, w] -> image [B, 3, H, W], unclamped."""
+        hidden = self.mid(self.conv_in(features))
+        for level in reversed(self.up):
+            hidden = level(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))

@@ -1,0 +1,70 @@
+"""Tokenloom: autoregressive text-to-image models over discrete codes. The front door: public names and the commands."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inference import GenerationResult, GenerationStep, SamplingParams, TextToImage
+    from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
+    from tokenizer_image import VQGAN, VQGANConfig
+
+__all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep", "SamplingParams", "Seq2SeqConfig",
+           "TextToImage", "TextTokenizer", "VQGANConfig", "main"]
+
+_NAMES = {"TextToImage": "inference", "SamplingParams": "inference", "GenerationResult": "inference",
+          "GenerationStep": "inference", "EncoderDecoder": "seq2seq", "Seq2SeqConfig": "seq2seq",
+          "TextTokenizer": "seq2seq", "VQGAN": "tokenizer_image", "VQGANConfig": "tokenizer_image"}
+
+COMMANDS = {
+    "generate": ("inference.cli", "generate", "sample pictures for a caption"),
+    "reconstruct": ("inference.cli", "reconstruct", "send pictures through the image tokenizer and back"),
+    "info": ("inference.cli", "info", "say what a model folder holds"),
+    "data": ("training.data.cli", "main", "build and check captioned image data"),
+}
+"""Command -> module, function taking argv, one line of help."""
+
+USAGE = "usage: tokenloom COMMAND [options]"
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used, so that `tokenloom --help` and the data commands need no torch."""
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'tokenloom' has no attribute '{name}'")
+
+
+def _help() -> str:
+    rows = [f"  {name:<12} {text}" for name, (_, _, text) in COMMANDS.items()]
+    return "\n".join([USAGE, "", (__doc__ or "").splitlines()[0], "", "commands (each has --help with examples):", *rows, "",
+                      "training (also without `deepspeed`, on one process):",
+                      "  deepspeed training/train_tokenizer.py --config training/recipes/emoji32_tokenizer.yaml ...",
+                      "  deepspeed training/encode_dataset.py --image_tokenizer RUN/model --data.path DIR --out TOKENS",
+                      "  deepspeed training/train_seq2seq.py --config training/recipes/emoji32_seq2seq.yaml ..."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`tokenloom COMMAND ...`: 0 done, 1 failed, 2 the user's mistake, 4 data unusable."""
+    from tokenloom_common.errors import nearest_name, run_command
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"tokenloom: error: unknown command '{name}'{nearest_name(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    module, function, _ = COMMANDS[name]
+
+    def run(arguments: Sequence[str] | None) -> int:
+        return getattr(importlib.import_module(module), function)(arguments)
+
+    return run_command(run, rest, f"tokenloom {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Strict configs: frozen, every key known, every mistake one line that names the key and the nearest valid one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokenloom_common.errors import MissingFileError, UserError, nearest_name
+
+MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is something else
+
+
+class StrictConfig(BaseModel):
+    """Base of all configs: immutable, unknown keys refused, validated when built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Build from plain values. UserError naming `where`, the key, and the nearest valid key."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise UserError(f"{where}: {_explain(cls, error)}") from None
+
+    def plain(self) -> dict[str, Any]:
+        """The values as JSON-able plain Python."""
+        return self.model_dump(mode="json")
+
+
+def dotted_names(config_class: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of a config tree in dotted form: sections and leaves."""
+    names = []
+    for name, field in config_class.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += dotted_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _explain(config_class: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{nearest_name(key, dotted_names(config_class))}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"missing key '{key}'{more}"
+    shown = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file that holds one mapping. UserError with the file's name otherwise."""
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes is too large for a config (limit {MAX_CONFIG_BYTES:,})")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
+    return values

@@ -1,0 +1,95 @@
+"""Errors that a person can act on, and the exit code that each one ends a command with.
+
+0 done, 1 failed (with its reason in one line), 2 the user's mistake, 3 resume refused, 4 data unusable,
+143/130 stopped by a signal after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+
+class UserError(ValueError):
+    """The user's mistake: the message says what, where and what to do, in one line."""
+
+    exit_code = 2
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that the user named is not there, or half of it is missing."""
+
+    def __str__(self) -> str:  # OSError would print its errno tuple
+        return str(self.args[0]) if self.args else ""
+
+
+class ResumeError(UserError):
+    """A run cannot be continued from the checkpoint that is there."""
+
+    exit_code = 3
+
+
+class DataError(UserError):
+    """The data holds nothing usable, or too many unusable items."""
+
+    exit_code = 4
+
+
+class RunFailedError(RuntimeError):
+    """The work itself failed (not a wrong input): the message is the reason in one line."""
+
+    exit_code = 1
+
+
+class StoppedBySignalError(Exception):
+    """A run stopped by SIGTERM or SIGINT after it had saved its checkpoint."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number} after a checkpoint")
+        self.exit_code = 128 + signal_number
+
+
+def nearest_name(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest valid name, or the list of names when none is close."""
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; valid names: {', '.join(sorted(names))}" if names else ""
+
+
+def choose(table: dict, name: str, what: str):
+    """The entry of a table by its name; UserError that lists the names otherwise."""
+    if name not in table:
+        raise UserError(f"unknown {what} '{name}'{nearest_name(name, table)} (valid: {', '.join(table)})")
+    return table[name]
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message folded to one line; its type is named where the message alone says nothing."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (UserError, RunFailedError, StoppedBySignalError)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None, prog: str) -> int:
+    """Run a command's main; turn its errors into one line on stderr and the right exit code.
+
+    TOKENLOOM_DEBUG=1 shows the traceback as well.
+    """
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`); nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("TOKENLOOM_DEBUG"):
+            raise
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 1))

@@ -1,0 +1,72 @@
+"""Files and folders that appear whole or not at all: written aside, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def sync_path(path: Path) -> None:
+    """fsync a file, or a folder's own entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new content, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_path(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write one JSON document, indented, atomically."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; when the block ends without an error it becomes `path`.
+
+    An existing `path` is replaced as a whole, and stays as it was if the block fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        publish_folder(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def publish_folder(aside: Path, path: Path) -> None:
+    """Flush everything below `aside`, then rename it to `path`, replacing what is there."""
+    for item in sorted(aside.rglob("*"), reverse=True):
+        sync_path(item)
+    sync_path(aside)
+    old = None
+    if path.exists():
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+        os.rename(path, old)
+    os.rename(aside, path)
+    sync_path(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

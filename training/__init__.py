@@ -1,0 +1,1 @@
+"""Captioned images and models -> a trained model folder."""

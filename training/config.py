@@ -1,0 +1,254 @@
+"""The config tree of the training scripts: defaults < YAML recipe < dotted command-line overrides.
+
+An unknown key is an error that names the nearest valid one; the merged config is written beside the run.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, model_validator
+
+from seq2seq.config import PRESETS as SEQ2SEQ_PRESETS
+from tokenizer_image import TokenizerLossConfig, VQGANConfig
+from tokenloom_common.config import StrictConfig, dotted_names, read_mapping
+from tokenloom_common.errors import UserError, choose, nearest_name
+
+Config = TypeVar("Config", bound=StrictConfig)
+
+
+class DataConfig(StrictConfig):
+    """Captioned images."""
+
+    path: str = Field(description="image folder, parquet, webdataset tar shards, or a hub id")
+    split: str | None = Field("train", description="which split of the data; none = all there is")
+    validation_split: str | None = Field(None, description="held-out split that is measured at the end")
+    caption_column: str | None = Field(None, description="column with the caption; found by name when not given")
+    workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
+    horizontal_flip: float = Field(0.0, ge=0, le=1, description="chance that a picture is mirrored")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable items above which the run stops")
+
+
+class TokenDataConfig(StrictConfig):
+    """Token shards made by encode_dataset."""
+
+    path: str = Field(description="folder that encode_dataset wrote")
+    split: str = Field("train", description="which split of the token shards")
+    validation_split: str | None = Field(None, description="held-out split that is measured at the end")
+    workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
+
+
+class TrainConfig(StrictConfig):
+    """How long, how much at a time, how often to look."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=1, description="items per optimizer step over all processes")
+    accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step and process")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, float32 on CPU")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    sample_every: int = Field(500, ge=0, description="steps between sample grids; 0 = none")
+    threads: int = Field(0, ge=0, description="CPU threads per process; 0 = cores / processes of this machine")
+
+
+class OptimConfig(StrictConfig):
+    """AdamW with warm-up."""
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0, description="on matrices; never on gains, biases and embeddings")
+    warmup_steps: int = Field(50, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_lr_ratio: float = Field(0.05, ge=0, le=1, description="lr at the end / peak lr, for cosine")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 = no clipping")
+
+
+class CheckpointConfig(StrictConfig):
+    """Checkpoints to resume from."""
+
+    every_steps: int = Field(500, ge=0, description="steps between checkpoints; 0 = only at the end and on a signal")
+    keep_last: int = Field(2, ge=1, description="older ones are deleted")
+    resume: Literal["auto", "never", "required"] = Field(
+        "auto", description="auto: continue the run folder's newest whole checkpoint, or start fresh and say so")
+
+
+class DeepSpeedConfig(StrictConfig):
+    """What DeepSpeed is asked to do; its JSON is derived from this tree."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what is sharded over the processes: 0 nothing, 1 optimizer "
+                                            "state, 2 and gradients, 3 and parameters")
+
+
+class RunConfig(StrictConfig):
+    """What every training script shares."""
+
+    run_dir: str = Field(description="folder of this run: config, metrics, samples, checkpoints, model")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="of weights, data order, augmentation and dropout")
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+
+class TokenizerRunConfig(RunConfig):
+    """training/train_tokenizer.py: images -> an image tokenizer."""
+
+    data: DataConfig
+    model: VQGANConfig
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+    usage_window: int = Field(100, ge=1, description="micro-batches over which codebook usage and perplexity are counted")
+
+
+class EncodeRunConfig(StrictConfig):
+    """training/encode_dataset.py: captioned images + an image tokenizer -> token shards."""
+
+    image_tokenizer: str = Field(description="folder of the image tokenizer")
+    data: DataConfig
+    out: str = Field(description="folder for the token shards")
+    splits: list[str] | None = Field(None, description="splits to encode; none = every split of the data")
+    batch_size: int = Field(64, ge=1, description="pictures at a time and process")
+    shard_rows: int = Field(50_000, ge=1, description="rows per parquet shard")
+    threads: int = Field(0, ge=0, description="CPU threads per process; 0 = cores / processes of this machine")
+
+
+class TextConfig(StrictConfig):
+    """The text tokenizer: an existing one, or one trained on the captions of this run."""
+
+    tokenizer: str | None = Field(None, description="folder of a trained text tokenizer; none = train one")
+    vocab_size: int = Field(2048, ge=264, le=1 << 20, description="of the one that is trained")
+    text_length: int = Field(32, ge=2, le=4096, description="ids per caption, END included")
+
+
+class Seq2SeqModelConfig(StrictConfig):
+    """Size of the transformer; what follows from the tokenizers is filled in. A preset gives defaults for the rest."""
+
+    preset: str | None = Field("small", description=f"one of {', '.join(SEQ2SEQ_PRESETS)}")
+    width: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    feedforward: Literal["swiglu", "gelu"] | None = None
+    feedforward_multiplier: float | None = None
+    norm: Literal["rmsnorm", "layernorm"] | None = None
+    qk_norm: bool | None = None
+    rotary: Literal["2d", "1d", "none"] | None = None
+    learned_positions: bool | None = None
+    dropout: float | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        """The preset's values, overridden by those given here."""
+        base = choose(SEQ2SEQ_PRESETS, self.preset, "model.preset") if self.preset else {}
+        return {**base, **self.model_dump(exclude={"preset"}, exclude_none=True)}
+
+    @model_validator(mode="after")
+    def _known_preset(self) -> Seq2SeqModelConfig:
+        if self.preset is not None and self.preset not in SEQ2SEQ_PRESETS:
+            raise ValueError(f"unknown model.preset '{self.preset}'{nearest_name(self.preset, SEQ2SEQ_PRESETS)}")
+        return self
+
+
+class Seq2SeqRunConfig(RunConfig):
+    """training/train_seq2seq.py: token shards -> the caption -> token transformer and the whole model folder."""
+
+    data: TokenDataConfig
+    image_tokenizer: str = Field(description="folder of the image tokenizer that made the tokens")
+    text: TextConfig = TextConfig()
+    model: Seq2SeqModelConfig = Seq2SeqModelConfig()
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="chance that a caption is replaced by the null caption")
+    sample_guidance: float = Field(3.0, ge=0, description="guidance scale of the sample grids and the exported default")
+    sample_top_k: int = Field(256, ge=0, description="top-k of the sample grids and the exported default; 0 = off")
+
+
+def load_config(config_class: type[Config], argv: Sequence[str], prog: str, description: str) -> Config:
+    """Build a run's config from argv: `--config FILE`, then `--section.key value` overrides. UserError on any mistake.
+
+    `--help` prints every key with its default; `--local_rank` (added by the launcher) is accepted and ignored.
+    """
+    values: dict[str, Any] = {}
+    overrides: list[tuple[str, str]] = []
+    items = list(argv)
+    while items:
+        flag = items.pop(0)
+        if flag in ("-h", "--help"):
+            print(help_text(config_class, prog, description))
+            raise SystemExit(0)
+        if not flag.startswith("--"):
+            raise UserError(f"unexpected argument '{flag}'; options are --config FILE and --section.key value")
+        name, has_value, value = flag[2:].partition("=")
+        if not has_value:
+            if not items:
+                raise UserError(f"--{name} needs a value")
+            value = items.pop(0)
+        if name in ("local_rank", "local-rank"):
+            continue
+        if name == "config":
+            values = _merge(values, read_mapping(find_recipe(value)))
+        else:
+            overrides.append((name, value))
+    valid = dotted_names(config_class)
+    for name, value in overrides:
+        if name not in valid:
+            raise UserError(f"unknown option '--{name}'{nearest_name(name, valid)}")
+        values = _merge(values, _nested(name, _scalar(name, value)))
+    return config_class.parse(values, "config")
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by its path, or by its bare name among the shipped recipes."""
+    path = Path(name)
+    shipped = Path(__file__).parent / "recipes" / (path.name if path.suffix else f"{path.name}.yaml")
+    if not path.exists() and path.parent == Path(".") and shipped.is_file():
+        return shipped
+    if not path.exists():
+        names = sorted(p.name for p in shipped.parent.glob("*.yaml"))
+        raise UserError(f"--config {name}: no such file{nearest_name(path.name, names)}")
+    return path
+
+
+def _scalar(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(f"--{name}: cannot read the value {text!r}") from None
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def help_text(config_class: type[BaseModel], prog: str, description: str) -> str:
+    """Usage, description and every key with its default and meaning."""
+    lines = [f"usage: {prog} --config FILE [--section.key value ...]", "", textwrap.dedent(description).strip(), "",
+             "keys (defaults < --config FILE < command line):"]
+    return "\n".join(lines + _help_lines(config_class, ""))
+
+
+def _help_lines(config_class: type[BaseModel], prefix: str) -> list[str]:
+    lines = []
+    for name, field in config_class.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += _help_lines(field.annotation, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
+        lines.append(f"  --{prefix}{name}  {field.description or ''} ({default})".replace("   (", "  ("))
+    return lines
+
+
+def dump_config(config: StrictConfig) -> str:
+    """The merged config as YAML, readable by --config again."""
+    return yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)

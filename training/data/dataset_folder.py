@@ -1,0 +1,96 @@
+"""Data sets that we build: a folder that `datasets.load_dataset` reads, with its card and a record of its making."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenloom_common.errors import UserError
+from tokenloom_common.files import write_json_atomic
+
+BUILD_NAME = "build.json"
+FORMAT_VERSION = 1  # raise it when a builder makes other rows of the same arguments
+_OWN_NAMES = {"data", "README.md", "ATTRIBUTION.md", BUILD_NAME}
+
+
+def previous_build(out: Path, builder: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of an earlier build with the same arguments, or None if `out` is free to be (re)written.
+
+    UserError if `out` is a file, or holds anything that is not an earlier build of the same builder.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder")
+    names = {item.name for item in out.iterdir()}
+    if not names:
+        return None
+    record = _read_record(out)
+    if record is None or record.get("builder") != builder or not names <= _OWN_NAMES:
+        raise UserError(f"{out}: not empty, and not an earlier build of `tokenloom data {builder}` alone; "
+                        "give a new folder or empty this one")
+    splits = record.get("files", [])
+    same = record.get("format") == FORMAT_VERSION and record.get("arguments") == dict(arguments)
+    return record if same and splits and all((out / name).is_file() for name in splits) else None
+
+
+def _read_record(out: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((out / BUILD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def write_splits(folder: Path, splits: Mapping[str, list[dict[str, Any]]], features: Any) -> list[str]:
+    """One parquet file a split, named the way `datasets` recognises; an empty split gets no file. Returns the names."""
+    from datasets import Dataset
+
+    (folder / "data").mkdir()
+    names = []
+    for split, rows in splits.items():
+        if rows:
+            name = f"data/{split}-00000-of-00001.parquet"
+            with quiet_datasets():
+                Dataset.from_list(rows, features=features).to_parquet(folder / name)
+            names.append(name)
+    return names
+
+
+def write_record(folder: Path, builder: str, arguments: Mapping[str, Any], files: list[str],
+                 report: Mapping[str, Any]) -> dict[str, Any]:
+    """Write build.json; returns what it holds."""
+    record = {"builder": builder, "format": FORMAT_VERSION, "arguments": dict(arguments), "files": files, **report}
+    write_json_atomic(folder / BUILD_NAME, record)
+    return record
+
+
+def card_head(licence: str, names: list[str]) -> str:
+    """The YAML block that opens a data card: licence, task, and which file holds which split."""
+    lines = ["---", f"license: {licence}", "task_categories:", "- text-to-image", "language:", "- en", "configs:",
+             "- config_name: default", "  data_files:"]
+    for name in names:
+        lines += [f"  - split: {Path(name).name.split('-')[0]}", f"    path: {name}"]
+    return "\n".join([*lines, "---", ""])
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Within the block, `datasets` draws no progress bars and the hub's client logs errors only; then as before."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    bars_were_on = is_progress_bar_enabled()
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
+    disable_progress_bar()
+    hub_log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub_log.setLevel(level)
+        if bars_were_on:
+            enable_progress_bar()

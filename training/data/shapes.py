@@ -1,0 +1,124 @@
+"""Build a synthetic set whose captions can be checked against the picture exactly: coloured shapes in relation.
+
+`unseen_combination` holds scenes with a colour on a shape that `train` never shows together, though it shows both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tokenloom_common.errors import UserError
+from tokenloom_common.files import atomic_folder
+from tokenloom_common.progress import progress
+from training.data.dataset_folder import card_head, previous_build, write_record, write_splits
+from training.data.scenes import COLORS, COMBINATIONS, SHAPES, Combination, Scene, describe, draw_scene, make_scene
+
+log = logging.getLogger(__name__)
+MIN_SIZE, MAX_SIZE, MAX_OBJECTS = 16, 512, 4
+UNSEEN_SHARE = 0.1  # of the scenes
+UNSEEN_COMBINATIONS = 4  # of 42 pairs of colour and shape
+
+
+def build_shapes(out: Path, size: int = 32, num_scenes: int = 2000, seed: int = 0,
+                 max_objects: int = 2) -> dict[str, Any]:
+    """Build the set at `out`; returns what build.json holds, with `reused` True if the same set was there already.
+
+    UserError for arguments out of range, or if `out` holds something else.
+    """
+    out = Path(out)
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise UserError(f"size {size}: must lie in {MIN_SIZE} to {MAX_SIZE} pixels")
+    if not 10 <= num_scenes <= 1_000_000:
+        raise UserError(f"num_scenes {num_scenes}: must lie in 10 to 1,000,000")
+    if not 1 <= max_objects <= MAX_OBJECTS:
+        raise UserError(f"max_objects {max_objects}: must lie in 1 to {MAX_OBJECTS}")
+    arguments = {"size": size, "num_scenes": num_scenes, "seed": seed, "max_objects": max_objects}
+    earlier = previous_build(out, "shapes", arguments)
+    if earlier is not None:
+        log.info("%s: already built with these arguments", out)
+        return {**earlier, "reused": True}
+    started = time.monotonic()
+    unseen = choose_unseen(seed)
+    splits = make_splits(size, num_scenes, seed, max_objects, unseen)
+    report = {"pairs": {name: len(rows) for name, rows in splits.items()},
+              "unseen_combinations": [" ".join(combination) for combination in unseen],
+              "seconds": round(time.monotonic() - started, 1)}
+    with atomic_folder(out) as folder:
+        files = write_splits(folder, splits, _features())
+        (folder / "README.md").write_text(_card(files, report, arguments), encoding="utf-8")
+        return {**write_record(folder, "shapes", arguments, files, report), "reused": False}
+
+
+def choose_unseen(seed: int) -> list[Combination]:
+    """The held-out pairs of colour and shape: no two share a colour or a shape, so each is seen in other pairs."""
+    generator = random.Random(f"{seed} unseen")
+    colors = generator.sample(list(COLORS), UNSEEN_COMBINATIONS)
+    return sorted(zip(colors, generator.sample(SHAPES, UNSEEN_COMBINATIONS), strict=True))
+
+
+def make_splits(size: int, num_scenes: int, seed: int, max_objects: int,
+                unseen: list[Combination]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by split; no picture occurs twice. Scene k depends on (seed, k) only."""
+    seen_combinations = [combination for combination in COMBINATIONS if combination not in unseen]
+    num_unseen = round(UNSEEN_SHARE * num_scenes)
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "unseen_combination": []}
+    digests: set[bytes] = set()
+    for index in progress(range(num_scenes), "drawing shapes", unit="image"):
+        split = "unseen_combination" if index < num_unseen else "train"
+        allowed, required = ((COMBINATIONS, unseen) if split == "unseen_combination" else (seen_combinations, None))
+        for attempt in range(100):
+            generator = random.Random(f"{seed} scene {index} {attempt}")
+            scene = make_scene(generator, allowed, max_objects, required)
+            pixels = draw_scene(scene, size)
+            digest = hashlib.sha256(pixels.tobytes()).digest()
+            if digest not in digests:
+                break
+        digests.add(digest)
+        splits[split].append(_row(scene, pixels, f"{index:07d}"))
+    return splits
+
+
+def _row(scene: Scene, pixels: Any, key: str) -> dict[str, Any]:
+    out = BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    captions = describe(scene)
+    return {"image": {"bytes": out.getvalue(), "path": f"{key}.png"}, "captions": captions, "caption": captions[0],
+            **scene.plain(), "key": key}
+
+
+def _features() -> Any:
+    from datasets import Features, List, Value
+    from datasets import Image as ImageFeature
+
+    text, number = Value("string"), Value("float32")
+    thing = {"shape": text, "color": text, "x": number, "y": number, "size": number}
+    return Features({"image": ImageFeature(), "captions": List(text), "caption": text, "objects": List(thing),
+                     "relation": text, "count": Value("uint8"), "layout": List(Value("uint8")), "key": text})
+
+
+def _card(files: list[str], report: dict[str, Any], arguments: dict[str, Any]) -> str:
+    rows = "\n".join(f"| {name} | {count:,} |" for name, count in report["pairs"].items())
+    return f"""{card_head("cc0-1.0", files)}
+# Coloured shapes with captions
+
+Scenes of {arguments['size']} x {arguments['size']} pixels, made by `tokenloom data shapes` (seed {arguments['seed']}).
+
+| split | scenes |
+|---|---|
+{rows}
+
+`unseen_combination` has at least one of: {', '.join(report['unseen_combinations'])}. `train` has none of these.
+
+Columns: `captions` (all true), `caption` (the first of them), `objects` (shape, color, centre x and y and diameter as
+shares of the canvas, y downwards), `relation` (of the first object to the second, "" for none), `count`, and `layout`:
+a 16 x 16 grid in raster order, 0 for background, else 1 + {len(SHAPES)} * colour + shape, numbered in the order
+{', '.join(COLORS)} and {', '.join(SHAPES)}.
+"""

@@ -1,0 +1,116 @@
+"""Data sets as training reads them: one visit of one item, with its own random numbers.
+
+Axes: B batch, S side in pixels, N image tokens, T text ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from seq2seq import TextBatch, TextTokenizer
+from tokenizer_image.images import image_to_pixels, pixels_to_float
+from tokenloom_common.errors import UserError
+from training.data.batches import ItemId, item_random
+from training.data.sources import CaptionedImages
+from training.data.token_shards import TokenShards
+
+
+class Dropped(NamedTuple):
+    """An unusable item: its key and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PixelItem:
+    """One visit of a picture: pixels [S, S, 3] uint8, and the unusable items that were passed over for it."""
+
+    pixels: numpy.ndarray
+    dropped: list[Dropped] = field(default_factory=list)
+
+
+class ImageVisits(torch.utils.data.Dataset):
+    """Pictures by ItemId at one size. An unusable picture is reported and the next one takes its place."""
+
+    def __init__(self, source: CaptionedImages, resolution: int, seed: int, horizontal_flip: float) -> None:
+        self.source, self.resolution, self.seed, self.horizontal_flip = source, resolution, seed, horizontal_flip
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: ItemId) -> PixelItem:
+        dropped: list[Dropped] = []
+        for offset in range(len(self.source)):
+            index = (item.index + offset) % len(self.source)
+            try:
+                pixels = image_to_pixels(self.source[index].image, self.resolution)
+            except UserError as error:
+                dropped.append(Dropped(f"item {index}", getattr(error, "reason", "unusable")))
+                continue
+            if self.horizontal_flip and item_random(self.seed, item, "flip").random() < self.horizontal_flip:
+                pixels = numpy.ascontiguousarray(pixels[:, ::-1])
+            return PixelItem(pixels, dropped)
+        raise UserError("not one picture of the data can be read")
+
+
+class PixelBatch(NamedTuple):
+    """image [B, 3, S, S] in [-1, 1] and the unusable items met on the way."""
+
+    image: Tensor
+    dropped: list[Dropped]
+
+
+def collate_pixels(items: Sequence[PixelItem]) -> PixelBatch:
+    """Stack visits into a batch."""
+    pixels = torch.from_numpy(numpy.stack([item.pixels for item in items]))
+    return PixelBatch(pixels_to_float(pixels), [d for item in items for d in item.dropped])
+
+
+@dataclass(frozen=True)
+class TokenItem:
+    """One visit of an encoded picture: the caption chosen for it ('' = the null caption) and its tokens [N]."""
+
+    caption: str
+    image_tokens: numpy.ndarray
+
+
+class TokenVisits(torch.utils.data.Dataset):
+    """Encoded pictures by ItemId: one of the captions, dropped to the null caption with a chance of `caption_dropout`."""
+
+    def __init__(self, shards: TokenShards, seed: int, caption_dropout: float) -> None:
+        self.shards, self.seed, self.caption_dropout = shards, seed, caption_dropout
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, item: ItemId) -> TokenItem:
+        captions = self.shards.captions(item.index)
+        caption = item_random(self.seed, item, "caption").choice(captions)
+        if item_random(self.seed, item, "dropout").random() < self.caption_dropout:
+            caption = ""
+        return TokenItem(caption, self.shards.image_tokens(item.index))
+
+
+class TokenBatch(NamedTuple):
+    """text [B, T] ids and mask, image_tokens [B, N] int64."""
+
+    text: TextBatch
+    image_tokens: Tensor
+
+
+class CollateTokens:
+    """Stack visits into a TokenBatch (a class, so that loader workers can receive it)."""
+
+    def __init__(self, text_tokenizer: TextTokenizer) -> None:
+        self.text_tokenizer = text_tokenizer
+
+    def __call__(self, items: Sequence[TokenItem]) -> TokenBatch:
+        tokens = torch.from_numpy(numpy.stack([item.image_tokens for item in items]).astype(numpy.int64))
+        return TokenBatch(self.text_tokenizer.encode([item.caption for item in items]), tokens)

@@ -1,0 +1,135 @@
+"""Turn captioned pictures into token shards with a trained image tokenizer.
+
+CPU:  python training/encode_dataset.py --image_tokenizer RUN/model --data.path DIR --out TOKENS
+real: deepspeed training/encode_dataset.py --image_tokenizer RUN/model --data.path DIR --out TOKENS
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import torch
+
+from tokenizer_image import VQGAN
+from tokenizer_image.fingerprint import code_fingerprint
+from tokenizer_image.grid import codes_to_tokens
+from tokenizer_image.images import image_to_pixels, pixels_to_float
+from tokenloom_common.errors import DataError, UserError, run_command
+from tokenloom_common.files import publish_folder
+from tokenloom_common.progress import progress
+from training.config import EncodeRunConfig, load_config
+from training.data.drops import DropCounter
+from training.data.sources import CaptionedImages, list_splits, open_dataset
+from training.data.token_shards import INDEX_NAME, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
+from training.engine import Processes, processes
+from training.log import setup_console
+
+log = logging.getLogger(__name__)
+
+
+class DatasetEncoder:
+    """Encodes splits; each process writes every world_size-th shard."""
+
+    def __init__(self, config: EncodeRunConfig, group: Processes) -> None:
+        self.config, self.group = config, group
+        self.tokenizer = VQGAN.from_pretrained(config.image_tokenizer, device=group.device)
+        self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
+
+    def run(self) -> None:
+        """Encode every split into `out`, which appears whole at the end."""
+        out = Path(self.config.out)
+        aside = out.with_name(f".{out.name}.tmp")
+        splits = self.group.first_does(lambda: self._prepare(out, aside))
+        index = {split: self._encode_split(split, aside) for split in splits}
+        self.group.barrier()
+        self.group.first_does(lambda: self._publish(index, aside, out))
+
+    def _prepare(self, out: Path, aside: Path) -> list[str]:
+        if out.exists() and any(out.iterdir()) and not (out / INDEX_NAME).is_file():
+            raise UserError(f"{out}: exists and holds no token shards; choose another --out")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        if self.config.splits is not None:
+            return list(self.config.splits)
+        return list_splits(self.config.data.path)
+
+    def _encode_split(self, split: str, aside: Path) -> SplitIndex:
+        source = self.group.first_does(lambda: open_dataset(self.config.data.path, split=split,
+                                                            caption_column=self.config.data.caption_column))
+        size = self.config.shard_rows
+        count = -(-len(source) // size)
+        with progress(None, f"encode {split}", total=len(source), unit="picture", quiet=not self.group.is_first) as bar:
+            for shard in range(self.group.rank, count, self.group.world_size):
+                rows = range(shard * size, min(len(source), (shard + 1) * size))
+                self._encode_shard(source, rows, aside / f"{split}-{shard:05d}-of-{count:05d}.parquet", bar)
+        self.group.barrier()
+        return self.group.first_does(lambda: _split_index(aside, split))
+
+    def _encode_shard(self, source: CaptionedImages, rows: range, path: Path, bar) -> None:
+        captions: list[list[str]] = []
+        keys: list[str] = []
+        tokens: list[numpy.ndarray] = []
+        for start in range(rows.start, rows.stop, self.config.batch_size):
+            pixels = []
+            for row in range(start, min(start + self.config.batch_size, rows.stop)):
+                try:
+                    item = source[row]
+                    pixels.append(image_to_pixels(item.image, self.tokenizer.config.resolution))
+                except UserError as error:
+                    self.drops.record(getattr(error, "reason", "unusable"), f"row {row}")
+                    continue
+                captions.append(list(item.captions))
+                keys.append(item.key)
+            self.drops.record_good(len(pixels))
+            if pixels:
+                tokens.append(self._encode(pixels))
+            bar.update(len(pixels))
+        if tokens:
+            write_shard(path, captions, numpy.concatenate(tokens), keys)
+
+    def _encode(self, pixels: list[numpy.ndarray]) -> numpy.ndarray:
+        image = pixels_to_float(torch.from_numpy(numpy.stack(pixels))).to(self.group.device)
+        codes = self.tokenizer.encode(image)  # [B, h, w]
+        return codes_to_tokens(codes).cpu().numpy().astype(token_dtype(self.tokenizer.codebook_size))
+
+    def _publish(self, splits: dict[str, SplitIndex], aside: Path, out: Path) -> None:
+        rows = sum(split.rows for split in splits.values())
+        if not rows:
+            raise DataError(f"{self.config.data.path}: not one picture could be encoded ({self.drops.summary()})")
+        write_index(aside, TokenIndex(
+            tokenizer_fingerprint=code_fingerprint(self.tokenizer), codebook_size=self.tokenizer.codebook_size,
+            grid=self.tokenizer.grid, splits=splits, dropped=dict(self.drops.reasons)))
+        publish_folder(aside, out)
+        if self.drops.dropped:
+            log.warning("%s", self.drops.summary())
+        log.info("token shards: %s (%s rows)", out, f"{rows:,}")
+
+
+def _split_index(folder: Path, split: str) -> SplitIndex:
+    import pyarrow.parquet
+
+    files = sorted(folder.glob(f"{split}-?????-of-?????.parquet"))
+    return SplitIndex(rows=sum(pyarrow.parquet.read_metadata(f).num_rows for f in files), files=[f.name for f in files])
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Encode from command-line arguments."""
+    config = load_config(EncodeRunConfig, sys.argv[1:] if argv is None else argv, "encode_dataset.py", __doc__ or "")
+    with processes(config.threads) as group:
+        setup_console(group.is_first)
+        DatasetEncoder(config, group).run()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: errors become one line and an exit code."""
+    return run_command(run, argv, "encode_dataset.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

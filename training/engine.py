@@ -1,0 +1,254 @@
+"""The only importer of DeepSpeed: processes, one engine per trained module, and its checkpoints.
+
+Everything a training script asks of DeepSpeed goes through here, so that what DeepSpeed 0.19 does not do by itself is
+done in one place: its JSON is derived from our config, clipping is always explicit, a non-finite loss never reaches the
+weights, checkpoints carry the random state of every rank, and `latest` is ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tokenloom_common.errors import RunFailedError, UserError
+from training.config import RunConfig
+
+log = logging.getLogger(__name__)
+
+DEEPSPEED_TAG = "deepspeed"  # folder inside a checkpoint that holds what DeepSpeed itself writes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on every process when it is True on one."""
+        return self.maximum(float(flag)) > 0
+
+    def maximum(self, value: float) -> float:
+        """The largest value over the processes."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor.item())
+
+    def mean(self, value: float) -> float:
+        """The mean of a value over the processes."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor.item()) / self.world_size
+
+    def first_does(self, action: Any) -> Any:
+        """Run `action` on the first process, wait, and give its result to all; its error is raised on all."""
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+@contextmanager
+def processes(threads: int = 0) -> Iterator[Processes]:
+    """Join the launcher's processes, or be the only one when there is no launcher; leave them at the end.
+
+    Sets the global state of this program: threads, TF32, the process group.
+    """
+    deepspeed = _import_deepspeed()
+    alone = "RANK" not in os.environ
+    if alone:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
+                            ("MASTER_PORT", str(_free_port()))):
+            os.environ[name] = value
+    use_cuda = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"training needs DeepSpeed ({error}): pip install 'tokenloom[train]'") from None
+    if not torch.cuda.is_available():
+        # On CPU this op would be compiled when the first engine starts (minutes; a killed build leaves a lock that
+        # hangs every later run). Without it gloo gives bit-identical results.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def deepspeed_json(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived from ours. UserError if the batch cannot be divided over processes and accumulation."""
+    train = config.train
+    parts = world_size * train.accumulation
+    if train.batch_size % parts:
+        raise UserError(f"train.batch_size {train.batch_size} is not divisible by {world_size} processes x "
+                        f"train.accumulation {train.accumulation} = {parts}")
+    return {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.batch_size // parts,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": config.optim.gradient_clipping,
+        "zero_optimization": {"stage": config.deepspeed.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "bf16": {"enabled": precision == "bfloat16"},
+        "steps_per_print": 1 << 62,  # our log speaks
+        "wall_clock_breakdown": False,
+    }
+
+
+def resolve_precision(config: RunConfig, device: torch.device) -> str:
+    """`auto` is bfloat16 on CUDA and float32 on the CPU."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    loss: float
+    grad_norm: float
+    skipped_steps: int
+
+
+class Engine:
+    """One module under DeepSpeed."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, group: Processes,
+                 precision: str) -> None:
+        deepspeed = _import_deepspeed()
+        self.group = group
+        self.precision = precision
+        self.accumulation = config.train.accumulation
+        self._deepspeed = deepspeed
+        self._stage = config.deepspeed.zero_stage
+        self._engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module.to(group.device), optimizer=optimizer,
+            config=deepspeed_json(config, group.world_size, precision))
+        self._names = {id(p): n for n, p in self._engine.module.named_parameters()}
+
+    @property
+    def module(self) -> nn.Module:
+        """The module inside."""
+        return self._engine.module
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self._engine(*inputs)
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: Tensor, step: int) -> None:
+        """Accumulate gradients of one micro-batch. RunFailedError, before any weight changes, if a loss is not finite."""
+        if self.group.any(not bool(torch.isfinite(loss.detach()))):
+            raise RunFailedError(f"the loss is not finite at step {step} ({float(loss.detach())} on this process); no weight "
+                                 "was changed by it. Lower optim.lr, lengthen optim.warmup_steps, or look at the data "
+                                 "of this step; the last checkpoint is whole")
+        self._engine.backward(loss)
+
+    def step(self, step: int) -> tuple[float, int]:
+        """Apply the gradients at the end of an accumulation window -> (gradient norm, steps skipped so far)."""
+        stage_0_norm = self._check_gradients(step) if self._stage == 0 else None
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if stage_0_norm is None else stage_0_norm
+        return (math.nan if norm is None else float(norm)), int(self._engine.skipped_steps)
+
+    def _check_gradients(self, step: int) -> float | None:
+        """Stage 0 in float32 would apply a non-finite gradient; the other modes skip that step by themselves."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if not gradients:
+            return None
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if self.group.any(not math.isfinite(norm)):
+            raise RunFailedError(f"the gradient is not finite at step {step}; no weight was changed by it. Lower optim.lr "
+                                 "or set optim.gradient_clipping; the last checkpoint is whole")
+        return norm
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Every parameter in float32 and every buffer, whole, on the CPU. All processes must call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        state: dict[str, Tensor] = {}
+        parameters = dict(self.module.named_parameters())
+        for name, tensor in self.module.state_dict().items():
+            if name not in parameters:
+                state[name] = tensor.detach().cpu().clone()
+                continue
+            full = safe_get_full_fp32_param(parameters[name])
+            full = parameters[name] if full is None else full
+            state[name] = full.detach().float().cpu().reshape(_full_shape(parameters[name])).clone()
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's part of a checkpoint below `folder`. All processes must call it."""
+        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, strictly. All processes must call it."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
+        if self.group.any(loaded is None):
+            raise RunFailedError(f"{folder}: DeepSpeed could not read its part of the checkpoint")
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty parameter that knows its shape

@@ -1,0 +1,142 @@
+"""The training loop that all training scripts share: resume, step, log, sample, checkpoint, stop on a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokenloom_common.errors import StoppedBySignalError
+from training.config import RunConfig
+from training.engine import Engine, Processes
+from training.log import RunLog
+from training.optim import lr_at
+from training.run_state import RunState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Task:
+    """What a training script gives the loop."""
+
+    name: str
+    batches: Callable[[int], Iterable[Any]]  # first step -> this process's micro-batches, in order
+    loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]  # micro-batch -> loss to minimise, terms to log
+    metrics: Callable[[], dict[str, float]]  # more numbers for a log line
+    sample: Callable[[int], None]  # write a sample grid; called on every process
+    state: Callable[[], dict[str, Tensor]]  # this process's state beyond the engine's
+    restore: Callable[[dict[str, Tensor]], None]
+
+
+def run_training(task: Task, engine: Engine, config: RunConfig, group: Processes, run_state: RunState) -> None:
+    """Train to train.steps from the newest whole checkpoint, or from the start. StoppedBySignalError after a signal."""
+    first_step = _resume(task, engine, config, group, run_state)
+    total = config.train.steps
+    if first_step >= total:
+        log.info("%s: already trained to step %d of %d; nothing to do", task.name, first_step, total)
+        return
+    run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step)
+    batches = iter(task.batches(first_step))
+    window = _Window(config)
+    try:
+        with _stop_flag() as stop:
+            for step in range(first_step, total):
+                grad_norm, skipped = _one_step(task, engine, config, batches, step, window)
+                run_log.step_done()
+                done = step + 1
+                if done % config.train.log_every == 0 or done in (1, total):
+                    window.write(run_log, group, done, lr_at(step, total, config.optim), grad_norm, skipped, task)
+                stopping = int(group.maximum(float(stop["signal"])))
+                if stopping or done == total or _due(done, config.checkpoint.every_steps):
+                    run_state.save(engine, done, task.state())
+                if stopping:
+                    raise StoppedBySignalError(stopping)
+                if _due(done, config.train.sample_every) or (config.train.sample_every and done == total):
+                    task.sample(done)
+    finally:
+        run_log.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _resume(task: Task, engine: Engine, config: RunConfig, group: Processes, run_state: RunState) -> int:
+    checkpoint = run_state.find()
+    if checkpoint is None:
+        log.info("%s: starting fresh in %s", task.name, run_state.run_dir)
+        return 0
+    step, tensors = run_state.load(engine, checkpoint)
+    task.restore(tensors)
+    log.info("%s: continuing from %s", task.name, checkpoint)
+    return step
+
+
+def _one_step(task: Task, engine: Engine, config: RunConfig, batches: Iterator[Any], step: int,
+              window: _Window) -> tuple[float, int]:
+    engine.set_lr(lr_at(step, config.train.steps, config.optim))
+    norm, skipped = float("nan"), 0
+    for _ in range(config.train.accumulation):
+        waited = time.perf_counter()
+        batch = next(batches)
+        window.data_seconds += time.perf_counter() - waited
+        loss, terms = task.loss(batch)
+        engine.backward(loss, step + 1)
+        norm, skipped = engine.step(step + 1)
+        window.add({"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}})
+    window.steps += 1
+    return norm, skipped
+
+
+class _Window:
+    """Sums between two log lines; tensors stay on the device until the line is written."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.batch_size = config.train.batch_size
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.parts = self.steps = 0
+        self.data_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
+        self.parts += 1
+
+    def write(self, run_log: RunLog, group: Processes, step: int, lr: float, grad_norm: float, skipped: int,
+              task: Task) -> None:
+        seconds = time.perf_counter() - self.started
+        values: dict[str, Any] = {name: group.mean(float(total) / self.parts) for name, total in self.sums.items()}
+        values |= {"lr": lr, "samples_per_s": self.steps * self.batch_size / seconds, "grad_norm": grad_norm,
+                   "skipped_steps": skipped, "data_wait": self.data_seconds / seconds, **task.metrics()}
+        run_log.metrics(step, values)
+        self._clear()
+
+
+@contextmanager
+def _stop_flag() -> Iterator[dict[str, int]]:
+    """SIGTERM and SIGINT set the flag; a second one ends the program at once."""
+    flag = {"signal": 0}
+
+    def note(number: int, frame: Any) -> None:
+        if flag["signal"]:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        flag["signal"] = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

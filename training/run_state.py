@@ -1,0 +1,202 @@
+"""A run's folder: config, environment, checkpoints that appear whole, and where to continue.
+
+    run_dir/config.yaml  env.json  metrics.jsonl  samples/  checkpoints/step-00001234/MANIFEST.json  latest.json  model/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import random
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tokenloom_common.errors import ResumeError
+from tokenloom_common.files import publish_folder, sync_path, write_json_atomic, write_text_atomic
+from training.config import RunConfig, dump_config
+from training.engine import Engine, Processes
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MANIFEST = "MANIFEST.json"
+RANKS = "ranks"  # folder with one file a process: random state and what the task keeps
+TASK = "task."
+PACKAGES = ("torch", "deepspeed", "x-transformers", "vector-quantize-pytorch", "sentencepiece", "datasets", "numpy",
+            "safetensors", "pillow")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine facts that a result depends on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"python": platform.python_version(), "platform": platform.platform(), "cpus": len(os.sched_getaffinity(0)),
+            "gpu": gpu, "packages": versions, "argv": sys.argv}
+
+
+class RunState:
+    """Owner of a run folder: writes checkpoints, finds the one to continue from, keeps the last few."""
+
+    def __init__(self, config: RunConfig, group: Processes) -> None:
+        self.config = config
+        self.group = group
+        self.run_dir = Path(config.run_dir)
+        self.checkpoints = self.run_dir / "checkpoints"
+
+    def prepare(self) -> None:
+        """Create the folder; write config.yaml and env.json (first process)."""
+        def write() -> None:
+            (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            for leftover in self.checkpoints.glob(".*.tmp"):  # of a run that was killed while saving
+                shutil.rmtree(leftover, ignore_errors=True)
+            write_text_atomic(self.run_dir / "config.yaml", dump_config(self.config))
+            write_json_atomic(self.run_dir / "env.json", environment())
+        self.group.first_does(write)
+
+    def save(self, engine: Engine, step: int, task_state: dict[str, Tensor]) -> None:
+        """Save `step` finished steps: aside, hashed into a manifest, flushed, renamed, then named by latest.json.
+
+        task_state: this process's tensors beyond the engine's. Called on every process, at the end of an accumulation
+        window only.
+        """
+        name = f"step-{step:08d}"
+        aside = self.checkpoints / f".{name}.tmp"
+        self.group.first_does(lambda: (shutil.rmtree(aside, ignore_errors=True), (aside / RANKS).mkdir(parents=True)) and None)
+        engine.save(aside)
+        tensors = _rng_state(self.group.device) | {f"{TASK}{k}": v.contiguous() for k, v in task_state.items()}
+        save_file(tensors, self._rank_file(aside))
+        self.group.barrier()
+        self.group.first_does(lambda: self._publish(aside, name, step))
+
+    def _rank_file(self, folder: Path) -> Path:
+        return folder / RANKS / f"rank{self.group.rank}.safetensors"
+
+    def _publish(self, aside: Path, name: str, step: int) -> None:
+        files = [{"name": str(p.relative_to(aside)), "size": p.stat().st_size, "blake2b": _hash(p)}
+                 for p in sorted(aside.rglob("*")) if p.is_file()]
+        write_json_atomic(aside / MANIFEST, {
+            "schema_version": SCHEMA_VERSION, "step": step, "world_size": self.group.world_size,
+            "zero_stage": self.config.deepspeed.zero_stage, "batch_size": self.config.train.batch_size,
+            "accumulation": self.config.train.accumulation, "seed": self.config.seed, "files": files})
+        publish_folder(aside, self.checkpoints / name)
+        sync_path(self.checkpoints)
+        write_json_atomic(self.run_dir / "latest.json", {"step": step, "checkpoint": f"checkpoints/{name}"})
+        for old in self._whole_names()[: -self.config.checkpoint.keep_last]:
+            shutil.rmtree(self.checkpoints / old, ignore_errors=True)
+
+    def _whole_names(self) -> list[str]:
+        return sorted(p.parent.name for p in self.checkpoints.glob(f"step-*/{MANIFEST}"))
+
+    def find(self) -> Path | None:
+        """The newest whole checkpoint, or None for a fresh start; a damaged one is named and passed over.
+
+        ResumeError when checkpoint.resume is 'required' and there is none, or when every one there is damaged.
+        """
+        return self.group.first_does(self._find)
+
+    def _find(self) -> Path | None:
+        if self.config.checkpoint.resume == "never":
+            return None
+        names = sorted((p.name for p in self.checkpoints.glob("step-*")), reverse=True)
+        for name in names:
+            problem = self._problem(self.checkpoints / name)
+            if problem is None:
+                return self.checkpoints / name
+            log.warning("checkpoint %s is not usable: %s; trying the one before", self.checkpoints / name, problem)
+        if names:
+            raise ResumeError(f"{self.checkpoints}: none of {len(names)} checkpoints is whole; repair one, or start over "
+                              "with --checkpoint.resume never")
+        if self.config.checkpoint.resume == "required":
+            raise ResumeError(f"{self.checkpoints}: no checkpoint to resume from (checkpoint.resume is 'required')")
+        return None
+
+    def _problem(self, folder: Path) -> str | None:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["schema_version"] > SCHEMA_VERSION:
+                return f"its schema {manifest['schema_version']} is newer than this release reads ({SCHEMA_VERSION})"
+            for entry in manifest["files"]:
+                path = folder / entry["name"]
+                if not path.is_file():
+                    return f"{entry['name']} is missing"
+                if path.stat().st_size != entry["size"] or _hash(path) != entry["blake2b"]:
+                    return f"{entry['name']} is damaged"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{MANIFEST} cannot be read ({type(error).__name__})"
+        self._check_same_run(folder, manifest)
+        return None
+
+    def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
+        now = {"world_size": self.group.world_size, "zero_stage": self.config.deepspeed.zero_stage,
+               "batch_size": self.config.train.batch_size, "accumulation": self.config.train.accumulation,
+               "seed": self.config.seed}
+        differing = [f"{k} {manifest.get(k)} then, {v} now" for k, v in now.items() if manifest.get(k) != v]
+        if differing:
+            raise ResumeError(f"{folder} was written by another kind of run ({'; '.join(differing)}): use the same settings, "
+                              "another --run_dir, or --checkpoint.resume never")
+
+    def load(self, engine: Engine, folder: Path) -> tuple[int, dict[str, Tensor]]:
+        """Restore engine and random state on every process -> the number of finished steps and the task's tensors."""
+        engine.load(folder)
+        tensors = load_file(self._rank_file(folder))
+        _restore_rng(tensors, self.group.device)
+        step = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]
+        return int(step), {k.removeprefix(TASK): v for k, v in tensors.items() if k.startswith(TASK)}
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed Python, NumPy and torch; dropout differs between the processes."""
+    random.seed(seed + rank)
+    numpy.random.seed((seed + rank) % (1 << 32))
+    torch.manual_seed(seed + rank)
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    numpy_state: Any = numpy.random.get_state()
+    python_state = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(numpy_state[1].astype(numpy.int64)),
+        "numpy_rest": torch.tensor([float(numpy_state[2]), float(numpy_state[3]), float(numpy_state[4])], dtype=torch.float64),
+        "python": torch.tensor(python_state[1], dtype=torch.int64),
+        "python_gauss": torch.tensor([math.nan if python_state[2] is None else python_state[2]], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore_rng(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    rest = state["numpy_rest"].tolist()
+    numpy.random.set_state(("MT19937", state["numpy"].numpy().astype(numpy.uint32), int(rest[0]), int(rest[1]), rest[2]))
+    gauss = state["python_gauss"].item()
+    random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(gauss) else gauss))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

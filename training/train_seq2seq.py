@@ -1,0 +1,181 @@
+"""Train the caption -> image token transformer on token shards, and export the whole model folder.
+
+CPU:  python training/train_seq2seq.py --config training/recipes/debug_seq2seq.yaml --data.path TOKENS
+      --image_tokenizer TOKENIZER_RUN/model --run_dir RUN
+real: deepspeed training/train_seq2seq.py --config training/recipes/emoji32_seq2seq.yaml --data.path TOKENS
+      --image_tokenizer TOKENIZER_RUN/model --run_dir RUN
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from inference import LoadedModel, SamplingParams, TextToImage, save_model_folder
+from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
+from seq2seq.losses import image_token_loss
+from tokenizer_image import VQGAN
+from tokenizer_image.fingerprint import code_fingerprint
+from tokenizer_image.images import image_grid
+from tokenloom_common.errors import run_command
+from tokenloom_common.files import write_json_atomic
+from training.config import Seq2SeqRunConfig, load_config
+from training.data.batches import ItemId, MicroBatches, batch_loader
+from training.data.token_shards import TokenShards, check_same_tokenizer
+from training.data.training_sets import CollateTokens, TokenBatch, TokenVisits
+from training.engine import Engine, Processes, processes, resolve_precision
+from training.log import setup_console
+from training.loop import Task, run_training
+from training.model_card import model_card
+from training.optim import build_optimizer
+from training.run_state import RunState, seed_everything
+
+log = logging.getLogger(__name__)
+
+SAMPLE_PICTURES = 8
+
+
+class Seq2SeqTraining:
+    """One run: the transformer, its tokenizers, its data and what the loop needs of them."""
+
+    def __init__(self, config: Seq2SeqRunConfig, group: Processes) -> None:
+        self.config, self.group = config, group
+        self.run_state = RunState(config, group)
+        self.image_tokenizer = VQGAN.from_pretrained(config.image_tokenizer)
+        self.shards = TokenShards(config.data.path, config.data.split)
+        self.fingerprint = code_fingerprint(self.image_tokenizer)
+        check_same_tokenizer(self.shards.index, config.data.path, self.image_tokenizer.codebook_size,
+                             self.image_tokenizer.grid, self.fingerprint, config.image_tokenizer)
+        self.run_state.prepare()
+        self.text_tokenizer = self._text_tokenizer()
+        self.visits = TokenVisits(self.shards, config.seed, config.caption_dropout)
+        self.collate = CollateTokens(self.text_tokenizer)
+        seed_everything(config.seed, 0)  # the same weights on every process
+        self.model = EncoderDecoder(self._model_config())
+        self.engine = Engine(self.model, build_optimizer(self.model, config.optim), config, group,
+                             resolve_precision(config, group.device))
+        seed_everything(config.seed, group.rank)
+
+    def _text_tokenizer(self) -> TextTokenizer:
+        """The one that is named; or the one of this run; or one trained on its captions."""
+        text = self.config.text
+        if text.tokenizer:
+            return TextTokenizer.from_pretrained(text.tokenizer)
+        folder = self.run_state.run_dir / "text_tokenizer"
+
+        def train() -> None:
+            if not folder.exists():
+                TextTokenizer.train(self.shards.all_captions(), text.vocab_size, text.text_length).save_pretrained(folder)
+        self.group.first_does(train)
+        return TextTokenizer.from_pretrained(folder)
+
+    def _model_config(self) -> Seq2SeqConfig:
+        text = self.text_tokenizer.config
+        return Seq2SeqConfig.parse({
+            **self.config.model.resolved(), "text_vocab_size": text.vocab_size, "text_length": text.text_length,
+            "codebook_size": self.image_tokenizer.codebook_size, "grid": self.image_tokenizer.grid,
+            "tokenizer_fingerprint": self.fingerprint}, "model")
+
+    def task(self) -> Task:
+        """This run as the training loop sees it."""
+        return Task("train seq2seq", self.batches, self.loss, dict, self.sample, dict, lambda state: None)
+
+    def batches(self, first_step: int) -> Iterable[TokenBatch]:
+        """This process's micro-batches from `first_step` on."""
+        train = self.config.train
+        order = MicroBatches(len(self.visits), train.batch_size, train.accumulation, self.config.seed, self.group.rank,
+                             self.group.world_size, first_step, train.steps)
+        return batch_loader(self.visits, order, self.config.data.workers, self.collate)
+
+    def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch -> mean cross entropy of its tokens in nats."""
+        device = self.group.device
+        tokens = batch.image_tokens.to(device)
+        logits = self.engine(batch.text.text_ids.to(device), batch.text.text_mask.to(device), tokens)
+        return image_token_loss(logits, tokens), {}
+
+    def full_model(self) -> EncoderDecoder:
+        """A float32 copy with the whole current weights. All processes must call it."""
+        state = self.engine.full_state()
+        model = EncoderDecoder(self.model.config)
+        model.load_state_dict(state)
+        return model.to(self.group.device).eval()
+
+    def pipeline(self, model: EncoderDecoder) -> TextToImage:
+        """A sampler around the current weights."""
+        image_tokenizer = self.image_tokenizer.to(self.group.device)
+        return TextToImage(LoadedModel(image_tokenizer, model, self.text_tokenizer, self.generation(),
+                                       self.run_state.run_dir))
+
+    def generation(self) -> SamplingParams:
+        """Sampling defaults of this run's exports and grids."""
+        return SamplingParams(guidance_scale=self.config.sample_guidance, top_k=self.config.sample_top_k)
+
+    def sample(self, step: int) -> None:
+        """samples/step-…png: pictures sampled for fixed captions and seeds."""
+        model = self.full_model()
+        if not self.group.is_first:
+            return
+        stride = max(1, len(self.shards) // SAMPLE_PICTURES)
+        captions = [self.shards.captions(row)[0] for row in range(0, len(self.shards), stride)][:SAMPLE_PICTURES]
+        result = self.pipeline(model).generate(captions, seed=0)
+        folder = self.run_state.run_dir / "samples"
+        image_grid(result.images, columns=len(captions)).save(folder / f"step-{step:08d}.png")
+        write_json_atomic(folder / "captions.json", captions)
+
+    def finish(self) -> None:
+        """Measure the held-out split and export run_dir/model."""
+        model = self.full_model()
+        if not self.group.is_first:
+            return
+        held_out = None
+        if self.config.data.validation_split:
+            shards = TokenShards(self.config.data.path, self.config.data.validation_split)
+            held_out = validation_loss(model, shards, self.collate, self.config.seed)
+            write_json_atomic(self.run_state.run_dir / "validation.json",
+                              {"split": self.config.data.validation_split, "loss": held_out, "rows": len(shards)})
+            log.info("held-out loss: %.4f nats a token", held_out)
+        folder = save_model_folder(self.run_state.run_dir / "model", self.image_tokenizer.cpu(), model.cpu(),
+                                   self.text_tokenizer, self.generation(),
+                                   model_card(self.config, model.config, len(self.shards), held_out))
+        log.info("model folder: %s", folder)
+
+
+@torch.inference_mode()
+def validation_loss(model: EncoderDecoder, shards: TokenShards, collate: CollateTokens, seed: int,
+                    batch_size: int = 64) -> float:
+    """Mean cross entropy in nats over a split's tokens, each row with one of its captions, none dropped."""
+    visits = TokenVisits(shards, seed, caption_dropout=0.0)
+    device = model.to_logits.weight.device
+    total = 0.0
+    for step in range(-(-len(shards) // batch_size)):
+        rows = range(step * batch_size, min(len(shards), (step + 1) * batch_size))
+        batch = collate([visits[ItemId(0, row)] for row in rows])
+        tokens = batch.image_tokens.to(device)
+        logits = model(batch.text.text_ids.to(device), batch.text.text_mask.to(device), tokens)
+        total += float(image_token_loss(logits, tokens)) * len(rows)
+    return total / len(shards)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Train from command-line arguments."""
+    config = load_config(Seq2SeqRunConfig, sys.argv[1:] if argv is None else argv, "train_seq2seq.py", __doc__ or "")
+    with processes(config.train.threads) as group:
+        setup_console(group.is_first)
+        training = Seq2SeqTraining(config, group)
+        run_training(training.task(), training.engine, config, group, training.run_state)
+        training.finish()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: errors become one line and an exit code."""
+    return run_command(run, argv, "train_seq2seq.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

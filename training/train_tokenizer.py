@@ -1,0 +1,151 @@
+"""Train an image tokenizer on a folder of pictures.
+
+CPU:  python training/train_tokenizer.py --config training/recipes/debug_tokenizer.yaml --data.path DIR --run_dir RUN
+real: deepspeed training/train_tokenizer.py --config training/recipes/emoji32_tokenizer.yaml --data.path DIR --run_dir RUN
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from tokenizer_image import VQGAN, CodebookUsage, LPIPS, tokenizer_loss
+from tokenizer_image.images import float_to_pixels, image_grid, pixels_to_images
+from tokenloom_common.errors import run_command
+from tokenloom_common.files import write_json_atomic
+from training.config import TokenizerRunConfig, load_config
+from training.data.batches import ItemId, MicroBatches, batch_loader
+from training.data.drops import DropCounter
+from training.data.sources import open_dataset
+from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
+from training.engine import Engine, Processes, processes, resolve_precision
+from training.evaluation.reconstruction import evaluate_reconstruction
+from training.log import setup_console
+from training.loop import Task, run_training
+from training.optim import build_optimizer
+from training.run_state import RunState, seed_everything
+
+log = logging.getLogger(__name__)
+
+SAMPLE_PICTURES = 8
+
+
+class TokenizerTraining:
+    """One run: the model, its data and what the loop needs of them."""
+
+    def __init__(self, config: TokenizerRunConfig, group: Processes) -> None:
+        self.config, self.group = config, group
+        self.run_state = RunState(config, group)
+        source = group.first_does(lambda: open_dataset(config.data.path, split=config.data.split,
+                                                       caption_column=config.data.caption_column))
+        self.visits = ImageVisits(source, config.model.resolution, config.seed, config.data.horizontal_flip)
+        self.run_state.prepare()
+        seed_everything(config.seed, 0)  # the same weights on every process
+        self.tokenizer = VQGAN(config.model)
+        precision = resolve_precision(config, group.device)
+        self.perceptual = self._perceptual()
+        self.engine = Engine(self.tokenizer, build_optimizer(self.tokenizer, config.optim), config, group, precision)
+        seed_everything(config.seed, group.rank)
+        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.usage = CodebookUsage(config.model.codebook_size, config.usage_window)
+        self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
+        self._known_bad: set[str] = set()
+
+    def _perceptual(self) -> LPIPS | None:
+        if self.config.loss.perceptual_weight == 0:
+            return None
+        return LPIPS.load().to(self.group.device)
+
+    def task(self) -> Task:
+        """This run as the training loop sees it."""
+        return Task("train tokenizer", self.batches, self.loss, self.metrics, self.sample, lambda: dict(self.usage.state_dict()),
+                    lambda state: self.usage.load_state_dict(state) and None)
+
+    def batches(self, first_step: int) -> Iterable[PixelBatch]:
+        """This process's micro-batches from `first_step` on."""
+        train = self.config.train
+        order = MicroBatches(len(self.visits), train.batch_size, train.accumulation, self.config.seed, self.group.rank,
+                             self.group.world_size, first_step, train.steps)
+        return batch_loader(self.visits, order, self.config.data.workers, collate_pixels)
+
+    def loss(self, batch: PixelBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch -> loss and its named terms."""
+        self._count(batch)
+        # channels-last pictures make every convolution run so; the weights stay as ZeRO can flatten them
+        image = batch.image.to(self.group.device, self.dtype, memory_format=torch.channels_last)
+        result = self.engine(image)
+        loss = tokenizer_loss(result, image, self.config.loss, self.perceptual)
+        self.usage.update(result.codes)
+        return loss.total, loss.terms
+
+    def _count(self, batch: PixelBatch) -> None:
+        """Count unusable pictures, each once however often its turn comes."""
+        self.drops.record_good(len(batch.image))
+        for dropped in batch.dropped:
+            if dropped.key not in self._known_bad:
+                self._known_bad.add(dropped.key)
+                self.drops.record(dropped.reason, dropped.key)
+
+    def metrics(self) -> dict[str, float]:
+        """Windowed codebook usage and perplexity, and items skipped."""
+        report = self.usage.compute()
+        return {"codebook_usage": report.usage, "codebook_perplexity": report.perplexity, "dead_codes": report.dead_codes,
+                "dropped_items": self.drops.dropped}
+
+    def full_model(self) -> VQGAN:
+        """A float32 copy on the CPU with the whole current weights. All processes must call it."""
+        state = self.engine.full_state()
+        model = VQGAN(self.config.model)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def sample(self, step: int) -> None:
+        """samples/step-…png: originals above their reconstructions."""
+        model = self.full_model()
+        if not self.group.is_first:
+            return
+        count = min(SAMPLE_PICTURES, len(self.visits))
+        image = collate_pixels([self.visits[ItemId(0, i)] for i in range(count)]).image
+        rows = torch.cat([image, model.decode(model.encode(image))])
+        grid = image_grid(pixels_to_images(float_to_pixels(rows)), columns=count)
+        grid.save(self.run_state.run_dir / "samples" / f"step-{step:08d}.png")
+
+    def finish(self) -> None:
+        """Export run_dir/model and measure the held-out split."""
+        model = self.full_model()
+        if not self.group.is_first:
+            return
+        folder = model.save_pretrained(self.run_state.run_dir / "model")
+        if self.drops.dropped:
+            log.warning("%s", self.drops.summary())
+        if self.config.data.validation_split:
+            held_out = open_dataset(self.config.data.path, split=self.config.data.validation_split,
+                                    caption_column=self.config.data.caption_column)
+            report = evaluate_reconstruction(model.to(self.group.device), held_out)
+            write_json_atomic(self.run_state.run_dir / "validation.json", report)
+            log.info("held-out pictures: %.2f dB PSNR, %.1f %% of codes used", report["psnr"], 100 * report["codebook_usage"])
+        log.info("image tokenizer: %s", folder)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Train from command-line arguments."""
+    config = load_config(TokenizerRunConfig, sys.argv[1:] if argv is None else argv, "train_tokenizer.py", __doc__ or "")
+    with processes(config.train.threads) as group:
+        setup_console(group.is_first)
+        training = TokenizerTraining(config, group)
+        run_training(training.task(), training.engine, config, group, training.run_state)
+        training.finish()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: errors become one line and an exit code."""
+    return run_command(run, argv, "train_tokenizer.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
