@@ -19,12 +19,12 @@ class Seq2SeqConfig(StrictConfig):
     text_length: int = Field(ge=2, le=4096, description="T: text ids per caption, padded or truncated")
     codebook_size: int = Field(ge=2, le=1 << 24, description="K: entries of the image tokenizer's codebook")
     grid: tuple[int, int] = Field(description="(h, w): rows and columns of the code grid")
-    width: int = Field(256, ge=8, description="D: width of the residual stream")
-    heads: int = Field(4, ge=1)
-    head_dim: int = Field(64, ge=4)
+    width: int = Field(256, ge=8, le=1 << 16, description="D: width of the residual stream")
+    heads: int = Field(4, ge=1, le=1024)
+    head_dim: int = Field(64, ge=4, le=1024)
     kv_heads: int | None = Field(None, ge=1, description="key/value heads (grouped-query attention); none = heads")
-    encoder_layers: int = Field(4, ge=1)
-    decoder_layers: int = Field(6, ge=1)
+    encoder_layers: int = Field(4, ge=1, le=512)
+    decoder_layers: int = Field(6, ge=1, le=512)
     feedforward: Literal["swiglu", "gelu"] = "swiglu"
     feedforward_multiplier: float = Field(8 / 3, gt=0, le=16, description="inner width / width (SwiGLU: 2/3 of 4)")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"

@@ -98,6 +98,14 @@ def test_lpips_of_equal_pictures_is_zero_grows_with_noise_and_has_finite_gradien
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_lpips_features_that_are_all_zero_give_no_nan_gradient():
+    model = make_lpips("alexnet")
+    model.convs[-1].bias.fill_(-1e4)
+    image = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    model(image, torch.ones(1, 3, 32, 32)).backward()
+    assert torch.isfinite(image.grad).all()
+
+
 def weights_tree(model: LPIPS) -> dict:
     body = {f"Conv_{i}": {"kernel": conv.weight.permute(2, 3, 1, 0).numpy(), "bias": conv.bias.numpy()}
             for i, conv in enumerate(model.convs)}

@@ -77,8 +77,7 @@ class LPIPS(nn.Module):
             if step == "pool":
                 hidden = F.max_pool2d(hidden, self.pool, stride=2)
             elif step == "tap":
-                length = (hidden.square().sum(dim=1, keepdim=True) + 1e-20).sqrt()  # no NaN gradient where all are 0
-                taps.append(hidden / (length + 1e-10))
+                taps.append(hidden / (hidden.norm(dim=1, keepdim=True) + 1e-10))
             else:
                 hidden = F.relu(next(convs)(hidden))
         return taps

@@ -44,7 +44,8 @@ def dotted_names(config_class: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _explain(config_class: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
+    # a misspelt key is often missed elsewhere too: the misspelling is what helps
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

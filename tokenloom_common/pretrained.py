@@ -44,8 +44,12 @@ class PretrainedModule(nn.Module):
         path = resolve_folder(folder, revision)
         config = read_config(path, cls.kind, cls.config_class)
         tensors = read_tensors(path)
-        with torch.device("meta"):  # shapes are compared before a lying config can allocate anything
-            expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+        try:
+            with torch.device("meta"):  # shapes are compared before a lying config can allocate anything
+                expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+        except (RuntimeError, OverflowError, MemoryError) as error:
+            raise UserError(f"{path}: the weights do not fit config.json: no model can be built from it "
+                            f"({' '.join(str(error).split())[:120]})") from None
         check_tensors(expected, {name: tuple(t.shape) for name, t in tensors.items()}, path)
         model = cls(config)
         model.load_state_dict(tensors)

@@ -97,7 +97,7 @@ class TokenizerRunConfig(RunConfig):
     """training/train_tokenizer.py: images -> an image tokenizer."""
 
     data: DataConfig
-    model: VQGANConfig
+    model: VQGANConfig = VQGANConfig()
     loss: TokenizerLossConfig = TokenizerLossConfig()
     usage_window: int = Field(100, ge=1, description="micro-batches over which codebook usage and perplexity are counted")
 

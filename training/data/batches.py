@@ -69,6 +69,7 @@ class MicroBatches(Sampler[list[ItemId]]):
 
 def batch_loader(dataset: Any, order: MicroBatches, workers: int, collate: Any) -> DataLoader:
     """A DataLoader over `dataset[ItemId]` in that order. Workers change the speed, never the content."""
-    return DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate,
+    # its own generator: a loader draws a seed when it starts, which must not shift the run's random numbers
+    return DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=collate, generator=torch.Generator(),
                       persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
                       prefetch_factor=4 if workers else None)

@@ -23,10 +23,10 @@ class BadItemError(UserError):
     def __init__(self, name: str, reason: str, detail: str) -> None:
         super().__init__(f"{name}: {reason}: {detail}")
         self.reason = reason
+        self._parts = (name, reason, detail)
 
     def __reduce__(self):  # the message alone does not rebuild it, and workers send errors pickled
-        name, reason, detail = str(self).split(": ", 2)
-        return type(self), (name, reason, detail)
+        return type(self), self._parts
 
 
 def in_words(reasons: Counter) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from tokenloom_common.errors import DataError, RunFailedError, UserError, choose, nearest_name
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
-from training.data.dataset_folder import card_head, previous_build, write_record, write_splits
+from training.data.dataset_folder import card_head, previous_build, require_extra, write_record, write_splits
 from training.data.emoji_art import Art, read_iconify, read_named_files, render_png
 from training.data.emoji_names import (
     Emoji,
@@ -63,6 +63,8 @@ def build_emoji(out: Path, size: int = 64, styles: Sequence[str] | None = None, 
     if earlier is not None:
         log.info("%s: already built with these arguments", out)
         return {**earlier, "reused": True}
+    for module in ("datasets", "resvg_py"):
+        require_extra(module)
     started = time.monotonic()
     emojis, art, packages = fetch_art(source, styles)
     report = build_from_art(out, emojis, art, packages, arguments, started)
@@ -115,6 +117,8 @@ def _fetch_npm(styles: Sequence[str]) -> tuple[list[Emoji], ArtOfStyles, list[Pa
     for name in wanted:
         folder = folders[STYLES[name].package.name]
         art[name] = read_named_files(folder / "assets", ".webp") if STYLES[name].webp else read_iconify(folder, emojis)
+        if not art[name]:
+            raise RunFailedError(f"style {name}: its package {STYLES[name].package.name} draws none of the emoji")
     return emojis, art, packages
 
 

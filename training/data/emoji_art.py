@@ -20,13 +20,12 @@ _MAX_ALIASES = 5
 
 
 def read_iconify(folder: Path, emojis: list[Emoji]) -> dict[str, Art]:
-    """SVG text by emoji code from an Iconify package: by its chars.json, or by name where it has none."""
+    """SVG text by emoji code from an Iconify package: by its chars.json, or by name where that is empty."""
     icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
     chars_path = folder / "chars.json"
-    if chars_path.is_file():
-        chars = json.loads(chars_path.read_text(encoding="utf-8"))
-        name_of = {plain_code(code): name for code, name in chars.items()}
-    else:
+    chars = json.loads(chars_path.read_text(encoding="utf-8")) if chars_path.is_file() else {}
+    name_of = {plain_code(code): name for code, name in chars.items()}
+    if not name_of:  # some packages ship the file empty
         name_of = match_names(emojis, [*icons["icons"], *icons.get("aliases", {})])
     art: dict[str, Art] = {}
     for code, name in name_of.items():
@@ -115,7 +114,7 @@ def render_png(job: tuple[Art, int]) -> tuple[bytes, bytes] | str:
     art, size = job
     try:
         pixels = render(art, size)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if pixels.min() == 255:
         return "blank picture"

@@ -181,7 +181,7 @@ def _verify_npm(folder: Path, packages: list[Package]) -> None:
 
 
 def _run(command: list[str]) -> None:
-    tool = "pip" if "pip" in command else command[0]
+    tool = "pip" if "pip" in command else Path(command[0]).name
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
     except FileNotFoundError:

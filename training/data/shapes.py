@@ -18,7 +18,7 @@ from PIL import Image
 from tokenloom_common.errors import UserError
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
-from training.data.dataset_folder import card_head, previous_build, write_record, write_splits
+from training.data.dataset_folder import card_head, previous_build, require_extra, write_record, write_splits
 from training.data.scenes import COLORS, COMBINATIONS, SHAPES, Combination, Scene, describe, draw_scene, make_scene
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def build_shapes(out: Path, size: int = 32, num_scenes: int = 2000, seed: int = 
     if earlier is not None:
         log.info("%s: already built with these arguments", out)
         return {**earlier, "reused": True}
+    require_extra("datasets")
     started = time.monotonic()
     unseen = choose_unseen(seed)
     splits = make_splits(size, num_scenes, seed, max_objects, unseen)
@@ -81,6 +82,8 @@ def make_splits(size: int, num_scenes: int, seed: int, max_objects: int,
             digest = hashlib.sha256(pixels.tobytes()).digest()
             if digest not in digests:
                 break
+        else:
+            raise UserError(f"num_scenes {num_scenes:,}: more than there are different pictures; use a larger size")
         digests.add(digest)
         splits[split].append(_row(scene, pixels, f"{index:07d}"))
     return splits

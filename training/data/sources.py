@@ -17,6 +17,7 @@ from PIL import Image
 from tokenizer_image.images import BadImageError, open_image
 from tokenloom_common.errors import DataError
 from training.data.captions import clean_captions
+from training.data.dataset_folder import require_extra
 from training.data.drops import BadItem, BadItemError, in_words
 from training.data.folder_source import Collector, read_metadata, read_sidecars
 from training.data.layout import Layout, below, find_layout
@@ -151,6 +152,7 @@ def load_source(path: str | Path, *, split: str | None = None, caption_column: s
                 image_column: str | None = None) -> CaptionedImages:
     """`open_dataset` that returns an empty sequence, with its reasons, where nothing is usable."""
     layout = find_layout(path)
+    require_extra("datasets")
     return _KINDS[layout.kind](str(path), _Options(layout, split, caption_column, image_column))
 
 

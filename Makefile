@@ -1,0 +1,51 @@
+# make demo       real pictures from captions, everything from scratch (about 15 minutes on 2 CPU cores)
+# make test       the tests (`make test-all`: the slow ones too)
+# make lint       style, types, import direction
+#
+# The virtual environment is .venv. TORCH chooses the torch to install (default: the tested CPU build), for example
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cu128"
+# VENV= (empty) uses the environment that is already active and installs nothing into it.
+
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+DEMO_OUT ?= demo
+DEMO_SIZE ?= full
+
+ifeq ($(VENV),)
+BIN :=
+READY :=
+else
+BIN := $(VENV)/bin/
+READY := $(VENV)/.ready
+endif
+
+.PHONY: demo test test-all lint setup clean
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)python -m training.demo --out $(DEMO_OUT) --size $(DEMO_SIZE)
+
+test: $(READY)
+	$(BIN)python -m pytest
+
+test-all: $(READY)
+	$(BIN)python -m pytest -m "not gpu or gpu"
+
+lint: $(READY)
+	$(BIN)ruff check .
+	$(BIN)mypy
+	$(BIN)lint-imports
+
+# torch goes first and by itself: any other package would pull the newest build with gigabytes of CUDA libraries
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; say PYTHON=/path/to/python (3.11 or newer)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+	$(BIN)python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

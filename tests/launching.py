@@ -1,0 +1,39 @@
+"""Running the training scripts as people do: as processes, with or without the launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPES = REPOSITORY / "training" / "recipes"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """Offline, CPU, `threads` threads a process; the interpreter's own folder first, so that `deepspeed` is ours."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def python(script: str, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess:
+    """`python script arguments`."""
+    return _run([sys.executable, script], arguments, timeout)
+
+
+def deepspeed(processes: int, script: str, *arguments: object, timeout: float = 280) -> subprocess.CompletedProcess:
+    """`deepspeed --num_accelerators processes script arguments`."""
+    return _run(["deepspeed", "--num_accelerators", str(processes), "--master_port", str(free_port()), script], arguments, timeout)
+
+
+def _run(command: list[str], arguments: tuple, timeout: float) -> subprocess.CompletedProcess:
+    return subprocess.run([*command, *map(str, arguments)], cwd=REPOSITORY, env=environment(), text=True, timeout=timeout,
+                          capture_output=True, check=False)

@@ -1,0 +1,114 @@
+"""Configs: defaults < recipe < command line, every key known, every mistake one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seq2seq import PRESETS as SEQ2SEQ_PRESETS
+from seq2seq import EncoderDecoder, Seq2SeqConfig
+from tests.tiny import TEXT_LENGTH
+from tokenloom_common.errors import UserError
+from training.config import (EncodeRunConfig, Seq2SeqRunConfig, TokenizerRunConfig, dump_config, load_config)
+
+RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
+NEEDED = ["--data.path", "d", "--run_dir", "r"]
+
+
+def load(*argv: str, kind=TokenizerRunConfig):
+    return load_config(kind, argv, "train.py", "text")
+
+
+def test_defaults_then_recipe_then_command_line(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {steps: 7, batch_size: 64}\ndata: {path: here}\n")
+    config = load("--config", str(recipe), "--train.steps", "9", "--run_dir", "r", "--optim.betas", "[0.5, 0.6]")
+    assert (config.train.steps, config.train.batch_size, config.train.log_every) == (9, 64, 10)
+    assert config.data.path == "here"
+    assert config.optim.betas == (0.5, 0.6)
+
+
+def test_the_launchers_rank_flag_and_equals_signs_are_accepted():
+    assert load("--local_rank=3", *NEEDED, "--train.steps=5").train.steps == 5
+    assert load("--local_rank", "3", *NEEDED).train.steps == 1000
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--train.stesp", "5"], "did you mean 'train.steps'"), (["--optm.lr", "5"], "did you mean 'optim.lr'"),
+    (["--train.steps", "many"], "train.steps"), (["--train.steps", "0"], "train.steps"), (["--train.steps"], "needs a value"),
+    (["stray"], "unexpected argument 'stray'"), (["--optim.lr", "-1"], "optim.lr"), (["--optim.lr", ".nan"], "optim.lr"),
+    (["--config", "nowhere.yaml"], "no such file"), (["--deepspeed.zero_stage", "4"], "zero_stage"),
+    (["--model.resolution", "30"], "resolution"), (["--seed", "[1, 2"], "--seed"), (["--checkpoint.resume", "maybe"], "resume"),
+])
+def test_wrong_options_are_one_line(argv, words):
+    with pytest.raises(UserError, match=words) as caught:
+        load(*NEEDED, *argv)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("train: {stpes: 3}", "unknown key 'train.stpes'; did you mean 'train.steps'"), ("- a\n- b", "expected a mapping"),
+    ("a: [1", "cannot be read"), ("\x00", "cannot be read"), ("train: 3", "train"), ("batch: 3", "unknown key 'batch'")])
+def test_wrong_recipes_are_one_line_that_names_key_or_file(tmp_path, text, words):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        load(*NEEDED, "--config", str(tmp_path / "r.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_required_key_is_named():
+    with pytest.raises(UserError, match=r"missing key 'run_dir'"):
+        load("--data.path", "d")
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load(*NEEDED, "--config", str(tmp_path / "r.yaml"))
+
+
+def test_the_merged_config_reads_back_as_itself(tmp_path):
+    config = load(*NEEDED, "--train.steps", "5", "--loss.l2_weight", "0.5")
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load("--config", str(tmp_path / "config.yaml")) == config
+
+
+def test_help_lists_every_key(capsys):
+    for kind in (TokenizerRunConfig, EncodeRunConfig, Seq2SeqRunConfig):
+        with pytest.raises(SystemExit) as stopped:
+            load("--help", kind=kind)
+        assert stopped.value.code == 0
+        shown = capsys.readouterr().out
+        assert "--data.path" in shown
+        assert "required" in shown
+    assert "--optim.gradient_clipping" in shown
+    assert "--caption_dropout" in shown
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) == 4
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_parses_and_builds(recipe):
+    text = recipe.read_text()
+    assert "command:" in text
+    assert "machine:" in text
+    tokenizer = "codebook_size" in (yaml.safe_load(text).get("model") or {})
+    kind = TokenizerRunConfig if tokenizer else Seq2SeqRunConfig
+    extra = NEEDED if tokenizer else [*NEEDED, "--image_tokenizer", "t"]
+    config = load("--config", str(recipe), *extra, kind=kind)
+    assert config.train.batch_size % 2 == 0
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("debug", 0.197), ("emoji-demo", 6.4), ("small", 0)])
+def test_preset_sizes(preset, millions):
+    config = Seq2SeqConfig(text_vocab_size=512, text_length=TEXT_LENGTH, codebook_size=512, grid=(8, 8), **SEQ2SEQ_PRESETS[preset])
+    import torch
+
+    with torch.device("meta"):
+        model = EncoderDecoder(config)
+    counted = sum(p.numel() for p in model.parameters()) / 1e6
+    assert counted == pytest.approx(millions, rel=0.02)

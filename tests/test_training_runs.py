@@ -1,0 +1,218 @@
+"""The training scripts as processes: two under the launcher, one without, stopped and resumed, and given bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests import launching
+from tests.bad_images import REFUSED
+from tokenizer_image import VQGAN
+from tokenloom import TextToImage
+from training.data.shapes import build_shapes
+from training.data.token_shards import TokenShards
+from training.log import read_metrics
+
+TOKENIZER, ENCODE, SEQ2SEQ = (f"training/{name}.py" for name in ("train_tokenizer", "encode_dataset", "train_seq2seq"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Both stages trained by two `deepspeed` processes on rendered scenes; many tests look at what they left."""
+    folder = tmp_path_factory.mktemp("runs")
+    build_shapes(folder / "data", size=16, num_scenes=120, seed=0)
+    results = {"tokenizer": launching.deepspeed(
+        2, TOKENIZER, "--config", launching.RECIPES / "debug_tokenizer.yaml", "--data.path", folder / "data",
+        "--run_dir", folder / "tokenizer", "--data.validation_split", "unseen_combination")}
+    results["encode"] = launching.deepspeed(2, ENCODE, "--image_tokenizer", folder / "tokenizer/model", "--data.path",
+                                            folder / "data", "--out", folder / "tokens", "--shard_rows", 30)
+    results["seq2seq"] = launching.deepspeed(
+        2, SEQ2SEQ, "--config", launching.RECIPES / "debug_seq2seq.yaml", "--data.path", folder / "tokens",
+        "--image_tokenizer", folder / "tokenizer/model", "--run_dir", folder / "seq2seq",
+        "--data.validation_split", "unseen_combination", "--deepspeed.zero_stage", 2)
+    for name, result in results.items():
+        assert result.returncode == 0, f"{name}: {result.stderr[-3000:]}"
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "seq2seq"])
+def test_two_deepspeed_processes_train_and_the_loss_falls(work, stage):
+    values = losses(work / stage)
+    assert len(values) == 13
+    assert values[-1] < 0.75 * values[0]
+    assert all(later < values[0] for later in values[2:])
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "seq2seq"])
+def test_a_run_folder_holds_what_it_promises(work, stage):
+    run = work / stage
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, *range(5, 61, 5)]
+    assert all({"step", "loss", "lr", "samples_per_s", "grad_norm", "data_wait"} <= row.keys() for row in rows)
+    assert rows[0]["lr"] < max(row["lr"] for row in rows) == pytest.approx(0.003 if stage == "seq2seq" else 0.002, rel=0.01)
+    assert json.loads((run / "latest.json").read_text()) == {"step": 60, "checkpoint": "checkpoints/step-00000060"}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000040", "step-00000060"]
+    assert sorted(p.name for p in (run / "samples").glob("*.png")) == ["step-00000030.png", "step-00000060.png"]
+    assert json.loads((run / "env.json").read_text())["packages"]["deepspeed"][0].isdigit()
+    assert f"run_dir: {run}" in (run / "config.yaml").read_text()
+    assert json.loads((run / "validation.json").read_text())
+
+
+def test_codebook_health_is_logged_from_the_first_step(work):
+    rows = read_metrics(work / "tokenizer/metrics.jsonl")
+    assert all(0 < row["codebook_usage"] <= 1 and 1 <= row["codebook_perplexity"] <= 64 for row in rows)
+    assert rows[0]["step"] == 1
+
+
+def test_the_two_processes_wrote_whole_shards_in_order(work):
+    shards = TokenShards(work / "tokens", "train")
+    assert len(shards.index.splits["train"].files) > 2
+    keys = [shards.key(row) for row in range(len(shards))]
+    assert len(set(keys)) == len(keys)
+    tokenizer = VQGAN.from_pretrained(work / "tokenizer/model")
+    from tests.encode_again import tokens_of_row
+
+    assert shards.image_tokens(0).tolist() == tokens_of_row(tokenizer, work / "data", 0)
+    assert shards.image_tokens(len(shards) - 1).tolist() == tokens_of_row(tokenizer, work / "data", len(shards) - 1)
+
+
+def test_the_exported_model_folder_samples(work):
+    model = TextToImage.from_pretrained(work / "seq2seq/model", device="cpu")
+    assert model.default_params.guidance_scale == 2.0
+    result = model.generate("a red circle", num_images=2, seed=0)
+    assert result.images[0].size == (16, 16)
+    card = (work / "seq2seq/model/README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    assert "not measured" not in card
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(work, tmp_path):
+    before = (work / "seq2seq/metrics.jsonl").read_text()
+    result = launching.deepspeed(2, SEQ2SEQ, "--config", work / "seq2seq/config.yaml")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "already trained to step 60" in result.stderr
+    assert (work / "seq2seq/metrics.jsonl").read_text() == before
+
+
+def tokenizer_arguments(work: Path, run: Path, *more: object) -> list[object]:
+    return [TOKENIZER, "--config", launching.RECIPES / "debug_tokenizer.yaml", "--data.path", work / "data", "--run_dir", run,
+            "--train.log_every", 1, "--train.sample_every", 0, "--model.dropout", 0.1, "--data.horizontal_flip", 0.5, *more]
+
+
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(work, tmp_path):
+    whole = launching.python(*tokenizer_arguments(work, tmp_path / "whole", "--train.steps", 24))
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    command = [sys.executable, *map(str, tokenizer_arguments(work, tmp_path / "parts", "--train.steps", 24))]
+    with subprocess.Popen(command, cwd=launching.REPOSITORY, env=launching.environment(), stderr=subprocess.PIPE,
+                          text=True) as first:
+        metrics = tmp_path / "parts/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while len(read_metrics(metrics)) < 7 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        first.send_signal(signal.SIGTERM)
+        message = first.stderr.read()
+        assert first.wait(60) == 143, message[-2000:]
+    assert "stopped by signal 15 after a checkpoint" in message
+    stopped = json.loads((tmp_path / "parts/latest.json").read_text())["step"]
+    assert 7 <= stopped < 24
+    rest = launching.python(*tokenizer_arguments(work, tmp_path / "parts", "--train.steps", 24))
+    assert rest.returncode == 0, rest.stderr[-2000:]
+    assert f"continuing from {tmp_path}/parts/checkpoints/step-{stopped:08d}" in rest.stderr
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert [row["step"] for row in rows[1]] == list(range(1, 25))
+    for a, b in zip(*rows, strict=True):
+        assert (a["loss"].hex(), a["grad_norm"].hex(), a["codebook_perplexity"]) == (
+            b["loss"].hex(), b["grad_norm"].hex(), b["codebook_perplexity"])
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(work, tmp_path):
+    run = Path(shutil.copytree(work / "tokenizer", tmp_path / "run"))
+    newest = next((run / "checkpoints/step-00000060/deepspeed").glob("*model_states.pt"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    result = launching.deepspeed(2, TOKENIZER, "--config", work / "tokenizer/config.yaml", "--run_dir", run)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "step-00000060 is not usable" in result.stderr
+    assert "continuing from" in result.stderr
+    assert "step-00000040" in result.stderr
+    assert losses(run) == losses(work / "tokenizer")  # the repeated steps came out the same
+
+
+def test_another_number_of_processes_is_refused_with_exit_code_3(work):
+    result = launching.python(TOKENIZER, "--config", work / "tokenizer/config.yaml")
+    assert result.returncode == 3
+    assert "world_size 2 then, 1 now" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def bad_data(folder: Path, good: int) -> Path:
+    """An image folder with every kind of bad picture and `good` good ones."""
+    folder.mkdir()
+    for number in range(good):
+        Image.new("RGB", (20, 20), (number * 5 % 255, 80, 120)).save(folder / f"good{number}.png")
+        (folder / f"good{number}.txt").write_text(f"picture {number}")
+    for name, (picture, _) in REFUSED.items():
+        (folder / f"bad {name}.png").write_bytes(picture)
+        (folder / f"bad {name}.txt").write_text(f"broken {name}")
+    return folder
+
+
+@pytest.mark.parametrize(("limit", "code"), [(0.9, 0), (0.01, 4)])
+def test_unusable_pictures_are_counted_skipped_and_end_the_run_above_the_limit(tmp_path, limit, code):
+    data = bad_data(tmp_path / "data", 40)
+    result = launching.python(TOKENIZER, "--config", launching.RECIPES / "debug_tokenizer.yaml", "--data.path", data, "--run_dir",
+                              tmp_path / "run", "--train.steps", 8, "--train.sample_every", 0, "--data.max_bad_fraction", limit)
+    assert result.returncode == code, result.stderr[-2000:]
+    assert "dropped" in result.stderr
+    assert "Traceback" not in result.stderr
+    if code:
+        return
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["dropped_items"] == len(REFUSED)
+    assert len(list(data.iterdir())) == 2 * (40 + len(REFUSED))
+
+
+ONE_LINE = [
+    ("typo", [TOKENIZER, "--train.stesp", "3"], 2, "did you mean 'train.steps'"),
+    ("no data", [TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", "{tmp}/nowhere", "--run_dir", "{tmp}/r"], 2,
+     "nowhere"),
+    ("empty data", [TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", "{tmp}", "--run_dir", "{tmp}/r"], 4, "{tmp}"),
+    ("batch", [TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", "{work}/data", "--run_dir", "{tmp}/r",
+               "--train.accumulation", "3"], 2, "not divisible"),
+    ("no tokenizer", [ENCODE, "--image_tokenizer", "{tmp}", "--data.path", "{work}/data", "--out", "{tmp}/t"], 2,
+     "config.json is missing"),
+    ("someone's folder", [ENCODE, "--image_tokenizer", "{work}/tokenizer/model", "--data.path", "{work}/data", "--out",
+                          "{work}/data"], 2, "holds no token shards"),
+    ("no tokens", [SEQ2SEQ, "--data.path", "{tmp}/nowhere", "--image_tokenizer", "{work}/tokenizer/model", "--run_dir",
+                   "{tmp}/r"], 2, "no such folder of token shards"),
+    ("resume", [SEQ2SEQ, "--config", "debug_seq2seq.yaml", "--data.path", "{work}/tokens", "--image_tokenizer",
+                "{work}/tokenizer/model", "--run_dir", "{tmp}/r", "--checkpoint.resume", "required"], 3, "no checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), [case[1:] for case in ONE_LINE], ids=[case[0] for case in ONE_LINE])
+def test_mistakes_end_in_one_line_and_the_right_code(work, tmp_path, arguments, code, words):
+    before = sorted(str(p) for p in work.rglob("*"))
+    filled = [a.format(tmp=tmp_path, work=work) for a in arguments]
+    result = launching.python(*filled)
+    assert result.returncode == code, result.stderr
+    assert words.format(tmp=tmp_path) in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert sorted(str(p) for p in work.rglob("*")) == before
+
+
+def test_the_launcher_passes_on_the_exit_code(tmp_path):
+    result = launching.deepspeed(1, TOKENIZER, "--train.stesp", "3")
+    assert result.returncode == 2
+    assert "did you mean 'train.steps'" in result.stderr

@@ -1,0 +1,48 @@
+"""Tiny models and data for the tests: seeded, float32, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from inference import SamplingParams, save_model_folder
+from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
+from tokenizer_image import VQGAN, VQGANConfig
+from tokenizer_image.fingerprint import code_fingerprint
+
+CAPTIONS = [f"a {size}{color} {thing}" for size in ("", "large ", "small ") for color in ("red", "green", "blue", "yellow")
+            for thing in ("heart", "circle", "square", "octopus", "apple tree")]
+TEXT_LENGTH = 12
+
+
+def text_tokenizer() -> TextTokenizer:
+    """Trained on a few dozen captions."""
+    return TextTokenizer.train(CAPTIONS, vocab_size=320, text_length=TEXT_LENGTH)
+
+
+def vqgan(codebook_size: int = 32, seed: int = 0) -> VQGAN:
+    """16 px, 4 x 4 codes."""
+    torch.manual_seed(seed)
+    return VQGAN(VQGANConfig(resolution=16, channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=1, norm_groups=4,
+                             attention_resolutions=(), mid_attention=False, z_channels=8, embed_dim=4,
+                             codebook_size=codebook_size)).eval()
+
+
+def seq2seq(seed: int = 0, **changes) -> EncoderDecoder:
+    """Two layers, width 32; weights large enough that logits differ clearly."""
+    torch.manual_seed(seed)
+    values = {"text_vocab_size": 320, "text_length": TEXT_LENGTH, "codebook_size": 32, "grid": (4, 4), "width": 32,
+              "heads": 2, "head_dim": 16, "encoder_layers": 2, "decoder_layers": 2, **changes}
+    model = EncoderDecoder(Seq2SeqConfig(**values)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def model_folder(folder: Path) -> Path:
+    """A whole model folder of the parts above."""
+    tokenizer, text = vqgan(), text_tokenizer()
+    model = seq2seq(text_vocab_size=text.vocab_size, tokenizer_fingerprint=code_fingerprint(tokenizer))
+    return save_model_folder(folder, tokenizer, model, text, SamplingParams(top_k=8, guidance_scale=2.0), "# tiny\n")
