@@ -18,8 +18,15 @@ from inference.model_folder import INDEX_NAME, PARTS, load_model_folder, toolkit
 from inference.pipeline import GenerationResult, TextToImage
 from inference.sampling import SamplingParams
 from tokenizer_image import VQGAN
-from tokenizer_image.images import (BadImageError, float_to_pixels, image_grid, image_to_pixels, open_image, pixels_to_float,
-                                    pixels_to_images)
+from tokenizer_image.images import (
+    BadImageError,
+    float_to_pixels,
+    image_grid,
+    image_to_pixels,
+    open_image,
+    pixels_to_float,
+    pixels_to_images,
+)
 from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.pretrained import resolve_folder
 from tokenloom_common.progress import progress

@@ -8,9 +8,11 @@ keys and values once, `decode_one` computes one step for all rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from inference.kv_cache import CaptionMemory, SelfCache
 from seq2seq import EncoderDecoder, TextBatch
@@ -26,7 +28,8 @@ class CachedDecoder:
         blocks = list(model.decoder.layers)
         # x-transformers lays a decoder out as self-attention, cross-attention, feed-forward, again and again;
         # each entry is (norms, block, residual), the first norm the one before the block
-        self.blocks = [tuple((norms[0], block) for norms, block, _ in blocks[i: i + 3]) for i in range(0, len(blocks), 3)]
+        self.blocks: list[tuple] = [tuple((norms[0], block) for norms, block, _ in blocks[i: i + 3])
+                                    for i in range(0, len(blocks), 3)]
 
     @torch.inference_mode()
     def prefill(self, text: TextBatch, images: int) -> CaptionMemory:
@@ -71,7 +74,7 @@ class CachedDecoder:
             hidden = hidden + model.row_position[row] + model.column_position[column]
         return hidden
 
-    def _self_attend(self, attention: nn.Module, hidden: Tensor, layer: int, position: int, angles: Tensor | None,
+    def _self_attend(self, attention: Any, hidden: Tensor, layer: int, position: int, angles: Tensor | None,
                      cache: SelfCache) -> Tensor:
         query = attention.split_q_heads(attention.to_q(hidden))  # [B, H, 1, d]
         key = attention.split_k_heads(attention.to_k(hidden))
@@ -84,7 +87,7 @@ class CachedDecoder:
         out = F.scaled_dot_product_attention(query, keys, values, enable_gqa=keys.shape[1] != query.shape[1])
         return attention.to_out(attention.merge_heads(out))
 
-    def _cross_attend(self, attention: nn.Module, hidden: Tensor, layer: int, groups: list[CaptionMemory]) -> Tensor:
+    def _cross_attend(self, attention: Any, hidden: Tensor, layer: int, groups: list[CaptionMemory]) -> Tensor:
         query = attention.split_q_heads(attention.to_q(hidden))  # [B, H, 1, d]
         if attention.q_rmsnorm is not None:
             query = attention.q_rmsnorm(query)

@@ -31,7 +31,8 @@ def python(script: str, *arguments: object, timeout: float = 240) -> subprocess.
 
 def deepspeed(processes: int, script: str, *arguments: object, timeout: float = 280) -> subprocess.CompletedProcess:
     """`deepspeed --num_accelerators processes script arguments`."""
-    return _run(["deepspeed", "--num_accelerators", str(processes), "--master_port", str(free_port()), script], arguments, timeout)
+    launcher = ["deepspeed", "--num_accelerators", str(processes), "--master_port", str(free_port())]
+    return _run([*launcher, script], arguments, timeout)
 
 
 def _run(command: list[str], arguments: tuple, timeout: float) -> subprocess.CompletedProcess:

@@ -11,8 +11,15 @@ import torch
 from tests import tiny
 from tokenloom_common.errors import DataError, MissingFileError, UserError
 from training.data.batches import ItemId, MicroBatches, batch_items, batch_loader, item_random
-from training.data.token_shards import (TokenIndex, TokenShards, SplitIndex, check_same_tokenizer, token_dtype, write_index,
-                                        write_shard)
+from training.data.token_shards import (
+    SplitIndex,
+    TokenIndex,
+    TokenShards,
+    check_same_tokenizer,
+    token_dtype,
+    write_index,
+    write_shard,
+)
 from training.data.training_sets import CollateTokens, TokenVisits
 
 

@@ -6,8 +6,16 @@ import numpy
 import pytest
 import torch
 
-from inference.sampling import (SamplingParams, filtered_probabilities, guide, keep_min_p, keep_top_k, keep_top_p, sample,
-                                uniform_numbers)
+from inference.sampling import (
+    SamplingParams,
+    filtered_probabilities,
+    guide,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    sample,
+    uniform_numbers,
+)
 from tokenloom_common.errors import UserError
 
 

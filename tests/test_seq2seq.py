@@ -147,10 +147,10 @@ def test_the_null_symbol_cannot_be_typed():
 def test_damaged_text_tokenizers_are_named(tmp_path):
     folder = tiny.text_tokenizer().save_pretrained(tmp_path / "t")
     (folder / "spiece.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="spiece.model"):
+    with pytest.raises(UserError, match=r"spiece\.model"):
         TextTokenizer.from_pretrained(folder)
     (folder / "spiece.model").unlink()
-    with pytest.raises(MissingFileError, match="spiece.model"):
+    with pytest.raises(MissingFileError, match=r"spiece\.model"):
         TextTokenizer.from_pretrained(folder)
     with pytest.raises(UserError, match="no captions"):
         TextTokenizer.train([], 300, 8)

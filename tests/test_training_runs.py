@@ -171,7 +171,7 @@ def bad_data(folder: Path, good: int) -> Path:
 @pytest.mark.parametrize(("limit", "code"), [(0.9, 0), (0.01, 4)])
 def test_unusable_pictures_are_counted_skipped_and_end_the_run_above_the_limit(tmp_path, limit, code):
     data = bad_data(tmp_path / "data", 40)
-    result = launching.python(TOKENIZER, "--config", launching.RECIPES / "debug_tokenizer.yaml", "--data.path", data, "--run_dir",
+    result = launching.python(TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", data, "--run_dir",
                               tmp_path / "run", "--train.steps", 8, "--train.sample_every", 0, "--data.max_bad_fraction", limit)
     assert result.returncode == code, result.stderr[-2000:]
     assert "dropped" in result.stderr

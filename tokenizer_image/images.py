@@ -39,7 +39,10 @@ class BadImageError(UserError):
 
     def __init__(self, name: str, reason: str, detail: str) -> None:
         super().__init__(f"{name}: {reason}: {detail}")
-        self.reason = reason
+        self.name, self.reason, self.detail = name, reason, detail
+
+    def __reduce__(self) -> tuple:  # loader workers send errors pickled, and the message alone does not rebuild it
+        return type(self), (self.name, self.reason, self.detail)
 
 
 def open_image(source: str | Path | bytes, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:

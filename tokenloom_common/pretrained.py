@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from tokenloom_common.files import atomic_folder, write_json_atomic
 SCHEMA_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+Config = TypeVar("Config", bound=StrictConfig)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -66,7 +67,7 @@ def write_pretrained(kind: str, config: StrictConfig, state: dict[str, Tensor], 
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
 
 
-def read_config(folder: Path, kind: str, config_class: type[StrictConfig]) -> StrictConfig:
+def read_config(folder: Path, kind: str, config_class: type[Config]) -> Config:
     """A part's config.json, checked for its kind, schema version and keys."""
     path = folder / "config.json"
     if not folder.is_dir():

@@ -129,7 +129,8 @@ class Demo:
 
     def train_seq2seq(self) -> None:
         """The transformer; its export becomes OUT/model."""
-        self.launch("train_seq2seq.py", "--config", str(SEQ2SEQ_RECIPE), "--data.path", str(self.out / "tokens"), "--image_tokenizer", str(self.out / "tokenizer" / "model"), "--run_dir",
+        self.launch("train_seq2seq.py", "--config", str(SEQ2SEQ_RECIPE), "--data.path", str(self.out / "tokens"),
+                    "--image_tokenizer", str(self.out / "tokenizer" / "model"), "--run_dir",
                     str(self._fresh("seq2seq")), "--seed", str(self.seed), *self.size.overrides)
         shutil.rmtree(self.out / "model", ignore_errors=True)
         shutil.copytree(self.out / "seq2seq" / "model", self.out / "model")
@@ -152,7 +153,8 @@ class Demo:
         reference = TrainingPictures(train, model.image_tokenizer.config.resolution)
         sections, scores = [], {}
         for split, title in (("train", "captions seen in training"),
-                             ("unseen_style", "concepts seen in the other style only"), ("unseen_concept", "concepts never seen")):
+                             ("unseen_style", "concepts seen in the other style only"),
+                             ("unseen_concept", "concepts never seen")):
             questions = choose_questions(open_dataset(self.captioned, split=split), QUESTIONS, self.seed)
             images = sample_questions(model, questions, self.seed, f"sample {split}")
             if split != "unseen_concept":  # no training picture has the base caption of an unseen concept

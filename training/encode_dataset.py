@@ -24,7 +24,7 @@ from tokenloom_common.files import publish_folder
 from tokenloom_common.progress import progress
 from training.config import EncodeRunConfig, load_config
 from training.data.drops import DropCounter
-from training.data.sources import CaptionedImages, list_splits, open_dataset
+from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages, list_splits, open_dataset
 from training.data.token_shards import INDEX_NAME, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
 from training.engine import Processes, processes
 from training.log import setup_console
@@ -80,8 +80,8 @@ class DatasetEncoder:
                 try:
                     item = source[row]
                     pixels.append(image_to_pixels(item.image, self.tokenizer.config.resolution))
-                except UserError as error:
-                    self.drops.record(getattr(error, "reason", "unusable"), f"row {row}")
+                except BAD_ITEM_ERRORS as error:
+                    self.drops.record(error.reason, source.key(row))
                     continue
                 captions.append(list(item.captions))
                 keys.append(item.key)

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tokenloom_common.progress import progress
 
 def setup_console(is_first: bool) -> None:
     """Warnings and up to stderr on the first process, errors on the others. Called from main() only."""
+    # torch.distributed deprecates functions that DeepSpeed 0.19 still calls; a user can do nothing about it
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     level = logging.INFO if is_first else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     for name in ("training", "inference", "seq2seq", "tokenizer_image"):

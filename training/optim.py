@@ -13,14 +13,15 @@ from training.config import OptimConfig
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Weight decay on weights of linear and convolution layers; none on gains, biases, embeddings and positions."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         matrix = parameter.ndim >= 2 and name.endswith("weight") and id(parameter) not in embeddings
         (decayed if matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:

@@ -79,7 +79,12 @@ class RunState:
         """
         name = f"step-{step:08d}"
         aside = self.checkpoints / f".{name}.tmp"
-        self.group.first_does(lambda: (shutil.rmtree(aside, ignore_errors=True), (aside / RANKS).mkdir(parents=True)) and None)
+
+        def clear() -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            (aside / RANKS).mkdir(parents=True)
+
+        self.group.first_does(clear)
         engine.save(aside)
         tensors = _rng_state(self.group.device) | {f"{TASK}{k}": v.contiguous() for k, v in task_state.items()}
         save_file(tensors, self._rank_file(aside))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from tokenizer_image import VQGAN, CodebookUsage, LPIPS, tokenizer_loss
+from tokenizer_image import LPIPS, VQGAN, CodebookUsage, tokenizer_loss
 from tokenizer_image.images import float_to_pixels, image_grid, pixels_to_images
 from tokenloom_common.errors import run_command
 from tokenloom_common.files import write_json_atomic
@@ -62,8 +62,11 @@ class TokenizerTraining:
 
     def task(self) -> Task:
         """This run as the training loop sees it."""
-        return Task("train tokenizer", self.batches, self.loss, self.metrics, self.sample, lambda: dict(self.usage.state_dict()),
-                    lambda state: self.usage.load_state_dict(state) and None)
+        return Task("train tokenizer", self.batches, self.loss, self.metrics, self.sample,
+                    state=lambda: dict(self.usage.state_dict()), restore=self._restore)
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        self.usage.load_state_dict(state)
 
     def batches(self, first_step: int) -> Iterable[PixelBatch]:
         """This process's micro-batches from `first_step` on."""

@@ -39,7 +39,7 @@ class TokenIndex(StrictConfig):
     codebook_size: int = Field(ge=2)
     grid: tuple[int, int]
     splits: dict[str, SplitIndex]
-    dropped: dict[str, int] = {}
+    dropped: dict[str, int] = Field(default_factory=dict)
 
 
 def token_dtype(codebook_size: int) -> numpy.dtype:

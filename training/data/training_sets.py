@@ -15,9 +15,9 @@ from torch import Tensor
 
 from seq2seq import TextBatch, TextTokenizer
 from tokenizer_image.images import image_to_pixels, pixels_to_float
-from tokenloom_common.errors import UserError
+from tokenloom_common.errors import DataError
 from training.data.batches import ItemId, item_random
-from training.data.sources import CaptionedImages
+from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.token_shards import TokenShards
 
 
@@ -51,13 +51,13 @@ class ImageVisits(torch.utils.data.Dataset):
             index = (item.index + offset) % len(self.source)
             try:
                 pixels = image_to_pixels(self.source[index].image, self.resolution)
-            except UserError as error:
-                dropped.append(Dropped(f"item {index}", getattr(error, "reason", "unusable")))
+            except BAD_ITEM_ERRORS as error:
+                dropped.append(Dropped(self.source.key(index), error.reason))
                 continue
             if self.horizontal_flip and item_random(self.seed, item, "flip").random() < self.horizontal_flip:
                 pixels = numpy.ascontiguousarray(pixels[:, ::-1])
             return PixelItem(pixels, dropped)
-        raise UserError("not one picture of the data can be read")
+        raise DataError("not one picture of the data can be read; look with `tokenloom data check`")
 
 
 class PixelBatch(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokenizer_image import VQGAN, CodebookUsage
 from tokenizer_image.images import float_to_pixels, image_to_pixels, pixels_to_float
-from tokenloom_common.errors import DataError, UserError
-from training.data.sources import CaptionedImages
+from tokenloom_common.errors import DataError
+from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages
 
 PERFECT_DB = 100.0  # PSNR of equal pictures, where the formula gives infinity
 
@@ -34,7 +34,7 @@ def evaluate_reconstruction(tokenizer: VQGAN, source: CaptionedImages, batch_siz
         for row in range(start, min(start + batch_size, len(source))):
             try:
                 pixels.append(image_to_pixels(source[row].image, tokenizer.config.resolution))
-            except UserError:
+            except BAD_ITEM_ERRORS:
                 unusable += 1
         if not pixels:
             continue

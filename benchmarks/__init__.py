@@ -1,1 +1,0 @@
-"""Speed, measured on one harness."""
