@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy
 import torch
@@ -34,19 +35,28 @@ from tokenloom_common.progress import progress
 PNG_KEY = "tokenloom"  # text chunk with everything needed to make the picture again
 
 
+class _Parser(argparse.ArgumentParser):
+    """A wrong option is one line like every other mistake, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser(name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"tokenloom {name}", description=text, epilog=f"examples:\n{examples}",
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    return _Parser(prog=f"tokenloom {name}", description=text, epilog=f"examples:\n{examples}", allow_abbrev=False,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {name}: this machine has no usable GPU; leave --device out, or say --device cpu")
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:0") from None
+        torch.zeros(1, device=device).item()  # torch knows devices that this machine or this build does not have
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: not a device of this machine; use cpu, cuda or cuda:0") from None
     return name
 
 
@@ -98,7 +108,7 @@ def _save_pictures(result: GenerationResult, out: Path, args: argparse.Namespace
             info = PngInfo()
             info.add_text(PNG_KEY, json.dumps({
                 "prompt": prompt, "seed": seed, **result.params.plain(), "model": str(args.model),
-                "tokenloom": toolkit_version(), "digitalSourceType": "trainedAlgorithmicMedia"}, ensure_ascii=False))
+                "tokenloom": toolkit_version(), "digitalSourceType": "trainedAlgorithmicMedia"}))
         path = _free_name(out, f"{_slug(prompt)}-seed{seed}")
         picture.save(path, pnginfo=info)
         paths.append(path)
@@ -122,7 +132,8 @@ def _output_folder(name: str) -> Path:
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60] or "picture"
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60]
+    return words.encode()[:180].decode(errors="ignore") or "picture"  # file systems limit the bytes of a name, mostly to 255
 
 
 def _free_name(folder: Path, stem: str) -> Path:
@@ -148,9 +159,9 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     for name in progress(args.image, "reconstruct", unit="picture"):
         try:
             picture = open_image(Path(name))
-        except UserError as error:
-            if len(args.image) == 1 or not isinstance(error, BadImageError):
-                raise
+        except BadImageError as error:
+            if len(args.image) == 1:
+                raise DataError(str(error)) from None
             print(f"tokenloom reconstruct: skipped: {error}", file=sys.stderr)
             failed += 1
             continue

@@ -25,6 +25,7 @@ from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
 
 MAX_PROMPT_CHARACTERS = 10_000
+MAX_SEED = (1 << 63) - 1  # of the last picture; what a torch generator takes
 
 
 @dataclass(frozen=True)
@@ -156,3 +157,5 @@ def _check_counts(num_images: int, batch_size: int, seed: int) -> None:
     for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if seed + num_images - 1 > MAX_SEED:
+        raise UserError(f"seed must be at most {MAX_SEED} for the last picture too, got {seed} for {num_images}")

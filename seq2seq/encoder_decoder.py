@@ -97,7 +97,10 @@ class EncoderDecoder(PretrainedModule):
         return self.to_logits(hidden)
 
     def forward(self, text_ids: Tensor, text_mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """Teacher forcing: text_ids [B, T], text_mask [B, T], image_tokens [B, N] -> logits [B, N, K] for those tokens."""
+        """Teacher forcing: text_ids [B, T], text_mask [B, T], image_tokens [B, N] -> logits [B, N, K].
+
+        Logits at slot i are for token i and see the caption and the tokens before i.
+        """
         memory = self.encode_text(text_ids, text_mask)
         return self.decode(memory, text_mask, image_tokens[:, :-1])
 

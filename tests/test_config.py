@@ -89,7 +89,7 @@ def test_help_lists_every_key(capsys):
 
 
 def test_there_are_recipes():
-    assert len(RECIPES) == 4
+    assert len(RECIPES) == 6
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)

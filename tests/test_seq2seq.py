@@ -78,7 +78,8 @@ def test_two_dimensional_rotary_depends_on_row_and_column_distance_only():
         return float((at[0] * at[1]).sum())
 
     assert score((0, 0), (1, 2)) == pytest.approx(score((2, 2), (3, 4)), abs=1e-4)
-    assert score((0, 0), (1, 2)) != pytest.approx(score((0, 0), (2, 1)), abs=1e-3)
+    assert score((0, 0), (1, 2)) != pytest.approx(score((0, 0), (2, 2)), abs=1e-3)  # another row
+    assert score((0, 0), (1, 2)) != pytest.approx(score((0, 0), (1, 3)), abs=1e-3)  # another column
 
 
 def test_loss_by_hand_on_two_tokens():

@@ -66,7 +66,12 @@ def publish_folder(aside: Path, path: Path) -> None:
     if path.exists():
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
         os.rename(path, old)
-    os.rename(aside, path)
+    try:
+        os.rename(aside, path)
+    except OSError:
+        if old is not None:
+            os.rename(old, path)
+        raise
     sync_path(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -160,6 +160,8 @@ class Seq2SeqRunConfig(RunConfig):
     text: TextConfig = TextConfig()
     model: Seq2SeqModelConfig = Seq2SeqModelConfig()
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="chance that a caption is replaced by the null caption")
+    token_corruption: float = Field(0.0, ge=0, lt=1, description="share of the tokens fed to the decoder that are replaced by "
+                                    "random codes, so that it keeps listening to the caption")
     sample_guidance: float = Field(3.0, ge=0, description="guidance scale of the sample grids and the exported default")
     sample_top_k: int = Field(256, ge=0, description="top-k of the sample grids and the exported default; 0 = off")
 

@@ -89,7 +89,8 @@ class Demo:
     def launch(self, script: str, *arguments: str) -> None:
         """Run a training script through the `deepspeed` launcher: on every GPU, or one process a core on the CPU."""
         count = torch.cuda.device_count() if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(count),
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning",
+                   "--num_accelerators", str(count),
                    "--master_port", str(_free_port()), str(SCRIPTS / script), *arguments]
         if not Path(command[0]).is_file():
             command[0] = "deepspeed"

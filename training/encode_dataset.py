@@ -59,8 +59,8 @@ class DatasetEncoder:
         return list_splits(self.config.data.path)
 
     def _encode_split(self, split: str, aside: Path) -> SplitIndex:
-        source = self.group.first_does(lambda: open_dataset(self.config.data.path, split=split,
-                                                            caption_column=self.config.data.caption_column))
+        source = self.group.first_then_others(lambda: open_dataset(self.config.data.path, split=split,
+                                                                   caption_column=self.config.data.caption_column))
         size = self.config.shard_rows
         count = -(-len(source) // size)
         with progress(None, f"encode {split}", total=len(source), unit="picture", quiet=not self.group.is_first) as bar:

@@ -82,6 +82,12 @@ class Processes:
             raise outcome[1]
         return outcome[0]
 
+    def first_then_others(self, action: Any) -> Any:
+        """Run `action` on the first process, then on the others, which find the caches that it filled."""
+        kept: list[Any] = []
+        self.first_does(lambda: kept.append(action()))
+        return kept[0] if self.is_first else action()
+
 
 @contextmanager
 def processes(threads: int = 0) -> Iterator[Processes]:

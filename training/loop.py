@@ -69,7 +69,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _resume(task: Task, engine: Engine, config: RunConfig, group: Processes, run_state: RunState) -> int:
-    checkpoint = run_state.find()
+    checkpoint = run_state.resume_from
     if checkpoint is None:
         log.info("%s: starting fresh in %s", task.name, run_state.run_dir)
         return 0

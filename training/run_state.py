@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
+OUTPUTS = ("config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "latest.json", "model", "validation.json",
+           "text_tokenizer")
 RANKS = "ranks"  # folder with one file a process: random state and what the task keeps
 TASK = "task."
 PACKAGES = ("torch", "deepspeed", "x-transformers", "vector-quantize-pytorch", "sentencepiece", "datasets", "numpy",
@@ -59,17 +61,38 @@ class RunState:
         self.group = group
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
+        self.resume_from: Path | None = None
 
     def prepare(self) -> None:
-        """Create the folder; write config.yaml and env.json (first process)."""
+        """Decide where to continue, then create the folder and write config.yaml and env.json (first process).
+
+        A refused resume changes nothing. A fresh start in a used folder puts what is there into RUN/before-1, before-2, ...
+        """
+        self.resume_from = self.find()
+
         def write() -> None:
+            if self.resume_from is None:
+                self._set_aside()
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            for leftover in self.checkpoints.glob(".*.tmp"):  # of a run that was killed while saving
+            for leftover in [*self.checkpoints.glob(".*.tmp"), *self.checkpoints.glob(".*.old")]:  # killed while saving
                 shutil.rmtree(leftover, ignore_errors=True)
             write_text_atomic(self.run_dir / "config.yaml", dump_config(self.config))
             write_json_atomic(self.run_dir / "env.json", environment())
         self.group.first_does(write)
+
+    def _set_aside(self) -> None:
+        used = [self.run_dir / name for name in OUTPUTS if (self.run_dir / name).exists()]
+        if not used:
+            return
+        number = 1
+        while (self.run_dir / f"before-{number}").exists():
+            number += 1
+        aside = self.run_dir / f"before-{number}"
+        aside.mkdir()
+        for path in used:
+            os.rename(path, aside / path.name)
+        log.warning("%s: starting over; what was there is now in %s", self.run_dir, aside)
 
     def save(self, engine: Engine, step: int, task_state: dict[str, Tensor]) -> None:
         """Save `step` finished steps: aside, hashed into a manifest, flushed, renamed, then named by latest.json.
@@ -104,7 +127,9 @@ class RunState:
         publish_folder(aside, self.checkpoints / name)
         sync_path(self.checkpoints)
         write_json_atomic(self.run_dir / "latest.json", {"step": step, "checkpoint": f"checkpoints/{name}"})
-        for old in self._whole_names()[: -self.config.checkpoint.keep_last]:
+        # a later one is a damaged one that was passed over: it must not push out what was just saved
+        upto = [n for n in self._whole_names() if n <= name]
+        for old in upto[: -self.config.checkpoint.keep_last]:
             shutil.rmtree(self.checkpoints / old, ignore_errors=True)
 
     def _whole_names(self) -> list[str]:

@@ -52,7 +52,7 @@ class Seq2SeqTraining:
                              self.image_tokenizer.grid, self.fingerprint, config.image_tokenizer)
         self.run_state.prepare()
         self.text_tokenizer = self._text_tokenizer()
-        self.visits = TokenVisits(self.shards, config.seed, config.caption_dropout)
+        self.visits = TokenVisits(self.shards, config.seed, config.caption_dropout, config.token_corruption)
         self.collate = CollateTokens(self.text_tokenizer)
         seed_everything(config.seed, 0)  # the same weights on every process
         self.model = EncoderDecoder(self._model_config())
@@ -95,7 +95,7 @@ class Seq2SeqTraining:
         """One micro-batch -> mean cross entropy of its tokens in nats."""
         device = self.group.device
         tokens = batch.image_tokens.to(device)
-        logits = self.engine(batch.text.text_ids.to(device), batch.text.text_mask.to(device), tokens)
+        logits = self.engine(batch.text.text_ids.to(device), batch.text.text_mask.to(device), batch.input_tokens.to(device))
         return image_token_loss(logits, tokens), {}
 
     def full_model(self) -> EncoderDecoder:

@@ -40,8 +40,8 @@ class TokenizerTraining:
     def __init__(self, config: TokenizerRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
         self.run_state = RunState(config, group)
-        source = group.first_does(lambda: open_dataset(config.data.path, split=config.data.split,
-                                                       caption_column=config.data.caption_column))
+        source = group.first_then_others(lambda: open_dataset(config.data.path, split=config.data.split,
+                                                              caption_column=config.data.caption_column))
         self.visits = ImageVisits(source, config.model.resolution, config.seed, config.data.horizontal_flip)
         self.run_state.prepare()
         seed_everything(config.seed, 0)  # the same weights on every process
@@ -112,7 +112,8 @@ class TokenizerTraining:
         if not self.group.is_first:
             return
         count = min(SAMPLE_PICTURES, len(self.visits))
-        image = collate_pixels([self.visits[ItemId(0, i)] for i in range(count)]).image
+        spread = [number * len(self.visits) // count for number in range(count)]
+        image = collate_pixels([self.visits[ItemId(0, index)] for index in spread]).image
         rows = torch.cat([image, model.decode(model.encode(image))])
         grid = image_grid(pixels_to_images(float_to_pixels(rows)), columns=count)
         grid.save(self.run_state.run_dir / "samples" / f"step-{step:08d}.png")

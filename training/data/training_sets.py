@@ -75,17 +75,23 @@ def collate_pixels(items: Sequence[PixelItem]) -> PixelBatch:
 
 @dataclass(frozen=True)
 class TokenItem:
-    """One visit of an encoded picture: the caption chosen for it ('' = the null caption) and its tokens [N]."""
+    """One visit of an encoded picture: its caption ('' = the null caption), tokens [N], and what the decoder is fed [N]."""
 
     caption: str
     image_tokens: numpy.ndarray
+    input_tokens: numpy.ndarray
 
 
 class TokenVisits(torch.utils.data.Dataset):
-    """Encoded pictures by ItemId: one of the captions, dropped to the null caption with a chance of `caption_dropout`."""
+    """Encoded pictures by ItemId: one of the captions, dropped to the null caption with a chance of `caption_dropout`.
 
-    def __init__(self, shards: TokenShards, seed: int, caption_dropout: float) -> None:
-        self.shards, self.seed, self.caption_dropout = shards, seed, caption_dropout
+    A share of `token_corruption` of the tokens that the decoder is fed are random codes (taming-transformers' 1 - pkeep,
+    Esser et al. 2021): a model that must not trust every token before it keeps listening to the caption when it samples.
+    """
+
+    def __init__(self, shards: TokenShards, seed: int, caption_dropout: float, token_corruption: float = 0.0) -> None:
+        self.shards, self.seed = shards, seed
+        self.caption_dropout, self.token_corruption = caption_dropout, token_corruption
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -95,14 +101,23 @@ class TokenVisits(torch.utils.data.Dataset):
         caption = item_random(self.seed, item, "caption").choice(captions)
         if item_random(self.seed, item, "dropout").random() < self.caption_dropout:
             caption = ""
-        return TokenItem(caption, self.shards.image_tokens(item.index))
+        tokens = self.shards.image_tokens(item.index)
+        return TokenItem(caption, tokens, self._corrupted(tokens, item))
+
+    def _corrupted(self, tokens: numpy.ndarray, item: ItemId) -> numpy.ndarray:
+        if not self.token_corruption:
+            return tokens
+        draws = numpy.random.default_rng(item_random(self.seed, item, "corruption").getrandbits(64))
+        noise = draws.integers(0, self.shards.index.codebook_size, size=tokens.shape)
+        return numpy.where(draws.random(tokens.shape) < self.token_corruption, noise, tokens)
 
 
 class TokenBatch(NamedTuple):
-    """text [B, T] ids and mask, image_tokens [B, N] int64."""
+    """text [B, T] ids and mask; image_tokens [B, N] int64, to be predicted; input_tokens [B, N] int64, to be fed."""
 
     text: TextBatch
     image_tokens: Tensor
+    input_tokens: Tensor
 
 
 class CollateTokens:
@@ -112,5 +127,6 @@ class CollateTokens:
         self.text_tokenizer = text_tokenizer
 
     def __call__(self, items: Sequence[TokenItem]) -> TokenBatch:
-        tokens = torch.from_numpy(numpy.stack([item.image_tokens for item in items]).astype(numpy.int64))
-        return TokenBatch(self.text_tokenizer.encode([item.caption for item in items]), tokens)
+        targets, inputs = (torch.from_numpy(numpy.stack(rows).astype(numpy.int64)) for rows in (
+            [item.image_tokens for item in items], [item.input_tokens for item in items]))
+        return TokenBatch(self.text_tokenizer.encode([item.caption for item in items]), targets, inputs)

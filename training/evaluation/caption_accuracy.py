@@ -51,11 +51,8 @@ class TrainingPictures:
         """DataError if the rows have no base caption (column `caption`)."""
         images, self.base_captions = [], []
         for row in range(len(source)):
-            base = source.metadata(row).get("caption")
-            if not base:
-                raise DataError(f"row {row} has no `caption` column with its base caption; caption accuracy needs one")
+            self.base_captions.append(_base_caption(source.metadata(row), row))
             images.append(Image.fromarray(image_to_pixels(source[row].image, resolution)))
-            self.base_captions.append(str(base))
         self.features = picture_features(images)
 
     def score(self, images: Sequence[Image.Image], questions: Sequence[Question]) -> dict[str, Any]:
@@ -67,15 +64,24 @@ class TrainingPictures:
                 "training_pictures": len(self.base_captions), "feature_space": FEATURE_SPACE}
 
 
+def _base_caption(values: dict[str, Any], row: int) -> str:
+    if not values.get("caption"):
+        raise DataError(f"row {row} has no `caption` column with its base caption; caption accuracy needs one")
+    return str(values["caption"])
+
+
 def choose_questions(source: CaptionedImages, count: int, seed: int) -> list[Question]:
-    """`count` captions of different base captions where there are enough, each naming base and style where there is one."""
+    """`count` captions of different base captions where there are enough, each naming base and style where there is one.
+
+    DataError if the rows have no base caption (column `caption`).
+    """
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
     first: list[Question] = []
     again: list[Question] = []
     seen: set[str] = set()
     for row in order:
         values = source.metadata(row)
-        base = str(values["caption"])
+        base = _base_caption(values, row)
         style = values.get("style")
         caption = next((c for c in source.captions(row) if style and c.startswith(base) and "style" in c), base)
         (again if base in seen else first).append(Question(caption, base))

@@ -1,0 +1,101 @@
+"""The README's commands and code, run as they stand in a folder of their own (training with fewer steps)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests import launching, tiny
+
+PAGES = [launching.REPOSITORY / "README.md", *sorted((launching.REPOSITORY / "docs").glob("*.md"))]
+FEWER = {"training/train_tokenizer.py": ["--train.steps", "2", "--train.batch_size", "4", "--model.channels", "32"],
+         "training/train_seq2seq.py": ["--train.steps", "2", "--train.batch_size", "4", "--model.width", "64",
+                                       "--model.encoder_layers", "1", "--model.decoder_layers", "1"]}
+NOT_RUN = ("git ", "make ")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with what the README takes for granted: the scripts, a trained demo, somebody's pictures."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "training").symlink_to(launching.REPOSITORY / "training")
+    tiny.model_folder(folder / "demo" / "model")
+    (folder / "my_pictures").mkdir()
+    for number in range(12):
+        Image.new("RGB", (70, 80), (number * 20, 90, 200 - number * 10)).save(folder / "my_pictures" / f"p{number}.png")
+        (folder / "my_pictures" / f"p{number}.txt").write_text(f"a picture of number {number}\n")
+    Image.new("RGB", (30, 30), "red").save(folder / "cat.png")
+    return folder
+
+
+def run(command: list[str], place: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=place, env=launching.environment(), capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_the_readmes_commands_run(place):
+    lines = commands(PAGES[0])
+    ran = []
+    for line in lines:
+        if line.startswith(NOT_RUN):
+            continue
+        words = shlex.split(line)
+        extra = next((FEWER[word] for word in words if word in FEWER), [])
+        port = ["--master_port", str(launching.free_port())] if words[0] == "deepspeed" else []
+        result = run([words[0], *port, *words[1:], *extra], place)
+        assert result.returncode == 0, f"{line}\n{result.stderr[-3000:]}"
+        ran.append(line)
+    assert len(ran) >= 7
+    assert len(list((place / "pictures").glob("a-cat-on-a-chair-seed*.png"))) == 4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_examples_run(page, place):
+    for number, block in enumerate(blocks(page, "python")):
+        if "tokens/train-00000" in block:
+            (place / "tokens").exists() or shutil.copytree(place / "runs" / "tokens", place / "tokens")
+        result = run([sys.executable, "-c", block], place)
+        assert result.returncode == 0, f"{page.name} block {number}\n{result.stderr[-3000:]}"
+
+
+def test_there_are_pages_with_examples():
+    assert len(PAGES) >= 4
+    assert sum(len(blocks(page, "python")) for page in PAGES) >= 4
+
+
+def test_the_make_targets_that_are_named_exist():
+    named = {target for page in PAGES for target in re.findall(r"`?make ([a-z-]+)", page.read_text(encoding="utf-8"))}
+    assert {"demo", "test", "setup", "lint"} <= named
+    for target in named:
+        done = subprocess.run(["make", "-n", target], cwd=launching.REPOSITORY, capture_output=True, text=True, check=False,
+                              env={**os.environ, "VENV": ""})
+        assert done.returncode == 0, done.stderr
+
+
+def test_links_to_files_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tree_names_every_package_file():
+    readme = PAGES[0].read_text(encoding="utf-8")
+    tree = readme.split("## The tree")[1].split("```")[1]
+    for package in ("tokenizer_image", "seq2seq", "inference", "training"):
+        for path in (launching.REPOSITORY / package).glob("*.py"):
+            assert path.name == "__init__.py" or path.name in tree, f"{package}/{path.name} is not in the README's tree"
