@@ -42,9 +42,9 @@ lint: $(READY)
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; say PYTHON=/path/to/python (3.11 or newer)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
-	$(BIN)python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
+	$(BIN)python -m pip install --disable-pip-version-check --upgrade pip setuptools wheel
+	$(BIN)python -m pip install --disable-pip-version-check $(TORCH)
+	$(BIN)python -m pip install --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
 	touch $@
 
 clean:

@@ -55,8 +55,8 @@ class CachedDecoder:
         The rows are those of the groups, one group after another.
         """
         hidden = self._embed(previous, position, sum(group.rows for group in groups))  # [B, 1, D]
-        angles = self.model.image_angles
-        angles = None if angles is None else angles[:, position: position + 1].float()
+        both = self.model.rotary_angles()
+        angles = None if both is None else both[1][:, position: position + 1]
         for layer, ((self_norm, self_attention), (cross_norm, cross), (ff_norm, feedforward)) in enumerate(self.blocks):
             hidden = hidden + self._self_attend(self_attention, self_norm(hidden), layer, position, angles, cache)
             hidden = hidden + self._cross_attend(cross, cross_norm(hidden), layer, groups)

@@ -40,31 +40,28 @@ class EncoderDecoder(PretrainedModule):
         self.decoder = Decoder(dim=width, depth=config.decoder_layers, heads=config.heads, cross_attend=True,
                                **_layer_options(config))
         self.to_logits = nn.Linear(width, config.codebook_size, bias=False)
-        self._register_angles()
+        # not buffers: casting the model to bfloat16 would round the angles too
+        self._angles_by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._initialise()
-
-    def _register_angles(self) -> None:
-        config = self.config
-        if config.rotary == "none":
-            self.text_angles = self.image_angles = None
-            return
-        image = (rotary_angles_2d(config.grid, config.head_dim) if config.rotary == "2d"
-                 else rotary_angles_1d(config.num_tokens, config.head_dim))
-        # persistent=False: computed from the config, so not part of the saved weights
-        self.register_buffer("text_angles", rotary_angles_1d(config.text_length, config.head_dim), persistent=False)
-        self.register_buffer("image_angles", image, persistent=False)
 
     def _initialise(self) -> None:
         """Normal 0.02 for embeddings and the output layer, as GPT-2 and LlamaGen; layers keep x-transformers' own."""
         for name in ("text_embedding", "image_embedding", "to_logits"):
             nn.init.normal_(getattr(self, name).weight, std=0.02)
-        for name, parameter in self.named_parameters(recurse=False):
+        for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)
-            del name
 
-    def _angles(self, which: str, length: int) -> tuple[Tensor, float] | None:
-        angles = getattr(self, f"{which}_angles")
-        return None if angles is None else (angles[:, :length].float(), 1.0)
+    def rotary_angles(self) -> tuple[Tensor, Tensor] | None:
+        """Angles of the text [1, T, d] and of the image tokens [1, N, d], float32 on the model's device; None without rotary."""
+        config, device = self.config, self.to_logits.weight.device
+        if config.rotary == "none":
+            return None
+        if device not in self._angles_by_device:
+            image = (rotary_angles_2d(config.grid, config.head_dim) if config.rotary == "2d"
+                     else rotary_angles_1d(config.num_tokens, config.head_dim))
+            text = rotary_angles_1d(config.text_length, config.head_dim)
+            self._angles_by_device[device] = (text.to(device), image.to(device))
+        return self._angles_by_device[device]
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """text_ids [B, T] int64, text_mask [B, T] bool (True = real) -> memory [B, T, D]."""
@@ -73,7 +70,8 @@ class EncoderDecoder(PretrainedModule):
         hidden = self.text_embedding(text_ids)  # [B, T, D]
         if self.config.learned_positions:
             hidden = hidden + self.text_position
-        return self.encoder(hidden, mask=text_mask, rotary_pos_emb=self._angles("text", text_ids.shape[1]))
+        angles = self.rotary_angles()
+        return self.encoder(hidden, mask=text_mask, rotary_pos_emb=angles and (angles[0], 1.0))
 
     def embed_image(self, image_tokens: Tensor) -> Tensor:
         """Tokens [B, n] with n < N -> decoder inputs [B, n+1, D]: the begin slot, then each token, with positions."""
@@ -92,8 +90,9 @@ class EncoderDecoder(PretrainedModule):
         if image_tokens.shape[1] >= self.config.num_tokens:
             raise ValueError(f"{image_tokens.shape[1]} tokens leave no slot to predict in a grid of {self.config.num_tokens}")
         hidden = self.embed_image(image_tokens)
+        angles = self.rotary_angles()
         hidden = self.decoder(hidden, context=memory, context_mask=text_mask,
-                              rotary_pos_emb=self._angles("image", hidden.shape[1]))
+                              rotary_pos_emb=angles and (angles[1][:, : hidden.shape[1]], 1.0))
         return self.to_logits(hidden)
 
     def forward(self, text_ids: Tensor, text_mask: Tensor, image_tokens: Tensor) -> Tensor:

@@ -113,6 +113,24 @@ def test_caption_dropout_gives_the_null_caption_at_its_rate(shards):
     assert batch.text.text_ids.shape == (3, tiny.TEXT_LENGTH)
 
 
+def test_token_corruption_replaces_its_share_of_the_inputs_and_never_a_target(shards):
+    read = TokenShards(shards, "train")
+    visits = TokenVisits(read, seed=0, caption_dropout=0.0, token_corruption=0.3)
+    changed = []
+    for epoch in range(300):
+        for index in range(6):
+            item = visits[ItemId(epoch, index)]
+            assert item.image_tokens.tolist() == read.image_tokens(index).tolist()
+            assert item.input_tokens.min() >= 0
+            assert item.input_tokens.max() < 32
+            changed.append((item.input_tokens != item.image_tokens).mean())
+    assert numpy.mean(changed) == pytest.approx(0.3 * 31 / 32, abs=0.02)  # a random code is the right one now and then
+    again = visits[ItemId(7, 3)]
+    assert visits[ItemId(7, 3)].input_tokens.tolist() == again.input_tokens.tolist()
+    plain = TokenVisits(read, seed=0, caption_dropout=0.0)[ItemId(0, 0)]
+    assert plain.input_tokens.tolist() == plain.image_tokens.tolist()
+
+
 def test_large_codebooks_get_wider_tokens():
     assert token_dtype(1 << 16) == numpy.uint16
     assert token_dtype((1 << 16) + 1) == numpy.uint32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import yaml
 
 from seq2seq import PRESETS as SEQ2SEQ_PRESETS
 from seq2seq import EncoderDecoder, Seq2SeqConfig
+from tests import tiny
 from tests.tiny import TEXT_LENGTH
+from tokenloom_common.config import dotted_names
 from tokenloom_common.errors import UserError
 from training.config import EncodeRunConfig, Seq2SeqRunConfig, TokenizerRunConfig, dump_config, load_config
 
-RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
+REPOSITORY = Path(__file__).parents[1]
+RECIPES = sorted((REPOSITORY / "training" / "recipes").glob("*.yaml"))
 NEEDED = ["--data.path", "d", "--run_dir", "r"]
 
 
@@ -86,6 +90,39 @@ def test_help_lists_every_key(capsys):
         assert "required" in shown
     assert "--optim.gradient_clipping" in shown
     assert "--caption_dropout" in shown
+
+
+@pytest.mark.parametrize("kind", [TokenizerRunConfig, EncodeRunConfig, Seq2SeqRunConfig])
+def test_every_option_is_read_somewhere(kind):
+    sources = [p for folder in ("training", "inference", "seq2seq", "tokenizer_image")
+               for p in (REPOSITORY / folder).rglob("*.py") if p != REPOSITORY / "training" / "config.py"]
+    read = {node.attr for p in sources for node in ast.walk(ast.parse(p.read_text())) if isinstance(node, ast.Attribute)}
+    leaves = {name.rsplit(".", 1)[-1] for name in dotted_names(kind)}
+    passed_on_whole = {"preset"}  # resolved in config.py itself
+    assert leaves - read - passed_on_whole == set()
+
+
+SHAPE_CHANGES = {"text_vocab_size": 321, "text_length": 13, "codebook_size": 33, "grid": (4, 5), "width": 40, "heads": 4,
+                 "head_dim": 20, "kv_heads": 1, "encoder_layers": 3, "decoder_layers": 3, "feedforward": "gelu",
+                 "feedforward_multiplier": 2.0, "norm": "layernorm", "qk_norm": False, "learned_positions": False}
+
+
+@pytest.mark.parametrize("field", Seq2SeqConfig.model_fields)
+def test_every_field_of_the_transformer_changes_it(field):
+    base = tiny.seq2seq()
+    if field == "tokenizer_fingerprint":  # changes what it may be paired with: test_pipeline
+        return
+    if field in SHAPE_CHANGES:
+        changed = tiny.seq2seq(**{field: SHAPE_CHANGES[field]})
+        shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (base, changed)]
+        assert shapes[0] != shapes[1]
+        return
+    changed = tiny.seq2seq(**{field: {"rotary": "1d", "dropout": 0.5}[field]})
+    changed.load_state_dict(base.state_dict())
+    text = tiny.text_tokenizer().encode(["a red heart"])
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        assert not torch.allclose(base.train()(*text, tokens), changed.train()(*text, tokens), atol=1e-4)
 
 
 def test_there_are_recipes():

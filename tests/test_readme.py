@@ -45,7 +45,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(command: list[str], place: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=place, env=launching.environment(), capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(command, cwd=place, env=launching.environment(), capture_output=True, text=True, timeout=280,
+                          check=False)
 
 
 def test_the_readmes_commands_run(place):

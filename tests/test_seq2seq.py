@@ -82,6 +82,13 @@ def test_two_dimensional_rotary_depends_on_row_and_column_distance_only():
     assert score((0, 0), (1, 2)) != pytest.approx(score((0, 0), (1, 3)), abs=1e-3)  # another column
 
 
+def test_a_bfloat16_model_keeps_exact_angles():
+    exact, rounded = tiny.seq2seq(), tiny.seq2seq().bfloat16()
+    for angles, same in zip(exact.rotary_angles(), rounded.rotary_angles(), strict=True):
+        assert torch.equal(angles, same)
+    assert "angles" not in " ".join(exact.state_dict())
+
+
 def test_loss_by_hand_on_two_tokens():
     logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
     expected = (torch.log(torch.tensor(2.0)) + torch.log(1 + torch.exp(torch.tensor(2.0)))) / 2

@@ -24,9 +24,12 @@ def text_tokenizer() -> TextTokenizer:
 def vqgan(codebook_size: int = 32, seed: int = 0) -> VQGAN:
     """16 px, 4 x 4 codes."""
     torch.manual_seed(seed)
-    return VQGAN(VQGANConfig(resolution=16, channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=1, norm_groups=4,
-                             attention_resolutions=(), mid_attention=False, z_channels=8, embed_dim=4,
-                             codebook_size=codebook_size)).eval()
+    model = VQGAN(VQGANConfig(resolution=16, channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=1, norm_groups=4,
+                              attention_resolutions=(), mid_attention=False, z_channels=8, embed_dim=4,
+                              codebook_size=codebook_size))
+    with torch.no_grad():  # k-means fills the codebook, which is all zeros before: every token would decode alike
+        model.train()(torch.rand(8, 3, 16, 16) * 2 - 1)
+    return model.eval()
 
 
 def seq2seq(seed: int = 0, **changes) -> EncoderDecoder:

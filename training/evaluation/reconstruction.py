@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenizer_image import VQGAN, CodebookUsage
 from tokenizer_image.images import float_to_pixels, image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError
+from tokenloom_common.progress import progress
 from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages
 
 PERFECT_DB = 100.0  # PSNR of equal pictures, where the formula gives infinity
@@ -29,7 +30,7 @@ def evaluate_reconstruction(tokenizer: VQGAN, source: CaptionedImages, batch_siz
     device = next(tokenizer.parameters()).device
     usage = CodebookUsage(tokenizer.codebook_size, window=-(-max(1, len(source)) // batch_size))
     values, unusable = [], 0
-    for start in range(0, len(source), batch_size):
+    for start in progress(range(0, len(source), batch_size), "measure reconstruction", unit="batch"):
         pixels = []
         for row in range(start, min(start + batch_size, len(source))):
             try:
