@@ -52,7 +52,7 @@ class EncoderDecoder(PretrainedModule):
             nn.init.normal_(parameter, std=0.02)
 
     def rotary_angles(self) -> tuple[Tensor, Tensor] | None:
-        """Angles of the text [1, T, d] and of the image tokens [1, N, d], float32 on the model's device; None without rotary."""
+        """Angles of text [1, T, d] and image tokens [1, N, d], float32 on the model's device; None without rotary."""
         config, device = self.config, self.to_logits.weight.device
         if config.rotary == "none":
             return None

@@ -57,7 +57,7 @@ ALL_STYLES = ("noto", "twemoji", "fluent-flat", "fluent-3d")
 CAPTION_STYLES = ("noto", "fluent-3d")
 TOKENIZER_RECIPE = RECIPES / "demo_tokenizer.yaml"
 SEQ2SEQ_RECIPE = RECIPES / "demo_seq2seq.yaml"
-SIZES = {"full": DemoSize(None, 240), "quick": DemoSize(60, 40, ("--train.steps", "30"))}
+SIZES = {"full": DemoSize(None, 400), "quick": DemoSize(60, 40, ("--train.steps", "30"))}
 
 
 class Demo:

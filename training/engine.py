@@ -236,12 +236,15 @@ class Engine:
 
         state: dict[str, Tensor] = {}
         parameters = dict(self.module.named_parameters())
+        # stage 0 in bfloat16 keeps its float32 weights in the optimizer, where DeepSpeed's own function does not look
+        pairs = zip(getattr(self.optimizer, "fp16_groups", []), getattr(self.optimizer, "fp32_groups", []), strict=False)
+        masters = {id(half): full for halves, fulls in pairs for half, full in zip(halves, fulls, strict=True)}
         for name, tensor in self.module.state_dict().items():
             if name not in parameters:
                 state[name] = tensor.detach().cpu().clone()
                 continue
             full = safe_get_full_fp32_param(parameters[name])
-            full = parameters[name] if full is None else full
+            full = masters.get(id(parameters[name]), parameters[name]) if full is None else full
             state[name] = full.detach().float().cpu().reshape(_full_shape(parameters[name])).clone()
         return state
 
@@ -251,6 +254,9 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, strictly. All processes must call it."""
+        if self.group.any(not (folder / DEEPSPEED_TAG).is_dir()):  # DeepSpeed would assert without a message
+            raise RunFailedError(f"{folder / DEEPSPEED_TAG}: not there for every process; all processes and machines must see "
+                                 "the same run folder")
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
         if self.group.any(loaded is None):
             raise RunFailedError(f"{folder}: DeepSpeed could not read its part of the checkpoint")
