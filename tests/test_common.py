@@ -171,7 +171,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 def test_a_reader_that_goes_away_ends_a_command_without_a_traceback():
     code = ("import sys; from tokenloom_common.errors import run_command\n"
-            "def main(argv):\n    sys.stdin.read(); print('x' * 100_000, flush=True); return 0\n"
+            "def main(argv):\n    sys.stdin.read(); print('x' * 100, flush=True); return 0\n"
             "sys.exit(run_command(main, [], 'prog'))")
     with subprocess.Popen([sys.executable, "-c", code], cwd=launching.REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as command:

