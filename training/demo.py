@@ -57,7 +57,7 @@ ALL_STYLES = ("noto", "twemoji", "fluent-flat", "fluent-3d")
 CAPTION_STYLES = ("noto", "fluent-3d")
 TOKENIZER_RECIPE = RECIPES / "demo_tokenizer.yaml"
 SEQ2SEQ_RECIPE = RECIPES / "demo_seq2seq.yaml"
-SIZES = {"full": DemoSize(None, 400), "quick": DemoSize(60, 40, ("--train.steps", "30"))}
+SIZES = {"full": DemoSize(None, 240), "quick": DemoSize(60, 40, ("--train.steps", "30"))}
 
 
 class Demo:
@@ -87,8 +87,9 @@ class Demo:
         self.phases[name] = {"seconds": seconds, "reused": False}
 
     def launch(self, script: str, *arguments: str) -> None:
-        """Run a training script through the `deepspeed` launcher: on every GPU, or one process a core on the CPU."""
-        count = torch.cuda.device_count() if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
+        """Run a training script through the `deepspeed` launcher: on up to 8 GPUs, or with 2 processes on the CPU."""
+        available = min(8, torch.cuda.device_count()) if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
+        count = 1 << (available.bit_length() - 1)  # a power of two divides the recipes' batches
         command = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning",
                    "--num_accelerators", str(count),
                    "--master_port", str(_free_port()), str(SCRIPTS / script), *arguments]
