@@ -6,10 +6,11 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenloom_common.errors import StoppedBySignalError
@@ -37,14 +38,14 @@ class Task:
 
 def run_training(task: Task, engine: Engine, config: RunConfig, group: Processes, run_state: RunState) -> None:
     """Train to train.steps from the newest whole checkpoint, or from the start. StoppedBySignalError after a signal."""
-    first_step = _resume(task, engine, config, group, run_state)
+    window = _Window(config)
+    first_step = _resume(task, engine, run_state, window)
     total = config.train.steps
     if first_step >= total:
         log.info("%s: already trained to step %d of %d; nothing to do", task.name, first_step, total)
         return
     run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step)
     batches = iter(task.batches(first_step))
-    window = _Window(config)
     try:
         with _stop_flag() as stop:
             for step in range(first_step, total):
@@ -55,11 +56,12 @@ def run_training(task: Task, engine: Engine, config: RunConfig, group: Processes
                     window.write(run_log, group, done, lr_at(step, total, config.optim), grad_norm, skipped, task)
                 stopping = int(group.maximum(float(stop["signal"])))
                 if stopping or done == total or _due(done, config.checkpoint.every_steps):
-                    run_state.save(engine, done, task.state())
+                    run_state.save(engine, done, task.state() | window.state())
                 if stopping:
                     raise StoppedBySignalError(stopping)
                 if _due(done, config.train.sample_every) or (config.train.sample_every and done == total):
-                    task.sample(done)
+                    with _random_state_kept(group):
+                        task.sample(done)
     finally:
         run_log.close()
 
@@ -68,13 +70,19 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _resume(task: Task, engine: Engine, config: RunConfig, group: Processes, run_state: RunState) -> int:
+def _random_state_kept(group: Processes) -> AbstractContextManager:
+    """A look at the model must not change what a resumed run, which does not repeat it, would draw next."""
+    return torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else [])
+
+
+def _resume(task: Task, engine: Engine, run_state: RunState, window: _Window) -> int:
     checkpoint = run_state.resume_from
     if checkpoint is None:
         log.info("%s: starting fresh in %s", task.name, run_state.run_dir)
         return 0
     step, tensors = run_state.load(engine, checkpoint)
-    task.restore(tensors)
+    window.restore(tensors)
+    task.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(_Window.PREFIX)})
     log.info("%s: continuing from %s", task.name, checkpoint)
     return step
 
@@ -96,7 +104,9 @@ def _one_step(task: Task, engine: Engine, config: RunConfig, batches: Iterator[A
 
 
 class _Window:
-    """Sums between two log lines; tensors stay on the device until the line is written."""
+    """Sums between two log lines; tensors stay on the device until the line is written. Part of a checkpoint."""
+
+    PREFIX = "window."
 
     def __init__(self, config: RunConfig) -> None:
         self.batch_size = config.train.batch_size
@@ -105,19 +115,34 @@ class _Window:
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.parts = self.steps = 0
+        self.resumed_steps = 0
         self.data_seconds = 0.0
         self.started = time.perf_counter()
 
+    def state(self) -> dict[str, Tensor]:
+        """The sums so far, for a checkpoint between two log lines."""
+        sums = {f"{self.PREFIX}sum.{name}": total for name, total in self.sums.items()}
+        return {**sums, f"{self.PREFIX}counts": torch.tensor([self.parts, self.steps])}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on with the sums of a checkpoint; the time between is not counted."""
+        start = f"{self.PREFIX}sum."
+        self.sums = {name.removeprefix(start): total for name, total in tensors.items() if name.startswith(start)}
+        self.parts, self.steps = tensors[f"{self.PREFIX}counts"].tolist()
+        self.resumed_steps = self.steps
+
     def add(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
-            self.sums[name] = self.sums[name] + value.float() if name in self.sums else value.float()
+            before = self.sums.get(name)
+            self.sums[name] = value.float() if before is None else before.to(value.device) + value.float()
         self.parts += 1
 
     def write(self, run_log: RunLog, group: Processes, step: int, lr: float, grad_norm: float, skipped: int,
               task: Task) -> None:
         seconds = time.perf_counter() - self.started
         values: dict[str, Any] = {name: group.mean(float(total) / self.parts) for name, total in self.sums.items()}
-        values |= {"lr": lr, "samples_per_s": self.steps * self.batch_size / seconds, "grad_norm": grad_norm,
+        timed = self.steps - self.resumed_steps
+        values |= {"lr": lr, "samples_per_s": timed * self.batch_size / seconds, "grad_norm": grad_norm,
                    "skipped_steps": skipped, "data_wait": self.data_seconds / seconds, **task.metrics()}
         run_log.metrics(step, values)
         self._clear()

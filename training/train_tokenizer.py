@@ -51,7 +51,7 @@ class TokenizerTraining:
         self.engine = Engine(self.tokenizer, build_optimizer(self.tokenizer, config.optim), config, group, precision)
         seed_everything(config.seed, group.rank)
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self.usage = CodebookUsage(config.model.codebook_size, config.usage_window)
+        self.usage = CodebookUsage(config.model.codebook_size, config.usage_window).to(group.device)
         self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
         self._known_bad: set[str] = set()
 
