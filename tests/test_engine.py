@@ -316,13 +316,15 @@ def test_a_gradient_that_is_not_finite_at_the_other_stages_is_a_counted_skipped_
 
 def test_deepspeeds_json_follows_from_ours():
     run = config(2, batch_size=48, accumulation=3)
-    derived = deepspeed_json(run, world_size=4, precision="bfloat16")
+    derived = deepspeed_json(run, world_size=4, precision="bfloat16", parameters=1000)
     assert (derived["train_batch_size"], derived["gradient_accumulation_steps"], derived["train_micro_batch_size_per_gpu"]) == (
         48, 3, 4)
+    buckets = [deepspeed_json(run, 4, "float32", size)["zero_optimization"]["reduce_bucket_size"] for size in (1000, 10**10)]
+    assert buckets == [1000, 500_000_000]  # never larger than the model
     assert derived["gradient_clipping"] == 0.5  # always there: DeepSpeed's default is 1.0
     assert derived["zero_optimization"]["stage"] == 2
     assert derived["bf16"] == {"enabled": True}
-    assert deepspeed_json(run, 4, "float32")["bf16"] == {"enabled": False}
+    assert deepspeed_json(run, 4, "float32", 1000)["bf16"] == {"enabled": False}
 
 
 def test_every_key_of_the_json_is_one_that_deepspeed_reads(group):
@@ -331,7 +333,7 @@ def test_every_key_of_the_json_is_one_that_deepspeed_reads(group):
 
     known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization", "bf16",
                                                                                       "wall_clock_breakdown"}
-    assert set(deepspeed_json(config(), 1, "float32")) <= known
+    assert set(deepspeed_json(config(), 1, "float32", 1000)) <= known
     assert "gradient_cliping" not in known
 
 
@@ -340,7 +342,7 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_its_numbers(world, accum
     run = config(batch_size=batch_size, accumulation=accumulation)
     with pytest.raises(UserError, match=rf"batch_size {batch_size} is not divisible by {world} processes x "
                                         rf"train\.accumulation {accumulation} = {world * accumulation}"):
-        deepspeed_json(run, world, "float32")
+        deepspeed_json(run, world, "float32", 1000)
 
 
 @pytest.mark.parametrize(("asked", "device", "used"), [

@@ -26,6 +26,7 @@ from training.config import RunConfig
 
 log = logging.getLogger(__name__)
 
+LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's default
 DEEPSPEED_TAG = "deepspeed"  # folder inside a checkpoint that holds what DeepSpeed itself writes
 
 
@@ -138,8 +139,11 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def deepspeed_json(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from ours. UserError if the batch cannot be divided over processes and accumulation."""
+def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived from ours. UserError if the batch cannot be divided over processes and accumulation.
+
+    parameters: how many the module has; DeepSpeed's own buckets of 500 million would take 2 GB beside the smallest model.
+    """
     train = config.train
     parts = world_size * train.accumulation
     if train.batch_size % parts:
@@ -150,7 +154,8 @@ def deepspeed_json(config: RunConfig, world_size: int, precision: str) -> dict[s
         "train_micro_batch_size_per_gpu": train.batch_size // parts,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optim.gradient_clipping,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": min(LARGEST_BUCKET, parameters),
+                              "allgather_bucket_size": min(LARGEST_BUCKET, parameters)},
         "bf16": {"enabled": precision == "bfloat16"},
         "steps_per_print": 1 << 62,  # our log speaks
         "wall_clock_breakdown": False,
@@ -186,7 +191,7 @@ class Engine:
         self._stage = config.deepspeed.zero_stage
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module.to(group.device), optimizer=optimizer,
-            config=deepspeed_json(config, group.world_size, precision))
+            config=deepspeed_json(config, group.world_size, precision, sum(p.numel() for p in module.parameters())))
         self._names = {id(p): n for n, p in self._engine.module.named_parameters()}
 
     @property
