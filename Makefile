@@ -20,7 +20,7 @@ BIN := $(VENV)/bin/
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test test-all lint setup clean
+.PHONY: demo test test-all lint setup clean force
 
 setup: $(READY)
 
@@ -38,11 +38,17 @@ lint: $(READY)
 	$(BIN)mypy
 	$(BIN)lint-imports
 
-# torch goes first and by itself: any other package would pull the newest build with gigabytes of CUDA libraries
-$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+force:
+
+# made anew only when another TORCH is asked for
+$(VENV)/.torch: force
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; say PYTHON=/path/to/python (3.11 or newer)"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)python -m pip install --disable-pip-version-check --upgrade pip setuptools wheel
+	@test -x $(BIN)python || { $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)python -m pip install --disable-pip-version-check --upgrade pip setuptools wheel; }
+	@test "$$(cat $@ 2>/dev/null)" = "$(TORCH)" || echo "$(TORCH)" > $@
+
+# torch goes first and by itself: any other package would pull the newest build with gigabytes of CUDA libraries
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
 	$(BIN)python -m pip install --disable-pip-version-check $(TORCH)
 	$(BIN)python -m pip install --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
 	touch $@

@@ -41,9 +41,9 @@ def _help() -> str:
     rows = [f"  {name:<12} {text}" for name, (_, _, text) in COMMANDS.items()]
     return "\n".join([USAGE, "", (__doc__ or "").splitlines()[0], "", "commands (each has --help with examples):", *rows, "",
                       "training (also without `deepspeed`, on one process):",
-                      "  deepspeed training/train_tokenizer.py --config training/recipes/emoji32_tokenizer.yaml ...",
+                      "  deepspeed training/train_tokenizer.py --config training/recipes/small_tokenizer.yaml ...",
                       "  deepspeed training/encode_dataset.py --image_tokenizer RUN/model --data.path DIR --out TOKENS",
-                      "  deepspeed training/train_seq2seq.py --config training/recipes/emoji32_seq2seq.yaml ..."])
+                      "  deepspeed training/train_seq2seq.py --config training/recipes/small_seq2seq.yaml ..."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
-        return 0 if arguments else 2
+        return run_command(lambda argv: print(_help()) or (0 if argv else 2), arguments, "tokenloom")
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         print(f"tokenloom: error: unknown command '{name}'{nearest_name(name, COMMANDS)}", file=sys.stderr)

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy
 import torch
@@ -28,22 +27,15 @@ from tokenizer_image.images import (
     pixels_to_float,
     pixels_to_images,
 )
-from tokenloom_common.errors import DataError, UserError
+from tokenloom_common.errors import OneLineParser, UserError
 from tokenloom_common.pretrained import resolve_folder
 from tokenloom_common.progress import progress
 
 PNG_KEY = "tokenloom"  # text chunk with everything needed to make the picture again
 
 
-class _Parser(argparse.ArgumentParser):
-    """A wrong option is one line like every other mistake, without the usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser(name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    return _Parser(prog=f"tokenloom {name}", description=text, epilog=f"examples:\n{examples}", allow_abbrev=False,
+def _parser(name: str, text: str, examples: str) -> OneLineParser:
+    return OneLineParser(prog=f"tokenloom {name}", description=text, epilog=f"examples:\n{examples}", allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -161,7 +153,7 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
             picture = open_image(Path(name))
         except BadImageError as error:
             if len(args.image) == 1:
-                raise DataError(str(error)) from None
+                raise
             print(f"tokenloom reconstruct: skipped: {error}", file=sys.stderr)
             failed += 1
             continue
@@ -170,7 +162,7 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
         both.save(path)
         print(f"{path}\t{decibel:.2f} dB")
     if failed == len(args.image):
-        raise DataError(f"none of {failed} pictures could be read")
+        raise UserError(f"none of {failed} pictures could be read")
     return 1 if failed else 0
 
 

@@ -52,7 +52,7 @@ def save_model_folder(folder: str | Path, image_tokenizer: VQGAN, seq2seq: Encod
                       generation: SamplingParams, card: str) -> Path:
     """Write a whole model folder with its model card. UserError if the parts do not belong together."""
     check_pair(image_tokenizer, seq2seq, text_tokenizer, "the model folder to write")
-    with atomic_folder(Path(folder)) as aside:
+    with atomic_folder(Path(folder), (*PARTS, INDEX_NAME, GENERATION_NAME, "README.md")) as aside:
         for name, part in (("tokenizer_image", image_tokenizer), ("seq2seq", seq2seq)):
             (aside / name).mkdir()
             write_pretrained(part.kind, part.config, part.state_dict(), aside / name)

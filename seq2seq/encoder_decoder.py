@@ -71,7 +71,8 @@ class EncoderDecoder(PretrainedModule):
         if self.config.learned_positions:
             hidden = hidden + self.text_position
         angles = self.rotary_angles()
-        return self.encoder(hidden, mask=text_mask, rotary_pos_emb=angles and (angles[0], 1.0))
+        # as an attention mask: given as `mask`, x-transformers also fills padded outputs, which turns bfloat16 into float32
+        return self.encoder(hidden, attn_mask=text_mask[:, None, None, :], rotary_pos_emb=angles and (angles[0], 1.0))
 
     def embed_image(self, image_tokens: Tensor) -> Tensor:
         """Tokens [B, n] with n < N -> decoder inputs [B, n+1, D]: the begin slot, then each token, with positions."""

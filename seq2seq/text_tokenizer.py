@@ -62,7 +62,8 @@ class TextTokenizer:
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, text_length: int) -> TextTokenizer:
         """Train on captions. The vocabulary may come out smaller than `vocab_size` when the captions hold less."""
-        unique = sorted(set(captions))[:MAX_TRAINING_SENTENCES]
+        unique = sorted(set(captions))
+        unique = unique[:: -(-len(unique) // MAX_TRAINING_SENTENCES) or 1]  # every n-th of a very large set
         if not unique:
             raise UserError("no captions to train a text tokenizer on")
         model = io.BytesIO()
@@ -118,7 +119,7 @@ class TextTokenizer:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write spiece.model and config.json; the folder appears whole."""
-        with atomic_folder(Path(folder)) as aside:
+        with atomic_folder(Path(folder), (MODEL_NAME, "config.json")) as aside:
             self.write_files(aside)
         return Path(folder)
 

@@ -328,10 +328,10 @@ def test_reconstruct_takes_every_readable_picture_and_a_bare_tokenizer_folder(ru
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_unreadable_picture_alone_is_its_reason_in_one_line_and_exit_code_4(run, folder, tmp_path, name):
+def test_an_unreadable_picture_alone_is_its_reason_in_one_line_and_exit_code_2(run, folder, tmp_path, name):
     (path,) = write(tmp_path / "in", {"bad": REFUSED[name][0]})
     shown = run("reconstruct", path, "--model", folder, "--out", tmp_path / "out")
-    assert (shown.code, shown.out, len(shown.err)) == (4, [], 1)
+    assert (shown.code, shown.out, len(shown.err)) == (2, [], 1)
     assert shown.err[0].startswith(f"tokenloom reconstruct: error: {path}: {REFUSED[name][1]}")
     assert contents(tmp_path / "out") == {}
     assert path.read_bytes() == REFUSED[name][0]
@@ -349,10 +349,10 @@ def test_among_good_pictures_bad_ones_are_named_and_skipped_and_the_exit_code_is
     assert {p.stem: p.read_bytes() for p in bad} == {name: data for name, (data, _) in REFUSED.items()}
 
 
-def test_when_no_picture_is_readable_the_exit_code_is_4(run, folder, tmp_path):
+def test_when_no_picture_is_readable_the_exit_code_is_2(run, folder, tmp_path):
     bad = write(tmp_path / "bad", {name: data for name, (data, _) in REFUSED.items()})
     shown = run("reconstruct", *bad, "--model", folder, "--out", tmp_path / "out")
-    assert (shown.code, shown.out, len(shown.err)) == (4, [], len(bad) + 1)
+    assert (shown.code, shown.out, len(shown.err)) == (2, [], len(bad) + 1)
     assert shown.err[-1] == f"tokenloom reconstruct: error: none of {len(bad)} pictures could be read"
 
 

@@ -85,7 +85,7 @@ def test_a_text_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path):
     path = tmp_path / "model"
     for number in (1, 2):
-        with atomic_folder(path) as aside:
+        with atomic_folder(path, ("*",)) as aside:
             (aside / "sub").mkdir()
             (aside / "sub" / f"{number}.txt").write_text(str(number))
             assert tree(path) == ({} if number == 1 else {"sub": "", "sub/1.txt": "1"})  # not yet
@@ -101,7 +101,7 @@ def test_a_folder_whose_writing_fails_stays_as_it_was(tmp_path, error, exists):
         path.mkdir()
         (path / "old.txt").write_text("old")
     before = tree(tmp_path)
-    with pytest.raises(error), atomic_folder(path) as aside:
+    with pytest.raises(error), atomic_folder(path, ("*",)) as aside:
         (aside / "half.txt").write_text("half")
         raise error
     assert tree(tmp_path) == before
@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_renamed_stays_as_it_was(tmp_path, monkeypatch, 
     (path / "old.txt").write_text("old")
     before = tree(tmp_path)
     monkeypatch.setattr(files.os, "rename", FullDisk(os.rename, good))
-    with pytest.raises(OSError, match="No space"), atomic_folder(path) as aside:
+    with pytest.raises(OSError, match="No space"), atomic_folder(path, ("*",)) as aside:
         (aside / "new.txt").write_text("new")
     assert tree(tmp_path) == before
 
@@ -169,12 +169,14 @@ def test_debug_shows_the_traceback(monkeypatch):
         run_command(ends_with(UserError("reason")), [], "prog")
 
 
-def test_a_reader_that_goes_away_ends_a_command_without_a_traceback():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("ending", ["return 0", "raise SystemExit(0)", "raise ValueError(1)"])
+def test_a_reader_that_goes_away_ends_a_command_without_a_traceback(unbuffered, ending):
     code = ("import sys; from tokenloom_common.errors import run_command\n"
-            "def main(argv):\n    sys.stdin.read(); print('x' * 100, flush=True); return 0\n"
+            f"def main(argv):\n    sys.stdin.read(); print('x' * 100); {ending}\n"
             "sys.exit(run_command(main, [], 'prog'))")
     with subprocess.Popen([sys.executable, "-c", code], cwd=launching.REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as command:
+                          stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}) as command:
         command.stdout.close()
         command.stdin.close()
         assert command.wait(30) == 1
@@ -240,3 +242,16 @@ def test_a_config_cannot_be_changed_and_reads_back():
         config.name = "b"
     assert Outer.parse(config.plain(), "file") == config
     assert dotted_names(Outer) == ["name", "inner", "inner.width", "inner.rate"]
+
+
+def test_a_folder_with_somebodys_files_is_never_replaced(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    (mine / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"thesis\.txt"), atomic_folder(mine, ("config.json",)):
+        pytest.fail("the block must not run")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"), atomic_folder(tmp_path / "file", ("*",)):
+        pytest.fail("the block must not run")
+    assert (mine / "thesis.txt").read_text() == "years of work"

@@ -89,6 +89,18 @@ def test_a_bfloat16_model_keeps_exact_angles():
     assert "angles" not in " ".join(exact.state_dict())
 
 
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1, "norm": "layernorm", "feedforward": "gelu"}, {"rotary": "none"}])
+def test_a_bfloat16_model_runs_and_stays_near_the_float32_one(changes):
+    model = tiny.seq2seq(**changes)
+    text = tiny.text_tokenizer().encode(["a red heart", ""])
+    image_tokens = torch.randint(0, 32, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = model(*text, image_tokens)
+        rounded = model.bfloat16()(*text, image_tokens)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_loss_by_hand_on_two_tokens():
     logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
     expected = (torch.log(torch.tensor(2.0)) + torch.log(1 + torch.exp(torch.tensor(2.0)))) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,13 @@ def work(tmp_path_factory) -> Path:
         2, SEQ2SEQ, "--config", launching.RECIPES / "debug_seq2seq.yaml", "--data.path", folder / "tokens",
         "--image_tokenizer", folder / "tokenizer/model", "--run_dir", folder / "seq2seq",
         "--data.validation_split", "unseen_combination", "--deepspeed.zero_stage", 2)
+    results["alone"] = launching.python(
+        TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", folder / "data", "--run_dir", folder / "alone",
+        "--train.steps", 2, "--train.precision", "bfloat16", "--deepspeed.zero_stage", 0, "--train.sample_every", 1)
+    results["alone seq2seq"] = launching.python(
+        SEQ2SEQ, "--config", "debug_seq2seq.yaml", "--data.path", folder / "tokens", "--image_tokenizer",
+        folder / "tokenizer/model", "--run_dir", folder / "bfloat16", "--train.steps", 3, "--train.precision", "bfloat16",
+        "--train.sample_every", 2)
     for name, result in results.items():
         assert result.returncode == 0, f"{name}: {result.stderr[-3000:]}"
     return folder
@@ -70,6 +78,12 @@ def test_a_run_folder_holds_what_it_promises(work, stage):
     assert json.loads((run / "validation.json").read_text())
 
 
+def test_bfloat16_trains_both_stages(work):
+    for run in ("alone", "bfloat16"):
+        assert all(0 < loss < 10 for loss in losses(work / run))
+        assert (work / run / "model").is_dir()
+
+
 def test_codebook_health_is_logged_from_the_first_step(work):
     rows = read_metrics(work / "tokenizer/metrics.jsonl")
     assert all(0 < row["codebook_usage"] <= 1 and 1 <= row["codebook_perplexity"] <= 64 for row in rows)
@@ -98,12 +112,14 @@ def test_the_exported_model_folder_samples(work):
     assert "not measured" not in card
 
 
-def test_a_finished_run_started_again_says_so_and_changes_nothing(work, tmp_path):
-    before = (work / "seq2seq/metrics.jsonl").read_text()
+def test_a_finished_run_started_again_says_so_and_changes_no_result(work):
+    results = ("metrics.jsonl", "latest.json", "validation.json", "model/README.md", "model/seq2seq/model.safetensors")
+    (work / "seq2seq/model/README.md").write_text((work / "seq2seq/model/README.md").read_text() + "\nMy own words.\n")
+    before = [(work / "seq2seq" / name).read_bytes() for name in results]
     result = launching.deepspeed(2, SEQ2SEQ, "--config", work / "seq2seq/config.yaml")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "already trained to step 60" in result.stderr
-    assert (work / "seq2seq/metrics.jsonl").read_text() == before
+    assert [(work / "seq2seq" / name).read_bytes() for name in results] == before
 
 
 def tokenizer_arguments(work: Path, run: Path, *more: object) -> list[object]:
@@ -135,6 +151,23 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(work, tmp_path):
     for a, b in zip(*rows, strict=True):
         assert (a["loss"].hex(), a["grad_norm"].hex(), a["codebook_perplexity"]) == (
             b["loss"].hex(), b["grad_norm"].hex(), b["codebook_perplexity"])
+
+
+def test_ctrl_c_under_the_launcher_leaves_a_checkpoint(work, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*tokenizer_arguments(work, run, "--train.steps", 5000, "--checkpoint.every_steps", 0)]
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", launching.free_port(), *arguments]
+    with subprocess.Popen(list(map(str, command)), cwd=launching.REPOSITORY, env=launching.environment(), text=True,
+                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as running:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(run / "metrics.jsonl")) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGINT)  # what a terminal does on Ctrl-C: every process of the group gets it
+        message = running.stderr.read()
+        assert running.wait(60) != 0
+    assert "after a checkpoint" in message, message[-2000:]
+    step = json.loads((run / "latest.json").read_text())["step"]
+    assert (run / f"checkpoints/step-{step:08d}/MANIFEST.json").is_file()
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(work, tmp_path):
@@ -174,7 +207,7 @@ def test_unusable_pictures_are_counted_skipped_and_end_the_run_above_the_limit(t
     result = launching.python(TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", data, "--run_dir",
                               tmp_path / "run", "--train.steps", 8, "--train.sample_every", 0, "--data.max_bad_fraction", limit)
     assert result.returncode == code, result.stderr[-2000:]
-    assert "dropped" in result.stderr
+    assert ("more than max_bad_fraction" if code else "passed over 12 unusable pictures") in result.stderr
     assert "Traceback" not in result.stderr
     if code:
         return
@@ -182,11 +215,39 @@ def test_unusable_pictures_are_counted_skipped_and_end_the_run_above_the_limit(t
     assert len(list(data.iterdir())) == 2 * (40 + len(REFUSED))
 
 
+def test_two_processes_end_together_on_unusable_data_with_one_line(work, tmp_path):
+    data = bad_data(tmp_path / "data", 40)
+    result = launching.deepspeed(2, ENCODE, "--image_tokenizer", work / "tokenizer/model", "--data.path", data, "--out",
+                                 tmp_path / "tokens")
+    assert result.returncode == 4, result.stderr[-2000:]
+    assert result.stderr.count("encode_dataset.py: error: ") == 1
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_items_that_are_unusable_when_the_data_is_opened_count_too(work, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(50):
+        Image.new("RGB", (20, 20), (number, 80, 120)).save(data / f"{number}.png")
+        if number < 30:
+            (data / f"{number}.txt").write_text(f"picture {number}")
+    result = launching.python(TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", data, "--run_dir", tmp_path / "r")
+    assert result.returncode == 4, result.stderr[-2000:]
+    assert "no caption file" in result.stderr
+
+
 ONE_LINE = [
     ("typo", [TOKENIZER, "--train.stesp", "3"], 2, "did you mean 'train.steps'"),
     ("no data", [TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", "{tmp}/nowhere", "--run_dir", "{tmp}/r"], 2,
      "nowhere"),
     ("empty data", [TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", "{tmp}", "--run_dir", "{tmp}/r"], 4, "{tmp}"),
+    ("validation split", [SEQ2SEQ, "--config", "debug_seq2seq.yaml", "--data.path", "{work}/tokens", "--image_tokenizer",
+                          "{work}/tokenizer/model", "--run_dir", "{tmp}/r", "--data.validation_split", "trian"], 2,
+     "did you mean 'train'"),
+    ("another model", [TOKENIZER, "--config", "{work}/alone/config.yaml", "--model.channels", "24"], 3, "model"),
+    ("guidance", [SEQ2SEQ, "--config", "debug_seq2seq.yaml", "--data.path", "{work}/tokens", "--image_tokenizer",
+                  "{work}/tokenizer/model", "--run_dir", "{tmp}/r", "--sample_guidance", "200"], 2, "sample_guidance"),
     ("lpips weights", [TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", "{work}/data", "--run_dir", "{tmp}/r",
                        "--loss.perceptual_weight", "1", "--loss.perceptual_path", "{tmp}/none"], 2,
      "no such LPIPS weights file"),
@@ -195,7 +256,7 @@ ONE_LINE = [
     ("no tokenizer", [ENCODE, "--image_tokenizer", "{tmp}", "--data.path", "{work}/data", "--out", "{tmp}/t"], 2,
      "config.json is missing"),
     ("someone's folder", [ENCODE, "--image_tokenizer", "{work}/tokenizer/model", "--data.path", "{work}/data", "--out",
-                          "{work}/data"], 2, "holds no token shards"),
+                          "{work}/data"], 2, "holds other files"),
     ("no tokens", [SEQ2SEQ, "--data.path", "{tmp}/nowhere", "--image_tokenizer", "{work}/tokenizer/model", "--run_dir",
                    "{tmp}/r"], 2, "no such folder of token shards"),
     ("resume", [SEQ2SEQ, "--config", "debug_seq2seq.yaml", "--data.path", "{work}/tokens", "--image_tokenizer",

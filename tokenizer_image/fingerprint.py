@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 
-import torch
+from tokenizer_image.vqgan import VQGAN
 
-from tokenloom_common.pretrained import PretrainedModule
+CODE_PARTS = ("encoder.", "quant_conv.")
+CODE_FIELDS = ("resolution", "attention_resolutions", "norm_groups")  # shapes say the rest
 
-CODE_PARTS = ("encoder.", "quant_conv.", "quantizer.")
 
+def code_fingerprint(tokenizer: VQGAN) -> str:
+    """16 hex digits over encoder, codebook and what else decides a code.
 
-def code_fingerprint(tokenizer: PretrainedModule) -> str:
-    """16 hex digits over config, encoder and codebook. A fine-tuned decoder leaves it as it is, so its tokens stay valid."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(json.dumps(tokenizer.config.plain(), sort_keys=True).encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        if name.startswith(CODE_PARTS):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    A fine-tuned decoder, moving averages and fields that a later release adds leave it as it is, so tokens stay valid.
+    """
+    config = tokenizer.config
+    decides = {name: getattr(config, name) for name in CODE_FIELDS} | {"l2_normalize": config.quantizer.l2_normalize}
+    digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8)
+    parts = {name: tensor for name, tensor in tokenizer.state_dict().items() if name.startswith(CODE_PARTS)}
+    for name, tensor in sorted({**parts, "codebook": tokenizer.quantizer.codebook}.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

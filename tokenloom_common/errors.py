@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -75,13 +77,23 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A wrong option is one line like every other mistake, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None, prog: str) -> int:
     """Run a command's main; turn its errors into one line on stderr and the right exit code.
 
     TOKENLOOM_DEBUG=1 shows the traceback as well.
     """
     try:
-        return main(argv)
+        try:
+            return main(argv)
+        finally:
+            sys.stdout.flush()  # here, not when the interpreter ends: a reader that went away would be a traceback there
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
@@ -91,5 +103,6 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     except Exception as error:
         if os.environ.get("TOKENLOOM_DEBUG"):
             raise
-        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        if not (getattr(error, "raised_everywhere", False) and os.environ.get("RANK", "0") != "0"):
+            print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return int(getattr(error, "exit_code", 1))

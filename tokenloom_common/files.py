@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from tokenloom_common.errors import UserError
 
 
 def sync_path(path: Path) -> None:
@@ -41,12 +44,25 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def refuse_others(path: Path, own: Sequence[str]) -> None:
+    """UserError if `path` is a file, or a folder with anything whose name fits none of the patterns in `own`."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; give a folder")
+    names = sorted(item.name for item in path.iterdir()) if path.is_dir() else []
+    others = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UserError(f"{path}: holds other files ({', '.join(others[:3])}{more}), which would be lost; give another folder")
+
+
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
     """Yield an empty folder beside `path`; when the block ends without an error it becomes `path`.
 
-    An existing `path` is replaced as a whole, and stays as it was if the block fails.
+    An existing `path` is replaced as a whole, and stays as it was if the block fails. UserError if it holds anything whose
+    name fits none of the patterns in `own`.
     """
+    refuse_others(path, own)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     aside.mkdir()

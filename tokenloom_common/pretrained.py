@@ -21,6 +21,7 @@ from tokenloom_common.files import atomic_folder, write_json_atomic
 SCHEMA_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+OWN_FILES = ("config.json", "model*.safetensors", INDEX_NAME)
 Config = TypeVar("Config", bound=StrictConfig)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -34,7 +35,7 @@ class PretrainedModule(nn.Module):
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> Path:
         """Write config.json and safetensors (sharded above `max_shard_size`, with an index); the folder appears whole."""
-        with atomic_folder(Path(folder)) as aside:
+        with atomic_folder(Path(folder), OWN_FILES) as aside:
             write_pretrained(self.kind, self.config, self.state_dict(), aside, max_shard_size)
         return Path(folder)
 

@@ -21,16 +21,22 @@ from tokenloom_common.errors import UserError, choose, nearest_name
 Config = TypeVar("Config", bound=StrictConfig)
 
 
-class DataConfig(StrictConfig):
-    """Captioned images."""
+class PicturesConfig(StrictConfig):
+    """Where captioned images are."""
 
     path: str = Field(description="image folder, parquet, webdataset tar shards, or a hub id")
-    split: str | None = Field("train", description="which split of the data; none = all there is")
-    validation_split: str | None = Field(None, description="held-out split that is measured at the end")
     caption_column: str | None = Field(None, description="column with the caption; found by name when not given")
+    image_column: str | None = Field(None, description="column with the picture; found by name when not given")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable items above which the run stops")
+
+
+class DataConfig(PicturesConfig):
+    """Captioned images to train on."""
+
+    split: str | None = Field(None, description="which split of the data; none = train, or the only one")
+    validation_split: str | None = Field(None, description="held-out split that is measured at the end")
     workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
     horizontal_flip: float = Field(0.0, ge=0, le=1, description="chance that a picture is mirrored")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable items above which the run stops")
 
 
 class TokenDataConfig(StrictConfig):
@@ -106,7 +112,7 @@ class EncodeRunConfig(StrictConfig):
     """training/encode_dataset.py: captioned images + an image tokenizer -> token shards."""
 
     image_tokenizer: str = Field(description="folder of the image tokenizer")
-    data: DataConfig
+    data: PicturesConfig
     out: str = Field(description="folder for the token shards")
     splits: list[str] | None = Field(None, description="splits to encode; none = every split of the data")
     batch_size: int = Field(64, ge=1, description="pictures at a time and process")
@@ -118,8 +124,14 @@ class TextConfig(StrictConfig):
     """The text tokenizer: an existing one, or one trained on the captions of this run."""
 
     tokenizer: str | None = Field(None, description="folder of a trained text tokenizer; none = train one")
-    vocab_size: int = Field(2048, ge=264, le=1 << 20, description="of the one that is trained")
-    text_length: int = Field(32, ge=2, le=4096, description="ids per caption, END included")
+    vocab_size: int | None = Field(None, ge=264, le=1 << 20, description="of the one that is trained; none = 2048")
+    text_length: int | None = Field(None, ge=2, le=4096, description="its ids per caption, END included; none = 32")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TextConfig:
+        if self.tokenizer and (self.vocab_size or self.text_length):
+            raise ValueError("text.tokenizer names a trained one, which has its own vocab_size and text_length; leave them out")
+        return self
 
 
 class Seq2SeqModelConfig(StrictConfig):
@@ -162,7 +174,7 @@ class Seq2SeqRunConfig(RunConfig):
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="chance that a caption is replaced by the null caption")
     token_corruption: float = Field(0.0, ge=0, lt=1, description="share of the tokens fed to the decoder that are replaced by "
                                     "random codes, so that it keeps listening to the caption")
-    sample_guidance: float = Field(3.0, ge=0, description="guidance scale of the sample grids and the exported default")
+    sample_guidance: float = Field(3.0, ge=0, le=100, description="guidance scale of the sample grids and the exported default")
     sample_top_k: int = Field(256, ge=0, description="top-k of the sample grids and the exported default; 0 = off")
 
 
@@ -196,7 +208,7 @@ def load_config(config_class: type[Config], argv: Sequence[str], prog: str, desc
     for name, value in overrides:
         if name not in valid:
             raise UserError(f"unknown option '--{name}'{nearest_name(name, valid)}")
-        values = _merge(values, _nested(name, _scalar(name, value)))
+        values = _merge(values, _nested(name, value if _is_text(config_class, name) else _scalar(name, value)))
     return config_class.parse(values, "config")
 
 
@@ -210,6 +222,16 @@ def find_recipe(name: str) -> Path:
         names = sorted(p.name for p in shipped.parent.glob("*.yaml"))
         raise UserError(f"--config {name}: no such file{nearest_name(path.name, names)}")
     return path
+
+
+def _is_text(config_class: type[BaseModel], name: str) -> bool:
+    """Whether a key holds text, which is taken as it stands: '20261121' and 'a #2' are folder names, not YAML."""
+    field = None
+    for part in name.split("."):
+        field = config_class.model_fields[part]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            config_class = field.annotation
+    return field is not None and field.annotation in (str, str | None)
 
 
 def _scalar(name: str, text: str) -> Any:

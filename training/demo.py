@@ -8,7 +8,6 @@ Leaves OUT/model (the model folder), samples.png, curves.png and report.json. Wh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -26,10 +25,10 @@ import torch
 import yaml
 
 from inference import TextToImage
-from tokenloom_common.errors import RunFailedError, UserError, choose, run_command
-from tokenloom_common.files import write_json_atomic
+from tokenloom_common.errors import OneLineParser, RunFailedError, choose, run_command
+from tokenloom_common.files import refuse_others, write_json_atomic
 from training.data.emoji import build_emoji
-from training.data.sources import open_dataset
+from training.data.sources import list_splits, open_dataset
 from training.evaluation.caption_accuracy import TrainingPictures, choose_questions, sample_questions
 from training.evaluation.pictures import labelled_grid, plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
@@ -55,6 +54,8 @@ class DemoSize:
 
 ALL_STYLES = ("noto", "twemoji", "fluent-flat", "fluent-3d")
 CAPTION_STYLES = ("noto", "fluent-3d")
+PIP_STYLES = ("twemoji",)
+OWN_NAMES = ("data", "tokenizer", "tokens", "seq2seq", "model", "phases", "samples.png", "curves.png", "report.json", ".*")
 TOKENIZER_RECIPE = RECIPES / "demo_tokenizer.yaml"
 SEQ2SEQ_RECIPE = RECIPES / "demo_seq2seq.yaml"
 SIZES = {"full": DemoSize(None, 240), "quick": DemoSize(60, 40, ("--train.steps", "30"))}
@@ -101,9 +102,10 @@ class Demo:
             raise RunFailedError(f"{script} ended with exit code {code}; its reason is printed above")
 
     def run(self) -> None:
-        """All phases."""
+        """All phases. UserError if OUT holds anything that is not a demo's."""
+        refuse_others(self.out, OWN_NAMES)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.phase("data", repr(self.size), self.captioned, self.build_data)
+        self.phase("data", repr(self.data_arguments()), self.captioned, self.build_data)
         self.phase("tokenizer", TOKENIZER_RECIPE.read_text(encoding="utf-8"), self.out / "tokenizer" / "model",
                    self.train_tokenizer)
         self.phase("encode", "", self.out / "tokens", self.encode)
@@ -111,13 +113,22 @@ class Demo:
         self.phase("report", "", self.out / "report.json", self.report)
         self._finish_report()
 
-    def build_data(self) -> None:
+    def data_arguments(self) -> list[tuple[Path, dict[str, Any]]]:
         """Two sets of real emoji: many pictures for the tokenizer, fewer concepts for the transformer to learn by name."""
-        resolution = yaml.safe_load(TOKENIZER_RECIPE.read_text(encoding="utf-8"))["model"]["resolution"]
-        for folder, styles, concepts in ((self.pictures, ALL_STYLES, self.size.tokenizer_concepts),
-                                         (self.captioned, CAPTION_STYLES, self.size.caption_concepts)):
+        npm = shutil.which("npm") is not None
+        shared = {"size": yaml.safe_load(TOKENIZER_RECIPE.read_text(encoding="utf-8"))["model"]["resolution"],
+                  "source": "npm" if npm else "pip", "seed": self.seed}
+        styles = (ALL_STYLES, CAPTION_STYLES) if npm else (PIP_STYLES, PIP_STYLES)
+        return [(self.pictures, {**shared, "styles": list(styles[0]), "num_concepts": self.size.tokenizer_concepts}),
+                (self.captioned, {**shared, "styles": list(styles[1]), "num_concepts": self.size.caption_concepts})]
+
+    def build_data(self) -> None:
+        """Build both sets."""
+        if shutil.which("npm") is None:
+            log.warning("npm is not on PATH: the demo uses the emoji of the pip packages, in one style only")
+        for folder, arguments in self.data_arguments():
             shutil.rmtree(folder, ignore_errors=True)
-            build_emoji(folder, size=resolution, styles=list(styles), source="auto", num_concepts=concepts, seed=self.seed)
+            build_emoji(folder, **arguments)
 
     def train_tokenizer(self) -> None:
         """The image tokenizer, on the training split."""
@@ -157,6 +168,8 @@ class Demo:
         for split, title in (("train", "captions seen in training"),
                              ("unseen_style", "concepts seen in the other style only"),
                              ("unseen_concept", "concepts never seen")):
+            if split not in list_splits(self.captioned):  # one style alone has no unseen style
+                continue
             questions = choose_questions(open_dataset(self.captioned, split=split), QUESTIONS, self.seed)
             images = sample_questions(model, questions, self.seed, f"sample {split}")
             if split != "unseen_concept":  # no training picture has the base caption of an unseen concept
@@ -169,7 +182,7 @@ class Demo:
             "codebook_usage": trained["codebook_usage"],
             "reconstruction_psnr": held_out["psnr"],
             "caption_accuracy_details": scores["train"],
-            "unseen_style_accuracy_details": scores["unseen_style"],
+            "unseen_style_accuracy_details": scores.get("unseen_style"),
             "reconstruction_details": {"held_out": held_out, "training": trained},
             "sampling": model.default_params.plain(),
         })
@@ -206,14 +219,12 @@ def _free_port() -> int:
 
 def run(argv: Sequence[str] | None) -> int:
     """Parse and run."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo", description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog="python -m training.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="demo", help="folder for everything (default: demo)")
     parser.add_argument("--size", default="full", help=f"one of {', '.join(SIZES)} (default: full)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     setup_console(is_first=True)
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise UserError(f"--out {args.out}: is a file; give a folder")
     Demo(Path(args.out), args.size, args.seed).run()
     return 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from tokenizer_image import VQGAN
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import image_to_pixels, pixels_to_float
-from tokenloom_common.errors import DataError, UserError, run_command
-from tokenloom_common.files import publish_folder
+from tokenloom_common.errors import DataError, run_command
+from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
 from training.config import EncodeRunConfig, load_config
-from training.data.drops import DropCounter
+from training.data.drops import DropCounter, in_words
 from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages, list_splits, open_dataset
 from training.data.token_shards import INDEX_NAME, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
 from training.engine import Processes, processes
@@ -46,12 +47,11 @@ class DatasetEncoder:
         aside = out.with_name(f".{out.name}.tmp")
         splits = self.group.first_does(lambda: self._prepare(out, aside))
         index = {split: self._encode_split(split, aside) for split in splits}
-        self.group.barrier()
-        self.group.first_does(lambda: self._publish(index, aside, out))
+        reasons: Counter[str] = sum(self.group.gather(self.drops.reasons), Counter())
+        self.group.first_does(lambda: self._publish(index, reasons, aside, out))
 
     def _prepare(self, out: Path, aside: Path) -> list[str]:
-        if out.exists() and any(out.iterdir()) and not (out / INDEX_NAME).is_file():
-            raise UserError(f"{out}: exists and holds no token shards; choose another --out")
+        refuse_others(out, (INDEX_NAME, "*-?????-of-?????.parquet"))
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         if self.config.splits is not None:
@@ -59,15 +59,23 @@ class DatasetEncoder:
         return list_splits(self.config.data.path)
 
     def _encode_split(self, split: str, aside: Path) -> SplitIndex:
-        source = self.group.first_then_others(lambda: open_dataset(self.config.data.path, split=split,
-                                                                   caption_column=self.config.data.caption_column))
-        size = self.config.shard_rows
-        count = -(-len(source) // size)
-        with progress(None, f"encode {split}", total=len(source), unit="picture", quiet=not self.group.is_first) as bar:
-            for shard in range(self.group.rank, count, self.group.world_size):
-                rows = range(shard * size, min(len(source), (shard + 1) * size))
-                self._encode_shard(source, rows, aside / f"{split}-{shard:05d}-of-{count:05d}.parquet", bar)
-        self.group.barrier()
+        data = self.config.data
+        source = self.group.first_then_others(lambda: open_dataset(
+            data.path, split=split, caption_column=data.caption_column, image_column=data.image_column))
+        self.group.first_does(lambda: self.drops.record_opened(source))
+        size = min(self.config.shard_rows, -(-len(source) // self.group.world_size))  # every process has a shard to write
+        shards = [range(start, min(len(source), start + size)) for start in range(0, len(source), size)]
+        mine = range(self.group.rank, len(shards), self.group.world_size)
+        problem: Exception | None = None
+        with progress(None, f"encode {split}", total=sum(len(shards[number]) for number in mine), unit="picture",
+                      quiet=not self.group.is_first) as bar:
+            try:
+                for number in mine:
+                    name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
+                    self._encode_shard(source, shards[number], aside / name, bar)
+            except Exception as error:
+                problem = error
+        self.group.raise_together(problem)
         return self.group.first_does(lambda: _split_index(aside, split))
 
     def _encode_shard(self, source: CaptionedImages, rows: range, path: Path, bar) -> None:
@@ -97,16 +105,16 @@ class DatasetEncoder:
         codes = self.tokenizer.encode(image)  # [B, h, w]
         return codes_to_tokens(codes).cpu().numpy().astype(token_dtype(self.tokenizer.codebook_size))
 
-    def _publish(self, splits: dict[str, SplitIndex], aside: Path, out: Path) -> None:
+    def _publish(self, splits: dict[str, SplitIndex], reasons: Counter[str], aside: Path, out: Path) -> None:
         rows = sum(split.rows for split in splits.values())
         if not rows:
-            raise DataError(f"{self.config.data.path}: not one picture could be encoded ({self.drops.summary()})")
+            raise DataError(f"{self.config.data.path}: not one picture could be encoded ({in_words(reasons)})")
         write_index(aside, TokenIndex(
             tokenizer_fingerprint=code_fingerprint(self.tokenizer), codebook_size=self.tokenizer.codebook_size,
-            grid=self.tokenizer.grid, splits=splits, dropped=dict(self.drops.reasons)))
+            grid=self.tokenizer.grid, splits=splits, dropped=dict(reasons)))
         publish_folder(aside, out)
-        if self.drops.dropped:
-            log.warning("%s", self.drops.summary())
+        if reasons:
+            log.warning("passed over %d unusable pictures (%s)", reasons.total(), in_words(reasons))
         log.info("token shards: %s (%s rows)", out, f"{rows:,}")
 
 

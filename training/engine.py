@@ -80,14 +80,45 @@ class Processes:
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise _shared(outcome[1])
         return outcome[0]
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every process what one of them met, so that none waits for one that has gone."""
+        if self.any(error is not None):
+            errors: list[Exception | None] = [error]
+            if self.world_size > 1:
+                errors = [None] * self.world_size
+                dist.all_gather_object(errors, error)
+            raise _shared(next(e for e in errors if e is not None))
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes."""
+        if self.world_size == 1:
+            return tensor
+        summed = tensor.to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every process, in order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def first_then_others(self, action: Any) -> Any:
         """Run `action` on the first process, then on the others, which find the caches that it filled."""
         kept: list[Any] = []
         self.first_does(lambda: kept.append(action()))
         return kept[0] if self.is_first else action()
+
+
+def _shared(error: Exception) -> Exception:
+    """Mark an error that every process raises, so that only the first one prints it."""
+    error.raised_everywhere = True  # type: ignore[attr-defined]
+    return error
 
 
 @contextmanager
@@ -108,7 +139,8 @@ def processes(threads: int = 0) -> Iterator[Processes]:
     if use_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    # DeepSpeed's launcher says how many processes this machine has as LOCAL_SIZE, torchrun as LOCAL_WORLD_SIZE
+    local_world = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
     try:
@@ -154,8 +186,7 @@ def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameter
         "train_micro_batch_size_per_gpu": train.batch_size // parts,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optim.gradient_clipping,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": min(LARGEST_BUCKET, parameters),
-                              "allgather_bucket_size": min(LARGEST_BUCKET, parameters)},
+        "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": min(LARGEST_BUCKET, parameters)},
         "bf16": {"enabled": precision == "bfloat16"},
         "steps_per_print": 1 << 62,  # our log speaks
         "wall_clock_breakdown": False,
@@ -169,15 +200,6 @@ def resolve_precision(config: RunConfig, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step did."""
-
-    loss: float
-    grad_norm: float
-    skipped_steps: int
-
-
 class Engine:
     """One module under DeepSpeed."""
 
@@ -187,12 +209,10 @@ class Engine:
         self.group = group
         self.precision = precision
         self.accumulation = config.train.accumulation
-        self._deepspeed = deepspeed
         self._stage = config.deepspeed.zero_stage
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module.to(group.device), optimizer=optimizer,
             config=deepspeed_json(config, group.world_size, precision, sum(p.numel() for p in module.parameters())))
-        self._names = {id(p): n for n, p in self._engine.module.named_parameters()}
 
     @property
     def module(self) -> nn.Module:

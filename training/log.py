@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tokenloom_common.files import write_text_atomic
 from tokenloom_common.progress import progress
 
 
@@ -74,4 +75,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _keep_lines_before(path: Path, first_step: int) -> None:
     """Drop lines of steps that a resumed run is about to repeat."""
     kept = [row for row in read_metrics(path) if row.get("step", 0) <= first_step] if first_step else []
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))

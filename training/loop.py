@@ -22,6 +22,8 @@ from training.run_state import RunState
 
 log = logging.getLogger(__name__)
 
+SAME_REQUEST_SECONDS = 1.0
+
 
 @dataclass
 class Task:
@@ -32,18 +34,22 @@ class Task:
     loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]  # micro-batch -> loss to minimise, terms to log
     metrics: Callable[[], dict[str, float]]  # more numbers for a log line
     sample: Callable[[int], None]  # write a sample grid; called on every process
+    problem: Callable[[], Exception | None]  # what this process met that must end the run on all of them
     state: Callable[[], dict[str, Tensor]]  # this process's state beyond the engine's
     restore: Callable[[dict[str, Tensor]], None]
 
 
-def run_training(task: Task, engine: Engine, config: RunConfig, group: Processes, run_state: RunState) -> None:
-    """Train to train.steps from the newest whole checkpoint, or from the start. StoppedBySignalError after a signal."""
+def run_training(task: Task, engine: Engine, config: RunConfig, group: Processes, run_state: RunState) -> bool:
+    """Train to train.steps from the newest whole checkpoint, or from the start; False if there was nothing left to do.
+
+    StoppedBySignalError after a signal.
+    """
     window = _Window(config)
     first_step = _resume(task, engine, run_state, window)
     total = config.train.steps
     if first_step >= total:
         log.info("%s: already trained to step %d of %d; nothing to do", task.name, first_step, total)
-        return
+        return False
     run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step)
     batches = iter(task.batches(first_step))
     try:
@@ -54,6 +60,7 @@ def run_training(task: Task, engine: Engine, config: RunConfig, group: Processes
                 done = step + 1
                 if done % config.train.log_every == 0 or done in (1, total):
                     window.write(run_log, group, done, lr_at(step, total, config.optim), grad_norm, skipped, task)
+                group.raise_together(task.problem())
                 stopping = int(group.maximum(float(stop["signal"])))
                 if stopping or done == total or _due(done, config.checkpoint.every_steps):
                     run_state.save(engine, done, task.state() | window.state())
@@ -64,6 +71,7 @@ def run_training(task: Task, engine: Engine, config: RunConfig, group: Processes
                         task.sample(done)
     finally:
         run_log.close()
+    return True
 
 
 def _due(step: int, every: int) -> bool:
@@ -128,7 +136,7 @@ class _Window:
         """Go on with the sums of a checkpoint; the time between is not counted."""
         start = f"{self.PREFIX}sum."
         self.sums = {name.removeprefix(start): total for name, total in tensors.items() if name.startswith(start)}
-        self.parts, self.steps = tensors[f"{self.PREFIX}counts"].tolist()
+        self.parts, self.steps = (int(number) for number in tensors[f"{self.PREFIX}counts"])
         self.resumed_steps = self.steps
 
     def add(self, terms: dict[str, Tensor]) -> None:
@@ -150,14 +158,20 @@ class _Window:
 
 @contextmanager
 def _stop_flag() -> Iterator[dict[str, int]]:
-    """SIGTERM and SIGINT set the flag; a second one ends the program at once."""
+    """SIGTERM and SIGINT set the flag; a second one, a second later, ends the program at once.
+
+    Ctrl-C under a launcher arrives twice: from the terminal, and as the launcher's SIGTERM right behind it.
+    """
     flag = {"signal": 0}
+    first_at = 0.0
 
     def note(number: int, frame: Any) -> None:
-        if flag["signal"]:
+        nonlocal first_at
+        if not flag["signal"]:
+            flag["signal"], first_at = number, time.monotonic()
+        elif time.monotonic() - first_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        flag["signal"] = number
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

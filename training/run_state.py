@@ -56,8 +56,10 @@ def environment() -> dict[str, Any]:
 class RunState:
     """Owner of a run folder: writes checkpoints, finds the one to continue from, keeps the last few."""
 
-    def __init__(self, config: RunConfig, group: Processes) -> None:
+    def __init__(self, config: RunConfig, group: Processes, facts: dict[str, Any] | None = None) -> None:
+        """facts: JSON-able values that a checkpoint must share with the run that continues it (model, rows of data)."""
         self.config = config
+        self.facts = json.loads(json.dumps(facts or {}))
         self.group = group
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
@@ -123,7 +125,7 @@ class RunState:
         write_json_atomic(aside / MANIFEST, {
             "schema_version": SCHEMA_VERSION, "step": step, "world_size": self.group.world_size,
             "zero_stage": self.config.deepspeed.zero_stage, "batch_size": self.config.train.batch_size,
-            "accumulation": self.config.train.accumulation, "seed": self.config.seed, "files": files})
+            "accumulation": self.config.train.accumulation, "seed": self.config.seed, "facts": self.facts, "files": files})
         publish_folder(aside, self.checkpoints / name)
         sync_path(self.checkpoints)
         write_json_atomic(self.run_dir / "latest.json", {"step": step, "checkpoint": f"checkpoints/{name}"})
@@ -178,7 +180,8 @@ class RunState:
         now = {"world_size": self.group.world_size, "zero_stage": self.config.deepspeed.zero_stage,
                "batch_size": self.config.train.batch_size, "accumulation": self.config.train.accumulation,
                "seed": self.config.seed}
-        differing = [f"{k} {manifest.get(k)} then, {v} now" for k, v in now.items() if manifest.get(k) != v]
+        then = {**manifest, **manifest.get("facts", {})}
+        differing = [f"{k} {then.get(k)} then, {v} now" for k, v in {**now, **self.facts}.items() if then.get(k) != v]
         if differing:
             raise ResumeError(f"{folder} was written by another kind of run ({'; '.join(differing)}): use the same settings, "
                               "another --run_dir, or --checkpoint.resume never")

@@ -2,7 +2,7 @@
 
 CPU:  python training/train_seq2seq.py --config training/recipes/debug_seq2seq.yaml --data.path TOKENS
       --image_tokenizer TOKENIZER_RUN/model --run_dir RUN
-real: deepspeed training/train_seq2seq.py --config training/recipes/emoji32_seq2seq.yaml --data.path TOKENS
+real: deepspeed training/train_seq2seq.py --config training/recipes/small_seq2seq.yaml --data.path TOKENS
       --image_tokenizer TOKENIZER_RUN/model --run_dir RUN
 """
 
@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from inference import LoadedModel, SamplingParams, TextToImage, save_model_folder
-from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
+from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer, TextTokenizerConfig
 from seq2seq.losses import image_token_loss
 from tokenizer_image import VQGAN
 from tokenizer_image.fingerprint import code_fingerprint
@@ -27,7 +28,7 @@ from training.config import Seq2SeqRunConfig, load_config
 from training.data.batches import ItemId, MicroBatches, batch_loader
 from training.data.token_shards import TokenShards, check_same_tokenizer
 from training.data.training_sets import CollateTokens, TokenBatch, TokenVisits
-from training.engine import Engine, Processes, processes, resolve_precision
+from training.engine import Engine, Processes, deepspeed_json, processes, resolve_precision
 from training.log import setup_console
 from training.loop import Task, run_training
 from training.model_card import model_card
@@ -37,6 +38,8 @@ from training.run_state import RunState, seed_everything
 log = logging.getLogger(__name__)
 
 SAMPLE_PICTURES = 8
+DEFAULT_VOCAB_SIZE = 2048
+DEFAULT_TEXT_LENGTH = 32
 
 
 class Seq2SeqTraining:
@@ -44,34 +47,47 @@ class Seq2SeqTraining:
 
     def __init__(self, config: Seq2SeqRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
-        self.run_state = RunState(config, group)
+        precision = resolve_precision(config, group.device)
+        deepspeed_json(config, group.world_size, precision, parameters=1)  # a batch that cannot be divided is refused now
         self.image_tokenizer = VQGAN.from_pretrained(config.image_tokenizer)
         self.shards = TokenShards(config.data.path, config.data.split)
+        self.held_out = (TokenShards(config.data.path, config.data.validation_split)
+                         if config.data.validation_split else None)
         self.fingerprint = code_fingerprint(self.image_tokenizer)
         check_same_tokenizer(self.shards.index, config.data.path, self.image_tokenizer.codebook_size,
                              self.image_tokenizer.grid, self.fingerprint, config.image_tokenizer)
+        self.text_tokenizer = TextTokenizer(*group.first_does(self._text_tokenizer))
+        model_config = self._model_config()
+        self.run_state = RunState(config, group, {"model": model_config.plain(), "data rows": len(self.shards)})
         self.run_state.prepare()
-        self.text_tokenizer = self._text_tokenizer()
+        group.first_does(self._keep_text_tokenizer)
         self.visits = TokenVisits(self.shards, config.seed, config.caption_dropout, config.token_corruption)
         self.collate = CollateTokens(self.text_tokenizer)
         seed_everything(config.seed, 0)  # the same weights on every process
-        self.model = EncoderDecoder(self._model_config())
-        self.engine = Engine(self.model, build_optimizer(self.model, config.optim), config, group,
-                             resolve_precision(config, group.device))
+        self.model = EncoderDecoder(model_config)
+        self.engine = Engine(self.model, build_optimizer(self.model, config.optim), config, group, precision)
         seed_everything(config.seed, group.rank)
 
-    def _text_tokenizer(self) -> TextTokenizer:
-        """The one that is named; or the one of this run; or one trained on its captions."""
-        text = self.config.text
+    def _text_tokenizer(self) -> tuple[bytes, TextTokenizerConfig]:
+        tokenizer = self._choose_text_tokenizer()
+        return tokenizer.model_proto, tokenizer.config
+
+    def _choose_text_tokenizer(self) -> TextTokenizer:
+        """The one that is named; or the one of the run that is continued; or one trained on the captions."""
+        text, run = self.config.text, Path(self.config.run_dir)
         if text.tokenizer:
             return TextTokenizer.from_pretrained(text.tokenizer)
-        folder = self.run_state.run_dir / "text_tokenizer"
+        if self.config.checkpoint.resume != "never" and (run / "text_tokenizer").is_dir() and (run / "latest.json").is_file():
+            kept = TextTokenizer.from_pretrained(run / "text_tokenizer")
+            if kept.config.text_length == (text.text_length or DEFAULT_TEXT_LENGTH):
+                return kept  # else the model's config differs too, and resuming is refused for that
+        return TextTokenizer.train(self.shards.all_captions(), text.vocab_size or DEFAULT_VOCAB_SIZE,
+                                   text.text_length or DEFAULT_TEXT_LENGTH)
 
-        def train() -> None:
-            if not folder.exists():
-                TextTokenizer.train(self.shards.all_captions(), text.vocab_size, text.text_length).save_pretrained(folder)
-        self.group.first_does(train)
-        return TextTokenizer.from_pretrained(folder)
+    def _keep_text_tokenizer(self) -> None:
+        folder = self.run_state.run_dir / "text_tokenizer"
+        if not folder.exists():
+            self.text_tokenizer.save_pretrained(folder)
 
     def _model_config(self) -> Seq2SeqConfig:
         text = self.text_tokenizer.config
@@ -82,7 +98,8 @@ class Seq2SeqTraining:
 
     def task(self) -> Task:
         """This run as the training loop sees it."""
-        return Task("train seq2seq", self.batches, self.loss, dict, self.sample, dict, lambda state: None)
+        return Task("train seq2seq", self.batches, self.loss, metrics=dict, sample=self.sample,
+                    problem=lambda: None, state=dict, restore=lambda state: None)
 
     def batches(self, first_step: int) -> Iterable[TokenBatch]:
         """This process's micro-batches from `first_step` on."""
@@ -133,11 +150,10 @@ class Seq2SeqTraining:
         if not self.group.is_first:
             return
         held_out = None
-        if self.config.data.validation_split:
-            shards = TokenShards(self.config.data.path, self.config.data.validation_split)
-            held_out = validation_loss(model, shards, self.collate, self.config.seed)
+        if self.held_out is not None:
+            held_out = validation_loss(model, self.held_out, self.collate, self.config.seed)
             write_json_atomic(self.run_state.run_dir / "validation.json",
-                              {"split": self.config.data.validation_split, "loss": held_out, "rows": len(shards)})
+                              {"split": self.config.data.validation_split, "loss": held_out, "rows": len(self.held_out)})
             log.info("held-out loss: %.4f nats a token", held_out)
         folder = save_model_folder(self.run_state.run_dir / "model", self.image_tokenizer.cpu(), model.cpu(),
                                    self.text_tokenizer, self.generation(),
@@ -167,8 +183,9 @@ def run(argv: Sequence[str] | None) -> int:
     with processes(config.train.threads) as group:
         setup_console(group.is_first)
         training = Seq2SeqTraining(config, group)
-        run_training(training.task(), training.engine, config, group, training.run_state)
-        training.finish()
+        trained = run_training(training.task(), training.engine, config, group, training.run_state)
+        if trained or not (training.run_state.run_dir / "model").exists():
+            training.finish()
     return 0
 
 

@@ -1,13 +1,14 @@
 """Train an image tokenizer on a folder of pictures.
 
 CPU:  python training/train_tokenizer.py --config training/recipes/debug_tokenizer.yaml --data.path DIR --run_dir RUN
-real: deepspeed training/train_tokenizer.py --config training/recipes/emoji32_tokenizer.yaml --data.path DIR --run_dir RUN
+real: deepspeed training/train_tokenizer.py --config training/recipes/small_tokenizer.yaml --data.path DIR --run_dir RUN
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from tokenizer_image import LPIPS, VQGAN, CodebookUsage, tokenizer_loss
 from tokenizer_image.images import float_to_pixels, image_grid, pixels_to_images
-from tokenloom_common.errors import run_command
+from tokenloom_common.errors import DataError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.config import TokenizerRunConfig, load_config
 from training.data.batches import ItemId, MicroBatches, batch_loader
-from training.data.drops import DropCounter
-from training.data.sources import open_dataset
+from training.data.drops import DropCounter, in_words
+from training.data.sources import CaptionedImages, open_dataset
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
-from training.engine import Engine, Processes, processes, resolve_precision
+from training.engine import Engine, Processes, deepspeed_json, processes, resolve_precision
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.log import setup_console
 from training.loop import Task, run_training
@@ -39,21 +40,29 @@ class TokenizerTraining:
 
     def __init__(self, config: TokenizerRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
-        self.run_state = RunState(config, group)
         self.perceptual = self._perceptual()
-        source = group.first_then_others(lambda: open_dataset(config.data.path, split=config.data.split,
-                                                              caption_column=config.data.caption_column))
+        precision = resolve_precision(config, group.device)
+        deepspeed_json(config, group.world_size, precision, parameters=1)  # a batch that cannot be divided is refused now
+        source = group.first_then_others(lambda: self._open(config.data.split))
+        if config.data.validation_split:
+            group.first_does(lambda: len(self._open(config.data.validation_split)))  # exists, before hours of training
+        self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
+        group.first_does(lambda: self.drops.record_opened(source))
+        self._known_bad: set[str] = set()
+        self._problem: Exception | None = None
         self.visits = ImageVisits(source, config.model.resolution, config.seed, config.data.horizontal_flip)
+        self.run_state = RunState(config, group, {"model": config.model.plain(), "data rows": len(source)})
         self.run_state.prepare()
         seed_everything(config.seed, 0)  # the same weights on every process
         self.tokenizer = VQGAN(config.model)
-        precision = resolve_precision(config, group.device)
         self.engine = Engine(self.tokenizer, build_optimizer(self.tokenizer, config.optim), config, group, precision)
         seed_everything(config.seed, group.rank)
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.usage = CodebookUsage(config.model.codebook_size, config.usage_window).to(group.device)
-        self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
-        self._known_bad: set[str] = set()
+
+    def _open(self, split: str | None) -> CaptionedImages:
+        data = self.config.data
+        return open_dataset(data.path, split=split, caption_column=data.caption_column, image_column=data.image_column)
 
     def _perceptual(self) -> LPIPS | None:
         if self.config.loss.perceptual_weight == 0:
@@ -63,7 +72,7 @@ class TokenizerTraining:
     def task(self) -> Task:
         """This run as the training loop sees it."""
         return Task("train tokenizer", self.batches, self.loss, self.metrics, self.sample,
-                    state=lambda: dict(self.usage.state_dict()), restore=self._restore)
+                    problem=lambda: self._problem, state=lambda: dict(self.usage.state_dict()), restore=self._restore)
 
     def _restore(self, state: dict[str, Tensor]) -> None:
         self.usage.load_state_dict(state)
@@ -79,8 +88,8 @@ class TokenizerTraining:
         """One micro-batch -> loss and its named terms."""
         self._count(batch)
         # channels-last pictures make every convolution run so; the weights stay as ZeRO can flatten them
-        image = batch.image.to(self.group.device, self.dtype, memory_format=torch.channels_last)
-        result = self.engine(image)
+        image = batch.image.to(self.group.device, memory_format=torch.channels_last)
+        result = self.engine(image.to(self.dtype))
         loss = tokenizer_loss(result, image, self.config.loss, self.perceptual)
         self.usage.update(result.codes)
         return loss.total, loss.terms
@@ -88,16 +97,21 @@ class TokenizerTraining:
     def _count(self, batch: PixelBatch) -> None:
         """Count unusable pictures, each once however often its turn comes."""
         self.drops.record_good(len(batch.image))
-        for dropped in batch.dropped:
-            if dropped.key not in self._known_bad:
-                self._known_bad.add(dropped.key)
-                self.drops.record(dropped.reason, dropped.key)
+        try:
+            for dropped in batch.dropped:
+                if dropped.key not in self._known_bad:
+                    self._known_bad.add(dropped.key)
+                    self.drops.record(dropped.reason, dropped.key)
+        except DataError as error:
+            self._problem = error
 
     def metrics(self) -> dict[str, float]:
-        """Windowed codebook usage and perplexity, and items skipped."""
-        report = self.usage.compute()
+        """Windowed codebook usage and perplexity, and items skipped, over all processes."""
+        merged = CodebookUsage(self.config.model.codebook_size, window=1)
+        merged.counts[0] = self.group.total(self.usage.counts.sum(dim=0, dtype=torch.int64)).cpu()
+        report = merged.compute()
         return {"codebook_usage": report.usage, "codebook_perplexity": report.perplexity, "dead_codes": report.dead_codes,
-                "dropped_items": self.drops.dropped}
+                "dropped_items": int(self.group.total(torch.tensor(self.drops.dropped)))}
 
     def full_model(self) -> VQGAN:
         """A float32 copy on the CPU with the whole current weights. All processes must call it."""
@@ -121,14 +135,14 @@ class TokenizerTraining:
     def finish(self) -> None:
         """Export run_dir/model and measure the held-out split."""
         model = self.full_model()
+        reasons: Counter[str] = sum(self.group.gather(self.drops.reasons), Counter())
         if not self.group.is_first:
             return
         folder = model.save_pretrained(self.run_state.run_dir / "model")
-        if self.drops.dropped:
-            log.warning("%s", self.drops.summary())
+        if reasons:
+            log.warning("passed over %d unusable pictures (%s)", reasons.total(), in_words(reasons))
         if self.config.data.validation_split:
-            held_out = open_dataset(self.config.data.path, split=self.config.data.validation_split,
-                                    caption_column=self.config.data.caption_column)
+            held_out = self._open(self.config.data.validation_split)
             report = evaluate_reconstruction(model.to(self.group.device), held_out)
             write_json_atomic(self.run_state.run_dir / "validation.json", report)
             log.info("held-out pictures: %.2f dB PSNR, %.1f %% of codes used", report["psnr"], 100 * report["codebook_usage"])
@@ -141,8 +155,9 @@ def run(argv: Sequence[str] | None) -> int:
     with processes(config.train.threads) as group:
         setup_console(group.is_first)
         training = TokenizerTraining(config, group)
-        run_training(training.task(), training.engine, config, group, training.run_state)
-        training.finish()
+        trained = run_training(training.task(), training.engine, config, group, training.run_state)
+        if trained or not (training.run_state.run_dir / "model").exists():
+            training.finish()
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenloom_common.errors import DataError, OneLineParser
 from tokenloom_common.files import write_json_atomic
 
 EXAMPLES = """examples:
@@ -23,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return arguments.run(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tokenloom data", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="tokenloom data", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="emoji|shapes|check")
 
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: Any, text: str) -> OneLineParser:
     examples = "\n".join(["examples:", *(line for line in EXAMPLES.splitlines() if f"data {name}" in line)])
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples,
                                  allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,8 +94,12 @@ def _print_build(out: Path, report: dict[str, Any]) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from training.data.check import check_data, format_report
 
-    report = check_data(arguments.path, split=arguments.split, caption_column=arguments.caption_column,
-                        image_column=arguments.image_column)
+    try:
+        report = check_data(arguments.path, split=arguments.split, caption_column=arguments.caption_column,
+                            image_column=arguments.image_column)
+    except DataError as error:  # nothing usable is this command's finding, not its failure to work
+        print(error)
+        return 1
     print(format_report(report))
     if arguments.json:
         write_json_atomic(arguments.json, report)

@@ -15,7 +15,7 @@ from tokenloom_common.files import write_json_atomic
 
 BUILD_NAME = "build.json"
 FORMAT_VERSION = 1  # raise it when a builder makes other rows of the same arguments
-_OWN_NAMES = {"data", "README.md", "ATTRIBUTION.md", BUILD_NAME}
+OWN_NAMES = {"data", "README.md", "ATTRIBUTION.md", BUILD_NAME}
 
 
 def require_extra(module: str) -> None:
@@ -37,7 +37,7 @@ def previous_build(out: Path, builder: str, arguments: Mapping[str, Any]) -> dic
     if not names:
         return None
     record = _read_record(out)
-    if record is None or record.get("builder") != builder or not names <= _OWN_NAMES:
+    if record is None or record.get("builder") != builder or not names <= OWN_NAMES:
         raise UserError(f"{out}: not empty, and not an earlier build of `tokenloom data {builder}` alone; "
                         "give a new folder or empty this one")
     splits = record.get("files", [])

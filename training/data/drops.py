@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenloom_common.errors import DataError, UserError
 
@@ -66,6 +66,12 @@ class DropCounter:
         if self.dropped > max(ALWAYS_TOLERATED, self.max_bad_fraction * self.seen):
             raise DataError(f"{self.where}: {self.summary()}, more than max_bad_fraction {self.max_bad_fraction:g} "
                             f"allows (last: {key}); look with `tokenloom data check`")
+
+    def record_opened(self, source: Any) -> None:
+        """Count what a source (CaptionedImages) found when it was opened: its items, and those it could not use."""
+        self.record_good(len(source))
+        for item in source.bad_items:
+            self.record(item.reason, item.key)
 
     def summary(self) -> str:
         """'dropped 3 of 9,000 (2 truncated, 1 too small)'."""

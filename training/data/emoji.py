@@ -21,7 +21,7 @@ from typing import Any
 from tokenloom_common.errors import DataError, RunFailedError, UserError, choose, nearest_name
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
-from training.data.dataset_folder import card_head, previous_build, require_extra, write_record, write_splits
+from training.data.dataset_folder import OWN_NAMES, card_head, previous_build, require_extra, write_record, write_splits
 from training.data.emoji_art import Art, read_iconify, read_named_files, render_png
 from training.data.emoji_names import (
     Emoji,
@@ -141,7 +141,7 @@ def build_from_art(out: Path, emojis: list[Emoji], art: ArtOfStyles, packages: l
     splits = split_rows(rows, seed)
     report = {"packages": {p.name: p.version for p in packages}, "dropped": dict(dropped), **_counts(splits),
               "seconds": round(time.monotonic() - started, 1)}
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, tuple(OWN_NAMES)) as folder:
         files = write_splits(folder, splits, _features())
         (folder / "README.md").write_text(_card(files, report, arguments), encoding="utf-8")
         (folder / "ATTRIBUTION.md").write_text(attribution(packages), encoding="utf-8")

@@ -37,7 +37,8 @@ class Collector:
             self.drop(key, "no caption")
             return
         self.columns |= metadata.keys()
-        self.rows.append({"key": key, "captions": usable, "metadata": json.dumps(metadata, ensure_ascii=False),
+        # half an emoji (a lone surrogate) is no text that a table can hold: \u escapes in the one, ? in the other
+        self.rows.append({"key": key.encode("utf-8", "replace").decode(), "captions": usable, "metadata": json.dumps(metadata),
                           **reference})
 
 
@@ -69,7 +70,10 @@ def read_metadata(root: Path, caption_column: str | None) -> Collector:
 
 
 def _reference(picture: Path) -> dict[str, Any]:
-    return {"bytes": None, "path": str(picture)}
+    try:
+        return {"bytes": None, "path": str(picture).encode().decode()}
+    except UnicodeEncodeError:  # a file name that is not UTF-8 cannot stand in a table; the picture itself can
+        return {"bytes": picture.read_bytes(), "path": None}
 
 
 def _records(path: Path, found: Collector) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -90,7 +94,7 @@ def _records(path: Path, found: Collector) -> Iterator[tuple[str, dict[str, Any]
                 continue
             try:
                 values = json.loads(line.decode("utf-8-sig", errors="replace"))
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
                 values = None
             if isinstance(values, dict):
                 yield where, values

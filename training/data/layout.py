@@ -76,9 +76,16 @@ def split_files(files: list[Path], root: Path | None = None) -> dict[str, list[P
 def _folder_layout(root: Path) -> Layout:
     parts = {folder.name: [folder] for folder in sorted(root.iterdir()) if folder.is_dir() and _folder_kind(folder)}
     if not _folder_kind(root) and parts and any(name.lower() in _KEYWORDS for name in parts):
-        kinds = {_folder_kind(folder) for (folder,) in parts.values()}
-        return Layout("metadata" if "metadata" in kinds else "sidecar", root,
-                      {_KEYWORDS.get(name.lower(), name): folders for name, folders in parts.items()})
+        kinds = sorted({_folder_kind(folder) or "" for (folder,) in parts.values()})
+        if len(kinds) > 1:
+            raise UserError(f"{root}: some split folders have metadata files and some have .txt files; make them alike")
+        splits: dict[str, list[Path]] = {}
+        for name, folders in parts.items():
+            splits.setdefault(_KEYWORDS.get(name.lower(), name), []).extend(folders)
+        twice = [", ".join(f.name for f in folders) for folders in splits.values() if len(folders) > 1]
+        if twice:
+            raise UserError(f"{root}: the folders {twice[0]} are the same split; keep one")
+        return Layout(kinds[0], root, splits)
     kind = _folder_kind(root) or ("sidecar" if next(walk_files(root, (".txt",)), None) else None)
     if kind is None:
         pictures = next(walk_files(root, IMAGE_SUFFIXES), None) is not None

@@ -18,7 +18,7 @@ from PIL import Image
 from tokenloom_common.errors import UserError
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
-from training.data.dataset_folder import card_head, previous_build, require_extra, write_record, write_splits
+from training.data.dataset_folder import OWN_NAMES, card_head, previous_build, require_extra, write_record, write_splits
 from training.data.scenes import COLORS, COMBINATIONS, SHAPES, Combination, Scene, describe, draw_scene, make_scene
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def build_shapes(out: Path, size: int = 32, num_scenes: int = 2000, seed: int = 
     report = {"pairs": {name: len(rows) for name, rows in splits.items()},
               "unseen_combinations": [" ".join(combination) for combination in unseen],
               "seconds": round(time.monotonic() - started, 1)}
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, tuple(OWN_NAMES)) as folder:
         files = write_splits(folder, splits, _features())
         (folder / "README.md").write_text(_card(files, report, arguments), encoding="utf-8")
         return {**write_record(folder, "shapes", arguments, files, report), "reused": False}

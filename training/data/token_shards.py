@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
-import pyarrow
-import pyarrow.parquet
 from pydantic import Field
 
 from tokenloom_common.config import StrictConfig, read_mapping
@@ -42,6 +41,16 @@ class TokenIndex(StrictConfig):
     dropped: dict[str, int] = Field(default_factory=dict)
 
 
+def _pyarrow() -> Any:
+    """pyarrow, with its parquet part; UserError that names the extra when it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"token shards need pyarrow ({error}): pip install 'tokenloom[train]'") from None
+    return pyarrow
+
+
 def token_dtype(codebook_size: int) -> numpy.dtype:
     """uint16 while it holds every code, else uint32."""
     return numpy.dtype(numpy.uint16 if codebook_size <= 1 << 16 else numpy.uint32)
@@ -49,6 +58,7 @@ def token_dtype(codebook_size: int) -> numpy.dtype:
 
 def write_shard(path: Path, captions: Sequence[Sequence[str]], tokens: numpy.ndarray, keys: Sequence[str]) -> None:
     """One parquet file: captions of R rows, tokens [R, N] of the dtype of `token_dtype`, keys."""
+    pyarrow = _pyarrow()
     kind = pyarrow.from_numpy_dtype(tokens.dtype)
     flat = pyarrow.array(tokens.reshape(-1), type=kind)
     offsets = pyarrow.array(numpy.arange(len(tokens) + 1, dtype=numpy.int32) * tokens.shape[1])
@@ -88,6 +98,7 @@ class TokenShards:
         if split not in self.index.splits:
             raise UserError(f"{folder}: no split '{split}'{nearest_name(split, self.index.splits)}")
         entry = self.index.splits[split]
+        pyarrow = _pyarrow()
         table = pyarrow.concat_tables([self._read(name) for name in entry.files]) if entry.files else None
         if table is None or table.num_rows == 0:
             raise DataError(f"{folder}: split '{split}' holds no rows")
@@ -98,7 +109,8 @@ class TokenShards:
         self._keys = table.column("key")
         self._tokens = self._as_array(table.column("tokens"))
 
-    def _read(self, name: str) -> pyarrow.Table:
+    def _read(self, name: str) -> Any:
+        pyarrow = _pyarrow()
         path = self.folder / name
         if Path(name).name != name or not path.is_file():
             raise MissingFileError(f"{path}: a token shard is missing; run training/encode_dataset.py again")
@@ -108,7 +120,7 @@ class TokenShards:
             raise UserError(f"{path}: not a whole token shard ({' '.join(str(error).split())[:200]}); "
                             "run training/encode_dataset.py again") from None
 
-    def _as_array(self, column: pyarrow.ChunkedArray) -> numpy.ndarray:
+    def _as_array(self, column: Any) -> numpy.ndarray:
         """[R, N] in the dtype of `token_dtype`."""
         rows, height, width = len(column), *self.index.grid
         flat = numpy.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
