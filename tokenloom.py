@@ -46,13 +46,18 @@ def _help() -> str:
                       "  deepspeed training/train_seq2seq.py --config training/recipes/small_seq2seq.yaml ..."])
 
 
+def _show_help(argv: Sequence[str] | None) -> int:
+    print(_help())
+    return 0 if argv else 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`tokenloom COMMAND ...`: 0 done, 1 failed, 2 the user's mistake, 4 data unusable."""
     from tokenloom_common.errors import nearest_name, run_command
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        return run_command(lambda argv: print(_help()) or (0 if argv else 2), arguments, "tokenloom")
+        return run_command(_show_help, arguments, "tokenloom")
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         print(f"tokenloom: error: unknown command '{name}'{nearest_name(name, COMMANDS)}", file=sys.stderr)

@@ -138,6 +138,7 @@ def test_generate_writes_one_picture_and_says_where(run, folder, tmp_path):
 
 def test_several_pictures_get_a_grid_and_seed_plus_i(run, folder, tmp_path):
     shown = run("generate", "octopus", "a red heart", "--num-images", 3, "--seed", 5, "--model", folder, "--out", tmp_path)
+    assert [json.loads(Image.open(path).info["tokenloom"])["seed"] for path in shown.out[:-1]] == [5, 6, 7, 5, 6, 7]
     assert shown.code == 0
     assert [Path(line).name for line in shown.out] == [
         *(f"{slug}-seed{seed}.png" for slug in ("octopus", "a-red-heart") for seed in (5, 6, 7)), "grid.png"]
