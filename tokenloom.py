@@ -58,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         return run_command(_show_help, arguments, "tokenloom")
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"tokenloom {version('tokenloom')}")
+        return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         print(f"tokenloom: error: unknown command '{name}'{nearest_name(name, COMMANDS)}", file=sys.stderr)

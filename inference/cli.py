@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from inference.model_folder import INDEX_NAME, PARTS, load_model_folder, toolkit_version
-from inference.pipeline import GenerationResult, TextToImage
+from inference.pipeline import GenerationResult, TextToImage, check_counts, check_prompts
 from inference.sampling import SamplingParams
 from tokenizer_image import VQGAN
 from tokenizer_image.images import (
@@ -27,7 +29,7 @@ from tokenizer_image.images import (
     pixels_to_float,
     pixels_to_images,
 )
-from tokenloom_common.errors import OneLineParser, UserError
+from tokenloom_common.errors import OneLineParser, RunFailedError, UserError
 from tokenloom_common.pretrained import resolve_folder
 from tokenloom_common.progress import progress
 
@@ -72,8 +74,10 @@ def generate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     args = parser.parse_args(argv)
     device = _device(args.device)
-    out = _output_folder(args.out)
+    check_counts(args.num_images, args.batch_size, args.seed)
+    check_prompts(args.prompt)
     model = TextToImage.from_pretrained(args.model, device)
+    out = _output_folder(args.out)
     given = {"guidance_scale": args.guidance, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
              "min_p": args.min_p}
     params = SamplingParams.parse({**model.default_params.plain(), **{k: v for k, v in given.items() if v is not None}},
@@ -102,25 +106,40 @@ def _save_pictures(result: GenerationResult, out: Path, args: argparse.Namespace
                 "prompt": prompt, "seed": seed, **result.params.plain(), "model": str(args.model),
                 "tokenloom": toolkit_version(), "digitalSourceType": "trainedAlgorithmicMedia"}))
         path = _free_name(out, f"{_slug(prompt)}-seed{seed}")
-        picture.save(path, pnginfo=info)
+        _save_png(picture, path, info)
         paths.append(path)
     if len(result.images) > 1:
         columns = min(args.num_images, 8) if args.num_images > 1 else min(len(result.images), 8)
         path = _free_name(out, "grid")
-        image_grid(result.images, columns=columns).save(path)
+        _save_png(image_grid(result.images, columns=columns), path)
         paths.append(path)
     return paths
 
 
 def _output_folder(name: str) -> Path:
     out = Path(name)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; give a folder")
+    if not name:
+        raise UserError("--out is empty; give a folder")
     try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: is a file; give a folder")
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):  # says no before anything is sampled
+            pass
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be created ({error.strerror})") from None
+        raise UserError(f"--out {name[:200]}: cannot be written to ({error.strerror})") from None
     return out
+
+
+def _save_png(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Whole or not at all. RunFailedError with the path and the reason."""
+    aside = path.with_name(f".{path.name[:100]}.tmp")
+    try:
+        picture.save(aside, format="PNG", pnginfo=info)
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise RunFailedError(f"{path}: could not be written ({error.strerror}); pictures saved before it are whole") from None
 
 
 def _slug(prompt: str) -> str:
@@ -145,8 +164,8 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     args = parser.parse_args(argv)
     device = _device(args.device)
-    out = _output_folder(args.out)
     tokenizer = load_image_tokenizer(args.model, device)
+    out = _output_folder(args.out)
     failed = 0
     for name in progress(args.image, "reconstruct", unit="picture"):
         try:
@@ -159,7 +178,7 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
             continue
         both, decibel = _both(tokenizer, picture, device)
         path = _free_name(out, f"{Path(name).stem}-reconstruction")
-        both.save(path)
+        _save_png(both, path)
         print(f"{path}\t{decibel:.2f} dB")
     if failed == len(args.image):
         raise UserError(f"none of {failed} pictures could be read")

@@ -26,6 +26,7 @@ CLASS_NAME = "TextToImage"
 SCHEMA_VERSION = 1
 IMAGE_TOKENIZERS = {VQGAN.kind: VQGAN}
 SEQ2SEQ_MODELS = {EncoderDecoder.kind: EncoderDecoder}
+TEXT_TOKENIZER = "sentencepiece"
 PARTS = ("tokenizer_image", "seq2seq", "text_tokenizer")
 
 
@@ -62,7 +63,7 @@ def save_model_folder(folder: str | Path, image_tokenizer: VQGAN, seq2seq: Encod
         write_text_atomic(aside / "README.md", card)
         write_json_atomic(aside / INDEX_NAME, {
             "_class_name": CLASS_NAME, "_tokenloom_version": toolkit_version(), "schema_version": SCHEMA_VERSION,
-            "tokenizer_image": image_tokenizer.kind, "seq2seq": seq2seq.kind, "text_tokenizer": "sentencepiece"})
+            "tokenizer_image": image_tokenizer.kind, "seq2seq": seq2seq.kind, "text_tokenizer": TEXT_TOKENIZER})
     return Path(folder)
 
 
@@ -78,6 +79,10 @@ def read_model_index(folder: Path) -> dict[str, str]:
                         "models of other projects are converted first")
     if not isinstance(index.get("schema_version"), int) or not 1 <= index["schema_version"] <= SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version {index.get('schema_version')!r} is not supported by this release")
+    if index.get("text_tokenizer") != TEXT_TOKENIZER:
+        raise UserError(f"{path}: unknown kind of text tokenizer {index.get('text_tokenizer')!r} (valid: {TEXT_TOKENIZER})")
+    if not (folder / GENERATION_NAME).is_file():
+        raise MissingFileError(f"{folder}: {GENERATION_NAME} is missing, so the model folder is only half there; copy it again")
     for part in PARTS:
         if not (folder / part).is_dir():
             raise MissingFileError(f"{folder}: {part}/ is missing, so the model folder is only half there; copy it again")
@@ -94,9 +99,7 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revi
     image_tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer_image", device)
     seq2seq = seq2seq_class.from_pretrained(folder / "seq2seq", device)
     text_tokenizer = TextTokenizer.from_pretrained(folder / "text_tokenizer")
-    generation = SamplingParams()
-    if (folder / GENERATION_NAME).is_file():
-        generation = SamplingParams.parse(read_mapping(folder / GENERATION_NAME), str(folder / GENERATION_NAME))
+    generation = SamplingParams.parse(read_mapping(folder / GENERATION_NAME), str(folder / GENERATION_NAME))
     check_pair(image_tokenizer, seq2seq, text_tokenizer, str(folder))
     return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder)
 

@@ -92,7 +92,8 @@ class TextToImage:
         params: the model folder's defaults when None. batch_size: pictures decoded at a time.
         UserError for an empty list, a prompt that is not text, num_images or batch_size below 1.
         """
-        prompts = self._prompts(prompt)
+        prompts = check_prompts(prompt)
+        _check_params(params)
         used = params or self.default_params
         tokens = self.sample_tokens(prompts, num_images=num_images, params=used, seed=seed, batch_size=batch_size)
         images = [picture for part in tokens.split(batch_size) for picture in self.decode_tokens(part)]
@@ -102,8 +103,9 @@ class TextToImage:
     def sample_tokens(self, prompts: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
                       seed: int = 0, batch_size: int = 32) -> Tensor:
         """Prompts -> image_tokens [len(prompts) * num_images, N] int64 on the CPU, a prompt's pictures in a row."""
-        texts = self._prompts(prompts)
-        _check_counts(num_images, batch_size, seed)
+        texts = check_prompts(prompts)
+        check_counts(num_images, batch_size, seed)
+        _check_params(params)
         used = params or self.default_params
         parts = []
         for first in range(0, len(texts), max(1, batch_size // num_images)):
@@ -117,8 +119,9 @@ class TextToImage:
     def stream(self, prompt: str, num_images: int = 1, params: SamplingParams | None = None,
                seed: int = 0) -> Iterator[GenerationStep]:
         """Yield a GenerationStep after every token; `step.preview` is a picture that grows, decoded only when asked for."""
-        texts = self._prompts(prompt)
-        _check_counts(num_images, num_images, seed)
+        texts = check_prompts(prompt)
+        check_counts(num_images, num_images, seed)
+        _check_params(params)
         captions, null = self._encode(texts)
         seeds = [seed + i for i in range(num_images)]
         drawn: list[Tensor] = []
@@ -129,6 +132,8 @@ class TextToImage:
     @torch.inference_mode()
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
         """image_tokens [B, N] int64 in [0, K) -> B pictures. UserError for another shape, dtype or range."""
+        if not isinstance(image_tokens, Tensor):
+            raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
         codes = tokens_to_codes(image_tokens.to(self.device), self.image_tokenizer.grid)
         return pixels_to_images(float_to_pixels(self.image_tokenizer.decode(codes)))
 
@@ -140,20 +145,31 @@ class TextToImage:
         captions, null = self.text_tokenizer.encode(texts), self.text_tokenizer.null_caption()
         return tuple(type(batch)(*(part.to(self.device) for part in batch)) for batch in (captions, null))
 
-    @staticmethod
-    def _prompts(prompt: str | Sequence[str]) -> list[str]:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise UserError("no prompt given")
-        for text in prompts:
-            if not isinstance(text, str):
-                raise UserError(f"a prompt must be text, got {type(text).__name__}")
-            if len(text) > MAX_PROMPT_CHARACTERS:
-                raise UserError(f"a prompt has {len(text):,} characters, the limit is {MAX_PROMPT_CHARACTERS:,}; shorten it")
-        return prompts
+
+def check_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several -> a list. UserError for none, for what is not text, and for more than 10,000 characters."""
+    if isinstance(prompt, str):
+        prompts = [prompt]
+    elif isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        raise UserError(f"a prompt must be text, got {type(prompt).__name__}")
+    else:
+        prompts = list(prompt)
+    if not prompts:
+        raise UserError("no prompt given")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise UserError(f"a prompt must be text, got {type(text).__name__}")
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise UserError(f"a prompt has {len(text):,} characters, the limit is {MAX_PROMPT_CHARACTERS:,}; shorten it")
+    return prompts
 
 
-def _check_counts(num_images: int, batch_size: int, seed: int) -> None:
+def _check_params(params: object) -> None:
+    if params is not None and not isinstance(params, SamplingParams):
+        raise UserError(f"params must be SamplingParams, got {type(params).__name__}")
+
+
+def check_counts(num_images: int, batch_size: int, seed: int) -> None:
     for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")

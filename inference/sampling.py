@@ -8,15 +8,29 @@ Every function is pure: logits in, a new tensor out, randomness passed in. A fil
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from tokenloom_common.config import StrictConfig
+from tokenloom_common.config import StrictConfig, explain
+from tokenloom_common.errors import UserError
 
 
 class SamplingParams(StrictConfig):
-    """How tokens are drawn. The filters apply in the order of the fields, each on what the one before left."""
+    """How tokens are drawn. The filters apply in the order of the fields, each on what the one before left.
+
+    UserError, one line, for an unknown name (with the nearest one), another type, or a value out of range.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(f"SamplingParams: {explain(type(self), error)}") from None
 
     guidance_scale: float = Field(3.0, ge=0, le=100, description="classifier-free guidance; 1 = off, and costs nothing")
     temperature: float = Field(1.0, ge=0, le=100, description="0 = always the likeliest token")

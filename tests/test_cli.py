@@ -115,7 +115,8 @@ def test_the_front_door_runs_as_a_program(folder, tmp_path):
     result = subprocess.run([sys.executable, "-m", "tokenloom", "info", str(tmp_path / "nowhere")], cwd=launching.REPOSITORY,
                             env=launching.environment(), text=True, capture_output=True, timeout=60, check=False)
     assert result.returncode == 2
-    assert result.stderr == f"tokenloom info: error: {tmp_path / 'nowhere'}: no such model folder\n"
+    assert result.stderr == (f"tokenloom info: error: {tmp_path / 'nowhere'}: no such model folder; "
+                             "give the folder that training wrote as RUN/model, or a hub id\n")
 
 
 def test_the_data_commands_are_reachable(run, tmp_path):
@@ -251,7 +252,7 @@ WRONG_GENERATE = {
     "model is a file": (["--model", "{tmp}/file"], "{tmp}/file: is a file"),
     "model is an empty folder": (["--model", "{tmp}"], "model_index.json is missing"),
     "out is a file": (["--out", "{tmp}/file"], "--out {tmp}/file: is a file"),
-    "out below a file": (["--out", "{tmp}/file/sub"], "--out {tmp}/file/sub: cannot be created"),
+    "out below a file": (["--out", "{tmp}/file/sub"], "--out {tmp}/file/sub: cannot be written to"),
 }
 
 

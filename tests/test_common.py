@@ -127,13 +127,19 @@ ENDINGS = [
     (DataError("holds nothing"), 4, "holds nothing"),
     (ResumeError("damaged"), 3, "damaged"),
     (RunFailedError("the loss is not finite"), 1, "the loss is not finite"),
-    (StoppedBySignalError(15), 143, "stopped by signal 15 after a checkpoint"),
     (UserError("two\n  lines"), 2, "two lines"),
     (KeyError("width"), 1, "KeyError: 'width'"),
     (ValueError("of a library"), 1, "ValueError: of a library"),
     (MemoryError(), 1, "MemoryError"),
+    (FileNotFoundError(2, "No such file or directory", "/a/b"), 2, "/a/b: no such file or directory"),
     (OSError(28, "No space left on device"), 1, "OSError: [Errno 28] No space left on device"),
 ]
+
+
+def test_a_stop_by_signal_is_no_error_and_says_how_to_go_on(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert run_command(ends_with(StoppedBySignalError(15)), [], "prog") == 143
+    assert capsys.readouterr().err == "prog: stopped by signal 15 after a checkpoint; the same command goes on from there\n"
 
 
 def ends_with(error: BaseException):

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from tokenloom_common import files
-from tokenloom_common.errors import ResumeError
+from tokenloom_common.errors import ResumeError, UserError
 from training import run_state as run_state_module
 from training.config import RunConfig
 from training.engine import Processes
@@ -421,3 +421,14 @@ def test_a_fresh_run_starts_an_empty_log(tmp_path):
     RunLog(tmp_path, True, "test", total_steps=30, first_step=0).close()
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     assert read_metrics(tmp_path / "nowhere.jsonl") == []
+
+
+def test_a_run_folder_in_use_by_another_process_is_refused(tmp_path):
+    import fcntl
+
+    (tmp_path / "other").mkdir()
+    with (tmp_path / "other" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is writing there"):
+            state(tmp_path / "other").prepare()
+    state(tmp_path / "other").prepare()

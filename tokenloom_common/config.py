@@ -26,7 +26,7 @@ class StrictConfig(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise UserError(f"{where}: {_explain(cls, error)}") from None
+            raise UserError(f"{where}: {explain(cls, error)}") from None
 
     def plain(self) -> dict[str, Any]:
         """The values as JSON-able plain Python."""
@@ -43,7 +43,8 @@ def dotted_names(config_class: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def _explain(config_class: type[BaseModel], error: ValidationError) -> str:
+def explain(config_class: type[BaseModel], error: ValidationError) -> str:
+    """A ValidationError in one line: the key, the nearest valid one, what is wrong."""
     # a misspelt key is often missed elsewhere too: the misspelling is what helps
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
+
+WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST,
+              errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+"""What the operating system says of a path that a user should not have given; a full disk is none of these."""
 
 
 class UserError(ValueError):
@@ -49,7 +54,7 @@ class StoppedBySignalError(Exception):
     """A run stopped by SIGTERM or SIGINT after it had saved its checkpoint."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number} after a checkpoint")
+        super().__init__(f"stopped by signal {signal_number} after a checkpoint; the same command goes on from there")
         self.exit_code = 128 + signal_number
 
 
@@ -72,6 +77,8 @@ def choose(table: dict, name: str, what: str):
 def one_line(error: BaseException) -> str:
     """An exception's message folded to one line; its type is named where the message alone says nothing."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
     if isinstance(error, (UserError, RunFailedError, StoppedBySignalError)):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -97,6 +104,10 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+    except StoppedBySignalError as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{prog}: {stop}", file=sys.stderr)
+        return stop.exit_code
     except BrokenPipeError:  # the reader of our stdout went away (`| head`); nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -105,4 +116,5 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
             raise
         if not (getattr(error, "raised_everywhere", False) and os.environ.get("RANK", "0") != "0"):
             print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
-        return int(getattr(error, "exit_code", 1))
+        wrong_path = isinstance(error, OSError) and error.errno in WRONG_PATH
+        return int(getattr(error, "exit_code", 2 if wrong_path else 1))

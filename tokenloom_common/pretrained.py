@@ -134,13 +134,15 @@ def check_tensors(expected: dict[str, tuple], found: dict[str, tuple], folder: P
 
 def resolve_folder(name: str | Path, revision: str | None = None) -> Path:
     """A local folder as it is, or the local snapshot of a hub id `owner/name`."""
+    if not str(name):
+        raise UserError("the model's folder is an empty name")
     path = Path(name)
     if path.is_dir():
         return path
     if path.exists():
         raise UserError(f"{path}: is a file; give the model's folder")
     if not _HUB_ID.fullmatch(str(name)):
-        raise MissingFileError(f"{name}: no such model folder")
+        raise MissingFileError(f"{name}: no such model folder; give the folder that training wrote as RUN/model, or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -148,5 +150,5 @@ def resolve_folder(name: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(name), revision=revision,
                                       allow_patterns=["*.json", "*.safetensors", "*.model", "*.md"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise MissingFileError(f"{name}: neither a local folder nor a hub model that can be fetched "
-                               f"({type(error).__name__})") from None
+        raise MissingFileError(f"{name}: no such folder, and no hub model of that name can be fetched "
+                               f"({type(error).__name__}); give the folder that training wrote as RUN/model") from None

@@ -52,6 +52,8 @@ class DatasetEncoder:
 
     def _prepare(self, out: Path, aside: Path) -> list[str]:
         refuse_others(out, (INDEX_NAME, "*-?????-of-?????.parquet"))
+        if out.is_dir() and any(out.iterdir()):
+            log.warning("%s: the token shards there will be replaced", out)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         if self.config.splits is not None:

@@ -50,7 +50,8 @@ class RunLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        shown = {k: f"{values[k]:.3g}" for k in ("loss", "lr", "samples_per_s", "codebook_usage") if k in values}
+        names = ("loss", "lr", "samples_per_s", "codebook_usage")
+        shown: dict[str, object] = {name: f"{values[name]:.3g}" for name in names if name in values}
         self._bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:

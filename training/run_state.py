@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -16,14 +17,14 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenloom_common.errors import ResumeError
+from tokenloom_common.errors import ResumeError, UserError
 from tokenloom_common.files import publish_folder, sync_path, write_json_atomic, write_text_atomic
 from training.config import RunConfig, dump_config
 from training.engine import Engine, Processes
@@ -53,6 +54,9 @@ def environment() -> dict[str, Any]:
             "gpu": gpu, "packages": versions, "argv": sys.argv}
 
 
+_HELD: dict[Path, IO[str]] = {}  # run folders that this process holds, with the open files that hold them
+
+
 class RunState:
     """Owner of a run folder: writes checkpoints, finds the one to continue from, keeps the last few."""
 
@@ -70,6 +74,7 @@ class RunState:
 
         A refused resume changes nothing. A fresh start in a used folder puts what is there into RUN/before-1, before-2, ...
         """
+        self.group.first_does(self._lock)
         self.resume_from = self.find()
 
         def write() -> None:
@@ -82,6 +87,20 @@ class RunState:
             write_text_atomic(self.run_dir / "config.yaml", dump_config(self.config))
             write_json_atomic(self.run_dir / "env.json", environment())
         self.group.first_does(write)
+
+    def _lock(self) -> None:
+        """Hold the folder until this process ends. UserError if another run holds it."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        folder = self.run_dir.resolve()
+        if folder in _HELD:
+            return
+        file = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _HELD[folder] = file
+        except BlockingIOError:
+            raise UserError(f"{self.run_dir}: another run is writing there; wait for it, stop it, or give another --run_dir"
+                            ) from None
 
     def _set_aside(self) -> None:
         used = [self.run_dir / name for name in OUTPUTS if (self.run_dir / name).exists()]
@@ -180,8 +199,9 @@ class RunState:
         now = {"world_size": self.group.world_size, "zero_stage": self.config.deepspeed.zero_stage,
                "batch_size": self.config.train.batch_size, "accumulation": self.config.train.accumulation,
                "seed": self.config.seed}
-        then = {**manifest, **manifest.get("facts", {})}
-        differing = [f"{k} {then.get(k)} then, {v} now" for k, v in {**now, **self.facts}.items() if then.get(k) != v]
+        then = {**manifest, **_flat(manifest.get("facts", {}))}
+        now = {**now, **_flat(self.facts)}
+        differing = [f"{k} {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v][:3]
         if differing:
             raise ResumeError(f"{folder} was written by another kind of run ({'; '.join(differing)}): use the same settings, "
                               "another --run_dir, or --checkpoint.resume never")
@@ -193,6 +213,14 @@ class RunState:
         _restore_rng(tensors, self.group.device)
         step = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]
         return int(step), {k.removeprefix(TASK): v for k, v in tensors.items() if k.startswith(TASK)}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of plain values by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
 
 
 def _hash(path: Path) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenloom_common.errors import DataError, OneLineParser
+from tokenloom_common.errors import DataError, OneLineParser, UserError
 from tokenloom_common.files import write_json_atomic
 
 EXAMPLES = """examples:
@@ -91,9 +92,18 @@ def _print_build(out: Path, report: dict[str, Any]) -> None:
     print(f"{out}: {done}: {splits}" + (f" (dropped {dropped})" if dropped else ""))
 
 
+def _is_report(path: Path) -> bool:
+    try:
+        return "usable" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from training.data.check import check_data, format_report
 
+    if arguments.json and arguments.json.exists() and not _is_report(arguments.json):
+        raise UserError(f"--json {arguments.json}: exists and is not a report of this command; give another file")
     try:
         report = check_data(arguments.path, split=arguments.split, caption_column=arguments.caption_column,
                             image_column=arguments.image_column)

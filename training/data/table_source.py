@@ -48,8 +48,10 @@ def read_parquet(files: list[Path], root: Path, caption_column: str | None, imag
     for path in files:
         try:
             columns = columns or pq.read_schema(path).names
-            pq.read_metadata(path)
-            good.append(path)
+            if pq.read_metadata(path).num_rows:
+                good.append(path)
+            else:
+                bad.append(BadItem(path.relative_to(root).as_posix(), "parquet file without rows"))
         except (pa.ArrowException, OSError):
             bad.append(BadItem(path.relative_to(root).as_posix(), "broken parquet file"))
     if not good:
