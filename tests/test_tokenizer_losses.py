@@ -8,24 +8,39 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tokenizer_image.image_tokenizer import Reconstruction
 from tokenizer_image.losses import TokenizerLossConfig, tokenizer_loss
 from tokenizer_image.perceptual import LPIPS, NETWORKS
-from tokenizer_image.usage import CodebookUsage
-from tokenizer_image.vqgan import Reconstruction
+from tokenizer_image.quantizers import LossPart
+from tokenizer_image.usage import CodebookUsage, usage_of_counts
 from tokenloom_common.errors import MissingFileError, UserError
 
+OWN = {"commit": LossPart(torch.tensor(2.0), 0.25), "batch_entropy": LossPart(torch.tensor(3.0), -0.5)}
 
-def result_of(values: list[float]) -> Reconstruction:
+
+def result_of(values: list[float], losses: dict[str, LossPart] = OWN) -> Reconstruction:
     reconstruction = torch.tensor(values).view(1, 1, 1, -1).requires_grad_()
-    return Reconstruction(reconstruction, torch.zeros(1, 1, 1, dtype=torch.int64), torch.tensor(0.5))
+    return Reconstruction(reconstruction, torch.zeros(1, 1, 1, dtype=torch.int64), losses)
 
 
 def test_loss_terms_by_hand():
     image = torch.zeros(1, 1, 1, 2)
     loss = tokenizer_loss(result_of([1.0, -3.0]), image, TokenizerLossConfig(l1_weight=2.0, l2_weight=0.1))
-    assert {name: float(term) for name, term in loss.terms.items()} == {"l1": 2.0, "l2": 5.0, "commit": 0.5}
-    assert {name: float(term) for name, term in loss.weighted.items()} == {"l1": 4.0, "l2": 0.5, "commit": 0.5}
-    assert loss.total.item() == 5.0
+    assert {name: float(term) for name, term in loss.terms.items()} == {
+        "l1": 2.0, "l2": 5.0, "commit": 2.0, "batch_entropy": 3.0}
+    assert {name: float(term) for name, term in loss.weighted.items()} == {
+        "l1": 4.0, "l2": 0.5, "commit": 0.5, "batch_entropy": -1.5}
+    assert loss.total.item() == 3.5
+
+
+def test_a_models_own_terms_are_optional_and_weight_0_leaves_the_total_bit_equal():
+    image = torch.zeros(1, 1, 1, 2)
+    none = tokenizer_loss(result_of([1.0, -3.0], {}), image, TokenizerLossConfig())
+    unweighted = {name: LossPart(part.value, 0.0) for name, part in OWN.items()}
+    reported = tokenizer_loss(result_of([1.0, -3.0], unweighted), image, TokenizerLossConfig())
+    assert torch.equal(none.total, reported.total)
+    assert set(reported.terms) == {"l1", "l2", "commit", "batch_entropy"}
+    assert set(reported.weighted) == {"l1"}
 
 
 def test_each_weight_changes_the_total_and_zero_leaves_it_bit_equal():
@@ -168,14 +183,16 @@ def test_too_small_pictures_are_refused():
 
 def test_codebook_usage_by_hand():
     usage = CodebookUsage(8, window=2)
-    assert usage.compute() == (0.0, 0.0, 8)
+    assert usage.compute() == (0.0, 0.0, 8, 0)
     usage.update(torch.tensor([[[0, 0], [1, 1]]]))
     assert usage.compute().usage == 0.25
     assert usage.compute().dead_codes == 6
+    assert usage.compute().codes_seen == 4
     assert usage.compute().perplexity == pytest.approx(2.0)
     usage.update(torch.tensor([2, 3]))
     assert usage.compute().usage == 0.5  # shares 1/3, 1/3, 1/6, 1/6
     assert usage.compute().perplexity == pytest.approx(3 ** (2 / 3) * 6 ** (1 / 3))
+    assert usage.counts_total().tolist() == [2, 2, 1, 1, 0, 0, 0, 0]
 
 
 def test_codebook_usage_forgets_what_left_the_window():
@@ -183,11 +200,73 @@ def test_codebook_usage_forgets_what_left_the_window():
     for code in (0, 1, 2):
         usage.update(torch.tensor([code]))
     assert usage.compute().usage == 0.25  # code 0 is gone
-    again = CodebookUsage(8, window=2)
-    again.load_state_dict(usage.state_dict())
-    assert again.compute() == usage.compute()
+
+
+@pytest.mark.parametrize(("window", "buckets"), [
+    (1, 32), (1, 1), (7, 32), (32, 32), (33, 32), (70, 32), (10, 3), (9, 3), (5, 1),
+    *((w, b) for w in (11, 12, 13, 50) for b in (2, 4, 7))])
+def test_codebook_usage_is_brute_force_over_the_latest_updates(window, buckets):
+    rng = np.random.default_rng(window * 100 + buckets)
+    usage, history = CodebookUsage(16, window, buckets), []
+    row = -(-window // buckets)
+    assert len(usage.counts) <= buckets
+    for _ in range(4 * window + 5):
+        codes = rng.integers(0, 16, size=rng.integers(0, 6))
+        usage.update(torch.from_numpy(codes))
+        history.append(np.bincount(codes, minlength=16))
+        # the counts are those of the latest c updates, for a c that the docstring allows
+        allowed = range(min(len(history), window - row + 1), min(len(history), window) + 1)
+        matching = [c for c in allowed if np.array_equal(sum(history[len(history) - c:]), usage.counts_total().numpy())]
+        assert matching
+        if window <= buckets:
+            assert min(len(history), window) in matching
+    counts = usage.counts_total().numpy()
+    shares = counts[counts > 0] / counts.sum()
+    expected = (len(shares) / 16, np.exp(-(shares * np.log(shares)).sum()), 16 - len(shares), counts.sum())
+    assert usage.compute() == pytest.approx(expected)
+
+
+def test_codebook_usage_of_an_epoch_takes_the_memory_of_its_buckets():
+    usage = CodebookUsage(16384, window=40_000)
+    assert sum(buffer.numel() * buffer.element_size() for buffer in usage.buffers()) < 32 * 16384 * 8 + 100
+    assert usage.counts.dtype == torch.int64
+    usage.counts[0, 0] = 2**40  # far above int32 and exact float32
+    usage.position += 1
+    usage.update(torch.tensor([0, 0, 1]))
+    assert usage.counts_total()[:2].tolist() == [2**40 + 2, 1]
+    assert usage.compute().codes_seen == 2**40 + 3
+
+
+@pytest.mark.parametrize("stop", [0, 1, 9, 24, 50])
+def test_codebook_usage_saved_in_the_middle_goes_on_identically(stop):
+    codes = torch.randint(0, 16, (90, 5), generator=torch.Generator().manual_seed(1))
+    whole = CodebookUsage(16, window=21, buckets=4)
+    for some in codes[:stop]:
+        whole.update(some)
+    again = CodebookUsage(16, window=21, buckets=4)
+    again.load_state_dict({name: tensor.clone() for name, tensor in whole.state_dict().items()})
+    for some in codes[stop:]:
+        whole.update(some)
+        again.update(some)
+        assert again.compute() == whole.compute()
+        assert torch.equal(again.counts, whole.counts)
+
+
+def test_usage_of_counts_summed_over_processes():
+    one, two = CodebookUsage(4), CodebookUsage(4)
+    one.update(torch.tensor([0, 0, 1]))
+    two.update(torch.tensor([1, 2]))
+    both = usage_of_counts(one.counts_total() + two.counts_total())  # 2, 2, 1, 0
+    assert both == pytest.approx((0.75, 5 / 2 ** (4 / 5), 1, 5))
+    assert usage_of_counts(torch.zeros(4, dtype=torch.int64)) == (0.0, 0.0, 4, 0)
+    assert usage_of_counts(torch.tensor([3, 0])) == (0.5, 1.0, 1, 3)
 
 
 def test_codebook_usage_refuses_a_code_outside_the_codebook():
-    with pytest.raises(ValueError, match="code 8 is outside a codebook of 8"):
-        CodebookUsage(8).update(torch.tensor([8]))
+    usage = CodebookUsage(8)
+    for code in (8, -1):
+        with pytest.raises(ValueError, match=f"code {code} is outside a codebook of 8"):
+            usage.update(torch.tensor([3, code]))
+    assert usage.compute().codes_seen == 0
+    with pytest.raises(ValueError, match="must be 1 or more, got 8, 0, 32"):
+        CodebookUsage(8, window=0)

@@ -7,11 +7,25 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer_image.config import VQGANConfig
+
+
+class Checkpointed(nn.Module):
+    """A stack of blocks that can forget the activations inside each block and compute them again for the gradient."""
+
+    checkpointing = False
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """`block(hidden)`, with its activations kept or not."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, hidden, use_reentrant=False)
+        return block(hidden)
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -123,7 +137,7 @@ class Middle(nn.Module):
         return self.block_2(hidden)
 
 
-class Encoder(nn.Module):
+class Encoder(Checkpointed):
     """Image -> feature map at the resolution of the code grid."""
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -147,23 +161,25 @@ class Encoder(nn.Module):
         """Image [B, 3, H, W] -> features [B, z_channels, h, w]."""
         hidden = self.conv_in(image)
         for level in self.down:
-            hidden = level(hidden)
-        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+            hidden = self.run(level, hidden)
+        return self.conv_out(F.silu(self.norm_out(self.run(self.mid, hidden))))
 
 
-class Decoder(nn.Module):
+class Decoder(Checkpointed):
     """Features at the resolution of the code grid -> image. `up` is stored by level and runs from the last to 0."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        width = config.channels * config.channel_multipliers[-1]
+        channels = config.decoder_channels or config.channels
+        blocks = config.decoder_res_blocks or config.num_res_blocks
+        width = channels * config.channel_multipliers[-1]
         self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
         self.mid = Middle(width, config)
         levels: list[Level] = []
         for index in reversed(range(len(config.channel_multipliers))):
-            out = config.channels * config.channel_multipliers[index]
+            out = channels * config.channel_multipliers[index]
             attend = config.level_resolutions[index] in config.attention_resolutions
-            widths = [width] + [out] * (config.num_res_blocks + 1)  # one block more than on the way down
+            widths = [width] + [out] * (blocks + 1)  # one block more than on the way down
             upsample = Upsample(out) if index != 0 else None
             levels.insert(0, Level(widths, attend, config, upsample=upsample))
             width = out
@@ -173,7 +189,7 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, z_channels, h, w] -> image [B, 3, H, W], unclamped."""
-        hidden = self.mid(self.conv_in(features))
+        hidden = self.run(self.mid, self.conv_in(features))
         for level in reversed(self.up):
-            hidden = level(hidden)
+            hidden = self.run(level, hidden)
         return self.conv_out(F.silu(self.norm_out(hidden)))

@@ -1,7 +1,6 @@
 """What a tokenizer is trained to make small.
 
-The adversarial term is not here: it needs a discriminator with its own optimizer and step. It belongs beside these
-terms, weighted by the gradient at `VQGAN.last_layer` (Esser et al. 2021, eq. 7), and its trainer adds it to `total`.
+The adversarial term is in adversarial.py: it needs a discriminator with its own optimizer and step. Its trainer adds it.
 
 Axes: B batch, H W pixels.
 """
@@ -11,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer_image.vqgan import Reconstruction
+from tokenizer_image.image_tokenizer import Reconstruction
+from tokenizer_image.quantizers import LossPart
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import UserError
 
 
 class TokenizerLossConfig(StrictConfig):
-    """Weights of the terms. The weight of the commitment term is the quantizer's own (`commitment_weight`)."""
+    """Weights of the terms. Those of the model's own terms (commitment, entropies, KL) are in its config."""
 
     l1_weight: float = Field(default=1.0, ge=0)
     l2_weight: float = Field(default=0.0, ge=0)
@@ -47,19 +48,14 @@ def tokenizer_loss(result: Reconstruction, image: Tensor, config: TokenizerLossC
     """
     reconstruction = result.reconstruction.float()
     image = image.float()
-    terms = {"l1": F.l1_loss(reconstruction, image), "l2": F.mse_loss(reconstruction, image),
-             "commit": result.commit_loss}
-    weights = {"l1": config.l1_weight, "l2": config.l2_weight, "commit": 1.0}
+    parts = {"l1": LossPart(F.l1_loss(reconstruction, image), config.l1_weight),
+             "l2": LossPart(F.mse_loss(reconstruction, image), config.l2_weight), **result.losses}
     if config.perceptual_weight:
         if perceptual is None:
             raise UserError(f"perceptual_weight is {config.perceptual_weight}, but no perceptual network was given; "
                             "load one with LPIPS.load() or set perceptual_weight to 0")
-        terms["perceptual"] = perceptual(reconstruction, image).mean()
-        weights["perceptual"] = config.perceptual_weight
-    weighted = {name: term * weights[name] for name, term in terms.items() if weights[name]}
-    total = weighted["commit"]
-    for name, term in weighted.items():
-        if name != "commit":
-            total = total + term
-    return TokenizerLoss(total, {name: term.detach() for name, term in terms.items()},
+        parts["perceptual"] = LossPart(perceptual(reconstruction, image).mean(), config.perceptual_weight)
+    weighted = {name: part.value * part.weight for name, part in parts.items() if part.weight}
+    total = torch.stack(list(weighted.values())).sum()
+    return TokenizerLoss(total, {name: part.value.detach() for name, part in parts.items()},
                          {name: term.detach() for name, term in weighted.items()})

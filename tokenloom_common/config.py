@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,7 +18,8 @@ MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is som
 class StrictConfig(BaseModel):
     """Base of all configs: immutable, unknown keys refused, validated when built."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False,
+                              use_attribute_docstrings=True)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -28,6 +29,14 @@ class StrictConfig(BaseModel):
         except ValidationError as error:
             raise UserError(f"{where}: {explain(cls, error)}") from None
 
+    extra_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that a section takes in a file or on the command line beside its fields (they are resolved when it is read)."""
+
+    @classmethod
+    def variants(cls) -> list[type[StrictConfig]]:
+        """The classes that a section of this type can be: itself, or for an abstract one its families."""
+        return [cls]
+
     def plain(self) -> dict[str, Any]:
         """The values as JSON-able plain Python."""
         return self.model_dump(mode="json")
@@ -35,12 +44,19 @@ class StrictConfig(BaseModel):
 
 def dotted_names(config_class: type[BaseModel], prefix: str = "") -> list[str]:
     """Every key of a config tree in dotted form: sections and leaves."""
-    names = []
+    names = [prefix + key for key in getattr(config_class, "extra_keys", ())]
     for name, field in config_class.model_fields.items():
         names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += dotted_names(field.annotation, f"{prefix}{name}.")
-    return names
+        for section in sections(field.annotation):
+            names += dotted_names(section, f"{prefix}{name}.")
+    return list(dict.fromkeys(names))
+
+
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes that a field of this type can hold; none for a plain value."""
+    if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return []
+    return list(annotation.variants()) if issubclass(annotation, StrictConfig) else [annotation]
 
 
 def explain(config_class: type[BaseModel], error: ValidationError) -> str:

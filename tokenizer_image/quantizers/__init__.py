@@ -1,0 +1,18 @@
+"""Quantizers: latents -> codes -> vectors. This package is the only importer of vector-quantize-pytorch."""
+
+from tokenizer_image.quantizer_config import QuantizerConfig
+from tokenizer_image.quantizers.base import LossPart, Quantized, Quantizer
+from tokenizer_image.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
+from tokenizer_image.quantizers.vector import ResidualQuantizer, SimVQuantizer, VectorQuantizer
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "vq": VectorQuantizer, "residual": ResidualQuantizer, "fsq": FiniteScalarQuantizer, "lfq": LookupFreeQuantizer,
+    "simvq": SimVQuantizer}
+
+
+def build_quantizer(dim: int, codebook_size: int, config: QuantizerConfig) -> Quantizer:
+    """The quantizer that a config describes, for latents [B, dim, h, w]."""
+    return QUANTIZERS[config.kind](dim, codebook_size, config)
+
+
+__all__ = ["QUANTIZERS", "LossPart", "Quantized", "Quantizer", "QuantizerConfig", "build_quantizer"]
