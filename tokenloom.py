@@ -24,6 +24,7 @@ COMMANDS = {
     "reconstruct": ("inference.cli", "reconstruct", "send pictures through the image tokenizer and back"),
     "info": ("inference.cli", "info", "say what a model folder holds"),
     "data": ("training.data.cli", "main", "build and check captioned image data"),
+    "evaluate": ("training.evaluation.cli", "main", "measure an image tokenizer"),
 }
 """Command -> module, function taking argv, one line of help."""
 

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from inference.model_folder import INDEX_NAME, PARTS, load_model_folder, toolkit_version
 from inference.pipeline import GenerationResult, TextToImage, check_counts, check_prompts
 from inference.sampling import SamplingParams
-from tokenizer_image import VQGAN
+from tokenizer_image import ImageTokenizer, load_tokenizer
 from tokenizer_image.images import (
     BadImageError,
     float_to_pixels,
@@ -185,7 +185,7 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _both(tokenizer: VQGAN, picture: Image.Image, device: str) -> tuple[Image.Image, float]:
+def _both(tokenizer: ImageTokenizer, picture: Image.Image, device: str) -> tuple[Image.Image, float]:
     pixels = torch.from_numpy(image_to_pixels(picture, tokenizer.config.resolution))[None]  # [1, S, S, 3]
     rebuilt = float_to_pixels(tokenizer.decode(tokenizer.encode(pixels_to_float(pixels).to(device)))).cpu()
     error = float((pixels.double() - rebuilt.double()).square().mean())
@@ -193,11 +193,11 @@ def _both(tokenizer: VQGAN, picture: Image.Image, device: str) -> tuple[Image.Im
     return image_grid(pixels_to_images(torch.cat([pixels, rebuilt])), columns=2), decibel
 
 
-def load_image_tokenizer(name: str, device: str) -> VQGAN:
+def load_image_tokenizer(name: str, device: str) -> ImageTokenizer:
     """The image tokenizer of a model folder, or the one whose own folder is named."""
     folder = resolve_folder(name)
     part = folder / PARTS[0] if (folder / INDEX_NAME).is_file() else folder
-    return VQGAN.from_pretrained(part, device)
+    return load_tokenizer(part, device)
 
 
 def info(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from inference.sampling import SamplingParams
 from seq2seq import EncoderDecoder, TextTokenizer
-from tokenizer_image import VQGAN
+from tokenizer_image import KINDS, ImageTokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError, choose
@@ -24,7 +24,6 @@ INDEX_NAME = "model_index.json"
 GENERATION_NAME = "generation_config.json"
 CLASS_NAME = "TextToImage"
 SCHEMA_VERSION = 1
-IMAGE_TOKENIZERS = {VQGAN.kind: VQGAN}
 SEQ2SEQ_MODELS = {EncoderDecoder.kind: EncoderDecoder}
 TEXT_TOKENIZER = "sentencepiece"
 PARTS = ("tokenizer_image", "seq2seq", "text_tokenizer")
@@ -34,7 +33,7 @@ PARTS = ("tokenizer_image", "seq2seq", "text_tokenizer")
 class LoadedModel:
     """The parts of a model folder."""
 
-    image_tokenizer: VQGAN
+    image_tokenizer: ImageTokenizer
     seq2seq: EncoderDecoder
     text_tokenizer: TextTokenizer
     generation: SamplingParams
@@ -49,7 +48,7 @@ def toolkit_version() -> str:
         return "unknown (not installed)"
 
 
-def save_model_folder(folder: str | Path, image_tokenizer: VQGAN, seq2seq: EncoderDecoder, text_tokenizer: TextTokenizer,
+def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: EncoderDecoder, text_tokenizer: TextTokenizer,
                       generation: SamplingParams, card: str) -> Path:
     """Write a whole model folder with its model card. UserError if the parts do not belong together."""
     check_pair(image_tokenizer, seq2seq, text_tokenizer, "the model folder to write")
@@ -94,7 +93,7 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revi
     folder = resolve_folder(name, revision)
     index = read_model_index(folder)
     where = f"{folder / INDEX_NAME}: "
-    tokenizer_class = choose(IMAGE_TOKENIZERS, str(index.get("tokenizer_image")), f"{where}kind of image tokenizer")
+    tokenizer_class = choose(KINDS, str(index.get("tokenizer_image")), f"{where}kind of image tokenizer")
     seq2seq_class = choose(SEQ2SEQ_MODELS, str(index.get("seq2seq")), f"{where}kind of seq2seq model")
     image_tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer_image", device)
     seq2seq = seq2seq_class.from_pretrained(folder / "seq2seq", device)
@@ -104,7 +103,7 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revi
     return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder)
 
 
-def check_pair(image_tokenizer: VQGAN, seq2seq: EncoderDecoder, text_tokenizer: TextTokenizer, where: str) -> None:
+def check_pair(image_tokenizer: ImageTokenizer, seq2seq: EncoderDecoder, text_tokenizer: TextTokenizer, where: str) -> None:
     """UserError naming both sides when the parts do not belong together."""
     config = seq2seq.config
     pairs = [("codebook size", "image tokenizer", image_tokenizer.codebook_size, config.codebook_size),

@@ -23,7 +23,7 @@ from training.evaluation.caption_accuracy import (
     picture_features,
     sample_questions,
 )
-from training.evaluation.pictures import labelled_grid, plot_curves
+from training.evaluation.pictures import labelled_grid, plot_curves, side_by_side
 from training.evaluation.reconstruction import PERFECT_DB, evaluate_reconstruction, psnr
 from training.log import RunLog, read_metrics
 
@@ -188,6 +188,18 @@ def test_a_long_caption_and_a_full_row_stay_inside_the_sheet():
     sheet = labelled_grid([("t", cells)])
     assert sheet.width == 8 * 112
     assert numpy.asarray(sheet)[-8:].min() == 255  # the margin below
+
+
+@pytest.mark.parametrize(("own", "shown"), [(32, 128), (16, 128), (48, 96), (200, 200), (512, 256)])
+def test_side_by_side_shows_original_reconstruction_and_the_difference_amplified(own, shown):
+    original, rebuilt = (numpy.full((own, own, 3), value, dtype=numpy.uint8) for value in ((200, 10, 10), (210, 10, 110)))
+    sheet = numpy.asarray(side_by_side([("worst\n3 dB", original, rebuilt), ("best", rebuilt, rebuilt)], factor=4, side=128))
+    for colour, times in (((200, 10, 10), 1), ((210, 10, 110), 3), ((40, 0, 255), 1)):  # 4 x 100 is cut at 255, no wrapping
+        assert (sheet == colour).all(-1).sum() == times * shown**2, colour
+    assert sheet.shape[0] == 44 + 3 * (shown + 8)
+    assert (sheet[-shown - 8:, -shown - 8:-8] == 0).all(-1).sum() == shown**2  # equal pictures: black
+    assert (sheet[:40, -2 * shown:] < 100).any()  # labels above
+    assert (sheet[44:, :60] < 100).any()  # names of the rows beside them
 
 
 def test_curves_are_written_as_a_picture(tmp_path):

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from seq2seq.config import PRESETS as SEQ2SEQ_PRESETS
-from tokenizer_image import TokenizerLossConfig, VQGANConfig
-from tokenloom_common.config import StrictConfig, dotted_names, read_mapping
+from tokenizer_image import KINDS, ImageTokenizerConfig, TokenizerLossConfig, VQGANConfig, preset
+from tokenizer_image.adversarial import AdversarialConfig
+from tokenloom_common.config import StrictConfig, dotted_names, explain, read_mapping, sections
 from tokenloom_common.errors import UserError, choose, nearest_name
+from tokenloom_common.pretrained import resolve_folder
 
 Config = TypeVar("Config", bound=StrictConfig)
+VQGAN_KIND = VQGANConfig().kind
 
 
 class PicturesConfig(StrictConfig):
@@ -57,6 +60,8 @@ class TrainConfig(StrictConfig):
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, float32 on CPU")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(500, ge=0, description="steps between sample grids; 0 = none")
+    max_skipped_steps: int = Field(20, ge=0, description="steps skipped because a loss term or gradient was not finite, above "
+                                   "which the run saves a checkpoint and ends")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0 = cores / processes of this machine")
 
 
@@ -70,6 +75,16 @@ class OptimConfig(StrictConfig):
     schedule: Literal["cosine", "constant"] = "cosine"
     final_lr_ratio: float = Field(0.05, ge=0, le=1, description="lr at the end / peak lr, for cosine")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 = no clipping")
+
+
+class DiscriminatorOptimConfig(OptimConfig):
+    """AdamW of the discriminator; its steps count from adversarial.start_step."""
+
+    lr: float = Field(4e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = (0.5, 0.9)
+    weight_decay: float = Field(0.0, ge=0, description="on matrices; never on gains, biases and embeddings")
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "constant"] = "constant"
 
 
 class CheckpointConfig(StrictConfig):
@@ -99,13 +114,80 @@ class RunConfig(StrictConfig):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
 
+class TokenizerTrainConfig(TrainConfig):
+    """What only the training of an image tokenizer has."""
+
+    trained_part: Literal["all", "decoder"] = Field("all", description="decoder: codes stay as train.start_from has them, "
+                                                    "only the way from codes to pixels learns")
+    start_from: str | None = Field(None, description="folder of a trained image tokenizer whose weights are taken over")
+    gradient_checkpointing: bool = Field(False, description="keep fewer activations and compute them again: less memory, "
+                                         "about a third more time")
+    weight_ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then what is "
+                              "sampled, measured and exported; 0 = none")
+
+
+class CodebookHealthConfig(StrictConfig):
+    """How the codebook is watched."""
+
+    window: int = Field(0, ge=0, description="pictures over which usage and perplexity are counted; 0 = an epoch")
+    warn_below: float = Field(0.5, ge=0, le=1, description="share of codes in use below which a warning says what to try")
+
+
 class TokenizerRunConfig(RunConfig):
     """training/train_tokenizer.py: images -> an image tokenizer."""
 
     data: DataConfig
-    model: VQGANConfig = VQGANConfig()
+    model: SerializeAsAny[ImageTokenizerConfig] = VQGANConfig()
     loss: TokenizerLossConfig = TokenizerLossConfig()
-    usage_window: int = Field(100, ge=1, description="micro-batches over which codebook usage and perplexity are counted")
+    adversarial: AdversarialConfig = AdversarialConfig()
+    train: TokenizerTrainConfig = TokenizerTrainConfig()
+    discriminator_optim: DiscriminatorOptimConfig = DiscriminatorOptimConfig()
+    codebook: CodebookHealthConfig = CodebookHealthConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_the_start(cls, values: Any) -> Any:
+        """A model that is not described is the one of train.start_from."""
+        if not isinstance(values, dict) or not isinstance(values.get("train"), dict):
+            return values
+        start, model = values["train"].get("start_from"), values.get("model")
+        if start is None or (model and not isinstance(model, dict)) or {"kind", "preset"} & set(model or {}):
+            return values
+        base = read_mapping(resolve_folder(start) / "config.json")
+        base.pop("schema_version", None)
+        return {**values, "model": merge(base, model or {})}
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _family(cls, values: Any) -> Any:
+        """Build the config of the family that `kind` or `preset` names."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        name = values.pop("preset", None)
+        if name is not None:
+            values = merge(preset(str(name)).plain(), values)
+        kind = choose(KINDS, str(values.get("kind", VQGAN_KIND)), "model.kind")
+        try:
+            return kind.config_class.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(explain(kind.config_class, error)) from None
+
+    @model_validator(mode="after")
+    def _possible(self) -> TokenizerRunConfig:
+        if self.deepspeed.zero_stage == 3:
+            raise ValueError("deepspeed.zero_stage 3 shards parameters, and an image tokenizer is too small for that; "
+                             "use 0, 1 or 2")
+        if self.train.trained_part == "decoder" and not self.train.start_from:
+            raise ValueError("train.trained_part 'decoder' needs train.start_from, the tokenizer whose codes are kept")
+        own = getattr(self.model, "output", None) == "logit_laplace"
+        if not (own or self.loss.l1_weight or self.loss.l2_weight or self.loss.perceptual_weight):
+            raise ValueError("loss: no term of the picture has a weight, so there is nothing to learn; set l1_weight, l2_weight or "
+                             "perceptual_weight")
+        if self.adversarial.weight and self.adversarial.start_step >= self.train.steps:
+            raise ValueError(f"adversarial.start_step {self.adversarial.start_step} is not before the end of the run "
+                             f"(train.steps {self.train.steps}); lower it, or set adversarial.weight to 0")
+        return self
 
 
 class EncodeRunConfig(StrictConfig):
@@ -201,14 +283,14 @@ def load_config(config_class: type[Config], argv: Sequence[str], prog: str, desc
         if name in ("local_rank", "local-rank"):
             continue
         if name == "config":
-            values = _merge(values, read_mapping(find_recipe(value)))
+            values = merge(values, read_mapping(find_recipe(value)))
         else:
             overrides.append((name, value))
     valid = dotted_names(config_class)
     for name, value in overrides:
         if name not in valid:
             raise UserError(f"unknown option '--{name}'{nearest_name(name, valid)}")
-        values = _merge(values, _nested(name, value if _is_text(config_class, name) else _scalar(name, value)))
+        values = merge(values, _nested(name, value if _is_text(config_class, name) else _scalar(name, value)))
     return config_class.parse(values, "config")
 
 
@@ -226,12 +308,13 @@ def find_recipe(name: str) -> Path:
 
 def _is_text(config_class: type[BaseModel], name: str) -> bool:
     """Whether a key holds text, which is taken as it stands: '20261121' and 'a #2' are folder names, not YAML."""
-    field = None
-    for part in name.split("."):
-        field = config_class.model_fields[part]
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            config_class = field.annotation
-    return field is not None and field.annotation in (str, str | None)
+    first, _, rest = name.partition(".")
+    if first not in config_class.model_fields:  # of another family, or an extra key
+        return False
+    annotation = config_class.model_fields[first].annotation
+    if rest:
+        return any(_is_text(section, rest) for section in sections(annotation))
+    return annotation in (str, str | None)
 
 
 def _scalar(name: str, text: str) -> Any:
@@ -247,11 +330,15 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` over `base`, section by section. A section that gets another `kind`, or a `preset`, is replaced: what it held
+    was meant for the old one.
+    """
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        goes_on = both and "preset" not in value and value.get("kind", merged[key].get("kind")) == merged[key].get("kind")
+        merged[key] = merge(merged[key], value) if goes_on else value
     return merged
 
 
@@ -265,11 +352,17 @@ def help_text(config_class: type[BaseModel], prog: str, description: str) -> str
 def _help_lines(config_class: type[BaseModel], prefix: str) -> list[str]:
     lines = []
     for name, field in config_class.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines += _help_lines(field.annotation, f"{prefix}{name}.")
+        families = sections(field.annotation)
+        for family in families:
+            if len(families) > 1:
+                kinds = family.model_fields["kind"].get_default()
+                lines.append(f"  with --{prefix}{name}.kind {kinds}:")
+            lines += _help_lines(family, f"{prefix}{name}.")
+        if families:
             continue
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
-        lines.append(f"  --{prefix}{name}  {field.description or ''} ({default})".replace("   (", "  ("))
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  --{prefix}{name}  {meaning} ({default})".replace("   (", "  ("))
     return lines
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from tokenizer_image import VQGAN
+from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import image_to_pixels, pixels_to_float
@@ -38,7 +38,7 @@ class DatasetEncoder:
 
     def __init__(self, config: EncodeRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
-        self.tokenizer = VQGAN.from_pretrained(config.image_tokenizer, device=group.device)
+        self.tokenizer = load_tokenizer(config.image_tokenizer, group.device)
         self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
 
     def run(self) -> None:

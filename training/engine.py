@@ -1,8 +1,8 @@
 """The only importer of DeepSpeed: processes, one engine per trained module, and its checkpoints.
 
 Everything a training script asks of DeepSpeed goes through here, so that what DeepSpeed 0.19 does not do by itself is
-done in one place: its JSON is derived from our config, clipping is always explicit, a non-finite loss never reaches the
-weights, checkpoints carry the random state of every rank, and `latest` is ours.
+done in one place: its JSON is derived from our config, clipping is always explicit, a step with a non-finite loss or
+gradient is skipped in every mode and counted, checkpoints carry the random state of every rank, and `latest` is ours.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenloom_common.errors import RunFailedError, UserError
-from training.config import RunConfig
+from training.config import OptimConfig, RunConfig
+from training.optim import lr_at
 
 log = logging.getLogger(__name__)
 
 LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's default
 DEEPSPEED_TAG = "deepspeed"  # folder inside a checkpoint that holds what DeepSpeed itself writes
+MODEL = "model"  # name of the engine that a run is about; a further one (a discriminator) has its own
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,12 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameters: int) -> dict[str, Any]:
+def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameters: int,
+                   optim: OptimConfig | None = None) -> dict[str, Any]:
     """DeepSpeed's JSON, derived from ours. UserError if the batch cannot be divided over processes and accumulation.
 
     parameters: how many the module has; DeepSpeed's own buckets of 500 million would take 2 GB beside the smallest model.
+    optim: of this engine, where it is not the run's.
     """
     train = config.train
     parts = world_size * train.accumulation
@@ -185,7 +189,7 @@ def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameter
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.batch_size // parts,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": config.optim.gradient_clipping,
+        "gradient_clipping": (optim or config.optim).gradient_clipping,
         "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": min(LARGEST_BUCKET, parameters)},
         "bf16": {"enabled": precision == "bfloat16"},
         "steps_per_print": 1 << 62,  # our log speaks
@@ -201,18 +205,32 @@ def resolve_precision(config: RunConfig, device: torch.device) -> str:
 
 
 class Engine:
-    """One module under DeepSpeed."""
+    """One module under DeepSpeed with its own optimizer."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, group: Processes,
-                 precision: str) -> None:
+                 precision: str, optim: OptimConfig | None = None, name: str = MODEL, start_step: int = 0) -> None:
+        """optim: of this engine, default the run's; start_step: the run's step from which its own schedule counts."""
         deepspeed = _import_deepspeed()
         self.group = group
         self.precision = precision
-        self.accumulation = config.train.accumulation
+        self.name = name
+        self.optim = optim or config.optim
+        self.start_step, self.total_steps = start_step, config.train.steps
+        self.grad_norm = math.nan
+        """Of the last step, before clipping."""
+        self.skipped = 0
+        """Steps skipped since the run began, because a term or gradient was not finite."""
+        self.window_closed = False
+        """Whether the last micro-batch ended an accumulation window."""
+        self._not_finite: set[str] = set()  # in this accumulation window
         self._stage = config.deepspeed.zero_stage
+        module = module.to(group.device)
+        frozen = [(parameter, parameter.data) for parameter in module.parameters() if not parameter.requires_grad]
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module.to(group.device), optimizer=optimizer,
-            config=deepspeed_json(config, group.world_size, precision, sum(p.numel() for p in module.parameters())))
+            model=module, optimizer=optimizer,
+            config=deepspeed_json(config, group.world_size, precision, sum(p.numel() for p in module.parameters()), self.optim))
+        for parameter, as_it_was in frozen:  # DeepSpeed rounds them to bfloat16 too, though they have no float32 copy anywhere
+            parameter.data = as_it_was
 
     @property
     def module(self) -> nn.Module:
@@ -227,33 +245,82 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def backward(self, loss: Tensor, step: int) -> None:
-        """Accumulate gradients of one micro-batch. RunFailedError, before any weight changes, if a loss is not finite."""
+    def lr_of(self, step: int) -> float:
+        """The learning rate of the run's step 0 .. steps-1; 0 before this engine starts."""
+        if step < self.start_step:
+            return 0.0
+        return lr_at(step - self.start_step, max(1, self.total_steps - self.start_step), self.optim)
+
+    def backward(self, loss: Tensor, step: int, terms: dict[str, Tensor] | None = None) -> None:
+        """Accumulate gradients of one micro-batch. If the loss is not finite on any process, the whole step is skipped.
+
+        terms: named parts of the loss, so that the message can say which one is to blame.
+        """
         if self.group.any(not bool(torch.isfinite(loss.detach()))):
-            raise RunFailedError(f"the loss is not finite at step {step} ({float(loss.detach())} on this process); no weight "
-                                 "was changed by it. Lower optim.lr, lengthen optim.warmup_steps, or look at the data "
-                                 "of this step; the last checkpoint is whole")
+            local = {name for name, term in (terms or {}).items() if not bool(torch.isfinite(term).all())}
+            found: set[str] = set().union(*self.group.gather(local))
+            self._not_finite |= found or {"loss"}
+            loss = loss * math.nan  # makes every gradient of the window NaN, which is what DeepSpeed skips a step for
         self._engine.backward(loss)
 
     def step(self, step: int) -> tuple[float, int]:
         """Apply the gradients at the end of an accumulation window -> (gradient norm, steps skipped so far)."""
-        stage_0_norm = self._check_gradients(step) if self._stage == 0 else None
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm() if stage_0_norm is None else stage_0_norm
-        return (math.nan if norm is None else float(norm)), int(self._engine.skipped_steps)
+        boundary = self.window_closed = bool(self._engine.is_gradient_accumulation_boundary())
+        plain = self._stage == 0 and boundary  # in float32, this mode would apply a non-finite gradient
+        norm = self._norm() if plain else None
+        before = int(self._engine.skipped_steps)
+        with self._nothing_applied() if norm is not None and not math.isfinite(norm) else nullcontext():
+            self._engine.step()
+        if boundary:
+            if norm is None:
+                found = self._engine.get_global_grad_norm()
+                norm = math.nan if found is None else float(found)
+            self.grad_norm = norm
+            if int(self._engine.skipped_steps) > before or self._not_finite or not math.isfinite(norm):
+                self._count_skip(step)
+        return self.grad_norm, self.skipped
 
-    def _check_gradients(self, step: int) -> float | None:
-        """Stage 0 in float32 would apply a non-finite gradient; the other modes skip that step by themselves."""
-        if not self._engine.is_gradient_accumulation_boundary():
-            return None
+    def _count_skip(self, step: int) -> None:
+        self.skipped += 1
+        names = ", ".join(sorted(self._not_finite)) or "gradient"
+        self._not_finite.clear()
+        log.warning("step %d of the %s is skipped: not finite: %s (%d skipped so far; no weight was changed by it)",
+                    step, self.name, names, self.skipped)
+
+    def _norm(self) -> float:
+        """Gradient norm at stage 0, NaN on every process where one has a gradient that is not finite."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if not gradients:
-            return None
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if self.group.any(not math.isfinite(norm)):
-            raise RunFailedError(f"the gradient is not finite at step {step}; no weight was changed by it. Lower optim.lr "
-                                 "or set optim.gradient_clipping; the last checkpoint is whole")
-        return norm
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        return math.nan if self.group.any(not math.isfinite(norm)) else norm
+
+    @contextmanager
+    def _nothing_applied(self) -> Iterator[None]:
+        """DeepSpeed's step with its bookkeeping, but without the optimizer's. The other modes skip by themselves."""
+        if self.precision != "float32":
+            yield
+            return
+        apply = self.optimizer.step
+        self.optimizer.step = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            self.optimizer.step = apply
+
+    def take_over(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copy parameters that were changed in place into the optimizer's own copies, which would undo the change."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for parameter in {id(p): p for p in parameters}.values():
+            master = self._masters().get(id(parameter))
+            if master is not None:
+                master.data.copy_(parameter.detach())
+            elif self._stage > 0:
+                safe_set_full_fp32_param(parameter, parameter.detach().float())
+
+    def _masters(self) -> dict[int, Tensor]:
+        """Stage 0 in bfloat16 keeps its float32 weights in the optimizer, where DeepSpeed's own functions do not look."""
+        pairs = zip(getattr(self.optimizer, "fp16_groups", []), getattr(self.optimizer, "fp32_groups", []), strict=False)
+        return {id(half): full for halves, fulls in pairs for half, full in zip(halves, fulls, strict=True)}
 
     def full_state(self) -> dict[str, Tensor]:
         """Every parameter in float32 and every buffer, whole, on the CPU. All processes must call it."""
@@ -261,9 +328,7 @@ class Engine:
 
         state: dict[str, Tensor] = {}
         parameters = dict(self.module.named_parameters())
-        # stage 0 in bfloat16 keeps its float32 weights in the optimizer, where DeepSpeed's own function does not look
-        pairs = zip(getattr(self.optimizer, "fp16_groups", []), getattr(self.optimizer, "fp32_groups", []), strict=False)
-        masters = {id(half): full for halves, fulls in pairs for half, full in zip(halves, fulls, strict=True)}
+        masters = self._masters()
         for name, tensor in self.module.state_dict().items():
             if name not in parameters:
                 state[name] = tensor.detach().cpu().clone()
@@ -273,16 +338,20 @@ class Engine:
             state[name] = full.detach().float().cpu().reshape(_full_shape(parameters[name])).clone()
         return state
 
+    @property
+    def _tag(self) -> str:
+        return DEEPSPEED_TAG if self.name == MODEL else f"{DEEPSPEED_TAG}-{self.name}"
+
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's part of a checkpoint below `folder`. All processes must call it."""
-        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=self._tag, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, strictly. All processes must call it."""
-        if self.group.any(not (folder / DEEPSPEED_TAG).is_dir()):  # DeepSpeed would assert without a message
-            raise RunFailedError(f"{folder / DEEPSPEED_TAG}: not there for every process; all processes and machines must see "
+        if self.group.any(not (folder / self._tag).is_dir()):  # DeepSpeed would assert without a message
+            raise RunFailedError(f"{folder / self._tag}: not there for every process; all processes and machines must see "
                                  "the same run folder")
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=self._tag)
         if self.group.any(loaded is None):
             raise RunFailedError(f"{folder}: DeepSpeed could not read its part of the checkpoint")
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenloom_common.errors import StoppedBySignalError
+from tokenloom_common.errors import RunFailedError, StoppedBySignalError
 from training.config import RunConfig
 from training.engine import Engine, Processes
 from training.log import RunLog
-from training.optim import lr_at
 from training.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -30,40 +30,63 @@ class Task:
     """What a training script gives the loop."""
 
     name: str
+    engines: Sequence[Engine]  # all that are trained; the first is what the run is about
     batches: Callable[[int], Iterable[Any]]  # first step -> this process's micro-batches, in order
-    loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]  # micro-batch -> loss to minimise, terms to log
+    train: Callable[[Any, int], dict[str, Tensor]]  # micro-batch, step 0.. -> gradients and optimizer steps; terms to log
     metrics: Callable[[], dict[str, float]]  # more numbers for a log line
     sample: Callable[[int], None]  # write a sample grid; called on every process
     problem: Callable[[], Exception | None]  # what this process met that must end the run on all of them
-    state: Callable[[], dict[str, Tensor]]  # this process's state beyond the engine's
+    state: Callable[[], dict[str, Tensor]]  # this process's state beyond the engines'
     restore: Callable[[dict[str, Tensor]], None]
 
+    def save(self, folder: Path) -> None:
+        """Every engine's part of a checkpoint."""
+        for engine in self.engines:
+            engine.save(folder)
 
-def run_training(task: Task, engine: Engine, config: RunConfig, group: Processes, run_state: RunState) -> bool:
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        for engine in self.engines:
+            engine.load(folder)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped, over all engines."""
+        return sum(engine.skipped for engine in self.engines)
+
+
+def run_training(task: Task, config: RunConfig, group: Processes, run_state: RunState) -> bool:
     """Train to train.steps from the newest whole checkpoint, or from the start; False if there was nothing left to do.
 
-    StoppedBySignalError after a signal.
+    StoppedBySignalError after a signal; RunFailedError, after a checkpoint, when too many steps were not finite.
     """
     window = _Window(config)
-    first_step = _resume(task, engine, run_state, window)
+    first_step = _resume(task, run_state, window)
     total = config.train.steps
     if first_step >= total:
         log.info("%s: already trained to step %d of %d; nothing to do", task.name, first_step, total)
         return False
     run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step)
     batches = iter(task.batches(first_step))
+    skipped_before = task.skipped
     try:
         with _stop_flag() as stop:
             for step in range(first_step, total):
-                grad_norm, skipped = _one_step(task, engine, config, batches, step, window)
+                _one_step(task, config, batches, step, window)
                 run_log.step_done()
                 done = step + 1
                 if done % config.train.log_every == 0 or done in (1, total):
-                    window.write(run_log, group, done, lr_at(step, total, config.optim), grad_norm, skipped, task)
+                    window.write(run_log, group, done, task)
                 group.raise_together(task.problem())
                 stopping = int(group.maximum(float(stop["signal"])))
-                if stopping or done == total or _due(done, config.checkpoint.every_steps):
-                    run_state.save(engine, done, task.state() | window.state())
+                skipped = task.skipped - skipped_before
+                too_many = skipped > config.train.max_skipped_steps
+                if stopping or too_many or done == total or _due(done, config.checkpoint.every_steps):
+                    run_state.save(task, done, task.state() | window.state() | _skips(task))
+                if too_many:
+                    raise RunFailedError(f"{skipped} steps were skipped because a loss term or gradient, named above, was not "
+                                         f"finite (train.max_skipped_steps {config.train.max_skipped_steps}); checkpoint of "
+                                         f"step {done} saved. Lower optim.lr, lengthen optim.warmup_steps, or look at the data")
                 if stopping:
                     raise StoppedBySignalError(stopping)
                 if _due(done, config.train.sample_every) or (config.train.sample_every and done == total):
@@ -72,6 +95,13 @@ def run_training(task: Task, engine: Engine, config: RunConfig, group: Processes
     finally:
         run_log.close()
     return True
+
+
+SKIPPED = "skipped."
+
+
+def _skips(task: Task) -> dict[str, Tensor]:
+    return {f"{SKIPPED}{engine.name}": torch.tensor(engine.skipped) for engine in task.engines}
 
 
 def _due(step: int, every: int) -> bool:
@@ -83,32 +113,30 @@ def _random_state_kept(group: Processes) -> AbstractContextManager:
     return torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else [])
 
 
-def _resume(task: Task, engine: Engine, run_state: RunState, window: _Window) -> int:
+def _resume(task: Task, run_state: RunState, window: _Window) -> int:
     checkpoint = run_state.resume_from
     if checkpoint is None:
         log.info("%s: starting fresh in %s", task.name, run_state.run_dir)
         return 0
-    step, tensors = run_state.load(engine, checkpoint)
+    step, tensors = run_state.load(task, checkpoint)
     window.restore(tensors)
-    task.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(_Window.PREFIX)})
+    for engine in task.engines:
+        engine.skipped = int(tensors[f"{SKIPPED}{engine.name}"])
+    own = (_Window.PREFIX, SKIPPED)
+    task.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(own)})
     log.info("%s: continuing from %s", task.name, checkpoint)
     return step
 
 
-def _one_step(task: Task, engine: Engine, config: RunConfig, batches: Iterator[Any], step: int,
-              window: _Window) -> tuple[float, int]:
-    engine.set_lr(lr_at(step, config.train.steps, config.optim))
-    norm, skipped = float("nan"), 0
+def _one_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, window: _Window) -> None:
+    for engine in task.engines:
+        engine.set_lr(engine.lr_of(step))
     for _ in range(config.train.accumulation):
         waited = time.perf_counter()
         batch = next(batches)
         window.data_seconds += time.perf_counter() - waited
-        loss, terms = task.loss(batch)
-        engine.backward(loss, step + 1)
-        norm, skipped = engine.step(step + 1)
-        window.add({"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}})
+        window.add(task.train(batch, step))
     window.steps += 1
-    return norm, skipped
 
 
 class _Window:
@@ -122,7 +150,7 @@ class _Window:
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.parts = self.steps = 0
+        self.steps = 0
         self.resumed_steps = 0
         self.data_seconds = 0.0
         self.started = time.perf_counter()
@@ -130,29 +158,32 @@ class _Window:
     def state(self) -> dict[str, Tensor]:
         """The sums so far, for a checkpoint between two log lines."""
         sums = {f"{self.PREFIX}sum.{name}": total for name, total in self.sums.items()}
-        return {**sums, f"{self.PREFIX}counts": torch.tensor([self.parts, self.steps])}
+        return {**sums, f"{self.PREFIX}counts": torch.tensor([self.steps])}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on with the sums of a checkpoint; the time between is not counted."""
         start = f"{self.PREFIX}sum."
         self.sums = {name.removeprefix(start): total for name, total in tensors.items() if name.startswith(start)}
-        self.parts, self.steps = (int(number) for number in tensors[f"{self.PREFIX}counts"])
+        self.steps = int(tensors[f"{self.PREFIX}counts"])
         self.resumed_steps = self.steps
 
     def add(self, terms: dict[str, Tensor]) -> None:
+        """A term that is there in some steps only (R1) is averaged over those."""
         for name, value in terms.items():
             before = self.sums.get(name)
-            self.sums[name] = value.float() if before is None else before.to(value.device) + value.float()
-        self.parts += 1
+            now = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])  # sum and count
+            self.sums[name] = now if before is None else before.to(value.device) + now
 
-    def write(self, run_log: RunLog, group: Processes, step: int, lr: float, grad_norm: float, skipped: int,
-              task: Task) -> None:
+    def write(self, run_log: RunLog, group: Processes, step: int, task: Task) -> None:
         seconds = time.perf_counter() - self.started
-        values: dict[str, Any] = {name: group.mean(float(total) / self.parts) for name, total in self.sums.items()}
+        values: dict[str, Any] = {name: group.mean(float(total[0] / total[1])) for name, total in self.sums.items()}
         timed = self.steps - self.resumed_steps
-        values |= {"lr": lr, "samples_per_s": timed * self.batch_size / seconds, "grad_norm": grad_norm,
-                   "skipped_steps": skipped, "data_wait": self.data_seconds / seconds, **task.metrics()}
-        run_log.metrics(step, values)
+        first, *others = task.engines
+        values |= {"lr": first.lr_of(step - 1), "samples_per_s": timed * self.batch_size / seconds,
+                   "grad_norm": first.grad_norm, "skipped_steps": task.skipped, "data_wait": self.data_seconds / seconds}
+        for engine in others:
+            values |= {f"{engine.name}.lr": engine.lr_of(step - 1), f"{engine.name}.grad_norm": engine.grad_norm}
+        run_log.metrics(step, values | task.metrics())
         self._clear()
 
 

