@@ -4,10 +4,12 @@ Timing. Candidates take turns (A, B, then B, A, ...) so that a machine that slow
 quartiles over the rounds; a ratio is the median of the rounds' ratios, not the ratio of two medians.
 
 Peak memory. On CUDA: `max_memory_allocated` over what was allocated before. On the CPU: each case runs once in a fresh child
-process, which builds the case, gives freed memory back, notes its resident memory, sets the kernel's high-water mark back to it (Linux, writing 5 to
-/proc/self/clear_refs) and runs the case; the figure is the high-water mark's rise. It holds what the first call of a process
-costs once (thread pools, kernels' scratch), a few MiB. `ru_maxrss` alone would not do: a Linux child starts with its parent's.
-It is the fallback elsewhere, and understates where building the case needed more than running it.
+process, which builds the case, gives freed memory back, notes its resident memory, sets the kernel's high-water mark back to
+it (Linux, writing 5 to /proc/self/clear_refs) and runs the case; the figure is the high-water mark's rise. It holds what the
+first call of a process costs once (thread pools, kernels' scratch), a few MiB. In the child glibc gives every freed block of
+1 MiB back at once (MALLOC_MMAP_THRESHOLD_), so that the figure is what tensors need; by default glibc keeps some of it, more
+or less by chance. `ru_maxrss` alone would not do: a Linux child starts with its parent's. It is the fallback elsewhere, and
+understates where building the case needed more than running it.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ def peak_memory(build: str, arguments: dict[str, Any], device: str, threads: int
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run([sys.executable, "-m", "benchmarks.harness", request], check=False, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""})
+                          env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "",
+                               "MALLOC_MMAP_THRESHOLD_": str(MIB)})
     if done.returncode:
         reason = f"killed by signal {-done.returncode}; too little memory?" if done.returncode < 0 else \
             (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -124,7 +127,7 @@ def _cuda_peak(case: Case) -> int:
 
 def _cpu_peak(case: Case) -> int:
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc: give back what building freed, or the case would reuse it unseen
+    with contextlib.suppress(OSError, AttributeError):  # glibc; what building freed would be reused unseen
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")

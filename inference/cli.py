@@ -29,6 +29,7 @@ from tokenizer_image.images import (
     pixels_to_float,
     pixels_to_images,
 )
+from tokenizer_image.tiling import decode_tiled, encode_tiled
 from tokenloom_common.errors import OneLineParser, RunFailedError, UserError
 from tokenloom_common.pretrained import resolve_folder
 from tokenloom_common.progress import progress
@@ -41,7 +42,7 @@ def _parser(name: str, text: str, examples: str) -> OneLineParser:
                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def _device(name: str | None) -> str:
+def choose_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -73,7 +74,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-metadata", action="store_true", help="leave prompt, seed and parameters out of the PNG files")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     args = parser.parse_args(argv)
-    device = _device(args.device)
+    device = choose_device(args.device)
     check_counts(args.num_images, args.batch_size, args.seed)
     check_prompts(args.prompt)
     model = TextToImage.from_pretrained(args.model, device)
@@ -157,26 +158,31 @@ def _free_name(folder: Path, stem: str) -> Path:
 def reconstruct(argv: Sequence[str] | None = None) -> int:
     """`tokenloom reconstruct`: each picture beside what the tokenizer keeps of it, with its PSNR on stdout."""
     parser = _parser("reconstruct", "Send pictures through the image tokenizer and back: original left, reconstruction right.",
-                     "  tokenloom reconstruct cat.png dog.jpg --model demo/model --out reconstructions")
+                     "  tokenloom reconstruct cat.png dog.jpg --model demo/model --out reconstructions\n"
+                     "  tokenloom reconstruct photo.jpg --model demo/model --tiles --out reconstructions")
     parser.add_argument("image", nargs="+", help="picture files")
     parser.add_argument("--model", required=True, help="model folder, or the folder of an image tokenizer")
     parser.add_argument("--out", required=True, help="folder for the pictures; files there are never overwritten")
+    parser.add_argument("--tiles", action="store_true", help="keep each picture's own size, in overlapping tiles of the "
+                        "tokenizer's resolution (default: its centre square, resized to that resolution)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     args = parser.parse_args(argv)
-    device = _device(args.device)
+    device = choose_device(args.device)
     tokenizer = load_image_tokenizer(args.model, device)
     out = _output_folder(args.out)
     failed = 0
     for name in progress(args.image, "reconstruct", unit="picture"):
         try:
             picture = open_image(Path(name))
+            pixels = (_whole_cells(picture, name, tokenizer) if args.tiles
+                      else image_to_pixels(picture, tokenizer.config.resolution))
         except BadImageError as error:
             if len(args.image) == 1:
                 raise
             print(f"tokenloom reconstruct: skipped: {error}", file=sys.stderr)
             failed += 1
             continue
-        both, decibel = _both(tokenizer, picture, device)
+        both, decibel = _both(tokenizer, pixels, args.tiles, device)
         path = _free_name(out, f"{Path(name).stem}-reconstruction")
         _save_png(both, path)
         print(f"{path}\t{decibel:.2f} dB")
@@ -185,12 +191,27 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _both(tokenizer: ImageTokenizer, picture: Image.Image, device: str) -> tuple[Image.Image, float]:
-    pixels = torch.from_numpy(image_to_pixels(picture, tokenizer.config.resolution))[None]  # [1, S, S, 3]
-    rebuilt = float_to_pixels(tokenizer.decode(tokenizer.encode(pixels_to_float(pixels).to(device)))).cpu()
-    error = float((pixels.double() - rebuilt.double()).square().mean())
+def _whole_cells(picture: Image.Image, name: str, tokenizer: ImageTokenizer) -> numpy.ndarray:
+    """The picture at its own size, uint8 [H, W, 3], its sides cut to whole code cells. BadImageError if it is too small."""
+    cell, side = tokenizer.config.downsampling, tokenizer.config.resolution
+    width, height = (length // cell * cell for length in picture.size)
+    if min(width, height) < side:
+        raise BadImageError(name, "too small",
+                            f"{picture.size[0]} x {picture.size[1]} pixels, tiles need {side} x {side} or more; "
+                            "leave --tiles out")
+    left, top = (picture.size[0] - width) // 2, (picture.size[1] - height) // 2
+    return numpy.array(picture.convert("RGB").crop((left, top, left + width, top + height)))
+
+
+def _both(tokenizer: ImageTokenizer, pixels: numpy.ndarray, tiled: bool, device: str) -> tuple[Image.Image, float]:
+    """Original and reconstruction side by side, and the PSNR in dB; pixels [H, W, 3]."""
+    original = torch.from_numpy(pixels)[None]  # [1, H, W, 3]
+    image = pixels_to_float(original).to(device)
+    rebuilt = decode_tiled(tokenizer, encode_tiled(tokenizer, image)) if tiled else tokenizer.decode(tokenizer.encode(image))
+    rebuilt = float_to_pixels(rebuilt).cpu()
+    error = float((original.double() - rebuilt.double()).square().mean())
     decibel = 100.0 if error == 0 else min(100.0, float(10 * numpy.log10(255.0**2 / error)))
-    return image_grid(pixels_to_images(torch.cat([pixels, rebuilt])), columns=2), decibel
+    return image_grid(pixels_to_images(torch.cat([original, rebuilt])), columns=2), decibel
 
 
 def load_image_tokenizer(name: str, device: str) -> ImageTokenizer:

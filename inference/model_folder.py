@@ -48,8 +48,8 @@ def toolkit_version() -> str:
         return "unknown (not installed)"
 
 
-def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: EncoderDecoder, text_tokenizer: TextTokenizer,
-                      generation: SamplingParams, card: str) -> Path:
+def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: EncoderDecoder,
+                      text_tokenizer: TextTokenizer, generation: SamplingParams, card: str) -> Path:
     """Write a whole model folder with its model card. UserError if the parts do not belong together."""
     check_pair(image_tokenizer, seq2seq, text_tokenizer, "the model folder to write")
     with atomic_folder(Path(folder), (*PARTS, INDEX_NAME, GENERATION_NAME, "README.md")) as aside:

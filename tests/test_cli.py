@@ -19,8 +19,9 @@ from PIL import Image
 import tokenloom
 from tests import launching, tiny
 from tests.bad_images import ACCEPTED, REFUSED, encode, photo
-from tokenizer_image import VQGAN
+from tokenizer_image import VQGAN, load_tokenizer
 from tokenizer_image.images import float_to_pixels, image_to_pixels, open_image, pixels_to_float
+from tokenizer_image.tiling import decode_tiled, encode_tiled
 
 BAR = re.compile(r"(generate|reconstruct): +\d+%\|")  # tqdm's lines on stderr
 
@@ -74,7 +75,8 @@ def test_every_command_has_help_with_examples(run, name):
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["generat"], "did you mean 'generate'"), (["inof"], "did you mean 'info'"), (["zzz"], "valid names: data, generate"),
+    (["generat"], "did you mean 'generate'"), (["inof"], "did you mean 'info'"),
+    (["zzz"], "valid names: data, evaluate, generate"),
     (["--model"], "unknown command '--model'"), ([""], "unknown command ''")])
 def test_an_unknown_command_is_one_line_with_the_nearest_name(run, argv, words):
     shown = run(*argv)
@@ -316,6 +318,23 @@ def test_reconstruct_shows_the_original_beside_what_the_tokenizer_keeps(run, fol
     assert decibel == f"{10 * numpy.log10(255**2 / error):.2f} dB"
 
 
+def test_reconstruct_in_tiles_keeps_a_large_pictures_own_size(run, folder, tmp_path):
+    large, small = write(tmp_path / "in", {"large": encode(photo(50, 37), "PNG"), "small": encode(photo(15, 40), "PNG")})
+    shown = run("reconstruct", large, "--model", folder, "--tiles", "--out", tmp_path / "out")
+    assert (shown.code, shown.err) == (0, [])
+    both = numpy.asarray(Image.open(tmp_path / "out/large-reconstruction.png"))
+    assert both.shape == (36, 48 + 2 + 48, 3)  # cells of 4 pixels
+    pixels = numpy.asarray(open_image(large))[0:36, 1:49]
+    assert (both[:, :48] == pixels).all()
+    tokenizer = load_tokenizer(folder / "tokenizer_image")
+    image = pixels_to_float(pixels[None])
+    assert (both[:, 50:] == float_to_pixels(decode_tiled(tokenizer, encode_tiled(tokenizer, image)))[0].numpy()).all()
+    refused = run("reconstruct", small, "--model", folder, "--tiles", "--out", tmp_path / "out")
+    assert refused.code == 2
+    assert "15 x 40 pixels, tiles need 16 x 16 or more" in refused.err[0]
+    assert len(refused.err) == 1
+
+
 def test_reconstruct_takes_every_readable_picture_and_a_bare_tokenizer_folder(run, folder, tmp_path):
     paths = write(tmp_path / "in", {name.replace(" ", "_"): data for name, data in ACCEPTED.items()})
     before = contents(tmp_path / "in")
@@ -371,7 +390,7 @@ def test_pictures_of_one_name_and_runs_after_one_another_never_overwrite(run, fo
     (["{tmp}/nowhere.png"], "nowhere.png: no such file"), (["{tmp}"], "not a file"), ([], "required: image"),
     (["{tmp}/nowhere.png", "--model", "{tmp}"], "config.json is missing"),
     (["{tmp}/nowhere.png", "--model", "{tmp}/nothing"], "no such model folder"),
-    (["{tmp}/nowhere.png", "--model", "{model}/seq2seq"], "holds kind 'encoder_decoder', expected 'vqgan'"),
+    (["{tmp}/nowhere.png", "--model", "{model}/seq2seq"], "kind of image tokenizer 'encoder_decoder'"),
 ])
 def test_wrong_uses_of_reconstruct_are_one_line_and_exit_code_2(run, folder, tmp_path, argv, words):
     filled = [a.format(tmp=tmp_path, model=folder) for a in argv]

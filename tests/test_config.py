@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from seq2seq import PRESETS as SEQ2SEQ_PRESETS
 from seq2seq import EncoderDecoder, Seq2SeqConfig

@@ -4,6 +4,7 @@ Axes: B batch, h w latent grid, D length of a code vector, K codebook size, n la
 """
 
 import copy
+import itertools
 import math
 import warnings
 
@@ -563,6 +564,22 @@ def test_codes_in_use_are_not_restarted_at_the_first_step():
         if quantizer.restarts:
             break
     assert quantizer.restarts == 3
+
+
+def test_a_restarted_code_gets_time_to_be_found():
+    """It starts with the mean use, so that it is under half of it after 7 steps out of use, not after one."""
+    config = QuantizerConfig(l2_normalize=False, kmeans_init=False, ema_decay=0.9, dead_code_fraction=0.5)
+    quantizer = VectorQuantizer(1, 2, config).train()
+    set_codes(quantizer, [[0.0], [99.0]])
+    same = as_map([[0.5]] * 8)  # code 0 takes them all, also from a code that was put on the same place
+    restarts = []
+    for _ in range(40):
+        quantizer(same)
+        restarts.append(quantizer.restarts)
+        quantizer.vq._codebook.embed[0, 0] = 0.5
+    steps = [step for step, count in enumerate(restarts) if count > (restarts[step - 1] if step else 0)]
+    assert len(steps) > 3
+    assert {later - earlier for earlier, later in itertools.pairwise(steps[1:])} == {7}  # while the mean rises, 8
 
 
 # ---- precision and broken numbers

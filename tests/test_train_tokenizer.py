@@ -178,7 +178,8 @@ def poison(monkeypatch, steps: set[int]) -> None:
         result = plain(self, image)
         if not self.training or next(seen) not in steps:
             return result
-        return result._replace(losses={name: part._replace(value=part.value * torch.nan) for name, part in result.losses.items()})
+        bad = {name: part._replace(value=part.value * torch.nan) for name, part in result.losses.items()}
+        return result._replace(losses=bad)
 
     monkeypatch.setattr(ImageTokenizer, "forward", forward)
 
@@ -386,7 +387,8 @@ def test_wrong_options_are_one_line(argv, words):
 
 def test_a_preset_can_be_changed_and_a_kind_replaces_its_section(tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("model: {preset: vq-16, resolution: 128, attention_resolutions: [8], quantizer: {commitment_weight: 0.5}}\n")
+    recipe.write_text("model: {preset: vq-16, resolution: 128, attention_resolutions: [8], "
+                      "quantizer: {commitment_weight: 0.5}}\n")
 
     def load(*argv: str) -> TokenizerRunConfig:
         return load_config(TokenizerRunConfig, ["--config", str(recipe), "--data.path", "d", "--run_dir", "r", *argv], "t", "")

@@ -182,8 +182,8 @@ class TokenizerRunConfig(RunConfig):
             raise ValueError("train.trained_part 'decoder' needs train.start_from, the tokenizer whose codes are kept")
         own = getattr(self.model, "output", None) == "logit_laplace"
         if not (own or self.loss.l1_weight or self.loss.l2_weight or self.loss.perceptual_weight):
-            raise ValueError("loss: no term of the picture has a weight, so there is nothing to learn; set l1_weight, l2_weight or "
-                             "perceptual_weight")
+            raise ValueError("loss: no term of the picture has a weight, so there is nothing to learn; set l1_weight, "
+                             "l2_weight or perceptual_weight")
         if self.adversarial.weight and self.adversarial.start_step >= self.train.steps:
             raise ValueError(f"adversarial.start_step {self.adversarial.start_step} is not before the end of the run "
                              f"(train.steps {self.train.steps}); lower it, or set adversarial.weight to 0")

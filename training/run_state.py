@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
 OUTPUTS = ("config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "latest.json", "model", "validation.json",
-           "text_tokenizer")
+           "curves.png", "codebook.png", "text_tokenizer")
 RANKS = "ranks"  # folder with one file a process: random state and what the task keeps
 TASK = "task."
 PACKAGES = ("torch", "deepspeed", "x-transformers", "vector-quantize-pytorch", "sentencepiece", "datasets", "numpy",

