@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inference import GenerationResult, GenerationStep, SamplingParams, TextToImage
     from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
-    from tokenizer_image import VQGAN, VQGANConfig
+    from tokenizer_image import VQGAN, ImageTokenizer, VQGANConfig, load_tokenizer
 
-__all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep", "SamplingParams", "Seq2SeqConfig",
-           "TextToImage", "TextTokenizer", "VQGANConfig", "main"]
+__all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep", "ImageTokenizer", "SamplingParams",
+           "Seq2SeqConfig", "TextToImage", "TextTokenizer", "VQGANConfig", "load_tokenizer", "main"]
 
 _NAMES = {"TextToImage": "inference", "SamplingParams": "inference", "GenerationResult": "inference",
           "GenerationStep": "inference", "EncoderDecoder": "seq2seq", "Seq2SeqConfig": "seq2seq",
-          "TextTokenizer": "seq2seq", "VQGAN": "tokenizer_image", "VQGANConfig": "tokenizer_image"}
+          "TextTokenizer": "seq2seq", "VQGAN": "tokenizer_image", "VQGANConfig": "tokenizer_image",
+          "ImageTokenizer": "tokenizer_image", "load_tokenizer": "tokenizer_image"}
 
 COMMANDS = {
     "generate": ("inference.cli", "generate", "sample pictures for a caption"),

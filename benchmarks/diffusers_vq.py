@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from tokenizer_image import VQGAN, VQGANConfig
 
+PICTURE_TOLERANCE = 2e-4  # float32 rounding through some 40 layers: up to 6e-5 was seen
+TIE_TOLERANCE = 1e-4  # two codes whose squared distances differ by less, relative, are a tie
+
 _ATTENTION = {".norm.": ".group_norm.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0."}
 _PLAIN = {"mid.block_1.": "mid_block.resnets.0.", "mid.block_2.": "mid_block.resnets.1.",
           "mid.attn_1.": "mid_block.attentions.0.", "nin_shortcut.": "conv_shortcut.", "norm_out.": "conv_norm_out."}
@@ -105,3 +108,20 @@ class Peer:
         """Codes [B, h, w] -> image [B, 3, S, S], clamped as ours is."""
         vectors = self.model.quantize.get_codebook_entry(codes, (len(codes), *self.grid, self.dim))  # [B, D, h, w]
         return self.model.decode(vectors.to(self.dtype), force_not_quantize=True).sample.clamp(-1.0, 1.0)
+
+
+@torch.no_grad()
+def verify(ours: VQGAN, peer: Peer, image: Tensor) -> dict[str, Any]:
+    """Whether both give the same codes (up to ties) for an image and the same picture for those codes, in float32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        codes, theirs = ours.encode(image), peer.encode(image)
+        difference = float((ours.decode(codes) - peer.decode(codes)).abs().max())
+        latents = ours.latents(image).double()  # [B, D, h, w]
+    gap = 0.0
+    if not torch.equal(codes, theirs):
+        mine, other = ((latents - ours.quantizer.lookup(found).double()).square().sum(dim=1) for found in (codes, theirs))
+        gap = float(((mine - other).abs() / torch.maximum(mine, other)).max())
+    used = codes.unique().numel()
+    same = gap <= TIE_TOLERANCE and difference <= PICTURE_TOLERANCE
+    return {"codes_equal_share": round(float((codes == theirs).double().mean()), 6), "largest_gap_of_a_tie": gap,
+            "codes_used": used, "picture_max_abs_difference": difference, "ok": same and (used > 1 or codes.numel() == 1)}

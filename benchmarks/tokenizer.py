@@ -21,15 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.diffusers_vq import Peer, peer_version
+from benchmarks.diffusers_vq import Peer, peer_version, verify
 from benchmarks.harness import SEED, Case, Timing, peak_memory, speed_ratio, time_alternating
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import VQGAN_PRESETS
 from tokenizer_image.tiling import decode_tiled, encode_tiled
 from tokenloom_common.errors import OneLineParser, RunFailedError, UserError, choose
 
-PICTURE_TOLERANCE = 2e-4  # float32 rounding through some 40 layers: up to 6e-5 was seen
-TIE_TOLERANCE = 1e-4  # two codes whose squared distances differ by less, relative, are a tie
 PEER_NAME = "diffusers VQModel"
 THIS = "benchmarks.tokenizer"
 
@@ -145,23 +143,6 @@ def training_case(checkpointing: bool, batch: int, **model: Any) -> Case:
 
 # ---- measuring
 
-@torch.no_grad()
-def verify(ours: VQGAN, peer: Peer, image: Tensor) -> dict[str, Any]:
-    """Whether both give the same codes (up to ties) for an image and the same picture for those codes, in float32."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        codes, theirs = ours.encode(image), peer.encode(image)
-        difference = float((ours.decode(codes) - peer.decode(codes)).abs().max())
-        latents = ours.latents(image).double()  # [B, D, h, w]
-    gap = 0.0
-    if not torch.equal(codes, theirs):
-        mine, other = ((latents - ours.quantizer.lookup(found).double()).square().sum(dim=1) for found in (codes, theirs))
-        gap = float(((mine - other).abs() / torch.maximum(mine, other)).max())
-    used = codes.unique().numel()
-    same = gap <= TIE_TOLERANCE and difference <= PICTURE_TOLERANCE
-    return {"codes_equal_share": round(float((codes == theirs).double().mean()), 6), "largest_gap_of_a_tie": gap,
-            "codes_used": used, "picture_max_abs_difference": difference, "ok": same and (used > 1 or codes.numel() == 1)}
-
-
 def verification(options: Options) -> list[dict[str, Any]]:
     """`verify` for every size that is measured, in float32 whatever is timed."""
     rows = []
@@ -251,11 +232,16 @@ def nearest(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
+def has_checkpointing(model: VQGAN) -> bool:
+    """Whether the tokenizer has the switch."""
+    return hasattr(model, "gradient_checkpointing")
+
+
 def checkpointing(options: Options) -> list[dict[str, Any]]:
     """A training step with gradient checkpointing off and on, in float32; empty where the tokenizer has no such switch."""
     resolution, batch = max(options.resolutions), 4 if options.quick else 1
     model = options.model(resolution, "float32")
-    if not hasattr(make_tokenizer(**model), "gradient_checkpointing"):
+    if not has_checkpointing(make_tokenizer(**model)):
         return []
     say(f"training step, {resolution} px, batch {batch}")
     arguments = {name: {"checkpointing": name == "on", "batch": batch, **model} for name in ("off", "on")}

@@ -30,7 +30,7 @@ from tokenizer_image.discriminators import (
 )
 from tokenloom_common.errors import UserError
 
-SMALL = [{"channels": 8, "layers": 2}, {"channels": 8, "layers": 2, "norm": "batch"},
+SMALL = [{"channels": 8, "layers": 2, "norm": "group"}, {"channels": 8, "layers": 2, "norm": "batch"},
          {"channels": 8, "layers": 2, "norm": "none"}, {"kind": "stylegan", "channels": 8}]
 each_small = pytest.mark.parametrize("options", SMALL, ids=lambda o: "-".join(map(str, o.values())))
 
@@ -329,7 +329,8 @@ def test_group_norm_judges_each_picture_by_itself_and_batch_norm_does_not():
 
 
 def test_group_norm_has_four_channels_a_group_or_more():
-    groups = [[m.num_groups for m in make(64, channels=width).modules() if isinstance(m, nn.GroupNorm)] for width in (1, 6, 64)]
+    groups = [[m.num_groups for m in make(64, channels=width, norm="group").modules() if isinstance(m, nn.GroupNorm)]
+              for width in (1, 6, 64)]
     assert groups == [[1, 1, 2], [2, 4, 8], [32, 32, 32]]
 
 
@@ -483,7 +484,7 @@ def test_every_option_changes_what_happens(field):
 
 @pytest.mark.parametrize("field", DiscriminatorConfig.model_fields)
 def test_every_option_changes_the_discriminator(field):
-    change = {"kind": "stylegan", "channels": 4, "layers": 2, "norm": "batch", "max_channels": 16}[field]
+    change = {"kind": "stylegan", "channels": 4, "layers": 2, "norm": "group", "max_channels": 16}[field]
     models = [make(32, **{"channels": 8, **options}) for options in ({}, {field: change})]
     assert repr(models[0]) != repr(models[1])
     if field == "max_channels":  # the one that both kinds cut their widths with
@@ -493,7 +494,7 @@ def test_every_option_changes_the_discriminator(field):
 
 @pytest.mark.parametrize(("values", "words"), [
     ({"channels": 600}, "channels 600 is above max_channels 512; use at most 512, or raise max_channels"),
-    ({"kind": "stylegan", "norm": "batch"}, "norm batch has no effect on kind stylegan.*leave norm at group"),
+    ({"kind": "stylegan", "norm": "group"}, "norm group has no effect on kind stylegan.*leave norm at batch"),
     ({"kind": "stylegan", "layers": 4}, "layers 4 has no effect on kind stylegan.*leave layers at 3"),
     ({"layers": 10**9}, "layers 1000000000 is above 16"), ({"layers": 0}, "layers"), ({"channels": 0}, "channels"),
     ({"max_channels": 0}, "max_channels"), ({"norm": "layer"}, "norm"), ({"kind": "pixelgan"}, "kind"),
@@ -509,7 +510,7 @@ def test_impossible_discriminators_are_refused(values, words):
     ({"lecam_weight": 0.05}, r"lecam_weight 0\.05 has no effect"), ({"weight": -1}, "weight"), ({"loss": "wgan"}, "loss"),
     ({"start_step": -1}, "start_step"), ({"head_start_steps": -1}, "head_start_steps"), ({"warmin_steps": -1}, "warmin_steps"),
     ({"max_adaptive_weight": 0}, "max_adaptive_weight"), ({"lecam_decay": 1}, "lecam_decay"), ({"r1_every": 0}, "r1_every"),
-    ({"weight": float("nan")}, "weight"), ({"discriminator": {"norm": "batch", "kind": "stylegan"}}, "norm batch has no"),
+    ({"weight": float("nan")}, "weight"), ({"discriminator": {"norm": "group", "kind": "stylegan"}}, "norm group has no"),
     ({"discriminator": {"layer": 3}}, "did you mean 'discriminator.layers'")])
 def test_impossible_adversarial_configs_are_refused(values, words):
     with pytest.raises(UserError, match=words) as caught:

@@ -33,7 +33,7 @@ MODEL = {"resolution": 16, "channels": 8, "channel_multipliers": [1, 2], "num_re
          "quantizer": {"kind": "fsq", "levels": [5, 4, 3]}}
 VQ = {"embed_dim": 4, "codebook_size": 16, "quantizer": {"kind": "vq", "ema_decay": 0.9}}
 ADVERSARIAL = {"weight": 0.3, "start_step": 1, "r1_weight": 0.5, "r1_every": 2,
-               "discriminator": {"channels": 8, "layers": 1}}
+               "discriminator": {"channels": 8, "layers": 1, "norm": "group"}}
 
 
 @pytest.fixture(scope="module")

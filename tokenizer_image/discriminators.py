@@ -37,9 +37,11 @@ class DiscriminatorConfig(StrictConfig):
     """Width of the first level; it doubles with each halving of the resolution."""
     layers: int = Field(default=3, gt=0)
     """Halvings in a patchgan: 3 sees patches of 70 x 70 pixels. A stylegan halves until 4 x 4 are left."""
-    norm: Literal["group", "batch", "none"] = "group"
-    """Of a patchgan. group: no statistics over samples, so R1 and several processes are exact. batch: what taming
-    published; each process and each half (real, fake) is normalized by itself, and a gradient penalty mixes samples."""
+    norm: Literal["group", "batch", "none"] = "batch"
+    """Of a patchgan. batch: what taming published; each process and each half (real, fake) is normalized by itself, and a
+    gradient penalty mixes samples. none: as quick to learn, and exact with R1 and several processes. group: exact too, but it
+    hides the contrast of a picture: it told blurred 64 px emoji from real ones after 150 steps in 65 % of pairs, batch in
+    100 %, none in 89 % (docs/tokenizers.md)."""
     max_channels: int = Field(default=512, gt=0)
     """Where the doubling stops."""
 
