@@ -32,7 +32,9 @@ def work(tmp_path_factory) -> Path:
     build_shapes(folder / "data", size=16, num_scenes=120, seed=0)
     results = {"tokenizer": launching.deepspeed(
         2, TOKENIZER, "--config", launching.RECIPES / "debug_tokenizer.yaml", "--data.path", folder / "data",
-        "--run_dir", folder / "tokenizer", "--data.validation_split", "unseen_combination")}
+        "--run_dir", folder / "tokenizer", "--data.validation_split", "unseen_combination", "--deepspeed.zero_stage", 2,
+        "--adversarial.weight", 0.02, "--adversarial.start_step", 30, "--adversarial.discriminator.channels", 8,
+        "--adversarial.discriminator.layers", 1, "--adversarial.lecam_weight", 0.01, "--train.weight_ema", 0.5)}
     results["encode"] = launching.deepspeed(2, ENCODE, "--image_tokenizer", folder / "tokenizer/model", "--data.path",
                                             folder / "data", "--out", folder / "tokens", "--shard_rows", 30)
     results["seq2seq"] = launching.deepspeed(
@@ -78,6 +80,16 @@ def test_a_run_folder_holds_what_it_promises(work, stage):
     assert json.loads((run / "validation.json").read_text())
 
 
+def test_two_processes_train_two_networks(work):
+    rows = read_metrics(work / "tokenizer/metrics.jsonl")
+    assert [row["step"] for row in rows if "discriminator" in row] == list(range(35, 61, 5))
+    assert rows[-1]["discriminator"] < 1  # 1 is what a discriminator that knows nothing has
+    assert rows[-1]["skipped_steps"] == 0
+    checkpoint = work / "tokenizer/checkpoints/step-00000060"
+    assert {"deepspeed", "deepspeed-discriminator"} <= {path.name for path in checkpoint.iterdir()}
+    assert {"curves.png", "codebook.png"} <= {path.name for path in (work / "tokenizer").iterdir()}
+
+
 def test_bfloat16_trains_both_stages(work):
     for run in ("alone", "bfloat16"):
         assert all(0 < loss < 10 for loss in losses(work / run))
@@ -86,6 +98,7 @@ def test_bfloat16_trains_both_stages(work):
 
 def test_codebook_health_is_logged_from_the_first_step(work):
     rows = read_metrics(work / "tokenizer/metrics.jsonl")
+    assert all(row["dead_codes"] == round(64 * (1 - row["codebook_usage"])) and row["restarted_codes"] >= 0 for row in rows)
     assert all(0 < row["codebook_usage"] <= 1 and 1 <= row["codebook_perplexity"] <= 64 for row in rows)
     assert rows[0]["step"] == 1
 

@@ -1,5 +1,6 @@
 """tokenizer_image: config.py, layers.py and vqgan.py; the quantizers are in test_quantizers.py."""
 
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from tokenizer_image import Reconstruction, VQGANConfig, preset
 from tokenizer_image.fingerprint import code_fingerprint
+from tokenizer_image.layers import group_norm
 from tokenizer_image.vqgan import VQGAN
 from tokenloom_common.errors import MissingFileError, UserError
 
@@ -318,3 +320,13 @@ def test_a_larger_decoder_leaves_the_codes_as_they_are(change):
     assert code_fingerprint(base) == code_fingerprint(larger)
     assert sum(p.numel() for p in larger.decoder.parameters()) > 1.1 * sum(p.numel() for p in base.decoder.parameters())
     assert larger.eval()(make_image()).reconstruction.shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("norm", [group_norm(16, 4), torch.nn.LayerNorm(16)], ids=["group", "layer"])
+def test_norms_keep_their_statistics_in_float32_in_bfloat16(norm):
+    """PyTorch's kernels do; statistics in bfloat16 would lose a deviation of 1 beside a mean of 60."""
+    torch.manual_seed(0)
+    hidden = (torch.randn(2, 16, 16, 16) + 60).bfloat16()
+    exact = norm(hidden.float())
+    rounded = copy.deepcopy(norm).bfloat16()(hidden).float()
+    torch.testing.assert_close(rounded, exact, rtol=2**-8, atol=2**-8)

@@ -130,10 +130,9 @@ class VectorQuantizer(Quantizer):
             return
         means, counts = kmeans(samples, self.codebook_size, self.config.kmeans_iterations, use_cosine_sim=book.use_cosine_sim,
                                sample_fn=book.sample_fn, all_reduce_fn=book.kmeans_all_reduce_fn)
-        weights = counts.float().clamp(min=1e3 * LEAST_USE)  # [1, K]
         book.embed.data.copy_(means)
-        book.embed_avg.copy_(means * weights[..., None])
-        book.cluster_size.copy_(weights)
+        book.embed_avg.copy_(means * counts[..., None])
+        book.cluster_size.copy_(counts)
         book.initted.fill_(True)
         self._codes_rewritten()
 
