@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from tests import tiny
+from tests import launching, tiny
+from tokenizer_image import load_tokenizer
 from tokenloom import SamplingParams, TextToImage
+from training.data.shapes import build_shapes
+from training.log import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -35,3 +41,19 @@ def test_bfloat16_logits_stay_near_float32():
         exact = model(*text, tokens)
         rounded = model.bfloat16()(*text, tokens).float()
     assert (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_adversarial_training_in_bfloat16_on_the_gpu(tmp_path):
+    build_shapes(tmp_path / "data", size=16, num_scenes=40, seed=0)
+    result = subprocess.run(
+        [sys.executable, "training/train_tokenizer.py", "--config", "debug_tokenizer.yaml", "--data.path", tmp_path / "data",
+         "--run_dir", tmp_path / "run", "--adversarial.weight", "0.1", "--adversarial.start_step", "20",
+         "--adversarial.discriminator.layers", "1", "--adversarial.r1_weight", "1", "--train.weight_ema", "0.9"],
+        cwd=launching.REPOSITORY, text=True, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert rows[-1]["l1"] < 0.75 * rows[0]["l1"]
+    assert rows[-1]["skipped_steps"] == 0
+    picture = torch.rand(2, 3, 16, 16) * 2 - 1
+    codes = [load_tokenizer(tmp_path / "run/model", device).encode(picture.to(device)).cpu() for device in ("cpu", "cuda")]
+    assert (codes[0] == codes[1]).float().mean() > 0.98

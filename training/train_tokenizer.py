@@ -196,7 +196,7 @@ class TokenizerTraining:
         panels = [("loss", rows, ["loss"]), ("terms, weighted", rows, weighted), ("gradient norm", rows, ["grad_norm"])]
         if self.adversary:
             panels.append(("logits of the discriminator", rows, ["logits_real", "logits_fake"]))
-        plot_curves(panels, run_dir / "curves.png")
+        plot_curves(panels, run_dir / "curves.png", small_too=True)
         self.health.draw(counts, run_dir / "metrics.jsonl", run_dir / "codebook.png")
 
     def finish(self) -> None:

@@ -40,8 +40,11 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]],
     return sheet
 
 
-def plot_curves(panels: Sequence[tuple[str, list[dict[str, Any]], Sequence[str]]], path: Path) -> None:
-    """One panel a (title, rows of metrics.jsonl, names of the curves), written as a PNG."""
+def plot_curves(panels: Sequence[tuple[str, list[dict[str, Any]], Sequence[str]]], path: Path, small_too: bool = False) -> None:
+    """One panel a (title, rows of metrics.jsonl, names of the curves), written as a PNG.
+
+    small_too: a scale that is logarithmic on both sides of 0, so that what falls by a factor of 100 still shows.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,6 +56,8 @@ def plot_curves(panels: Sequence[tuple[str, list[dict[str, Any]], Sequence[str]]
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name)
+        if small_too:
+            axis.set_yscale("symlog", linthresh=1e-3)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
