@@ -17,7 +17,8 @@ from tests.tiny import TEXT_LENGTH
 from tokenizer_image import preset
 from tokenloom_common.config import dotted_names
 from tokenloom_common.errors import UserError
-from training.config import EncodeRunConfig, Seq2SeqRunConfig, TokenizerRunConfig, dump_config, load_config
+from training.config import EncodeRunConfig, Seq2SeqRunConfig, TokenizerRunConfig
+from training.config_loading import dump_config, load_config
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "training" / "recipes").glob("*.yaml"))

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from tokenizer_image import ImageTokenizer, Reconstruction, load_tokenizer, tokenizer_loss
 from tokenizer_image.adversarial import discriminator_objective, generator_loss, generator_weight
 from tokenizer_image.fingerprint import code_fingerprint
-from tokenloom_common.config import dotted_names
+from tokenloom_common.config import dotted_names, merge
 from tokenloom_common.errors import RunFailedError, UserError
-from training.config import TokenizerRunConfig, load_config, merge
+from training.config import TokenizerRunConfig
+from training.config_loading import load_config
 from training.data.shapes import build_shapes
-from training.engine import Processes, processes
+from training.engine import processes
 from training.log import read_metrics
 from training.loop import run_training
 from training.optim import build_optimizer, lr_at
+from training.process_group import Processes
 from training.train_tokenizer import TokenizerTraining
 
 MODEL = {"resolution": 16, "channels": 8, "channel_multipliers": [1, 2], "num_res_blocks": 1, "norm_groups": 4,

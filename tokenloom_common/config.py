@@ -59,6 +59,18 @@ def sections(annotation: Any) -> list[type[BaseModel]]:
     return list(annotation.variants()) if issubclass(annotation, StrictConfig) else [annotation]
 
 
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` over `base`, section by section. A section that gets another `kind`, or a `preset`, is replaced: what it held
+    was meant for the old one.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        goes_on = both and "preset" not in value and value.get("kind", merged[key].get("kind")) == merged[key].get("kind")
+        merged[key] = merge(merged[key], value) if goes_on else value
+    return merged
+
+
 def explain(config_class: type[BaseModel], error: ValidationError) -> str:
     """A ValidationError in one line: the key, the nearest valid one, what is wrong."""
     # a misspelt key is often missed elsewhere too: the misspelling is what helps

@@ -20,8 +20,9 @@ from tokenizer_image.adversarial import (
 )
 from tokenizer_image.discriminators import build_discriminator
 from training.config import TokenizerRunConfig
-from training.engine import Engine, Processes
+from training.engine import Engine
 from training.optim import build_optimizer
+from training.process_group import Processes
 
 NAME = "discriminator"
 

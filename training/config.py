@@ -5,22 +5,17 @@ An unknown key is an error that names the nearest valid one; the merged config i
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from seq2seq.config import PRESETS as SEQ2SEQ_PRESETS
 from tokenizer_image import KINDS, ImageTokenizerConfig, TokenizerLossConfig, VQGANConfig, preset
 from tokenizer_image.adversarial import AdversarialConfig
-from tokenloom_common.config import StrictConfig, dotted_names, explain, read_mapping, sections
-from tokenloom_common.errors import UserError, choose, nearest_name
+from tokenloom_common.config import StrictConfig, explain, merge, read_mapping
+from tokenloom_common.errors import choose, nearest_name
 from tokenloom_common.pretrained import resolve_folder
 
-Config = TypeVar("Config", bound=StrictConfig)
 VQGAN_KIND = VQGANConfig().kind
 
 
@@ -258,114 +253,3 @@ class Seq2SeqRunConfig(RunConfig):
                                     "random codes, so that it keeps listening to the caption")
     sample_guidance: float = Field(3.0, ge=0, le=100, description="guidance scale of the sample grids and the exported default")
     sample_top_k: int = Field(256, ge=0, description="top-k of the sample grids and the exported default; 0 = off")
-
-
-def load_config(config_class: type[Config], argv: Sequence[str], prog: str, description: str) -> Config:
-    """Build a run's config from argv: `--config FILE`, then `--section.key value` overrides. UserError on any mistake.
-
-    `--help` prints every key with its default; `--local_rank` (added by the launcher) is accepted and ignored.
-    """
-    values: dict[str, Any] = {}
-    overrides: list[tuple[str, str]] = []
-    items = list(argv)
-    while items:
-        flag = items.pop(0)
-        if flag in ("-h", "--help"):
-            print(help_text(config_class, prog, description))
-            raise SystemExit(0)
-        if not flag.startswith("--"):
-            raise UserError(f"unexpected argument '{flag}'; options are --config FILE and --section.key value")
-        name, has_value, value = flag[2:].partition("=")
-        if not has_value:
-            if not items:
-                raise UserError(f"--{name} needs a value")
-            value = items.pop(0)
-        if name in ("local_rank", "local-rank"):
-            continue
-        if name == "config":
-            values = merge(values, read_mapping(find_recipe(value)))
-        else:
-            overrides.append((name, value))
-    valid = dotted_names(config_class)
-    for name, value in overrides:
-        if name not in valid:
-            raise UserError(f"unknown option '--{name}'{nearest_name(name, valid)}")
-        values = merge(values, _nested(name, value if _is_text(config_class, name) else _scalar(name, value)))
-    return config_class.parse(values, "config")
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe file by its path, or by its bare name among the shipped recipes."""
-    path = Path(name)
-    shipped = Path(__file__).parent / "recipes" / (path.name if path.suffix else f"{path.name}.yaml")
-    if not path.exists() and path.parent == Path(".") and shipped.is_file():
-        return shipped
-    if not path.exists():
-        names = sorted(p.name for p in shipped.parent.glob("*.yaml"))
-        raise UserError(f"--config {name}: no such file{nearest_name(path.name, names)}")
-    return path
-
-
-def _is_text(config_class: type[BaseModel], name: str) -> bool:
-    """Whether a key holds text, which is taken as it stands: '20261121' and 'a #2' are folder names, not YAML."""
-    first, _, rest = name.partition(".")
-    if first not in config_class.model_fields:  # of another family, or an extra key
-        return False
-    annotation = config_class.model_fields[first].annotation
-    if rest:
-        return any(_is_text(section, rest) for section in sections(annotation))
-    return annotation in (str, str | None)
-
-
-def _scalar(name: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        raise UserError(f"--{name}: cannot read the value {text!r}") from None
-
-
-def _nested(name: str, value: Any) -> dict[str, Any]:
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    return value
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` over `base`, section by section. A section that gets another `kind`, or a `preset`, is replaced: what it held
-    was meant for the old one.
-    """
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        goes_on = both and "preset" not in value and value.get("kind", merged[key].get("kind")) == merged[key].get("kind")
-        merged[key] = merge(merged[key], value) if goes_on else value
-    return merged
-
-
-def help_text(config_class: type[BaseModel], prog: str, description: str) -> str:
-    """Usage, description and every key with its default and meaning."""
-    lines = [f"usage: {prog} --config FILE [--section.key value ...]", "", textwrap.dedent(description).strip(), "",
-             "keys (defaults < --config FILE < command line):"]
-    return "\n".join(lines + _help_lines(config_class, ""))
-
-
-def _help_lines(config_class: type[BaseModel], prefix: str) -> list[str]:
-    lines = []
-    for name, field in config_class.model_fields.items():
-        families = sections(field.annotation)
-        for family in families:
-            if len(families) > 1:
-                kinds = family.model_fields["kind"].get_default()
-                lines.append(f"  with --{prefix}{name}.kind {kinds}:")
-            lines += _help_lines(family, f"{prefix}{name}.")
-        if families:
-            continue
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"  --{prefix}{name}  {meaning} ({default})".replace("   (", "  ("))
-    return lines
-
-
-def dump_config(config: StrictConfig) -> str:
-    """The merged config as YAML, readable by --config again."""
-    return yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)

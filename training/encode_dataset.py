@@ -23,12 +23,14 @@ from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError, run_command
 from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
-from training.config import EncodeRunConfig, load_config
+from training.config import EncodeRunConfig
+from training.config_loading import load_config
 from training.data.drops import DropCounter, in_words
 from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages, list_splits, open_dataset
 from training.data.token_shards import INDEX_NAME, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
-from training.engine import Processes, processes
+from training.engine import processes
 from training.log import setup_console
+from training.process_group import Processes
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tokenloom_common.errors import RunFailedError, StoppedBySignalError
 from training.config import RunConfig
-from training.engine import Engine, Processes
+from training.engine import Engine
 from training.log import RunLog
+from training.process_group import Processes
 from training.run_state import RunState
 
 log = logging.getLogger(__name__)

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from tokenloom_common.errors import ResumeError, UserError
 from tokenloom_common.files import publish_folder, sync_path, write_json_atomic, write_text_atomic
-from training.config import RunConfig, dump_config
-from training.engine import Processes
+from training.config import RunConfig
+from training.config_loading import dump_config
+from training.process_group import Processes
 
 log = logging.getLogger(__name__)
 

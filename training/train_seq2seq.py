@@ -24,15 +24,17 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.images import image_grid
 from tokenloom_common.errors import run_command
 from tokenloom_common.files import write_json_atomic
-from training.config import Seq2SeqRunConfig, load_config
+from training.config import Seq2SeqRunConfig
+from training.config_loading import load_config
 from training.data.batches import ItemId, MicroBatches, batch_loader
 from training.data.token_shards import TokenShards, check_same_tokenizer
 from training.data.training_sets import CollateTokens, TokenBatch, TokenVisits
-from training.engine import Engine, Processes, deepspeed_json, processes, resolve_precision
+from training.engine import Engine, deepspeed_json, processes, resolve_precision
 from training.log import setup_console
 from training.loop import Task, run_training
 from training.model_card import model_card
 from training.optim import build_optimizer
+from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 
 log = logging.getLogger(__name__)

@@ -21,17 +21,19 @@ from tokenloom_common.errors import DataError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.adversary import Adversary
 from training.codebook_health import CodebookHealth
-from training.config import TokenizerRunConfig, load_config
+from training.config import TokenizerRunConfig
+from training.config_loading import load_config
 from training.data.batches import ItemId, MicroBatches, batch_loader
 from training.data.drops import DropCounter, in_words
 from training.data.sources import CaptionedImages, open_dataset
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
-from training.engine import Engine, Processes, deepspeed_json, processes, resolve_precision
+from training.engine import Engine, deepspeed_json, processes, resolve_precision
 from training.evaluation.pictures import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.log import read_metrics, setup_console
 from training.loop import Task, run_training
 from training.optim import build_optimizer
+from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.tokenizer_start import start_from
 
