@@ -96,7 +96,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
+class Level(Checkpointed):
     """The residual blocks of one resolution, each followed by attention where the config asks for it."""
 
     def __init__(self, widths: list[int], attend: bool, config: VQGANConfig, downsample: Downsample | None = None,
@@ -111,15 +111,15 @@ class Level(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, H, W], or half or twice the size where the level ends in a resampling."""
         for index, block in enumerate(self.block):
-            hidden = block(hidden)
+            hidden = self.run(block, hidden)
             if self.attn:
-                hidden = self.attn[index](hidden)
+                hidden = self.run(self.attn[index], hidden)
         if self.downsample is not None:
             return self.downsample(hidden)
         return hidden if self.upsample is None else self.upsample(hidden)
 
 
-class Middle(nn.Module):
+class Middle(Checkpointed):
     """Block, attention, block at the resolution of the code grid."""
 
     def __init__(self, channels: int, config: VQGANConfig) -> None:
@@ -131,13 +131,13 @@ class Middle(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
-        hidden = self.block_1(hidden)
+        hidden = self.run(self.block_1, hidden)
         if hasattr(self, "attn_1"):
-            hidden = self.attn_1(hidden)
-        return self.block_2(hidden)
+            hidden = self.run(self.attn_1, hidden)
+        return self.run(self.block_2, hidden)
 
 
-class Encoder(Checkpointed):
+class Encoder(nn.Module):
     """Image -> feature map at the resolution of the code grid."""
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -161,11 +161,11 @@ class Encoder(Checkpointed):
         """Image [B, 3, H, W] -> features [B, z_channels, h, w]."""
         hidden = self.conv_in(image)
         for level in self.down:
-            hidden = self.run(level, hidden)
-        return self.conv_out(F.silu(self.norm_out(self.run(self.mid, hidden))))
+            hidden = level(hidden)
+        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
 
 
-class Decoder(Checkpointed):
+class Decoder(nn.Module):
     """Features at the resolution of the code grid -> image. `up` is stored by level and runs from the last to 0."""
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -189,7 +189,7 @@ class Decoder(Checkpointed):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, z_channels, h, w] -> image [B, 3, H, W], unclamped."""
-        hidden = self.run(self.mid, self.conv_in(features))
+        hidden = self.mid(self.conv_in(features))
         for level in reversed(self.up):
-            hidden = self.run(level, hidden)
+            hidden = level(hidden)
         return self.conv_out(F.silu(self.norm_out(hidden)))
