@@ -127,15 +127,17 @@ def nearest_case(preset: str, codebook_size: int, latents: int, device: str) -> 
 
 
 def training_case(checkpointing: bool, batch: int, **model: Any) -> Case:
-    """Forward and backward of one training step without an optimizer."""
+    """Forward and backward of one training step without an optimizer; room for the gradients is there before it."""
     tokenizer = make_tokenizer(**model).train()
+    for parameter in tokenizer.parameters():
+        parameter.grad = torch.full_like(parameter, 0.0)
     tokenizer.gradient_checkpointing = checkpointing
     image = make_image(batch, model["resolution"], model["device"], model["dtype"])
 
     def step() -> None:
         result = tokenizer(image)
         loss = F.l1_loss(result.reconstruction, image) + sum(part.value * part.weight for part in result.losses.values())
-        tokenizer.zero_grad()
+        tokenizer.zero_grad(set_to_none=False)
         loss.backward()
 
     return step

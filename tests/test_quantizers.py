@@ -484,6 +484,19 @@ def test_codebooks_that_kmeans_and_restarts_rewrote_are_named_once(case):
     assert following.rewritten == []  # buffers are nobody's parameters
 
 
+@pytest.mark.parametrize("case", ["vq-gradient", "vq-gradient-euclidean"])
+def test_gradients_are_those_of_the_codes_before_they_restarted(case):
+    restarting = started(case, dead_code_fraction=0.9, ema_decay=0.5).train()
+    staying = make(case, dead_code_fraction=0.0).train()
+    staying.load_state_dict(restarting.state_dict())
+    restarting.restarts = 0
+    for quantizer in (restarting, staying):
+        total_loss(quantizer(latents_for(quantizer, seed=7))).backward()
+    assert restarting.restarts > 2
+    assert not torch.equal(restarting.codebook, staying.codebook)
+    torch.testing.assert_close(restarting.vq._codebook.embed.grad, staying.vq._codebook.embed.grad)
+
+
 # ---- codebooks that follow their latents
 
 
