@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,22 +14,11 @@ from torch import Tensor, nn
 from tests import tiny
 from tokenloom_common.errors import RunFailedError, UserError
 from training.config import OptimConfig, RunConfig
-from training.engine import Engine, deepspeed_json, processes, resolve_precision
+from training.engine import Engine, deepspeed_json, resolve_precision
 from training.optim import build_optimizer, lr_at
 from training.process_group import Processes
 
 STAGES = (0, 1, 2, 3)
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Processes]:
-    """One process group for the module: DeepSpeed keeps global state of its first one."""
-    before, threads = dict(os.environ), torch.get_num_threads()
-    with processes(threads=1) as alone:
-        yield alone
-    os.environ.clear()
-    os.environ.update(before)
-    torch.set_num_threads(threads)
 
 
 class Small(nn.Module):

@@ -45,10 +45,11 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(command: list[str], place: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=place, env=launching.environment(), capture_output=True, text=True, timeout=280,
+    return subprocess.run(command, cwd=place, env=launching.environment(), capture_output=True, text=True, timeout=400,
                           check=False)
 
 
+@pytest.mark.timeout(900)
 def test_the_readmes_commands_run(place):
     lines = commands(PAGES[0])
     ran = []

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from tokenloom_common.errors import RunFailedError, UserError
 from training.config import TokenizerRunConfig
 from training.config_loading import load_config
 from training.data.shapes import build_shapes
-from training.engine import processes
 from training.log import read_metrics
 from training.loop import run_training
 from training.optim import build_optimizer, lr_at
@@ -36,16 +33,6 @@ MODEL = {"resolution": 16, "channels": 8, "channel_multipliers": [1, 2], "num_re
 VQ = {"embed_dim": 4, "codebook_size": 16, "quantizer": {"kind": "vq", "ema_decay": 0.9}}
 ADVERSARIAL = {"weight": 0.3, "start_step": 1, "r1_weight": 0.5, "r1_every": 2,
                "discriminator": {"channels": 8, "layers": 1, "norm": "group"}}
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[Processes]:
-    before, threads = dict(os.environ), torch.get_num_threads()
-    with processes(threads=1) as alone:
-        yield alone
-    os.environ.clear()
-    os.environ.update(before)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,40 @@
+"""Fixtures that more than one file needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from training.engine import processes
+from training.process_group import Processes
+
+
+@pytest.fixture(scope="session")
+def only_process_group() -> Iterator[tuple[Processes, dict[str, str]]]:
+    """DeepSpeed keeps global state of the first process group it sees: there is one for all tests, with its environment."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    with processes(threads=1) as alone:
+        inside = dict(os.environ)
+        _set_environment(before)
+        torch.set_num_threads(threads)
+        yield alone, inside
+
+
+@pytest.fixture(scope="module")
+def group(only_process_group) -> Iterator[Processes]:
+    """This process as a run of one; other modules, which start processes, do not see its environment."""
+    alone, inside = only_process_group
+    before, threads = dict(os.environ), torch.get_num_threads()
+    _set_environment(inside)
+    torch.set_num_threads(1)
+    yield alone
+    _set_environment(before)
+    torch.set_num_threads(threads)
+
+
+def _set_environment(values: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(values)
