@@ -17,7 +17,7 @@ from tokenizer_image import ImageTokenizer, Reconstruction, load_tokenizer, toke
 from tokenizer_image.adversarial import discriminator_objective, generator_loss, generator_weight
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import dotted_names, merge
-from tokenloom_common.errors import RunFailedError, UserError
+from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from training.config import TokenizerRunConfig
 from training.config_loading import load_config
 from training.data.shapes import build_shapes
@@ -228,7 +228,7 @@ def test_decoder_fine_tuning_leaves_codes_bit_identical(group, data, tmp_path, t
     run = TokenizerRunConfig.parse({
         "data": {"path": str(data)}, "run_dir": str(tmp_path / "run"), "model": decoder, "adversarial": ADVERSARIAL,
         "train": {"steps": 3, "batch_size": 8, "precision": precision, "sample_every": 0, "start_from": str(trained),
-                  "trained_part": "decoder", "weight_ema": 0.5}, "optim": {"lr": 0.01, "weight_decay": 0.1}}, "test")
+                  "trained_part": "decoder", "weight_ema": 0.9}, "optim": {"lr": 0.01, "weight_decay": 0.1}}, "test")
     training = train(run, group)
     training.finish()
     after = load_tokenizer(tmp_path / "run/model")
@@ -273,12 +273,12 @@ def test_the_average_of_the_weights_is_what_is_exported(group, data, tmp_path):
             states.append({name: value.clone() for name, value in self.tokenizer.state_dict().items()})
             return terms
 
-    run = config(data, tmp_path / "run", train={"weight_ema": 0.75})
+    run = config(data, tmp_path / "run", train={"weight_ema": 0.9})
     training = Watched(run, group)
     run_training(training.task(), run, group, training.run_state)
     average = states[0]["decoder.conv_out.weight"]
     for state in states[1:]:
-        average = 0.75 * average + 0.25 * state["decoder.conv_out.weight"]
+        average = 0.9 * average + 0.1 * state["decoder.conv_out.weight"]
     training.finish()
     torch.testing.assert_close(load_tokenizer(tmp_path / "run/model").decoder.conv_out.weight, average)
     assert not torch.equal(average, states[-1]["decoder.conv_out.weight"])
@@ -295,9 +295,52 @@ def test_kmeans_of_a_learned_codebook_outlives_the_first_step(group, data, tmp_p
 
 
 def test_gradient_checkpointing_trains_to_the_same_weights(group, data, tmp_path):
-    states = [train(config(data, tmp_path / str(on), train={"gradient_checkpointing": on}), group).engine.full_state()
-              for on in (False, True)]
+    states = []
+    for on in (False, True):
+        training = train(config(data, tmp_path / str(on), train={"gradient_checkpointing": on}), group)
+        assert training.tokenizer.gradient_checkpointing is on
+        states.append(training.engine.full_state())
     assert_close(states[1], states[0], 1e-6)
+
+
+def test_the_average_leaves_frozen_weights_as_they_are(group, data, tmp_path, trained):
+    """decay x a + (1 - decay) x a is not a in float32: in ten thousand steps the codes would be others."""
+    run = config(data, tmp_path / "run", model=VQ, train={"start_from": str(trained), "trained_part": "decoder",
+                                                           "weight_ema": 0.999})
+    training = TokenizerTraining(run, group)
+    for _ in range(50):
+        training.average.update_parameters(training.tokenizer)
+    expected = load_tokenizer(trained).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in training.average.module.state_dict().items())
+
+
+@pytest.mark.parametrize(("then", "now", "words"), [
+    ({}, {"adversarial": ADVERSARIAL}, "discriminator.* then"),
+    ({}, {"train": {"weight_ema": 0.9}}, "weight_ema None then, True now"),
+    ({}, {"codebook": {"window": 8}}, "codebook.window 0 then, 8 now"),
+    ({}, {"train": {"precision": "bfloat16"}}, "precision float32"),
+    ({"adversarial": ADVERSARIAL}, {"adversarial": {**ADVERSARIAL, "discriminator": {"channels": 4, "layers": 1}}},
+     "channels 8 then")])
+def test_a_checkpoint_of_another_kind_of_training_is_refused_with_exit_code_3(group, data, tmp_path, then, now, words):
+    train(config(data, tmp_path / "run", **then, train={"steps": 2}), group)
+    with pytest.raises(ResumeError, match=words):
+        TokenizerTraining(config(data, tmp_path / "run", **{**now, "train": {"steps": 4, **now.get("train", {})}}), group)
+
+
+def test_an_adversarial_phase_can_be_turned_off_from_a_checkpoint_on(group, data, tmp_path):
+    train(config(data, tmp_path / "run", adversarial=ADVERSARIAL, train={"steps": 2}), group)
+    training = train(config(data, tmp_path / "run", train={"steps": 4}), group)
+    assert training.adversary is None
+    assert "generator" not in read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+
+
+def test_a_refused_start_leaves_an_earlier_run_where_it_is(group, data, tmp_path):
+    train(config(data, tmp_path / "run"), group)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    wrong = {"adversarial": {**ADVERSARIAL, "discriminator": {"layers": 7}}, "checkpoint": {"resume": "never"}}
+    with pytest.raises(UserError, match="layers"):
+        TokenizerTraining(config(data, tmp_path / "run", **wrong), group)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 @pytest.mark.parametrize("kind", ["vit_vqgan", "dvae"])
@@ -366,6 +409,7 @@ def test_the_window_of_the_health_is_an_epoch_or_as_long_as_it_is_told(group, da
     (["--model.quantizer.kind", "fsq"], "needs levels"), (["--model.quantizer.depth", "3"], "does not read depth"),
     (["--deepspeed.zero_stage", "3"], "use 0, 1 or 2"), (["--train.trained_part", "decoder"], "needs train.start_from"),
     (["--adversarial.weight", "1", "--adversarial.start_step", "1000"], "not before the end"),
+    (["--adversarial.weight", "1", "--adversarial.head_start_steps", "5000"], "not before the end"),
     (["--loss.l1_weight", "0"], "nothing to learn"), (["--adversarial.lecam_weight", "1"], "no effect without"),
     (["--model.patch_size", "8"], "unknown key 'patch_size'"), (["--codebook.warn_below", "2"], "codebook.warn_below")])
 def test_wrong_options_are_one_line(argv, words):
@@ -390,5 +434,11 @@ def test_a_preset_can_be_changed_and_a_kind_replaces_its_section(tmp_path):
     sizes = ["--model.embed_dim", "3", "--model.codebook_size", "60"]
     fsq = load("--model.quantizer.kind", "fsq", "--model.quantizer.levels", "[5, 4, 3]", *sizes).model
     assert fsq.quantizer.levels == (5, 4, 3)
+    recipe.write_text("model: {resolution: 64, quantizer: {ema_decay: 0.9}}\n")
+    assert load("--model.kind", "vqgan", "--model.quantizer.kind", "vq").model.quantizer.ema_decay == 0.9
+    assert load("--model.kind", "vqgan").model.resolution == 64  # it was one already
+    assert load("--model.codebook_size", "512", "--model.preset", "vq-16").model.codebook_size == 512  # in any order
+    assert load("--adversarial.discriminator.channels", "32", "--adversarial.discriminator.kind", "patchgan"
+                ).adversarial.discriminator.channels == 32
 
 

@@ -51,6 +51,8 @@ class CodebookHealth:
 
     def _warn(self, report: Usage, seen: int) -> None:
         size = self.config.model.codebook_size
+        if self.config.train.trained_part == "decoder":  # its codes are what they are
+            return
         if report.usage >= self.config.codebook.warn_below or seen < ENOUGH_CODES * size:
             self._warned = self._warned and report.usage < self.config.codebook.warn_below
             return
@@ -83,7 +85,7 @@ class CodebookHealth:
                 tries.append("--model.quantizer.ema_decay 0.9")
             if not quantizer.kmeans_init:
                 tries.append("--model.quantizer.kmeans_init true")
-        return [*tries, smaller, "--model.quantizer.kind fsq"]
+        return [*tries, smaller, "FSQ, which has no codebook to collapse (docs/tokenizers.md)"]
 
     def counts(self) -> Tensor:
         """How often each code was used in the window [K] int64, over all processes. Every process must call it."""

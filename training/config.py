@@ -118,7 +118,7 @@ class TokenizerTrainConfig(TrainConfig):
     gradient_checkpointing: bool = Field(False, description="keep fewer activations and compute them again: less memory, "
                                          "about a third more time")
     weight_ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then what is "
-                              "sampled, measured and exported; 0 = none")
+                              "sampled, measured and exported (in bfloat16: of the rounded weights); 0 = none")
 
 
 class CodebookHealthConfig(StrictConfig):
@@ -175,13 +175,14 @@ class TokenizerRunConfig(RunConfig):
                              "use 0, 1 or 2")
         if self.train.trained_part == "decoder" and not self.train.start_from:
             raise ValueError("train.trained_part 'decoder' needs train.start_from, the tokenizer whose codes are kept")
-        own = getattr(self.model, "output", None) == "logit_laplace"
+        own = getattr(self.model, "output", None) == "logit_laplace" and self.train.trained_part != "decoder"
         if not (own or self.loss.l1_weight or self.loss.l2_weight or self.loss.perceptual_weight):
             raise ValueError("loss: no term of the picture has a weight, so there is nothing to learn; set l1_weight, "
                              "l2_weight or perceptual_weight")
-        if self.adversarial.weight and self.adversarial.start_step >= self.train.steps:
-            raise ValueError(f"adversarial.start_step {self.adversarial.start_step} is not before the end of the run "
-                             f"(train.steps {self.train.steps}); lower it, or set adversarial.weight to 0")
+        first = self.adversarial.start_step + self.adversarial.head_start_steps
+        if self.adversarial.weight and first >= self.train.steps:
+            raise ValueError(f"adversarial.start_step + head_start_steps = {first} is not before the end of the run "
+                             f"(train.steps {self.train.steps}); lower them, or set adversarial.weight to 0")
         return self
 
 

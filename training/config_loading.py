@@ -21,6 +21,14 @@ def load_config(config_class: type[Config], argv: Sequence[str], prog: str, desc
 
     `--help` prints every key with its default; `--local_rank` (added by the launcher) is accepted and ignored.
     """
+    try:
+        return _load(config_class, argv, prog, description)
+    except UserError as error:
+        error.raised_everywhere = True  # type: ignore[attr-defined]  # every process has the same arguments: one speaks
+        raise
+
+
+def _load(config_class: type[Config], argv: Sequence[str], prog: str, description: str) -> Config:
     values: dict[str, Any] = {}
     overrides: list[tuple[str, str]] = []
     items = list(argv)
@@ -43,11 +51,27 @@ def load_config(config_class: type[Config], argv: Sequence[str], prog: str, desc
         else:
             overrides.append((name, value))
     valid = dotted_names(config_class)
-    for name, value in overrides:
+    # these replace their section, so they go before what is set in it
+    for name, value in sorted(overrides, key=lambda override: not override[0].endswith((".kind", ".preset"))):
         if name not in valid:
             raise UserError(f"unknown option '--{name}'{nearest_name(name, valid)}")
+        if name.endswith(".kind"):
+            values = _with_default_kind(config_class, values, name)
         values = merge(values, _nested(name, value if _is_text(config_class, name) else _scalar(name, value)))
     return config_class.parse(values, "config")
+
+
+def _with_default_kind(config_class: type[BaseModel], values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Write the default `kind` into a section that is there without one: asking for it by name changes nothing."""
+    default: Any = None
+    section: Any = values
+    for part in name.split(".")[:-1]:
+        field = (type(default) if default is not None else config_class).model_fields[part]
+        default = field.get_default(call_default_factory=True)
+        section = section.get(part) if isinstance(section, dict) else None
+    if isinstance(section, dict) and not {"kind", "preset"} & set(section):
+        return merge(values, _nested(name.removesuffix(".kind"), {**section, "kind": default.kind}))
+    return values
 
 
 def find_recipe(name: str) -> Path:

@@ -32,7 +32,7 @@ from training.engine import processes
 from training.log import setup_console
 from training.process_group import Processes
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
 
 class DatasetEncoder:

@@ -18,7 +18,7 @@ from tokenloom_common.errors import RunFailedError, StoppedBySignalError
 from training.config import RunConfig
 from training.engine import Engine
 from training.log import RunLog
-from training.process_group import Processes
+from training.process_group import Processes, shared
 from training.run_state import RunState
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ class Task:
 
     @property
     def skipped(self) -> int:
-        """Steps that were skipped, over all engines."""
-        return sum(engine.skipped for engine in self.engines)
+        """Steps that were skipped: of the engine that skipped most, since one bad step is skipped by all."""
+        return max(engine.skipped for engine in self.engines)
 
 
 def run_training(task: Task, config: RunConfig, group: Processes, run_state: RunState) -> bool:
@@ -85,9 +85,10 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
                 if stopping or too_many or done == total or _due(done, config.checkpoint.every_steps):
                     run_state.save(task, done, task.state() | window.state() | _skips(task))
                 if too_many:
-                    raise RunFailedError(f"{skipped} steps were skipped because a loss term or gradient, named above, was not "
-                                         f"finite (train.max_skipped_steps {config.train.max_skipped_steps}); checkpoint of "
-                                         f"step {done} saved. Lower optim.lr, lengthen optim.warmup_steps, or look at the data")
+                    raise shared(RunFailedError(
+                        f"{skipped} steps were skipped because a loss term or gradient, named above, was not finite "
+                        f"(train.max_skipped_steps {config.train.max_skipped_steps}); checkpoint of step {done} saved. "
+                        "Lower optim.lr, lengthen optim.warmup_steps, or look at the data"))
                 if stopping:
                     raise StoppedBySignalError(stopping)
                 if _due(done, config.train.sample_every) or (config.train.sample_every and done == total):

@@ -60,7 +60,7 @@ class Processes:
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise _shared(outcome[1])
+            raise shared(outcome[1])
         return outcome[0]
 
     def raise_together(self, error: Exception | None) -> None:
@@ -70,7 +70,7 @@ class Processes:
             if self.world_size > 1:
                 errors = [None] * self.world_size
                 dist.all_gather_object(errors, error)
-            raise _shared(next(e for e in errors if e is not None))
+            raise shared(next(e for e in errors if e is not None))
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes."""
@@ -92,10 +92,17 @@ class Processes:
         """Run `action` on the first process, then on the others, which find the caches that it filled."""
         kept: list[Any] = []
         self.first_does(lambda: kept.append(action()))
-        return kept[0] if self.is_first else action()
+        problem: Exception | None = None
+        if not self.is_first:
+            try:
+                kept.append(action())
+            except Exception as error:
+                problem = error
+        self.raise_together(problem)
+        return kept[0]
 
 
-def _shared(error: Exception) -> Exception:
+def shared(error: Exception) -> Exception:
     """Mark an error that every process raises, so that only the first one prints it."""
     error.raised_everywhere = True  # type: ignore[attr-defined]
     return error

@@ -37,7 +37,7 @@ from training.optim import build_optimizer
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
 
 SAMPLE_PICTURES = 8
 DEFAULT_VOCAB_SIZE = 2048

@@ -10,12 +10,15 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer, tokenizer_loss
+from tokenizer_image.discriminators import build_discriminator
 from tokenizer_image.images import float_to_pixels, image_grid, pixels_to_images
 from tokenloom_common.errors import DataError, run_command
 from tokenloom_common.files import write_json_atomic
@@ -37,7 +40,7 @@ from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.tokenizer_start import start_from
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("training.train_tokenizer")  # under a launcher __name__ is "__main__"
 
 SAMPLE_PICTURES = 8
 
@@ -47,9 +50,11 @@ class TokenizerTraining:
 
     def __init__(self, config: TokenizerRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
-        self.perceptual = self._perceptual()
+        self.perceptual = group.first_then_others(self._perceptual)
         precision = resolve_precision(config, group.device)
-        deepspeed_json(config, group.world_size, precision, parameters=1)  # a batch that cannot be divided is refused now
+        # a batch that cannot be divided, a picture too small for the discriminator: refused now, before anything is touched
+        group.first_does(lambda: deepspeed_json(config, group.world_size, precision, parameters=1) and None)
+        group.first_does(self._check_discriminator)
         source = group.first_then_others(lambda: self._open(config.data.split))
         if config.data.validation_split:
             group.first_does(lambda: len(self._open(config.data.validation_split)))  # exists, before hours of training
@@ -58,10 +63,10 @@ class TokenizerTraining:
         self._known_bad: set[str] = set()
         self._problem: Exception | None = None
         self.visits = ImageVisits(source, config.model.resolution, config.seed, config.data.horizontal_flip)
-        self.run_state = RunState(config, group, {"model": config.model.plain(), "data rows": len(source)})
-        self.run_state.prepare()
         seed_everything(config.seed, 0)  # the same weights on every process
         self.tokenizer = self._build()
+        self.run_state = RunState(config, group, self._facts(precision, len(source)))
+        self.run_state.prepare()
         self.average = self._weight_average()
         self.engine = Engine(self.tokenizer, build_optimizer(self.tokenizer, config.optim), config, group, precision)
         self.adversary = Adversary(config, group) if config.adversarial.weight else None
@@ -78,11 +83,28 @@ class TokenizerTraining:
             return None
         return LPIPS.load(self.config.loss.perceptual_network, self.config.loss.perceptual_path).to(self.group.device)
 
+    def _facts(self, precision: str, rows: int) -> dict[str, Any]:
+        """What a checkpoint must share with the run that continues it. An adversarial phase can be turned off, not on."""
+        train, adversarial = self.config.train, self.config.adversarial
+        facts = {"model": self.config.model.plain(), "data rows": rows, "precision": precision,
+                 "trained_part": train.trained_part, "codebook.window": self.config.codebook.window}
+        if adversarial.weight:
+            facts["discriminator"] = adversarial.discriminator.plain()
+        if train.weight_ema:
+            facts["weight_ema"] = True
+        return facts
+
+    def _check_discriminator(self) -> None:
+        if self.config.adversarial.weight:
+            with torch.device("meta"):
+                build_discriminator(self.config.adversarial.discriminator, self.config.model.resolution)
+
     def _build(self) -> ImageTokenizer:
         """The tokenizer to train, fresh or from train.start_from, with what does not learn frozen."""
         train = self.config.train
         tokenizer = build_tokenizer(self.config.model).train()
-        if train.start_from and self.run_state.resume_from is None:
+        begun = self.config.checkpoint.resume != "never" and (Path(self.config.run_dir) / "latest.json").is_file()
+        if train.start_from and not begun:  # else a checkpoint follows
             folder, decoder_only = train.start_from, train.trained_part == "decoder"
             self.group.first_then_others(lambda: start_from(tokenizer, folder, decoder_only))
         if train.trained_part == "decoder":
@@ -94,7 +116,12 @@ class TokenizerTraining:
         """A float32 copy that follows the weights slowly, on the first process, which samples and exports."""
         if not self.config.train.weight_ema or not self.group.is_first:
             return None
-        return AveragedModel(self.tokenizer, self.group.device, get_ema_avg_fn(self.config.train.weight_ema))
+        rest = 1 - self.config.train.weight_ema
+
+        def follow(average: Tensor, weights: Tensor, _: Tensor | int) -> Tensor:
+            return average.lerp(weights.to(average.dtype), rest)  # leaves equal values as they are, so frozen parts to the bit
+
+        return AveragedModel(self.tokenizer, self.group.device, follow)
 
     def task(self) -> Task:
         """This run as the training loop sees it."""
@@ -144,7 +171,7 @@ class TokenizerTraining:
         if self.adversary:
             term, more = self.adversary.generator_term(result.reconstruction, total, self.tokenizer.last_layer, step)
             total, terms = total + term, terms | more
-        self.engine.backward(total, step + 1, terms)
+        self.engine.backward(total, step + 1, {name: term for name, term in terms.items() if not name.startswith("weighted.")})
         skipped = self.engine.skipped
         self.engine.step(step + 1)
         if self.adversary:

@@ -6,7 +6,8 @@ Axes: B batch, h w latent grid, D length of a code vector, K codebook size, n la
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Self
 
 import torch
@@ -17,6 +18,17 @@ from torch import distributed as dist
 from tokenizer_image.quantizer_config import QuantizerConfig
 
 SCORES_AT_ONCE = 1 << 22  # numbers of one block of distances (16 MiB): memory that does not grow with K
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products in float32 though the program allows TF32 on CUDA, whose 10 bits would find other codes."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class LossPart(NamedTuple):
@@ -76,7 +88,7 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
         """Latents [B, D, h, w] -> codes [B, h, w*depth] int64 in [0, K). Changes nothing; NaN and infinity count as 0."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(latents.device.type, enabled=False), exact_products():
             return self.search(finite(latents.float()))
 
     @abstractmethod
@@ -96,7 +108,7 @@ class Quantizer(nn.Module, ABC):
 
         A codebook that follows its latents would stay broken after one NaN: it sees 0 there, the vectors stay NaN.
         """
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(latents.device.type, enabled=False), exact_products():
             full = latents.float()
             clean = finite(full)
             result = self.quantize(clean)
