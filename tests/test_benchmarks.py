@@ -167,6 +167,14 @@ def test_weights_are_the_same_at_every_resolution_and_attention_keeps_its_level(
     assert all(torch.equal(tensor, large.state_dict()[name]) for name, tensor in small.state_dict().items())
 
 
+def test_latents_spread_as_the_codes_do():
+    model = tokenizer.make_tokenizer("debug", 16, "cpu", "float32")
+    with torch.no_grad():
+        latents = model.latents(tokenizer.make_image(4, 4 * model.config.downsampling))
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), model.codebook.std(dim=0), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), model.codebook.mean(dim=0), rtol=0, atol=1e-4)
+
+
 # ---- the command
 
 def test_quick_run_measures_everything_and_ends_with_one_json_document(here, capsys, tmp_path):
