@@ -16,6 +16,7 @@ from tokenizer_image import (
     VQGANConfig,
     build_tokenizer,
     codes_to_tokens,
+    image_tokenizer,
     load_tokenizer,
     preset,
     tokenizer_loss,
@@ -128,6 +129,20 @@ def test_a_batch_is_encoded_and_decoded_as_its_singles(name):
     assert not torch.equal(codes[0], codes[1])
     torch.testing.assert_close(model.decode(codes), torch.cat([model.decode(one[None]) for one in codes]))
     assert torch.equal(codes, model.encode(image.contiguous(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize("bound", [0, 10**9])
+def test_the_memory_layout_changes_no_value(bound, monkeypatch):
+    model = trained("vqgan-vq-ema-l2")
+    image = make_image()
+    codes, picture = model.encode(image), model.decode(model.encode(image))
+    seen = []
+    hook = model.post_quant_conv.register_forward_pre_hook(lambda _, given: seen.append(given[0].stride()[1] == 1))
+    monkeypatch.setattr(image_tokenizer, "CHANNELS_LAST_PIXELS", bound)
+    assert torch.equal(model.encode(image), codes)
+    torch.testing.assert_close(model.decode(codes), picture)
+    hook.remove()
+    assert seen == [bound == 0]  # channels-last from the bound on
 
 
 @every_config
