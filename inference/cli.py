@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -30,7 +31,7 @@ from tokenizer_image.images import (
     pixels_to_images,
 )
 from tokenizer_image.tiling import decode_tiled, encode_tiled
-from tokenloom_common.errors import OneLineParser, RunFailedError, UserError
+from tokenloom_common.errors import OneLineParser, RunFailedError, UserError, one_line
 from tokenloom_common.pretrained import resolve_folder
 from tokenloom_common.progress import progress
 
@@ -70,6 +71,12 @@ def generate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-p", type=float, help="drop tokens below this share of the likeliest (default: the model's)")
     parser.add_argument("--temperature", type=float, help="0 = always the likeliest token (default: the model folder's)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off (default: the model folder's)")
+    parser.add_argument("--guidance-schedule", help="constant, linear or cosine (default: the model folder's)")
+    parser.add_argument("--guidance-power", type=float, help="of the cosine schedule (default: the model folder's)")
+    parser.add_argument("--negative-prompt", help="what guidance leads away from (default: no caption)")
+    parser.add_argument("--layout", help="for models with a layout: a picture (colours), or a .json file of class numbers, "
+                        "row after row (default: sampled)")
+    parser.add_argument("--text-encoder", help="where the model's frozen text encoder is, if not where it was at training")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures decoded at a time (default 32)")
     parser.add_argument("--no-metadata", action="store_true", help="leave prompt, seed and parameters out of the PNG files")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
@@ -77,21 +84,38 @@ def generate(argv: Sequence[str] | None = None) -> int:
     device = choose_device(args.device)
     check_counts(args.num_images, args.batch_size, args.seed)
     check_prompts(args.prompt)
-    model = TextToImage.from_pretrained(args.model, device)
+    layout = None if args.layout is None else _read_layout_file(args.layout)
+    model = TextToImage.from_pretrained(args.model, device, text_encoder=args.text_encoder)
     out = _output_folder(args.out)
-    given = {"guidance_scale": args.guidance, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-             "min_p": args.min_p}
+    given = {"guidance_scale": args.guidance, "guidance_schedule": args.guidance_schedule, "top_k": args.top_k,
+             "guidance_power": args.guidance_power, "temperature": args.temperature, "top_p": args.top_p, "min_p": args.min_p}
     params = SamplingParams.parse({**model.default_params.plain(), **{k: v for k, v in given.items() if v is not None}},
                                   "sampling options")
-    result = _generate_with_progress(model, args, params)
+    result = _generate_with_progress(model, args, params, layout)
     for path in _save_pictures(result, out, args):
         print(path)
     return 0
 
 
-def _generate_with_progress(model: TextToImage, args: argparse.Namespace, params: SamplingParams) -> GenerationResult:
+def _read_layout_file(name: str) -> Any:
+    """A picture, or the numbers of a .json file."""
+    path = Path(name)
+    if path.suffix.lower() != ".json":
+        try:
+            return open_image(path)
+        except (OSError, BadImageError) as error:
+            raise UserError(f"--layout {name}: neither a picture nor a .json file ({one_line(error)})") from None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--layout {name}: cannot be read ({one_line(error)})") from None
+
+
+def _generate_with_progress(model: TextToImage, args: argparse.Namespace, params: SamplingParams,
+                            layout: Any) -> GenerationResult:
     """One prompt at a time, so that the bar moves."""
-    parts = [model.generate(prompt, num_images=args.num_images, params=params, seed=args.seed, batch_size=args.batch_size)
+    parts = [model.generate(prompt, num_images=args.num_images, params=params, seed=args.seed, batch_size=args.batch_size,
+                            negative_prompt=args.negative_prompt, layout=layout)
              for prompt in progress(args.prompt, "generate", unit="caption")]
     return GenerationResult([i for p in parts for i in p.images], torch.cat([p.image_tokens for p in parts]),
                             [t for p in parts for t in p.prompts], [s for p in parts for s in p.seeds], params)
@@ -105,6 +129,7 @@ def _save_pictures(result: GenerationResult, out: Path, args: argparse.Namespace
             info = PngInfo()
             info.add_text(PNG_KEY, json.dumps({
                 "prompt": prompt, "seed": seed, **result.params.plain(), "model": str(args.model),
+                **({"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}),
                 "tokenloom": toolkit_version(), "digitalSourceType": "trainedAlgorithmicMedia"}))
         path = _free_name(out, f"{_slug(prompt)}-seed{seed}")
         _save_png(picture, path, info)

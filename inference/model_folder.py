@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from inference.sampling import SamplingParams
-from seq2seq import EncoderDecoder, TextTokenizer
+from seq2seq import KINDS as TRANSFORMER_KINDS
+from seq2seq import TEXT_SOURCES, FrozenTextEncoder, ImageTransformer, TextSource, load_text_source
 from tokenizer_image import KINDS, ImageTokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import read_mapping
@@ -24,8 +25,6 @@ INDEX_NAME = "model_index.json"
 GENERATION_NAME = "generation_config.json"
 CLASS_NAME = "TextToImage"
 SCHEMA_VERSION = 1
-SEQ2SEQ_MODELS = {EncoderDecoder.kind: EncoderDecoder}
-TEXT_TOKENIZER = "sentencepiece"
 PARTS = ("tokenizer_image", "seq2seq", "text_tokenizer")
 
 
@@ -34,8 +33,8 @@ class LoadedModel:
     """The parts of a model folder."""
 
     image_tokenizer: ImageTokenizer
-    seq2seq: EncoderDecoder
-    text_tokenizer: TextTokenizer
+    seq2seq: ImageTransformer
+    text_tokenizer: TextSource
     generation: SamplingParams
     folder: Path
 
@@ -48,8 +47,8 @@ def toolkit_version() -> str:
         return "unknown (not installed)"
 
 
-def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: EncoderDecoder,
-                      text_tokenizer: TextTokenizer, generation: SamplingParams, card: str) -> Path:
+def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer,
+                      text_tokenizer: TextSource, generation: SamplingParams, card: str) -> Path:
     """Write a whole model folder with its model card. UserError if the parts do not belong together."""
     check_pair(image_tokenizer, seq2seq, text_tokenizer, "the model folder to write")
     with atomic_folder(Path(folder), (*PARTS, INDEX_NAME, GENERATION_NAME, "README.md")) as aside:
@@ -62,7 +61,7 @@ def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2s
         write_text_atomic(aside / "README.md", card)
         write_json_atomic(aside / INDEX_NAME, {
             "_class_name": CLASS_NAME, "_tokenloom_version": toolkit_version(), "schema_version": SCHEMA_VERSION,
-            "tokenizer_image": image_tokenizer.kind, "seq2seq": seq2seq.kind, "text_tokenizer": TEXT_TOKENIZER})
+            "tokenizer_image": image_tokenizer.kind, "seq2seq": seq2seq.kind, "text_tokenizer": text_tokenizer.kind})
     return Path(folder)
 
 
@@ -78,8 +77,7 @@ def read_model_index(folder: Path) -> dict[str, str]:
                         "models of other projects are converted first")
     if not isinstance(index.get("schema_version"), int) or not 1 <= index["schema_version"] <= SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version {index.get('schema_version')!r} is not supported by this release")
-    if index.get("text_tokenizer") != TEXT_TOKENIZER:
-        raise UserError(f"{path}: unknown kind of text tokenizer {index.get('text_tokenizer')!r} (valid: {TEXT_TOKENIZER})")
+    choose(TEXT_SOURCES, str(index.get("text_tokenizer")), f"{path}: kind of text tokenizer")
     if not (folder / GENERATION_NAME).is_file():
         raise MissingFileError(f"{folder}: {GENERATION_NAME} is missing, so the model folder is only half there; copy it again")
     for part in PARTS:
@@ -88,27 +86,31 @@ def read_model_index(folder: Path) -> dict[str, str]:
     return index
 
 
-def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> LoadedModel:
-    """Load a local model folder or a hub id, strictly, in eval mode."""
+def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revision: str | None = None,
+                      text_encoder: str | None = None) -> LoadedModel:
+    """Load a local model folder or a hub id, strictly, in eval mode. text_encoder: see TextToImage.from_pretrained."""
     folder = resolve_folder(name, revision)
     index = read_model_index(folder)
     where = f"{folder / INDEX_NAME}: "
     tokenizer_class = choose(KINDS, str(index.get("tokenizer_image")), f"{where}kind of image tokenizer")
-    seq2seq_class = choose(SEQ2SEQ_MODELS, str(index.get("seq2seq")), f"{where}kind of seq2seq model")
+    seq2seq_class = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")), f"{where}kind of seq2seq model")
     image_tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer_image", device)
     seq2seq = seq2seq_class.from_pretrained(folder / "seq2seq", device)
-    text_tokenizer = TextTokenizer.from_pretrained(folder / "text_tokenizer")
+    text_tokenizer = load_text_source(folder / "text_tokenizer", text_encoder)
+    if isinstance(text_tokenizer, FrozenTextEncoder):
+        text_tokenizer.to(device)
     generation = SamplingParams.parse(read_mapping(folder / GENERATION_NAME), str(folder / GENERATION_NAME))
     check_pair(image_tokenizer, seq2seq, text_tokenizer, str(folder))
     return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder)
 
 
-def check_pair(image_tokenizer: ImageTokenizer, seq2seq: EncoderDecoder, text_tokenizer: TextTokenizer, where: str) -> None:
+def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer, text_tokenizer: TextSource, where: str) -> None:
     """UserError naming both sides when the parts do not belong together."""
     config = seq2seq.config
     pairs = [("codebook size", "image tokenizer", image_tokenizer.codebook_size, config.codebook_size),
              ("code grid", "image tokenizer", tuple(image_tokenizer.grid), tuple(config.grid)),
-             ("vocabulary", "text tokenizer", text_tokenizer.config.vocab_size, config.text_vocab_size),
+             ("vocabulary", "text tokenizer", text_tokenizer.vocab_size, config.text_vocab_size),
+             ("width of features", "text tokenizer", text_tokenizer.feature_width, config.text_feature_width),
              ("text length", "text tokenizer", text_tokenizer.config.text_length, config.text_length)]
     if config.tokenizer_fingerprint:
         pairs.append(("codes (fingerprint)", "image tokenizer", code_fingerprint(image_tokenizer),

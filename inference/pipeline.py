@@ -4,22 +4,25 @@
     model.generate("a red heart", num_images=4, seed=0).images[0].save("heart.png")
 """
 
-# Axes: B pictures, N image tokens, h w code grid
+# Axes: B pictures, N image tokens, L layout tokens, h w code grid
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from inference.decoder import CachedDecoder
-from inference.generate import decode_steps, generate_tokens
+from inference.generate import Generation, Request, generate_tokens
+from inference.layouts import read_layout
 from inference.model_folder import LoadedModel, load_model_folder
 from inference.sampling import SamplingParams
+from seq2seq import TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
@@ -30,13 +33,24 @@ MAX_SEED = (1 << 63) - 1  # of the last picture; what a torch generator takes
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """images: B pictures; image_tokens: LongTensor [B, N] on the CPU; seeds and prompts: one a picture; params: as used."""
+    """images: B pictures; image_tokens: LongTensor [B, N] on the CPU; seeds and prompts: one a picture; params: as used;
+    layouts: LongTensor [B, L] of models with a layout, given or sampled."""
 
     images: list[Image.Image]
     image_tokens: Tensor
     prompts: list[str]
     seeds: list[int]
     params: SamplingParams
+    layouts: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What every way of sampling takes beside prompts and counts."""
+
+    params: SamplingParams
+    negative_prompt: str | None
+    layout: Any
 
 
 class GenerationStep:
@@ -79,55 +93,86 @@ class TextToImage:
         self._decoder = CachedDecoder(self.seq2seq)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None,
-                        revision: str | None = None) -> TextToImage:
-        """Load a local model folder or a hub id; on the GPU when there is one and no device is named."""
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None, revision: str | None = None,
+                        text_encoder: str | None = None) -> TextToImage:
+        """Load a local model folder or a hub id; on the GPU when there is one and no device is named.
+
+        text_encoder: folder or hub id of the frozen text encoder that the model was trained with, if it is not where it was.
+        """
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_model_folder(folder, chosen, revision))
+        return cls(load_model_folder(folder, chosen, revision, text_encoder))
 
     def generate(self, prompt: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
-                 seed: int = 0, batch_size: int = 32) -> GenerationResult:
+                 seed: int = 0, batch_size: int = 32, negative_prompt: str | None = None,
+                 layout: Any = None) -> GenerationResult:
         """Prompts -> num_images pictures each. Picture i of a prompt is drawn with seed + i, whatever shares its batch.
 
         params: the model folder's defaults when None. batch_size: pictures decoded at a time.
+        negative_prompt: what guidance leads away from, in place of the null caption. layout: for models with one, see
+        `inference.layouts.read_layout`; sampled when None.
         UserError for an empty list, a prompt that is not text, num_images or batch_size below 1.
         """
         prompts = check_prompts(prompt)
-        _check_params(params)
-        used = params or self.default_params
-        tokens = self.sample_tokens(prompts, num_images=num_images, params=used, seed=seed, batch_size=batch_size)
+        options = self._options(params, negative_prompt, layout)
+        tokens, layouts = self._sample(prompts, num_images, options, seed, batch_size)
         images = [picture for part in tokens.split(batch_size) for picture in self.decode_tokens(part)]
         seeds = [seed + i for _ in prompts for i in range(num_images)]
-        return GenerationResult(images, tokens, [p for p in prompts for _ in range(num_images)], seeds, used)
+        return GenerationResult(images, tokens, [p for p in prompts for _ in range(num_images)], seeds, options.params, layouts)
 
     def sample_tokens(self, prompts: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
-                      seed: int = 0, batch_size: int = 32) -> Tensor:
+                      seed: int = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None) -> Tensor:
         """Prompts -> image_tokens [len(prompts) * num_images, N] int64 on the CPU, a prompt's pictures in a row."""
-        texts = check_prompts(prompts)
-        check_counts(num_images, batch_size, seed)
+        options = self._options(params, negative_prompt, layout)
+        return self._sample(check_prompts(prompts), num_images, options, seed, batch_size)[0]
+
+    def stream(self, prompt: str, num_images: int = 1, params: SamplingParams | None = None, seed: int = 0,
+               negative_prompt: str | None = None, layout: Any = None) -> Iterator[GenerationStep]:
+        """Yield a GenerationStep after every token; `step.preview` is a picture that grows, decoded only when asked for."""
+        texts = check_prompts(prompt)
+        check_counts(num_images, num_images, seed)
+        options = self._options(params, negative_prompt, layout)
+        seeds = [seed + i for i in range(num_images)]
+        given = read_layout(options.layout, self.seq2seq.config, num_images)
+        drawn: list[Tensor] = []
+        for ids in Generation(self._decoder, self._request(texts, num_images, options, seeds, given)).steps():
+            drawn.append(ids)
+            yield GenerationStep(self, torch.stack(drawn, dim=1).cpu(), self.seq2seq.config.num_tokens)
+
+    def _options(self, params: SamplingParams | None, negative_prompt: str | None, layout: Any) -> _Options:
         _check_params(params)
         used = params or self.default_params
-        parts = []
+        if negative_prompt is not None:
+            check_prompts(negative_prompt)
+            if used.guidance_scale == 1:
+                raise UserError("a negative prompt acts through guidance, and guidance_scale is 1; raise it, or leave the "
+                                "negative prompt out")
+        return _Options(used, negative_prompt, layout)
+
+    def _sample(self, texts: list[str], num_images: int, options: _Options, seed: int,
+                batch_size: int) -> tuple[Tensor, Tensor | None]:
+        check_counts(num_images, batch_size, seed)
+        given = read_layout(options.layout, self.seq2seq.config, len(texts) * num_images)
+        parts: list[Tensor] = []
+        layouts: list[Tensor] = []
         for first in range(0, len(texts), max(1, batch_size // num_images)):
             some = texts[first: first + max(1, batch_size // num_images)]
             for start in range(0, num_images, batch_size):  # more pictures of one prompt than fit a batch
                 count = min(batch_size, num_images - start)
                 seeds = [seed + start + i for _ in some for i in range(count)]
-                parts.append(self._run(some, count, used, seeds))
-        return torch.cat(parts)
+                at = first * num_images + start
+                part = None if given is None else given[at: at + len(seeds)]
+                tokens, layout = generate_tokens(self._decoder, self._request(some, count, options, seeds, part))
+                parts.append(tokens.cpu())
+                layouts += [] if layout is None else [layout.cpu()]
+        return torch.cat(parts), torch.cat(layouts) if layouts else None
 
-    def stream(self, prompt: str, num_images: int = 1, params: SamplingParams | None = None,
-               seed: int = 0) -> Iterator[GenerationStep]:
-        """Yield a GenerationStep after every token; `step.preview` is a picture that grows, decoded only when asked for."""
-        texts = check_prompts(prompt)
-        check_counts(num_images, num_images, seed)
-        _check_params(params)
-        captions, null = self._encode(texts)
-        seeds = [seed + i for i in range(num_images)]
-        drawn: list[Tensor] = []
-        for ids in decode_steps(self._decoder, captions, null, num_images, params or self.default_params, seeds):
-            drawn.append(ids)
-            yield GenerationStep(self, torch.stack(drawn, dim=1).cpu(), self.seq2seq.config.num_tokens)
+    def _request(self, texts: list[str], images: int, options: _Options, seeds: list[int], layout: Tensor | None) -> Request:
+        source = self.text_tokenizer
+        captions = source.encode(texts)
+        negative = options.negative_prompt
+        unguided = source.null_caption() if negative is None else source.encode([negative])
+        captions, unguided = (TextBatch(*(part.to(self.device) for part in batch)) for batch in (captions, unguided))
+        return Request(captions, unguided, images, options.params, seeds, None if layout is None else layout.to(self.device))
 
     @torch.inference_mode()
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
@@ -136,14 +181,6 @@ class TextToImage:
             raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
         codes = tokens_to_codes(image_tokens.to(self.device), self.image_tokenizer.grid)
         return pixels_to_images(float_to_pixels(self.image_tokenizer.decode(codes)))
-
-    def _run(self, texts: list[str], images: int, params: SamplingParams, seeds: list[int]) -> Tensor:
-        captions, null = self._encode(texts)
-        return generate_tokens(self._decoder, captions, null, images, params, seeds).cpu()
-
-    def _encode(self, texts: list[str]):
-        captions, null = self.text_tokenizer.encode(texts), self.text_tokenizer.null_caption()
-        return tuple(type(batch)(*(part.to(self.device) for part in batch)) for batch in (captions, null))
 
 
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:

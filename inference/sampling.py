@@ -8,10 +8,11 @@ Every function is pure: logits in, a new tensor out, randomness passed in. A fil
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from tokenloom_common.config import StrictConfig, explain
@@ -33,10 +34,34 @@ class SamplingParams(StrictConfig):
             raise UserError(f"SamplingParams: {explain(type(self), error)}") from None
 
     guidance_scale: float = Field(3.0, ge=0, le=100, description="classifier-free guidance; 1 = off, and costs nothing")
+    guidance_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="linear, cosine: from 1 at the first token to guidance_scale at the last (Muse; RAR)")
+    guidance_power: float = Field(1.0, gt=0, le=100, description="of the cosine schedule: larger stays near 1 for longer")
     temperature: float = Field(1.0, ge=0, le=100, description="0 = always the likeliest token")
     top_k: int = Field(256, ge=0, description="keep exactly the k likeliest; 0 = all")
     top_p: float = Field(1.0, gt=0, le=1, description="keep the fewest tokens whose probabilities reach p; 1 = all")
     min_p: float = Field(0.0, ge=0, le=1, description="drop tokens below min_p x the likeliest one's probability; 0 = none")
+
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> SamplingParams:
+        if self.guidance_power != 1.0 and self.guidance_schedule != "cosine":
+            raise ValueError(f"guidance_power is of the cosine schedule, and guidance_schedule is {self.guidance_schedule}; "
+                             "leave it at 1, or choose cosine")
+        return self
+
+
+def guidance_at(params: SamplingParams, position: int, total: int) -> float:
+    """The guidance scale of token `position` of `total`: 1 + (scale - 1) * ramp, with r = position / (total - 1).
+
+    constant: ramp 1. linear: r (Muse, Chang et al. 2023, section 2.7, https://arxiv.org/abs/2301.00704).
+    cosine: (1 - cos(pi * r^power)) / 2 (RAR, Yu et al. 2024, https://arxiv.org/abs/2411.00776). A single token has ramp 1.
+    """
+    if params.guidance_schedule == "constant" or total == 1:
+        return params.guidance_scale
+    done = position / (total - 1)
+    ramp = done if params.guidance_schedule == "linear" else (1 - math.cos(math.pi * done**params.guidance_power)) / 2
+    return 1 + (params.guidance_scale - 1) * ramp
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

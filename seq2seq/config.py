@@ -1,37 +1,64 @@
-"""The shape of a caption -> image token transformer."""
+"""The shape of a caption -> image token transformer: what both families share, and what each has of its own."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from seq2seq.attention import PATTERNS
 from tokenloom_common.config import StrictConfig
+from tokenloom_common.errors import nearest_name
+
+MAX_TOKENS = 1 << 16
+DERIVED = ("text_vocab_size", "text_feature_width", "text_length", "codebook_size", "grid", "layout_kind", "layout_classes",
+           "layout_grid", "tokenizer_fingerprint")
+"""Fields that follow from the tokenizers and the data; everything else is the user's to choose."""
 
 
-class Seq2SeqConfig(StrictConfig):
-    """Encoder-decoder transformer (Parti, Yu et al. 2022, https://arxiv.org/abs/2206.10789).
+class TransformerConfig(StrictConfig):
+    """What every transformer over image tokens has.
 
     The output layer has `codebook_size` entries: the begin-of-image slot is an input only, so it cannot be sampled.
     """
 
-    text_vocab_size: int = Field(ge=4, description="entries of the text tokenizer")
-    text_length: int = Field(ge=2, le=4096, description="T: text ids per caption, padded or truncated")
+    kind: ClassVar[str] = ""
+
+    text_vocab_size: int | None = Field(None, ge=2, description="entries of the text tokenizer; none with text features")
+    text_feature_width: int | None = Field(None, ge=1, description="width of a frozen text encoder's features; none with ids")
+    text_length: int = Field(ge=1, le=4096, description="T: text ids (or features) per caption, padded or truncated")
     codebook_size: int = Field(ge=2, le=1 << 24, description="K: entries of the image tokenizer's codebook")
     grid: tuple[int, int] = Field(description="(h, w): rows and columns of the code grid")
+    layout_kind: Literal["classes", "colors"] | None = Field(None, description="what the layout before the image is made of; "
+                                                             "none = no layout")
+    layout_classes: int | None = Field(None, ge=2, le=1 << 16, description="classes of the layout")
+    layout_grid: tuple[int, int] | None = Field(None, description="rows and columns of the layout")
+
     width: int = Field(256, ge=8, le=1 << 16, description="D: width of the residual stream")
     heads: int = Field(4, ge=1, le=1024)
     head_dim: int = Field(64, ge=4, le=1024)
     kv_heads: int | None = Field(None, ge=1, description="key/value heads (grouped-query attention); none = heads")
-    encoder_layers: int = Field(4, ge=1, le=512)
-    decoder_layers: int = Field(6, ge=1, le=512)
-    feedforward: Literal["swiglu", "gelu"] = "swiglu"
+    feedforward: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     feedforward_multiplier: float = Field(8 / 3, gt=0, le=16, description="inner width / width (SwiGLU: 2/3 of 4)")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_placement: Literal["pre", "sandwich", "normformer"] = Field(
+        "pre", description="sandwich: also after each block (CogView, ruDALL-E); normformer: also after attention and inside "
+        "the feed-forward (Shleifer et al. 2021, DALL-E mini)")
+    embedding_norm: bool = Field(False, description="normalise embeddings (BART, DALL-E mini)")
+    attention_bias: bool = Field(False, description="bias in the attention's projections (GPT-2, minDALL-E)")
+    feedforward_bias: bool = Field(True, description="bias in the feed-forward")
     qk_norm: bool = Field(True, description="RMS-normalise queries and keys per head (Dehghani et al. 2023)")
     rotary: Literal["2d", "1d", "none"] = Field("2d", description="rotary positions of the image tokens; "
                                                 "the text uses 1d unless 'none'")
-    learned_positions: bool = Field(True, description="add learned row, column and text position embeddings")
+    learned_positions: bool = Field(True, description="add learned text and image position embeddings")
+    image_positions: Literal["row_column", "flat"] = Field("row_column", description="learned ones: a row's plus a column's "
+                                                           "(DALL-E), or one a token (minDALL-E, BART)")
+    attention: tuple[str, ...] = Field(("full",), description="what image tokens see of the image, a name a layer, again from "
+                                       f"the first when there are more layers: {', '.join(PATTERNS)}")
+    convolution_size: int = Field(11, ge=3, description="rows and columns of the 'convolution' pattern's neighbourhood; odd")
+    last_attention: str | None = Field(None, description="pattern of the last layer, where it differs (DALL-E: convolution)")
+    text_projection: Literal["linear", "mlp"] = Field("linear", description="of text features: one matrix, or two with a GELU "
+                                                      "between (LlamaGen)")
     dropout: float = Field(0.0, ge=0, lt=1, description="in attention and feed-forward")
     tokenizer_fingerprint: str = Field("", description="of the image tokenizer whose codes these tokens are")
 
@@ -40,24 +67,91 @@ class Seq2SeqConfig(StrictConfig):
         """N = h * w image tokens a picture."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def layout_tokens(self) -> int:
+        """L: tokens of the layout; 0 without one."""
+        return self.layout_grid[0] * self.layout_grid[1] if self.layout_grid else 0
+
+    def patterns(self, layers: int) -> list[str]:
+        """The attention pattern of each of `layers` layers."""
+        names = [self.attention[layer % len(self.attention)] for layer in range(layers)]
+        return [*names[:-1], self.last_attention] if self.last_attention else names
+
     @model_validator(mode="after")
-    def _check(self) -> Seq2SeqConfig:
-        if min(self.grid) < 1 or self.num_tokens > 1 << 16:
-            raise ValueError(f"grid {self.grid} must have at least one row and column and at most 65,536 codes")
+    def _check(self) -> TransformerConfig:
+        for name, grid in (("grid", self.grid), ("layout_grid", self.layout_grid)):
+            if grid is not None and (min(grid) < 1 or grid[0] * grid[1] > MAX_TOKENS):
+                raise ValueError(f"{name} {grid} must have at least one row and column and at most 65,536 codes")
+        if len({part is None for part in (self.layout_kind, self.layout_classes, self.layout_grid)}) > 1:
+            raise ValueError("layout_kind, layout_classes and layout_grid belong together; give all or none")
+        if (self.text_vocab_size is None) == (self.text_feature_width is None):
+            raise ValueError("give one of text_vocab_size (text ids) and text_feature_width (a frozen text encoder's features)")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        self._check_positions()
+        self._check_patterns()
+        return self
+
+    def _check_positions(self) -> None:
         if self.rotary == "2d" and self.head_dim % 4:
             raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4 for rotary: 2d (two axes, two parts each)")
         if self.rotary == "1d" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even for rotary: 1d")
         if self.rotary == "none" and not self.learned_positions:
             raise ValueError("rotary: none needs learned_positions: true, or the model cannot tell positions apart")
+
+    def _check_patterns(self) -> None:
+        if not self.attention:
+            raise ValueError("attention names no pattern; 'full' is the plain one")
+        for name in (*self.attention, *filter(None, [self.last_attention])):
+            if name not in PATTERNS:
+                raise ValueError(f"attention: unknown pattern '{name}'{nearest_name(name, PATTERNS)}")
+        if self.convolution_size % 2 == 0:
+            raise ValueError(f"convolution_size {self.convolution_size} must be odd, so that it has a middle")
+
+
+class Seq2SeqConfig(TransformerConfig):
+    """Encoder-decoder transformer (Parti, Yu et al. 2022, https://arxiv.org/abs/2206.10789)."""
+
+    kind: ClassVar[str] = "encoder_decoder"
+
+    encoder_layers: int = Field(4, ge=0, le=512, description="of the text; 0 only with text features")
+    decoder_layers: int = Field(6, ge=1, le=512)
+
+    @model_validator(mode="after")
+    def _check_encoder(self) -> Seq2SeqConfig:
+        if self.encoder_layers == 0 and self.text_feature_width is None:
+            raise ValueError("encoder_layers 0 leaves the caption's words without their neighbours; use 1 or more, "
+                             "or the features of a frozen text encoder")
         return self
 
 
-PRESETS: dict[str, dict] = {
-    "debug": {"width": 64, "heads": 2, "head_dim": 32, "encoder_layers": 1, "decoder_layers": 2},
-    "emoji-demo": {"width": 256, "heads": 4, "head_dim": 64, "encoder_layers": 2, "decoder_layers": 4},
-    "small": {"width": 512, "heads": 8, "head_dim": 64, "encoder_layers": 6, "decoder_layers": 12, "dropout": 0.1},
-}
-"""Sizes by name: everything that does not follow from the tokenizers."""
+class DecoderOnlyConfig(TransformerConfig):
+    """Text and image in one sequence: DALL-E (Ramesh et al. 2021, https://arxiv.org/abs/2102.12092), ruDALL-E, minDALL-E,
+    LlamaGen (Sun et al. 2024, https://arxiv.org/abs/2406.06525)."""
+
+    kind: ClassVar[str] = "decoder_only"
+
+    layers: int = Field(8, ge=1, le=512)
+    predict_text: bool = Field(False, description="the text's ids are predicted too (DALL-E), from a begin slot on")
+    text_padding: Literal["masked", "learned"] = Field("masked", description="masked: nobody sees padding; learned: an "
+                                                       "embedding of its own for padding at each position (DALL-E)")
+    text_positions: Literal["seen", "blind"] = Field("seen", description="seen: text takes part in attention; blind: its "
+                                                     "queries and keys are zero (LlamaGen): the image sees its flat mean")
+    begin_of_image: bool = Field(True, description="a learned slot between text and image; without it (published models) "
+                                 "the text's last slot predicts the first token")
+
+    @model_validator(mode="after")
+    def _check_text(self) -> DecoderOnlyConfig:
+        if self.text_feature_width is not None and (self.predict_text or self.text_padding == "learned"):
+            raise ValueError("predict_text and text_padding: learned need text ids, not the features of a text encoder")
+        if self.layout_grid and not self.begin_of_image:
+            raise ValueError("a layout needs begin_of_image: true")
+        if self.text_positions == "blind" and self.rotary == "none":
+            raise ValueError("text_positions: blind is about rotary attention and needs rotary: 2d or 1d")
+        return self
+
+    @property
+    def decoder_layers(self) -> int:
+        """The same as `layers`, by the name that both families have."""
+        return self.layers

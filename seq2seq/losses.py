@@ -1,13 +1,82 @@
 """Losses of the caption -> image token model."""
 
-# Axes: B batch, N image tokens, K codebook size
+# Axes: B batch, S predicted slots, V classes, N image tokens, T text ids, L layout tokens, K codebook size
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
+
+from seq2seq.image_transformer import TokenLogits
+from tokenloom_common.config import StrictConfig
+
+
+class TokenLossConfig(StrictConfig):
+    """Weights of the parts. Each part is a mean over its own tokens."""
+
+    image_weight: float = Field(1.0, gt=0, description="of the image tokens' cross entropy (DALL-E: 7/8)")
+    text_weight: float = Field(0.0, ge=0, description="of the text ids' cross entropy, for model.predict_text (DALL-E: 1/8)")
+    layout_weight: float = Field(1.0, gt=0, description="of the layout tokens' cross entropy, for models with a layout")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a token's target that is spread over all codes")
+    z_weight: float = Field(0.0, ge=0, description="of the mean of log(sum(exp(logits)))^2: keeps logits small (PaLM: 1e-4)")
+    region_weights: dict[int, float] = Field(default_factory=dict, description="layout class -> weight of image tokens over it "
+                                             "(Make-A-Scene weighs faces); other classes weigh 1")
+
+
+def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross entropy in nats: logits [B, S, V], targets [B, S] int64, weights [B, S] (none = 1) -> scalar float32.
+
+    With label smoothing e the target is 1 - e on the right class plus e / V on every class (Szegedy et al. 2016, section 7,
+    https://arxiv.org/abs/1512.00567). Weights that sum to 0 give 0.
+    """
+    flat, wanted = logits.float().flatten(0, 1), targets.flatten()
+    if weights is None:
+        return F.cross_entropy(flat, wanted, label_smoothing=label_smoothing)
+    each = F.cross_entropy(flat, wanted, label_smoothing=label_smoothing, reduction="none")
+    share = weights.flatten().float()
+    return (each * share).sum() / share.sum().clamp(min=1e-9)
 
 
 def image_token_loss(logits: Tensor, image_tokens: Tensor) -> Tensor:
     """Mean cross entropy in nats over all image tokens: logits [B, N, K], image_tokens [B, N] int64 -> scalar float32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), image_tokens.flatten())
+    return token_loss(logits, image_tokens)
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean of log(Z)^2, Z the softmax's normaliser: logits [B, S, V] -> scalar float32 (Chowdhery et al. 2022, section 5,
+    https://arxiv.org/abs/2204.02311)."""
+    return logits.float().logsumexp(dim=-1).square().mean()
+
+
+def region_token_weights(layout: Tensor, layout_grid: tuple[int, int], grid: tuple[int, int],
+                         weights: dict[int, float]) -> Tensor:
+    """layout [B, L] of classes -> weights [B, N] float32 of image tokens: that of the class under each token's middle."""
+    maps = layout.unflatten(1, layout_grid)  # [B, rows, columns]
+    at = [((torch.arange(count, device=layout.device) + 0.5) * (coarse / count)).long()
+          for count, coarse in zip(grid, layout_grid, strict=True)]
+    classes = maps[:, at[0]][:, :, at[1]].flatten(1)  # [B, N]
+    result = torch.ones_like(classes, dtype=torch.float32)
+    for name, weight in weights.items():
+        result = torch.where(classes == name, weight, result)
+    return result
+
+
+def loss_parts(logits: TokenLogits, config: TokenLossConfig, image_tokens: Tensor, image_weights: Tensor | None = None,
+               layout_tokens: Tensor | None = None, text_targets: Tensor | None = None,
+               text_mask: Tensor | None = None) -> dict[str, tuple[Tensor, float]]:
+    """Each part by name with its weight: "image", and where the model has them "text", "layout", "z".
+
+    text_targets [B, T]: ids to predict; text_mask [B, T] bool: which of them count (none = all).
+    """
+    parts = {"image": (token_loss(logits.image, image_tokens, image_weights, config.label_smoothing), config.image_weight)}
+    if logits.text is not None:
+        assert text_targets is not None, "a model that predicts text needs its ids"
+        parts["text"] = (token_loss(logits.text, text_targets, text_mask), config.text_weight)
+    if logits.layout is not None:
+        assert layout_tokens is not None, "a model with a layout needs its tokens"
+        parts["layout"] = (token_loss(logits.layout, layout_tokens), config.layout_weight)
+    if config.z_weight:
+        parts["z"] = (z_loss(logits.image), config.z_weight)
+    return parts

@@ -1,10 +1,10 @@
-"""Rotary angles for text (one axis) and for the raster of image tokens (two axes).
+"""Rotary angles of slots from their coordinates: one axis for text, two for the grid of image tokens.
 
 Rotary embeddings: Su et al. 2021, https://arxiv.org/abs/2104.09864. Two axes: half of each head turns with the row,
-the other half with the column. Slot i of the decoder predicts token i, so slot i has the position of token i.
+the other half with the column.
 """
 
-# Axes: N image tokens, T text ids, d head width
+# Axes: n slots, a axes (1 or 2), h w grid, d head width
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from torch import Tensor
 ROTARY_BASE = 10_000.0
 
 
-def rotary_angles_1d(length: int, head_dim: int) -> Tensor:
-    """Angles [1, length, head_dim] float32; each angle stands twice, for the two parts of its pair."""
-    frequency = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # [d/2]
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequency[None, :]  # [length, d/2]
-    return angles.repeat_interleave(2, dim=-1)[None]  # [1, length, d]
+def flat_positions(length: int) -> Tensor:
+    """[length, 1] float32: 0, 1, 2, ..."""
+    return torch.arange(length, dtype=torch.float32)[:, None]
 
 
-def rotary_angles_2d(grid: tuple[int, int], head_dim: int) -> Tensor:
-    """Angles [1, h*w, head_dim] float32 in raster order: the first half of a head by row, the second by column."""
-    height, width = grid
-    rows = rotary_angles_1d(height, head_dim // 2)[0]  # [h, d/2]
-    columns = rotary_angles_1d(width, head_dim // 2)[0]  # [w, d/2]
-    rows = rows[:, None, :].expand(height, width, -1)
-    columns = columns[None, :, :].expand(height, width, -1)
-    return torch.cat([rows, columns], dim=-1).reshape(1, height * width, head_dim)
+def grid_positions(grid: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """[h*w, 2] float32 (row, column) in raster order. With a scale, cells of a coarser grid: the middle of what each covers."""
+    rows, columns = (((torch.arange(count, dtype=torch.float32) + 0.5) * factor - 0.5)
+                     for count, factor in zip(grid, scale, strict=True))
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
+
+
+def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
+    """positions [n, a] -> angles [1, n, head_dim] float32: an equal part of each head an axis; each angle stands twice, for
+    the two parts of its pair."""
+    part = head_dim // positions.shape[-1]
+    frequency = ROTARY_BASE ** (-torch.arange(0, part, 2, dtype=torch.float32) / part)  # [part / 2]
+    angles = positions[:, :, None] * frequency  # [n, a, part / 2]
+    return angles.repeat_interleave(2, dim=-1).flatten(1)[None]  # [1, n, d]
 
 
 def apply_rotary(heads: Tensor, angles: Tensor) -> Tensor:

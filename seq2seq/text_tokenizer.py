@@ -8,7 +8,7 @@ import io
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import sentencepiece
 import torch
@@ -38,14 +38,17 @@ class TextTokenizerConfig(StrictConfig):
 
 
 class TextBatch(NamedTuple):
-    """text_ids [B, T] int64 and text_mask [B, T] bool, True = real."""
+    """text_input: ids [B, T] int64 or a frozen encoder's features [B, T, F] float32; text_mask [B, T] bool, True = real."""
 
-    text_ids: Tensor
+    text_input: Tensor
     text_mask: Tensor
 
 
 class TextTokenizer:
     """SentencePiece with a fixed length. Each caption ends in END; the null caption is the one learned id NULL."""
+
+    kind: ClassVar[str] = KIND
+    feature_width: ClassVar[None] = None
 
     def __init__(self, model_proto: bytes, config: TextTokenizerConfig) -> None:
         self.config = config
@@ -110,6 +113,11 @@ class TextTokenizer:
     def pieces(self, text_ids: Sequence[int]) -> list[str]:
         """The piece of each id, for people to read."""
         return [self._pieces.id_to_piece(int(i)) for i in text_ids]
+
+    def words(self, caption: str) -> list[str]:
+        """The piece at each position that is not padding."""
+        batch = self.encode([caption])
+        return self.pieces(batch.text_input[batch.text_mask].tolist())
 
     def _warn_once(self, caption: str, needed: int) -> None:
         if not self._warned:

@@ -110,7 +110,7 @@ def test_caption_dropout_gives_the_null_caption_at_its_rate(shards):
     batch = CollateTokens(tiny.text_tokenizer())([visits[ItemId(0, i)] for i in range(3)])
     assert batch.image_tokens.shape == (3, 4)
     assert batch.image_tokens.dtype == torch.int64
-    assert batch.text.text_ids.shape == (3, tiny.TEXT_LENGTH)
+    assert batch.text.text_input.shape == (3, tiny.TEXT_LENGTH)
 
 
 def test_token_corruption_replaces_its_share_of_the_inputs_and_never_a_target(shards):

@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seq2seq import PRESETS as SEQ2SEQ_PRESETS
-from seq2seq import EncoderDecoder, Seq2SeqConfig
 from tests import tiny
-from tests.tiny import TEXT_LENGTH
 from tokenizer_image import preset
 from tokenloom_common.config import dotted_names
 from tokenloom_common.errors import UserError
@@ -107,25 +104,41 @@ def test_the_name_of_every_option_is_read_in_code(kind):
 
 SHAPE_CHANGES = {"text_vocab_size": 321, "text_length": 13, "codebook_size": 33, "grid": (4, 5), "width": 40, "heads": 4,
                  "head_dim": 20, "kv_heads": 1, "encoder_layers": 3, "decoder_layers": 3, "feedforward": "gelu",
-                 "feedforward_multiplier": 2.0, "norm": "layernorm", "qk_norm": False, "learned_positions": False}
+                 "feedforward_multiplier": 2.0, "norm": "layernorm", "qk_norm": False, "learned_positions": False, "layers": 2,
+                 "norm_placement": "sandwich", "embedding_norm": True, "attention_bias": True, "feedforward_bias": False,
+                 "image_positions": "flat", "predict_text": True, "text_padding": "learned", "begin_of_image": False}
+SHAPE_CHANGES_TOGETHER = {"text_feature_width": {"text_vocab_size": None, "text_feature_width": 6},
+                          **{name: {"layout_kind": "colors", "layout_classes": 27, "layout_grid": (2, 2)}
+                             for name in ("layout_kind", "layout_classes", "layout_grid")}}
+OUTPUT_CHANGES = {"rotary": "1d", "dropout": 0.5, "attention": ("row",), "last_attention": "column", "text_positions": "blind"}
+FIELDS = [(family, field) for family in (tiny.seq2seq, tiny.decoder_only) for field in family().config_class.model_fields]
 
 
-@pytest.mark.parametrize("field", Seq2SeqConfig.model_fields)
-def test_every_field_of_the_transformer_changes_it(field):
-    base = tiny.seq2seq()
+@pytest.mark.parametrize(("family", "field"), FIELDS)
+def test_every_field_of_the_transformer_changes_it(family, field):
+    base = family()
     if field == "tokenizer_fingerprint":  # changes what it may be paired with: test_pipeline
         return
-    if field in SHAPE_CHANGES:
-        changed = tiny.seq2seq(**{field: SHAPE_CHANGES[field]})
+    if field == "text_projection":
+        shared = SHAPE_CHANGES_TOGETHER["text_feature_width"]
+        shapes = [len(family(**shared, text_projection=kind).state_dict()) for kind in ("linear", "mlp")]
+        assert shapes[0] != shapes[1]
+        return
+    if field in SHAPE_CHANGES or field in SHAPE_CHANGES_TOGETHER:
+        changed = family(**SHAPE_CHANGES_TOGETHER.get(field, {field: SHAPE_CHANGES.get(field)}))
         shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (base, changed)]
         assert shapes[0] != shapes[1]
         return
-    changed = tiny.seq2seq(**{field: {"rotary": "1d", "dropout": 0.5}[field]})
+    if field == "convolution_size":
+        base = family(attention=("convolution",), convolution_size=3)
+        changed = family(attention=("convolution",), convolution_size=5)
+    else:
+        changed = family(**{field: OUTPUT_CHANGES[field]})
     changed.load_state_dict(base.state_dict())
     text = tiny.text_tokenizer().encode(["a red heart"])
     tokens = torch.arange(16)[None]
     with torch.no_grad():
-        assert not torch.allclose(base.train()(*text, tokens), changed.train()(*text, tokens), atol=1e-4)
+        assert not torch.allclose(base.train()(*text, tokens).image, changed.train()(*text, tokens).image, atol=1e-4)
 
 
 def test_there_are_recipes():
@@ -162,10 +175,3 @@ def test_every_recipe_parses(recipe, tmp_path):
     assert config.train.batch_size % 2 == 0
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [("debug", 282_492), ("emoji-demo", 6_184_184), ("small", 70_112_756)])
-def test_preset_sizes(preset, parameters):
-    config = Seq2SeqConfig(text_vocab_size=512, text_length=TEXT_LENGTH, codebook_size=512, grid=(8, 8),
-                           **SEQ2SEQ_PRESETS[preset])
-    with torch.device("meta"):
-        model = EncoderDecoder(config)
-    assert sum(p.numel() for p in model.parameters()) == parameters

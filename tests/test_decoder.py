@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from inference.decoder import CachedDecoder
-from inference.generate import decode_steps, generate_tokens
+from inference.generate import Request
+from inference.generate import generate_tokens as generate_request
 from inference.sampling import SamplingParams, guide
-from seq2seq import TextBatch
+from seq2seq import DecoderOnly, TextBatch, load_transformer
 from tests import tiny
 
-SHAPES = {
+ENCODER_DECODERS = {
     "default": {},
     "grouped-query": {"kv_heads": 1},
     "rotary-1d": {"rotary": "1d"},
@@ -20,7 +21,44 @@ SHAPES = {
     "gelu-layernorm": {"feedforward": "gelu", "norm": "layernorm", "qk_norm": False, "feedforward_multiplier": 4.0},
     "one-head": {"heads": 1, "head_dim": 32},
     "wide-grid": {"grid": (2, 5)},
+    "convolution": {"attention": ("convolution",), "convolution_size": 3},
+    "normformer": {"norm_placement": "normformer", "norm": "layernorm", "embedding_norm": True, "image_positions": "flat",
+                   "rotary": "none", "feedforward": "geglu", "feedforward_bias": False},
+    "layout": {"layout_kind": "classes", "layout_classes": 5, "layout_grid": (2, 3)},
+    "features": {"text_vocab_size": None, "text_feature_width": 6, "encoder_layers": 0},
 }
+DECODERS_ONLY = {
+    "default": {},
+    "dalle": {"predict_text": True, "text_padding": "learned", "begin_of_image": False, "rotary": "none",
+              "attention": ("row", "column", "row"), "last_attention": "convolution", "convolution_size": 3},
+    "dalle-masked": {"predict_text": True, "begin_of_image": False, "rotary": "none", "attention_bias": True},
+    "llamagen": {"text_positions": "blind", "begin_of_image": False, "learned_positions": False, "qk_norm": False,
+                 "feedforward_bias": False, "text_projection": "mlp", "text_vocab_size": None, "text_feature_width": 6},
+    "sandwich": {"norm_placement": "sandwich", "norm": "layernorm", "rotary": "1d"},
+    "grouped-query-column": {"kv_heads": 1, "attention": ("column",), "grid": (3, 5)},
+    "layout": {"layout_kind": "classes", "layout_classes": 5, "layout_grid": (2, 3), "attention": ("row", "full")},
+    "one-slot": {"text_vocab_size": 7, "text_length": 1},
+}
+SHAPES = {f"{name} {shape}": (family, changes) for name, family, shapes in (
+    ("encoder-decoder", tiny.seq2seq, ENCODER_DECODERS), ("decoder-only", tiny.decoder_only, DECODERS_ONLY))
+    for shape, changes in shapes.items()}
+
+
+def build(shape: str):
+    """The model, four captions' input and mask of different lengths, and layouts (None where it has none)."""
+    family, changes = SHAPES[shape]
+    model = family(**changes)
+    config = model.config
+    generator = torch.Generator().manual_seed(1)
+    real = torch.tensor([config.text_length, max(1, config.text_length // 2), 1, min(2, config.text_length)])
+    mask = torch.arange(config.text_length) < real[:, None]
+    if config.text_feature_width:
+        given = torch.randn(4, config.text_length, config.text_feature_width, generator=generator)
+    else:
+        given = torch.randint(4, config.text_vocab_size, (4, config.text_length), generator=generator)
+    layout = (torch.randint(0, config.layout_classes, (4, config.layout_tokens), generator=generator)
+              if config.layout_grid else None)
+    return model, TextBatch(given, mask), layout
 
 
 @pytest.fixture(scope="module")
@@ -29,39 +67,115 @@ def text():
     return tiny.text_tokenizer().encode(["a red heart", "a large blue apple tree", "", "octopus"])
 
 
+def generate_tokens(decoder, captions, null, images, params, seeds):
+    return generate_request(decoder, Request(captions, null, images, params, seeds))[0]
+
+
 def tokens(model, rows: int, seed: int = 0) -> torch.Tensor:
     config = model.config
     return torch.randint(0, config.codebook_size, (rows, config.num_tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def caption(text: TextBatch, rows: slice) -> TextBatch:
-    return TextBatch(text.text_ids[rows], text.text_mask[rows])
+    return TextBatch(text.text_input[rows], text.text_mask[rows])
 
 
-def cached_logits(model, text, image_tokens, images: int = 1) -> torch.Tensor:
+def cached_logits(model, text, image_tokens, images: int = 1, layout=None) -> torch.Tensor:
     decoder = CachedDecoder(model)
     groups = [decoder.prefill(text, images)]
-    cache = decoder.new_cache(len(image_tokens))
+    cache = decoder.new_cache(groups)
+    if layout is not None:
+        decoder.decode_layout(layout, 0, groups, cache)
     steps = [decoder.decode_one(None if i == 0 else image_tokens[:, i - 1], i, groups, cache)
              for i in range(model.config.num_tokens)]
     return torch.stack(steps, dim=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cached_logits_equal_uncached_at_every_step(shape, text):
-    model = tiny.seq2seq(**SHAPES[shape])
+def test_cached_logits_equal_uncached_at_every_step(shape):
+    model, text, layout = build(shape)
     image_tokens = tokens(model, 4)
     with torch.no_grad():
-        expected = model(*text, image_tokens)
-    assert (cached_logits(model, text, image_tokens) - expected).abs().max() < 1e-4
+        expected = model(*text, image_tokens, layout).image
+    assert expected.shape == (4, model.config.num_tokens, model.config.codebook_size)
+    assert (cached_logits(model, text, image_tokens, layout=layout) - expected).abs().max() < 1e-4
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("shape", [name for name in SHAPES if "layout" in name])
+def test_layout_logits_one_at_a_time_equal_all_at_once(shape):
+    model, text, layout = build(shape)
+    with torch.no_grad():
+        expected = model(*text, tokens(model, 4), layout).layout
+    decoder = CachedDecoder(model)
+    groups = [decoder.prefill(text, 1)]
+    cache = decoder.new_cache(groups)
+    logits = decoder.decode_layout(layout[:, :0], 0, groups, cache)
+    for position in range(model.config.layout_tokens):
+        assert (logits - expected[:, position]).abs().max() < 1e-4
+        logits = decoder.decode_layout(layout[:, position: position + 1], position, groups, cache)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_parameter_gets_a_gradient(shape):
+    model, text, layout = build(shape)
+    out = model.train()(*text, tokens(model, 4), layout)
+    sum(part.square().mean() for part in out if part is not None).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_saved_and_loaded_models_give_equal_logits(shape, tmp_path):
+    model, text, layout = build(shape)
+    model.save_pretrained(tmp_path / "m")
+    loaded = load_transformer(tmp_path / "m")
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        ours, theirs = (each(*text, tokens(model, 4), layout) for each in (model, loaded))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_padding_of_captions_changes_nothing_in_any_family(shape):
+    model, text, layout = build(shape)
+    mask = text.text_mask if text.text_input.ndim == 2 else text.text_mask[..., None]
+    scrambled = TextBatch(torch.where(mask, text.text_input, torch.full_like(text.text_input, 3)), text.text_mask)
+    image_tokens = tokens(model, 4)
+    with torch.no_grad():
+        ours, theirs = (model(*each, image_tokens, layout).image for each in (text, scrambled))
+    slow = slice(1, None) if isinstance(model, DecoderOnly) and not model.begin_of_image_slot else slice(None)
+    # without a begin slot the text's last slot, padding or not, predicts token 0 and holds what stands there
+    assert torch.equal(ours[:, slow], theirs[:, slow])
+    assert model.config.text_length == 1 or not torch.equal(text.text_input, scrambled.text_input)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_images_of_a_caption_and_guidance_in_one_batch_equal_separate_calls(shape):
+    model, text, layout = build(shape)
+    two, null = caption(text, slice(0, 2)), caption(text, slice(2, 3))
+    image_tokens = tokens(model, 6)
+    twice = None if layout is None else layout[:1].expand(12, -1)
+    decoder = CachedDecoder(model)
+    groups = [decoder.prefill(two, 3), decoder.prefill(null, 6)]
+    cache = decoder.new_cache(groups)
+    if layout is not None:
+        decoder.decode_layout(twice, 0, groups, cache)
+    with torch.no_grad():
+        expected = [model(*TextBatch(*(part.repeat_interleave(count, dim=0) for part in each)), image_tokens,
+                          None if layout is None else twice[:6]).image for each, count in ((two, 3), (null, 6))]
+    for position in range(model.config.num_tokens):
+        previous = None if position == 0 else image_tokens[:, position - 1].repeat(2)
+        both = decoder.decode_one(previous, position, groups, cache)
+        assert (both - torch.cat([part[:, position] for part in expected])).abs().max() < 1e-4
 
 
 def test_padding_of_captions_changes_nothing(text):
     model = tiny.seq2seq()
     image_tokens = tokens(model, 4)
-    scrambled = TextBatch(torch.where(text.text_mask, text.text_ids, 17), text.text_mask)
+    scrambled = TextBatch(torch.where(text.text_mask, text.text_input, 17), text.text_mask)
     assert torch.equal(cached_logits(model, text, image_tokens), cached_logits(model, scrambled, image_tokens))
-    assert not torch.equal(text.text_ids, scrambled.text_ids)
+    assert not torch.equal(text.text_input, scrambled.text_input)
 
 
 def test_batch_of_four_equals_four_singles(text):
@@ -89,7 +203,7 @@ def test_guidance_in_one_batch_equals_two_calls(text):
     image_tokens = tokens(model, 4)
     decoder = CachedDecoder(model)
     groups = [decoder.prefill(captions, 2), decoder.prefill(null, 4)]
-    cache = decoder.new_cache(8)
+    cache = decoder.new_cache(groups)
     with torch.no_grad():
         conditional = cached_logits(model, captions, image_tokens, images=2)
         unconditional = cached_logits(model, null, image_tokens, images=4)
@@ -129,7 +243,7 @@ def test_greedy_tokens_equal_the_training_graphs(text):
     with torch.no_grad():
         memory = model.encode_text(*captions)
         for _ in range(model.config.num_tokens):
-            step = model.decode(memory, captions.text_mask, so_far)[:, -1]
+            step = model.decode(memory, captions.text_mask, so_far).image[:, -1]
             so_far = torch.cat([so_far, step.argmax(dim=-1, keepdim=True)], dim=1)
     assert torch.equal(drawn, so_far)
 
@@ -149,8 +263,8 @@ def test_tokens_depend_on_the_caption(text):
     model = tiny.seq2seq()
     params = SamplingParams(temperature=0, guidance_scale=1.0)
     null = caption(text, slice(2, 3))
-    drawn = list(decode_steps(CachedDecoder(model), text, null, 1, params, [0] * 4))
-    assert len(set(map(tuple, torch.stack(drawn, dim=1).tolist()))) > 1
+    drawn = generate_tokens(CachedDecoder(model), text, null, 1, params, [0] * 4)
+    assert len(set(map(tuple, drawn.tolist()))) > 1
 
 
 def test_an_impossible_code_cannot_be_sampled(text):

@@ -9,6 +9,7 @@ import torch
 from inference.sampling import (
     SamplingParams,
     filtered_probabilities,
+    guidance_at,
     guide,
     keep_min_p,
     keep_top_k,
@@ -133,3 +134,23 @@ def test_impossible_parameters_are_refused_by_name(field, value):
 def test_an_unknown_parameter_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'temperature'"):
         SamplingParams.parse({"temprature": 1.0}, "sampling options")
+
+
+def test_guidance_schedules_by_hand():
+    constant = SamplingParams(guidance_scale=5.0)
+    linear = SamplingParams(guidance_scale=5.0, guidance_schedule="linear")
+    cosine = SamplingParams(guidance_scale=5.0, guidance_schedule="cosine")
+    powered = SamplingParams(guidance_scale=5.0, guidance_schedule="cosine", guidance_power=2.0)
+    assert [guidance_at(constant, i, 5) for i in range(5)] == [5.0] * 5
+    assert [guidance_at(linear, i, 5) for i in range(5)] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [guidance_at(cosine, i, 5) for i in (0, 2, 4)] == pytest.approx([1.0, 3.0, 5.0])
+    assert guidance_at(cosine, 1, 5) == pytest.approx(1 + 4 * (1 - 2**-0.5) / 2)
+    assert guidance_at(powered, 2, 5) == pytest.approx(1 + 4 * (1 - 2**-0.5) / 2)  # (1/2)^2 = 1/4
+    assert guidance_at(linear, 0, 1) == 5.0
+
+
+def test_a_power_that_nothing_reads_is_refused():
+    with pytest.raises(UserError, match="guidance_power is of the cosine schedule"):
+        SamplingParams(guidance_power=2.0)
+    with pytest.raises(UserError, match="guidance_schedule"):
+        SamplingParams(guidance_schedule="square")

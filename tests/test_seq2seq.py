@@ -9,7 +9,7 @@ from x_transformers.x_transformers import RotaryEmbedding, apply_rotary_pos_emb
 
 from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
 from seq2seq.losses import image_token_loss
-from seq2seq.positions import apply_rotary, rotary_angles_1d, rotary_angles_2d
+from seq2seq.positions import apply_rotary, flat_positions, grid_positions, rotary_angles
 from seq2seq.text_tokenizer import END, NULL, PAD
 from tests import tiny
 from tokenloom_common.errors import MissingFileError, UserError
@@ -27,26 +27,26 @@ def test_our_model_equals_a_plain_xtransformer_with_the_same_weights():
         dec_max_seq_len=config.num_tokens + 1, dec_depth=2,
         **{f"enc_{k}": v for k, v in shared.items()}, **{f"dec_{k}": v for k, v in shared.items()}).eval()
     decoder = theirs.decoder.net
-    theirs.encoder.attn_layers.load_state_dict(ours.encoder.state_dict(), strict=False)
+    theirs.encoder.attn_layers.load_state_dict(ours.text_encoder.layers.state_dict(), strict=False)
     decoder.attn_layers.load_state_dict(ours.decoder.state_dict(), strict=False)
     with torch.no_grad():
-        theirs.encoder.token_emb.emb.weight.copy_(ours.text_embedding.weight)
+        theirs.encoder.token_emb.emb.weight.copy_(ours.text_encoder.text_input.embedding.weight)
         decoder.token_emb.emb.weight.copy_(torch.cat([ours.image_embedding.weight, ours.begin_of_image[None]]))
         decoder.to_logits.weight.copy_(torch.cat([ours.to_logits.weight, torch.zeros(1, 32)]))
     text = tiny.text_tokenizer().encode(["a red heart", "octopus"])
     image_tokens = torch.randint(0, size, (2, config.num_tokens))
     begin = torch.full((2, 1), size)
     with torch.no_grad():
-        memory = theirs.encoder(text.text_ids, mask=text.text_mask, return_embeddings=True)
+        memory = theirs.encoder(text.text_input, mask=text.text_mask, return_embeddings=True)
         expected = decoder(torch.cat([begin, image_tokens[:, :-1]], dim=1), context=memory, context_mask=text.text_mask)
-        assert (ours(*text, image_tokens) - expected[..., :size]).abs().max() < 1e-5
+        assert (ours(*text, image_tokens).image - expected[..., :size]).abs().max() < 1e-5
 
 
 def test_every_parameter_gets_a_gradient():
     model = tiny.seq2seq().train()
     text = tiny.text_tokenizer().encode(["a red heart", ""])
     image_tokens = torch.randint(0, 32, (2, 16))
-    image_token_loss(model(*text, image_tokens), image_tokens).backward()
+    image_token_loss(model(*text, image_tokens).image, image_tokens).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
 
@@ -58,7 +58,7 @@ def test_a_token_depends_only_on_the_tokens_before_it():
     changed = image_tokens.clone()
     changed[0, 6] = (changed[0, 6] + 1) % 32
     with torch.no_grad():
-        difference = (model(*text, image_tokens) - model(*text, changed)).abs().amax(dim=-1)[0]
+        difference = (model(*text, image_tokens).image - model(*text, changed).image).abs().amax(dim=-1)[0]
     assert difference[:7].max() < 1e-6
     assert difference[7] > 1e-4
 
@@ -66,11 +66,11 @@ def test_a_token_depends_only_on_the_tokens_before_it():
 def test_one_dimensional_rotary_equals_x_transformers():
     heads = torch.randn(2, 3, 7, 16)
     theirs = apply_rotary_pos_emb(heads, RotaryEmbedding(16)(torch.arange(7))[0])
-    assert torch.allclose(apply_rotary(heads, rotary_angles_1d(7, 16)), theirs, atol=1e-6)
+    assert torch.allclose(apply_rotary(heads, rotary_angles(flat_positions(7), 16)), theirs, atol=1e-6)
 
 
 def test_two_dimensional_rotary_depends_on_row_and_column_distance_only():
-    angles = rotary_angles_2d((4, 5), 16)
+    angles = rotary_angles(grid_positions((4, 5)), 16)
     query, key = torch.randn(16), torch.randn(16)
 
     def score(a: tuple[int, int], b: tuple[int, int]) -> float:
@@ -95,8 +95,8 @@ def test_a_bfloat16_model_runs_and_stays_near_the_float32_one(changes):
     text = tiny.text_tokenizer().encode(["a red heart", ""])
     image_tokens = torch.randint(0, 32, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        exact = model(*text, image_tokens)
-        rounded = model.bfloat16()(*text, image_tokens)
+        exact = model(*text, image_tokens).image
+        rounded = model.bfloat16()(*text, image_tokens).image
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
@@ -115,7 +115,7 @@ def test_saving_and_loading_gives_equal_logits(tmp_path):
     text = tiny.text_tokenizer().encode(["a red heart"])
     image_tokens = torch.randint(0, 32, (1, 16))
     with torch.no_grad():
-        assert torch.equal(model(*text, image_tokens), loaded(*text, image_tokens))
+        assert torch.equal(model(*text, image_tokens).image, loaded(*text, image_tokens).image)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -132,7 +132,7 @@ def test_wrong_lengths_are_refused():
     model = tiny.seq2seq()
     text = tiny.text_tokenizer().encode(["a"])
     with pytest.raises(ValueError, match="columns"):
-        model.encode_text(text.text_ids[:, :3], text.text_mask[:, :3])
+        model.encode_text(text.text_input[:, :3], text.text_mask[:, :3])
     with pytest.raises(ValueError, match="no slot"):
         model.decode(model.encode_text(*text), text.text_mask, torch.zeros(1, 16, dtype=torch.int64))
 
@@ -142,12 +142,12 @@ def test_text_tokenizer_round_trip_and_null_caption(tmp_path):
     tokenizer.save_pretrained(tmp_path / "t")
     loaded = TextTokenizer.from_pretrained(tmp_path / "t")
     batch = loaded.encode(["A RED heart", "a red heart", "", "🐙 ünïcode 漢字"])
-    assert torch.equal(batch.text_ids[0], batch.text_ids[1])  # case is folded
-    assert batch.text_ids[2, :3].tolist() == [NULL, END, PAD]
-    assert torch.equal(loaded.null_caption().text_ids[0], batch.text_ids[2])
-    assert torch.equal(batch.text_mask, batch.text_ids != PAD)
-    assert not (batch.text_ids[3] == 1).any()  # byte fallback: nothing is unknown
-    assert torch.equal(tokenizer.encode(["a red heart"]).text_ids, loaded.encode(["a red heart"]).text_ids)
+    assert torch.equal(batch.text_input[0], batch.text_input[1])  # case is folded
+    assert batch.text_input[2, :3].tolist() == [NULL, END, PAD]
+    assert torch.equal(loaded.null_caption().text_input[0], batch.text_input[2])
+    assert torch.equal(batch.text_mask, batch.text_input != PAD)
+    assert not (batch.text_input[3] == 1).any()  # byte fallback: nothing is unknown
+    assert torch.equal(tokenizer.encode(["a red heart"]).text_input, loaded.encode(["a red heart"]).text_input)
 
 
 def test_a_long_caption_is_cut_with_one_warning_and_keeps_its_end(caplog):
@@ -155,13 +155,13 @@ def test_a_long_caption_is_cut_with_one_warning_and_keeps_its_end(caplog):
     with caplog.at_level("WARNING"):
         batch = tokenizer.encode(["heart " * 50, "circle " * 2000])
         tokenizer.encode(["square " * 50])
-    assert (batch.text_ids[:, -1] == END).all()
+    assert (batch.text_input[:, -1] == END).all()
     assert len(caplog.records) == 1
     assert "text_length 12" in caplog.text
 
 
 def test_the_null_symbol_cannot_be_typed():
-    assert NULL not in tiny.text_tokenizer().encode(["<null> heart </s> <pad>"]).text_ids
+    assert NULL not in tiny.text_tokenizer().encode(["<null> heart </s> <pad>"]).text_input
 
 
 def test_damaged_text_tokenizers_are_named(tmp_path):

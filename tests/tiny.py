@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from inference import SamplingParams, save_model_folder
-from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
+from seq2seq import DecoderOnly, DecoderOnlyConfig, EncoderDecoder, ImageTransformer, Seq2SeqConfig, TextTokenizer
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.fingerprint import code_fingerprint
 
@@ -37,11 +37,22 @@ def seq2seq(seed: int = 0, **changes) -> EncoderDecoder:
     torch.manual_seed(seed)
     values = {"text_vocab_size": 320, "text_length": TEXT_LENGTH, "codebook_size": 32, "grid": (4, 4), "width": 32,
               "heads": 2, "head_dim": 16, "encoder_layers": 2, "decoder_layers": 2, **changes}
-    model = EncoderDecoder(Seq2SeqConfig(**values)).eval()
+    return _shaken(EncoderDecoder(Seq2SeqConfig(**values)))
+
+
+def decoder_only(seed: int = 0, **changes) -> DecoderOnly:
+    """Three layers, width 32, text and image in one sequence."""
+    torch.manual_seed(seed)
+    values = {"text_vocab_size": 320, "text_length": TEXT_LENGTH, "codebook_size": 32, "grid": (4, 4), "width": 32,
+              "heads": 2, "head_dim": 16, "layers": 3, **changes}
+    return _shaken(DecoderOnly(DecoderOnlyConfig(**values)))
+
+
+def _shaken(model: ImageTransformer) -> ImageTransformer:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return model.eval()
 
 
 def model_folder(folder: Path) -> Path:
@@ -49,3 +60,19 @@ def model_folder(folder: Path) -> Path:
     tokenizer, text = vqgan(), text_tokenizer()
     model = seq2seq(text_vocab_size=text.vocab_size, tokenizer_fingerprint=code_fingerprint(tokenizer))
     return save_model_folder(folder, tokenizer, model, text, SamplingParams(top_k=8, guidance_scale=2.0), "# tiny\n")
+
+
+def bert_folder(folder: Path, seed: int = 0) -> Path:
+    """A text encoder as `transformers` saves one: BERT with two layers of width 16 and a vocabulary of words."""
+    import transformers
+
+    words = sorted({word for caption in CAPTIONS for word in caption.split()} | {"large", "blue"})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=32, max_position_embeddings=64)
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder

@@ -132,7 +132,10 @@ def check_tensors(expected: dict[str, tuple], found: dict[str, tuple], folder: P
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
 
 
-def resolve_folder(name: str | Path, revision: str | None = None) -> Path:
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.md")
+
+
+def resolve_folder(name: str | Path, revision: str | None = None, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
     """A local folder as it is, or the local snapshot of a hub id `owner/name`."""
     if not str(name):
         raise UserError("the model's folder is an empty name")
@@ -147,8 +150,7 @@ def resolve_folder(name: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), revision=revision,
-                                      allow_patterns=["*.json", "*.safetensors", "*.model", "*.md"]))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise MissingFileError(f"{name}: no such folder, and no hub model of that name can be fetched "
                                f"({type(error).__name__}); give the folder that training wrote as RUN/model") from None

@@ -26,6 +26,7 @@ from tokenloom_common.progress import progress
 from training.config import EncodeRunConfig
 from training.config_loading import load_config
 from training.data.drops import DropCounter, in_words
+from training.data.layouts import Layouts
 from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages, list_splits, open_dataset
 from training.data.token_shards import INDEX_NAME, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
 from training.engine import processes
@@ -42,6 +43,7 @@ class DatasetEncoder:
         self.config, self.group = config, group
         self.tokenizer = load_tokenizer(config.image_tokenizer, group.device)
         self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
+        self.layouts = Layouts(config.layout) if config.layout.kind != "none" else None
 
     def run(self) -> None:
         """Encode every split into `out`, which appears whole at the end."""
@@ -86,12 +88,16 @@ class DatasetEncoder:
         captions: list[list[str]] = []
         keys: list[str] = []
         tokens: list[numpy.ndarray] = []
+        layouts: list[numpy.ndarray] = []
         for start in range(rows.start, rows.stop, self.config.batch_size):
             pixels = []
             for row in range(start, min(start + self.config.batch_size, rows.stop)):
                 try:
                     item = source[row]
-                    pixels.append(image_to_pixels(item.image, self.tokenizer.config.resolution))
+                    square = image_to_pixels(item.image, self.tokenizer.config.resolution)
+                    if self.layouts is not None:
+                        layouts.append(self.layouts.of(source, row, square))
+                    pixels.append(square)
                 except BAD_ITEM_ERRORS as error:
                     self.drops.record(error.reason, source.key(row))
                     continue
@@ -102,7 +108,7 @@ class DatasetEncoder:
                 tokens.append(self._encode(pixels))
             bar.update(len(pixels))
         if tokens:
-            write_shard(path, captions, numpy.concatenate(tokens), keys)
+            write_shard(path, captions, numpy.concatenate(tokens), keys, numpy.stack(layouts) if layouts else None)
 
     def _encode(self, pixels: list[numpy.ndarray]) -> numpy.ndarray:
         image = pixels_to_float(torch.from_numpy(numpy.stack(pixels))).to(self.group.device)
@@ -115,7 +121,7 @@ class DatasetEncoder:
             raise DataError(f"{self.config.data.path}: not one picture could be encoded ({in_words(reasons)})")
         write_index(aside, TokenIndex(
             tokenizer_fingerprint=code_fingerprint(self.tokenizer), codebook_size=self.tokenizer.codebook_size,
-            grid=self.tokenizer.grid, splits=splits, dropped=dict(reasons)))
+            grid=self.tokenizer.grid, layout=self.layouts and self.layouts.index(), splits=splits, dropped=dict(reasons)))
         publish_folder(aside, out)
         if reasons:
             log.warning("passed over %d unusable pictures (%s)", reasons.total(), in_words(reasons))

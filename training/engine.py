@@ -12,7 +12,7 @@ import math
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,12 @@ class Engine:
         self._stage = config.deepspeed.zero_stage
         module = module.to(group.device)
         frozen = [(parameter, parameter.data) for parameter in module.parameters() if not parameter.requires_grad]
-        self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer,
-            config=deepspeed_json(config, group.world_size, precision, sum(p.numel() for p in module.parameters()), self.optim))
+        parameters = sum(p.numel() for p in module.parameters())
+        # At stage 0 in bfloat16 DeepSpeed takes a step with gradients of 0, which would count, and decay the weights.
+        with _without_steps(optimizer) if self._stage == 0 else nullcontext():
+            self._engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer,
+                config=deepspeed_json(config, group.world_size, precision, parameters, self.optim))
         for parameter, as_it_was in frozen:  # DeepSpeed rounds them to bfloat16 too, though they have no float32 copy anywhere
             parameter.data = as_it_was
 
@@ -202,18 +205,9 @@ class Engine:
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         return math.nan if self.group.any(not math.isfinite(norm)) else norm
 
-    @contextmanager
-    def _nothing_applied(self) -> Iterator[None]:
+    def _nothing_applied(self) -> AbstractContextManager:
         """DeepSpeed's step with its bookkeeping, but without the optimizer's. The other modes skip by themselves."""
-        if self.precision != "float32":
-            yield
-            return
-        apply = self.optimizer.step
-        self.optimizer.step = lambda *_, **__: None
-        try:
-            yield
-        finally:
-            self.optimizer.step = apply
+        return _without_steps(self.optimizer) if self.precision == "float32" else nullcontext()
 
     def take_over(self, parameters: Iterable[nn.Parameter]) -> None:
         """Copy parameters that were changed in place into the optimizer's own copies, which would undo the change."""
@@ -263,6 +257,16 @@ class Engine:
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=self._tag)
         if self.group.any(loaded is None):
             raise RunFailedError(f"{folder}: DeepSpeed could not read its part of the checkpoint")
+
+
+@contextmanager
+def _without_steps(optimizer: Any) -> Iterator[None]:
+    apply = optimizer.step
+    optimizer.step = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        optimizer.step = apply
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from seq2seq import Seq2SeqConfig
+from seq2seq import Seq2SeqConfig, TransformerConfig
 from training.config import Seq2SeqRunConfig
 
 
-def model_card(run: Seq2SeqRunConfig, model: Seq2SeqConfig, rows: int, held_out_loss: float | None) -> str:
+def model_card(run: Seq2SeqRunConfig, model: TransformerConfig, rows: int, held_out_loss: float | None) -> str:
     """A model card in the Hub's form. Figures that were not measured are said to be so."""
     loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats a token on `{run.data.validation_split}`"
+    if isinstance(model, Seq2SeqConfig):
+        family, layers = "An encoder-decoder transformer", f"{model.encoder_layers} + {model.decoder_layers}"
+    else:
+        family, layers = "A decoder-only transformer", f"{len(model.patterns(getattr(model, 'layers', 0)))}"
     return f"""---
 library_name: tokenloom
 pipeline_tag: text-to-image
@@ -16,14 +20,14 @@ pipeline_tag: text-to-image
 
 # Text-to-image model
 
-An encoder-decoder transformer over the codes of a VQGAN, trained with Tokenloom.
+{family} over the codes of an image tokenizer, trained with Tokenloom.
 
 | | |
 |---|---|
 | training pictures | {rows:,} (`{run.data.path}`, split `{run.data.split}`) |
 | steps x batch | {run.train.steps:,} x {run.train.batch_size} |
 | code grid, codebook | {model.grid[0]} x {model.grid[1]}, {model.codebook_size} |
-| transformer | {model.encoder_layers} + {model.decoder_layers} layers, width {model.width} |
+| transformer | {layers} layers, width {model.width} |
 | held-out loss | {loss} |
 
 ```python

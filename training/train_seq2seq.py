@@ -12,36 +12,40 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inference import LoadedModel, SamplingParams, TextToImage, save_model_folder
-from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer, TextTokenizerConfig
-from seq2seq.losses import image_token_loss
+from seq2seq import KINDS, ClassLabels, DecoderOnly, FrozenTextEncoder, ImageTransformer, TextSource, TransformerConfig
+from seq2seq.losses import loss_parts, region_token_weights
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.images import image_grid
-from tokenloom_common.errors import run_command
+from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.config import Seq2SeqRunConfig
 from training.config_loading import load_config
-from training.data.batches import ItemId, MicroBatches, batch_loader
+from training.data.batches import MicroBatches, batch_loader
 from training.data.token_shards import TokenShards, check_same_tokenizer
-from training.data.training_sets import CollateTokens, TokenBatch, TokenVisits
+from training.data.training_sets import Captions, CollateTokens, TokenBatch, TokenVisits
 from training.engine import Engine, deepspeed_json, processes, resolve_precision
+from training.evaluation.pictures import plot_positions
 from training.log import setup_console
 from training.loop import Task, run_training
 from training.model_card import model_card
 from training.optim import build_optimizer
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
+from training.text_input import cached, choose_text_source
+from training.token_validation import validation_loss
+from training.weight_average import weight_average
 
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
 
 SAMPLE_PICTURES = 8
-DEFAULT_VOCAB_SIZE = 2048
-DEFAULT_TEXT_LENGTH = 32
+TEXT_FOLDER = "text_tokenizer"
 
 
 class Seq2SeqTraining:
@@ -58,50 +62,73 @@ class Seq2SeqTraining:
         self.fingerprint = code_fingerprint(self.image_tokenizer)
         check_same_tokenizer(self.shards.index, config.data.path, self.image_tokenizer.codebook_size,
                              self.image_tokenizer.grid, self.fingerprint, config.image_tokenizer)
-        self.text_tokenizer = TextTokenizer(*group.first_does(self._text_tokenizer))
+        together = group.first_then_others if config.text.kind == FrozenTextEncoder.kind else group.first_does
+        self.text_source: TextSource = together(self._text_source)
         model_config = self._model_config()
-        self.run_state = RunState(config, group, {"model": model_config.plain(), "data rows": len(self.shards)})
+        check_losses(config, model_config)
+        self.run_state = RunState(config, group, self._facts(model_config))
         self.run_state.prepare()
-        group.first_does(self._keep_text_tokenizer)
-        self.visits = TokenVisits(self.shards, config.seed, config.caption_dropout, config.token_corruption)
-        self.collate = CollateTokens(self.text_tokenizer)
+        group.first_does(self._keep_text_source)
+        class_names = config.text.kind == ClassLabels.kind
+        self.visits = TokenVisits(self.shards, config.seed, config.caption_dropout, config.token_corruption, class_names,
+                                  config.use_layout)
+        self.collate = CollateTokens(self._captions())
         seed_everything(config.seed, 0)  # the same weights on every process
-        self.model = EncoderDecoder(model_config)
+        self.model = KINDS[config.model.kind](model_config)
+        self.average = (weight_average(self.model, config.train.weight_ema, group.device)
+                        if config.train.weight_ema and group.is_first else None)
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), config, group, precision)
         seed_everything(config.seed, group.rank)
 
-    def _text_tokenizer(self) -> tuple[bytes, TextTokenizerConfig]:
-        tokenizer = self._choose_text_tokenizer()
-        return tokenizer.model_proto, tokenizer.config
+    def _facts(self, model: TransformerConfig) -> dict[str, Any]:
+        """What a checkpoint must share with the run that continues it."""
+        facts: dict[str, Any] = {"model": {"kind": model.kind, **model.plain()}, "data rows": len(self.shards)}
+        if self.config.train.weight_ema:
+            facts["weight_ema"] = True
+        return facts
 
-    def _choose_text_tokenizer(self) -> TextTokenizer:
-        """The one that is named; or the one of the run that is continued; or one trained on the captions."""
-        text, run = self.config.text, Path(self.config.run_dir)
-        if text.tokenizer:
-            return TextTokenizer.from_pretrained(text.tokenizer)
-        if self.config.checkpoint.resume != "never" and (run / "text_tokenizer").is_dir() and (run / "latest.json").is_file():
-            kept = TextTokenizer.from_pretrained(run / "text_tokenizer")
-            if kept.config.text_length == (text.text_length or DEFAULT_TEXT_LENGTH):
-                return kept  # else the model's config differs too, and resuming is refused for that
-        return TextTokenizer.train(self.shards.all_captions(), text.vocab_size or DEFAULT_VOCAB_SIZE,
-                                   text.text_length or DEFAULT_TEXT_LENGTH)
+    def _text_source(self) -> TextSource:
+        run = Path(self.config.run_dir)
+        continued = self.config.checkpoint.resume != "never" and (run / "latest.json").is_file()
+        return choose_text_source(self.config.text, self.shards, run / TEXT_FOLDER if continued else None)
 
-    def _keep_text_tokenizer(self) -> None:
-        folder = self.run_state.run_dir / "text_tokenizer"
+    def _keep_text_source(self) -> None:
+        folder = self.run_state.run_dir / TEXT_FOLDER
         if not folder.exists():
-            self.text_tokenizer.save_pretrained(folder)
+            self.text_source.save_pretrained(folder)
 
-    def _model_config(self) -> Seq2SeqConfig:
-        text = self.text_tokenizer.config
-        return Seq2SeqConfig.parse({
-            **self.config.model.resolved(), "text_vocab_size": text.vocab_size, "text_length": text.text_length,
-            "codebook_size": self.image_tokenizer.codebook_size, "grid": self.image_tokenizer.grid,
-            "tokenizer_fingerprint": self.fingerprint}, "model")
+    def _captions(self) -> Captions:
+        """What gives the batches their text: the source itself, or its features from disk."""
+        cache = self.config.text.feature_cache
+        if not isinstance(self.text_source, FrozenTextEncoder) or cache is None:
+            return self.text_source
+        source = self.text_source
+        wanted = [*self.shards.all_captions(), *(self.held_out.all_captions() if self.held_out else [])]
+        self.group.first_does(lambda: cached(source, Path(cache), wanted, may_write=True) and None)
+        return cached(source, Path(cache), wanted, may_write=False)
+
+    def _model_config(self) -> TransformerConfig:
+        layout = self.shards.index.layout
+        return self.config.model.build({
+            "text_vocab_size": self.text_source.vocab_size, "text_feature_width": self.text_source.feature_width,
+            "text_length": self.text_source.config.text_length, "codebook_size": self.image_tokenizer.codebook_size,
+            "grid": self.image_tokenizer.grid, "tokenizer_fingerprint": self.fingerprint,
+            **({"layout_kind": layout.kind, "layout_classes": layout.classes, "layout_grid": layout.grid}
+               if layout and self.config.use_layout else {})})
 
     def task(self) -> Task:
         """This run as the training loop sees it."""
         return Task("train seq2seq", [self.engine], self.batches, self.train, metrics=dict, sample=self.sample,
-                    problem=lambda: None, state=dict, restore=lambda state: None)
+                    problem=lambda: None, state=self._state, restore=self._restore)
+
+    def _state(self) -> dict[str, Tensor]:
+        if self.average is None:
+            return {}
+        return {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        if self.average is not None:
+            self.average.load_state_dict({name.removeprefix("average."): tensor for name, tensor in state.items()})
 
     def batches(self, first_step: int) -> Iterable[TokenBatch]:
         """This process's micro-batches from `first_step` on."""
@@ -111,26 +138,42 @@ class Seq2SeqTraining:
         return batch_loader(self.visits, order, self.config.data.workers, self.collate)
 
     def train(self, batch: TokenBatch, step: int) -> dict[str, Tensor]:
-        """One micro-batch: gradients, and an optimizer step at the end of a window -> mean cross entropy in nats."""
-        device = self.group.device
+        """One micro-batch: gradients, and an optimizer step at the end of a window -> the loss, and its parts by name."""
+        device, loss = self.group.device, self.config.loss
+        text, mask = (part.to(device) for part in batch.text)
         tokens = batch.image_tokens.to(device)
-        logits = self.engine(batch.text.text_ids.to(device), batch.text.text_mask.to(device), batch.input_tokens.to(device))
-        loss = image_token_loss(logits, tokens)
-        self.engine.backward(loss, step + 1, {"cross entropy": loss.detach()})
+        layout = None if batch.layout is None else batch.layout.to(device)
+        logits = self.engine(text, mask, batch.input_tokens.to(device), *([] if layout is None else [layout]))
+        weights = None
+        if layout is not None and loss.region_weights:
+            weights = region_token_weights(layout, self.model.config.layout_grid, self.model.config.grid, loss.region_weights)
+        targets = None
+        if isinstance(self.model, DecoderOnly) and self.model.config.predict_text:
+            targets = self.model.text_targets(text, mask)
+            mask = mask if self.model.config.text_padding == "masked" else torch.ones_like(mask)
+        parts = loss_parts(logits, loss, tokens, weights, layout, targets, mask)
+        total = torch.stack([term * weight for term, weight in parts.values()]).sum()
+        terms = {name: term.detach() for name, (term, _) in parts.items()}
+        self.engine.backward(total, step + 1, terms)
+        skipped = self.engine.skipped
         self.engine.step(step + 1)
-        return {"loss": loss.detach()}
+        if self.average is not None and self.engine.skipped == skipped and self.engine.window_closed:
+            self.average.update_parameters(self.model)
+        return {"loss": total.detach(), **(terms if len(terms) > 1 or loss.image_weight != 1 else {})}
 
-    def full_model(self) -> EncoderDecoder:
-        """A float32 copy with the whole current weights. All processes must call it."""
+    def full_model(self) -> ImageTransformer:
+        """A float32 copy with the whole current weights, or their average. All processes must call it."""
         state = self.engine.full_state()
-        model = EncoderDecoder(self.model.config)
+        if self.average is not None and int(self.average.n_averaged):
+            state = self.average.module.state_dict()
+        model = type(self.model)(self.model.config)
         model.load_state_dict(state)
         return model.to(self.group.device).eval()
 
-    def pipeline(self, model: EncoderDecoder) -> TextToImage:
+    def pipeline(self, model: ImageTransformer) -> TextToImage:
         """A sampler around the current weights."""
         image_tokenizer = self.image_tokenizer.to(self.group.device)
-        return TextToImage(LoadedModel(image_tokenizer, model, self.text_tokenizer, self.generation(),
+        return TextToImage(LoadedModel(image_tokenizer, model, self.text_source, self.generation(),
                                        self.run_state.run_dir))
 
     def generation(self) -> SamplingParams:
@@ -156,30 +199,28 @@ class Seq2SeqTraining:
             return
         held_out = None
         if self.held_out is not None:
-            held_out = validation_loss(model, self.held_out, self.collate, self.config.seed)
-            write_json_atomic(self.run_state.run_dir / "validation.json",
-                              {"split": self.config.data.validation_split, "loss": held_out, "rows": len(self.held_out)})
-            log.info("held-out loss: %.4f nats a token", held_out)
+            split, run_dir = self.config.data.validation_split or "", self.run_state.run_dir
+            held_out = validation_loss(model, self.held_out, self.collate, self.config.seed,
+                                       first_caption=self.config.text.kind == ClassLabels.kind)
+            write_json_atomic(run_dir / "validation.json", held_out.plain(split, model.config.grid))
+            plot_positions(held_out.by_position, model.config.grid, run_dir / "positions.png")
+            log.info("held-out loss: %.4f nats a token", held_out.loss)
         folder = save_model_folder(self.run_state.run_dir / "model", self.image_tokenizer.cpu(), model.cpu(),
-                                   self.text_tokenizer, self.generation(),
-                                   model_card(self.config, model.config, len(self.shards), held_out))
+                                   self.text_source, self.generation(),
+                                   model_card(self.config, model.config, len(self.shards),
+                                              held_out.loss if held_out else None))
         log.info("model folder: %s", folder)
 
 
-@torch.inference_mode()
-def validation_loss(model: EncoderDecoder, shards: TokenShards, collate: CollateTokens, seed: int,
-                    batch_size: int = 64) -> float:
-    """Mean cross entropy in nats over a split's tokens, each row with one of its captions, none dropped."""
-    visits = TokenVisits(shards, seed, caption_dropout=0.0)
-    device = model.to_logits.weight.device
-    total = 0.0
-    for step in range(-(-len(shards) // batch_size)):
-        rows = range(step * batch_size, min(len(shards), (step + 1) * batch_size))
-        batch = collate([visits[ItemId(0, row)] for row in rows])
-        tokens = batch.image_tokens.to(device)
-        logits = model(batch.text.text_ids.to(device), batch.text.text_mask.to(device), tokens)
-        total += float(image_token_loss(logits, tokens)) * len(rows)
-    return total / len(shards)
+def check_losses(config: Seq2SeqRunConfig, model: TransformerConfig) -> None:
+    """UserError for a weight of something that the model does not have."""
+    if model.layout_grid is None and config.loss.region_weights:
+        raise UserError("loss.region_weights weigh image tokens by their layout, and this run has none: the token shards need "
+                        "a layout (encode_dataset's layout.kind) and use_layout true")
+    classes = model.layout_classes or 0
+    wrong = [name for name in config.loss.region_weights if not 0 <= name < classes]
+    if wrong:
+        raise UserError(f"loss.region_weights names layout class {wrong[0]}; the layout has 0 to {classes - 1}")
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -39,6 +39,7 @@ from training.optim import build_optimizer
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.tokenizer_start import start_from
+from training.weight_average import weight_average
 
 log = logging.getLogger("training.train_tokenizer")  # under a launcher __name__ is "__main__"
 
@@ -116,12 +117,7 @@ class TokenizerTraining:
         """A float32 copy that follows the weights slowly, on the first process, which samples and exports."""
         if not self.config.train.weight_ema or not self.group.is_first:
             return None
-        rest = 1 - self.config.train.weight_ema
-
-        def follow(average: Tensor, weights: Tensor, _: Tensor | int) -> Tensor:
-            return average.lerp(weights.to(average.dtype), rest)  # leaves equal values as they are, so frozen parts to the bit
-
-        return AveragedModel(self.tokenizer, self.group.device, follow)
+        return weight_average(self.tokenizer, self.config.train.weight_ema, self.group.device)
 
     def task(self) -> Task:
         """This run as the training loop sees it."""

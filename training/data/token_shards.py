@@ -1,16 +1,17 @@
 """Token shards: pictures as code sequences with their captions, in parquet files that `datasets` reads.
 
     OUT/tokens.json                 what they are: tokenizer fingerprint, codebook size, grid, rows and files per split
-    OUT/train-00000-of-00002.parquet   columns captions: list<string>, tokens: list<uint16|uint32>, key: string
+    OUT/train-00000-of-00002.parquet   columns captions: list<string>, tokens: list<uint16|uint32>, key: string,
+                                    and layout: list<uint16> where tokens.json describes one
 """
 
-# Axes: N image tokens, R rows
+# Axes: N image tokens, L layout tokens, R rows
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 from pydantic import Field
@@ -30,6 +31,14 @@ class SplitIndex(StrictConfig):
     files: list[str]
 
 
+class LayoutIndex(StrictConfig):
+    """What the layouts are: classes of the data or colours of the picture, how many, and on what grid."""
+
+    kind: Literal["classes", "colors"]
+    classes: int = Field(ge=2, le=1 << 16)
+    grid: tuple[int, int]
+
+
 class TokenIndex(StrictConfig):
     """What tokens.json holds."""
 
@@ -37,6 +46,7 @@ class TokenIndex(StrictConfig):
     tokenizer_fingerprint: str
     codebook_size: int = Field(ge=2)
     grid: tuple[int, int]
+    layout: LayoutIndex | None = None
     splits: dict[str, SplitIndex]
     dropped: dict[str, int] = Field(default_factory=dict)
 
@@ -56,17 +66,21 @@ def token_dtype(codebook_size: int) -> numpy.dtype:
     return numpy.dtype(numpy.uint16 if codebook_size <= 1 << 16 else numpy.uint32)
 
 
-def write_shard(path: Path, captions: Sequence[Sequence[str]], tokens: numpy.ndarray, keys: Sequence[str]) -> None:
-    """One parquet file: captions of R rows, tokens [R, N] of the dtype of `token_dtype`, keys."""
+def write_shard(path: Path, captions: Sequence[Sequence[str]], tokens: numpy.ndarray, keys: Sequence[str],
+                layouts: numpy.ndarray | None = None) -> None:
+    """One parquet file: captions of R rows, tokens [R, N] of the dtype of `token_dtype`, keys, layouts [R, L] uint16."""
     pyarrow = _pyarrow()
-    kind = pyarrow.from_numpy_dtype(tokens.dtype)
-    flat = pyarrow.array(tokens.reshape(-1), type=kind)
-    offsets = pyarrow.array(numpy.arange(len(tokens) + 1, dtype=numpy.int32) * tokens.shape[1])
-    table = pyarrow.table({
-        "captions": pyarrow.array(captions, type=pyarrow.list_(pyarrow.string())),
-        "tokens": pyarrow.ListArray.from_arrays(offsets, flat),
-        "key": pyarrow.array(keys, type=pyarrow.string())})
-    pyarrow.parquet.write_table(table, path)
+
+    def lists(rows: numpy.ndarray) -> Any:
+        offsets = pyarrow.array(numpy.arange(len(rows) + 1, dtype=numpy.int32) * rows.shape[1])
+        flat = pyarrow.array(rows.reshape(-1), type=pyarrow.from_numpy_dtype(rows.dtype))
+        return pyarrow.ListArray.from_arrays(offsets, flat)
+
+    columns = {"captions": pyarrow.array(captions, type=pyarrow.list_(pyarrow.string())), "tokens": lists(tokens),
+               "key": pyarrow.array(keys, type=pyarrow.string())}
+    if layouts is not None:
+        columns["layout"] = lists(layouts)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
 def write_index(folder: Path, index: TokenIndex) -> None:
@@ -89,7 +103,7 @@ def read_index(folder: str | Path) -> TokenIndex:
 
 
 class TokenShards:
-    """One split in memory: `captions(i)`, `image_tokens(i)` [N], `key(i)`."""
+    """One split in memory: `captions(i)`, `image_tokens(i)` [N], `layout(i)` [L] or None, `key(i)`."""
 
     def __init__(self, folder: str | Path, split: str) -> None:
         """UserError for an unknown split, damaged files or impossible tokens; DataError when there is no row."""
@@ -107,7 +121,11 @@ class TokenShards:
                             "run training/encode_dataset.py again")
         self._captions = table.column("captions")
         self._keys = table.column("key")
-        self._tokens = self._as_array(table.column("tokens"))
+        self._tokens = self._as_array(table.column("tokens"), "token", self.index.grid, self.index.codebook_size)
+        layout = self.index.layout
+        self._layouts = None
+        if layout is not None:
+            self._layouts = self._as_array(table.column("layout"), "layout token", layout.grid, layout.classes)
 
     def _read(self, name: str) -> Any:
         pyarrow = _pyarrow()
@@ -115,19 +133,21 @@ class TokenShards:
         if Path(name).name != name or not path.is_file():
             raise MissingFileError(f"{path}: a token shard is missing; run training/encode_dataset.py again")
         try:
-            return pyarrow.parquet.read_table(path, columns=["captions", "tokens", "key"])
+            return pyarrow.parquet.read_table(path, columns=["captions", "tokens", "key",
+                                                             *(["layout"] if self.index.layout else [])])
         except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: not a whole token shard ({' '.join(str(error).split())[:200]}); "
                             "run training/encode_dataset.py again") from None
 
-    def _as_array(self, column: Any) -> numpy.ndarray:
-        """[R, N] in the dtype of `token_dtype`."""
-        rows, height, width = len(column), *self.index.grid
+    def _as_array(self, column: Any, what: str, grid: tuple[int, int], classes: int) -> numpy.ndarray:
+        """[R, N] in the dtype that the column has."""
+        rows, height, width = len(column), *grid
         flat = numpy.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
         if flat.size != rows * height * width:
-            raise UserError(f"{self.folder}: {flat.size:,} tokens in {rows:,} rows do not fill a grid of {height} x {width}")
-        if flat.size and int(flat.max()) >= self.index.codebook_size:
-            raise UserError(f"{self.folder}: token {int(flat.max())} is outside the codebook of {self.index.codebook_size}")
+            raise UserError(f"{self.folder}: {flat.size:,} {what}s in {rows:,} rows do not fill a grid of {height} x {width}")
+        if flat.size and int(flat.max()) >= classes:
+            table = "codebook" if what == "token" else "layout"
+            raise UserError(f"{self.folder}: {what} {int(flat.max())} is outside the {table} of {classes}")
         return flat.reshape(rows, height * width)
 
     def __len__(self) -> int:
@@ -140,6 +160,10 @@ class TokenShards:
     def image_tokens(self, row: int) -> numpy.ndarray:
         """Tokens [N] of a row in raster order."""
         return self._tokens[row]
+
+    def layout(self, row: int) -> numpy.ndarray | None:
+        """Layout [L] of a row in raster order; None where the shards have none."""
+        return None if self._layouts is None else self._layouts[row]
 
     def key(self, row: int) -> str:
         """The row's key in the data it was made from."""

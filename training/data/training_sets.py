@@ -1,19 +1,19 @@
 """Data sets as training reads them: one visit of one item, with its own random numbers.
 
-Axes: B batch, S side in pixels, N image tokens, T text ids.
+Axes: B batch, S side in pixels, N image tokens, L layout tokens, T text ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy
 import torch
 from torch import Tensor
 
-from seq2seq import TextBatch, TextTokenizer
+from seq2seq import TextBatch
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError
 from training.data.batches import ItemId, item_random
@@ -75,11 +75,13 @@ def collate_pixels(items: Sequence[PixelItem]) -> PixelBatch:
 
 @dataclass(frozen=True)
 class TokenItem:
-    """One visit of an encoded picture: its caption ('' = the null caption), tokens [N], and what the decoder is fed [N]."""
+    """One visit of an encoded picture: its caption ('' = the null caption), tokens [N], what the decoder is fed [N], and its
+    layout [L], if any."""
 
     caption: str
     image_tokens: numpy.ndarray
     input_tokens: numpy.ndarray
+    layout: numpy.ndarray | None = None
 
 
 class TokenVisits(torch.utils.data.Dataset):
@@ -89,8 +91,10 @@ class TokenVisits(torch.utils.data.Dataset):
     Esser et al. 2021): a model that must not trust every token before it keeps listening to the caption when it samples.
     """
 
-    def __init__(self, shards: TokenShards, seed: int, caption_dropout: float, token_corruption: float = 0.0) -> None:
-        self.shards, self.seed = shards, seed
+    def __init__(self, shards: TokenShards, seed: int, caption_dropout: float, token_corruption: float = 0.0,
+                 first_caption: bool = False, use_layout: bool = True) -> None:
+        """first_caption: always a row's first one, which is its class for class-conditional models."""
+        self.shards, self.seed, self.first_caption, self.use_layout = shards, seed, first_caption, use_layout
         self.caption_dropout, self.token_corruption = caption_dropout, token_corruption
 
     def __len__(self) -> int:
@@ -98,11 +102,12 @@ class TokenVisits(torch.utils.data.Dataset):
 
     def __getitem__(self, item: ItemId) -> TokenItem:
         captions = self.shards.captions(item.index)
-        caption = item_random(self.seed, item, "caption").choice(captions)
+        caption = captions[0] if self.first_caption else item_random(self.seed, item, "caption").choice(captions)
         if item_random(self.seed, item, "dropout").random() < self.caption_dropout:
             caption = ""
         tokens = self.shards.image_tokens(item.index)
-        return TokenItem(caption, tokens, self._corrupted(tokens, item))
+        layout = self.shards.layout(item.index) if self.use_layout else None
+        return TokenItem(caption, tokens, self._corrupted(tokens, item), layout)
 
     def _corrupted(self, tokens: numpy.ndarray, item: ItemId) -> numpy.ndarray:
         if not self.token_corruption:
@@ -113,20 +118,31 @@ class TokenVisits(torch.utils.data.Dataset):
 
 
 class TokenBatch(NamedTuple):
-    """text [B, T] ids and mask; image_tokens [B, N] int64, to be predicted; input_tokens [B, N] int64, to be fed."""
+    """text ids [B, T] (or features) and mask; image_tokens [B, N] int64, to be predicted; input_tokens [B, N] int64, to be fed;
+    layout [B, L] int64 of data that has one."""
 
     text: TextBatch
     image_tokens: Tensor
     input_tokens: Tensor
+    layout: Tensor | None = None
+
+
+class Captions(Protocol):
+    """What turns captions into a model's text input."""
+
+    def encode(self, captions: Sequence[str]) -> TextBatch:
+        """Captions -> a TextBatch."""
 
 
 class CollateTokens:
     """Stack visits into a TokenBatch (a class, so that loader workers can receive it)."""
 
-    def __init__(self, text_tokenizer: TextTokenizer) -> None:
-        self.text_tokenizer = text_tokenizer
+    def __init__(self, text_source: Captions) -> None:
+        self.text_source = text_source
 
     def __call__(self, items: Sequence[TokenItem]) -> TokenBatch:
         targets, inputs = (torch.from_numpy(numpy.stack(rows).astype(numpy.int64)) for rows in (
             [item.image_tokens for item in items], [item.input_tokens for item in items]))
-        return TokenBatch(self.text_tokenizer.encode([item.caption for item in items]), targets, inputs)
+        layouts = [item.layout for item in items if item.layout is not None]
+        layout = torch.from_numpy(numpy.stack(layouts).astype(numpy.int64)) if layouts else None
+        return TokenBatch(self.text_source.encode([item.caption for item in items]), targets, inputs, layout)

@@ -124,3 +124,25 @@ def plot_codebook(rows: list[dict[str, Any]], counts: Tensor, codebook_size: int
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def plot_positions(losses: Sequence[float], grid: tuple[int, int], path: Path) -> None:
+    """The loss in nats at each position of the raster, as a PNG: over the picture, and along it with the mean of each row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    values = numpy.array(losses).reshape(grid)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1, 1.4))
+    figure.colorbar(left.imshow(values, cmap="viridis"), ax=left)
+    left.set_title("nats a token, over the picture")
+    right.plot(losses, linewidth=0.8, label="token")
+    right.plot(numpy.arange(grid[0]) * grid[1] + (grid[1] - 1) / 2, values.mean(axis=1), marker="o", markersize=3,
+               label="mean of a row")
+    right.set_xlabel("position in raster order")
+    right.set_ylabel("nats")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

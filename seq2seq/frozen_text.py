@@ -1,0 +1,183 @@
+"""A pretrained text encoder, frozen: T5, BERT and its kin, CLIP's and SigLIP's text tower, by local folder or hub id.
+
+Imagen (Saharia et al. 2022, https://arxiv.org/abs/2205.11487) showed how much a frozen language model helps; LlamaGen reads T5.
+The encoder's weights are not copied into a model: the model keeps its name and a fingerprint, and refuses another one.
+"""
+
+# Axes: B captions, T text positions, F width of the features
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+
+from seq2seq.text_tokenizer import TextBatch
+from tokenloom_common.config import StrictConfig
+from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.files import atomic_folder, write_json_atomic
+from tokenloom_common.pretrained import SCHEMA_VERSION, read_config
+
+log = logging.getLogger(__name__)
+
+_TEXT_TOWERS = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
+_HASHED = ("*.safetensors", "tokenizer.json", "spiece.model", "vocab.txt", "config.json")
+
+
+class FrozenTextConfig(StrictConfig):
+    """Which encoder, and how much of a caption it reads."""
+
+    name: str = Field(min_length=1, description="local folder or hub id")
+    fingerprint: str = Field(min_length=8, description="of its weights, vocabulary and config")
+    feature_width: int = Field(ge=1, description="F: width of its last layer")
+    text_length: int = Field(ge=2, le=4096, description="T: positions per caption, its special ones included")
+
+
+class FrozenTextEncoder:
+    """Captions -> the features of the encoder's last layer, padded to T."""
+
+    kind: ClassVar[str] = "frozen"
+    vocab_size: ClassVar[None] = None
+
+    def __init__(self, tokenizer: Any, model: Any, config: FrozenTextConfig) -> None:
+        self.config = config
+        self._tokenizer, self._model = tokenizer, model
+        self._warned = False
+
+    @classmethod
+    def load(cls, name: str, text_length: int, device: str | torch.device = "cpu") -> FrozenTextEncoder:
+        """Load an encoder in float32, eval mode. UserError without `transformers`, or when `name` holds no text encoder."""
+        tokenizer, model, folder = _load(name)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and text_length > longest:
+            raise UserError(f"text_length {text_length}: {name} reads at most {longest} positions; lower it")
+        width = getattr(model.config, "hidden_size", None) or model.config.d_model
+        config = FrozenTextConfig(name=name, fingerprint=_fingerprint(folder), feature_width=width, text_length=text_length)
+        return cls(tokenizer, model.to(device), config)
+
+    @property
+    def feature_width(self) -> int:
+        """F."""
+        return self.config.feature_width
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> TextBatch:
+        """Captions -> features [B, T, F] float32 (zeros at padding) and their mask [B, T]. Too long ones are cut, with one
+        warning; an empty caption is the null caption."""
+        for row, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise UserError(f"caption {row} is {type(caption).__name__}, expected text")
+        length = self.config.text_length
+        clean = [caption.encode("utf-8", "replace").decode() for caption in captions]
+        found = self._tokenizer(clean, padding="max_length", truncation=True, max_length=length, return_tensors="pt",
+                                return_attention_mask=True)
+        device = next(self._model.parameters()).device
+        mask = found["attention_mask"].to(device).bool()
+        if not self._warned and bool(mask[:, -1].any()):
+            self._warn_if_cut(clean)
+        ids = found["input_ids"].to(device)
+        features = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        return TextBatch(torch.where(mask[..., None], features, 0.0), mask)
+
+    def _warn_if_cut(self, captions: Sequence[str]) -> None:
+        for caption in captions:
+            needed = len(self._tokenizer(caption)["input_ids"])
+            if needed > self.config.text_length:
+                log.warning("a caption needs %d positions and is cut to text_length %d (%.40r...); further cuts are not "
+                            "reported", needed, self.config.text_length, caption)
+                self._warned = True
+                return
+
+    def null_caption(self, count: int = 1) -> TextBatch:
+        """The features of an empty caption, `count` times: what training drops captions to and guidance starts from."""
+        return self.encode([""] * count)
+
+    def words(self, caption: str) -> list[str]:
+        """The piece at each position that is not padding."""
+        ids = self._tokenizer(caption, truncation=True, max_length=self.config.text_length)["input_ids"]
+        return self._tokenizer.convert_ids_to_tokens(ids)
+
+    def to(self, device: str | torch.device) -> FrozenTextEncoder:
+        """Move the encoder; returns itself."""
+        self._model.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json (the encoder's name and fingerprint, not its weights); the folder appears whole."""
+        with atomic_folder(Path(folder), ("config.json",)) as aside:
+            self.write_files(aside)
+        return Path(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """config.json into an existing folder."""
+        write_json_atomic(folder / "config.json", {"kind": self.kind, "schema_version": SCHEMA_VERSION, **self.config.plain()})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, encoder: str | None = None) -> FrozenTextEncoder:
+        """Load the encoder that the folder names, or the one at `encoder`. UserError unless its fingerprint is the same."""
+        wanted = read_config(Path(folder), cls.kind, FrozenTextConfig)
+        name = encoder or wanted.name
+        try:
+            loaded = cls.load(name, wanted.text_length)
+        except MissingFileError as error:
+            raise MissingFileError(f"{folder}: this model reads captions through the text encoder {wanted.name} ({error}); "
+                                   "say where it is with text_encoder=FOLDER (--text-encoder FOLDER)") from None
+        if loaded.config.fingerprint != wanted.fingerprint:
+            raise UserError(f"{name}: not the text encoder that the model was trained with ({wanted.name}, fingerprint "
+                            f"{wanted.fingerprint}; this one has {loaded.config.fingerprint}); give that one")
+        loaded.config = wanted
+        return loaded
+
+
+def _load(name: str) -> tuple[Any, Any, Path]:
+    """Tokenizer, text encoder in eval mode, and the folder that they came from."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"a frozen text encoder needs transformers ({error}): pip install 'tokenloom[text]'") from None
+    from tokenloom_common.pretrained import resolve_folder
+
+    folder = resolve_folder(name, patterns=("*.json", "*.safetensors", "*.model", "*.txt"))
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"{folder}: no config.json, so not a folder of a text encoder")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no .safetensors weights; others are not loaded")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tower = _TEXT_TOWERS.get(config.model_type)
+        loader = getattr(transformers, tower) if tower else (
+            transformers.T5EncoderModel if config.model_type == "t5" else transformers.AutoModel)
+        # an image-text model's text tower leaves the other half of the weights unused, which is not worth a report
+        before = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            loaded: Any = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+            model, report = loaded
+        finally:
+            transformers.logging.set_verbosity(before)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{name}: no text encoder can be loaded from it ({' '.join(str(error).split())[:200]})") from None
+    missing = [key for key in report["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise UserError(f"{name}: {len(missing)} tensors of the text encoder are missing ({', '.join(sorted(missing)[:5])})")
+    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder") and config.model_type != "t5":
+        model = model.get_encoder()
+    return tokenizer, model.eval().requires_grad_(False), folder
+
+
+def _fingerprint(folder: Path) -> str:
+    """16 hex digits of the weights, the vocabulary and the config."""
+    digest = hashlib.sha256()
+    for pattern in _HASHED:
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,191 @@
+"""What both families of caption -> image token transformers share: the image's side of the sequence.
+
+    [prefix: text (decoder-only), layout]  [image slots: begin of image, token 0, token 1, ...]
+
+With a begin slot, image slot i predicts token i and has its place on the grid. Without one (published decoder-only models) the
+prefix's last slot predicts token 0, and image slot i holds token i, has its place, and predicts token i + 1.
+A layout is a prefix of begin of layout, then its tokens; each slot but the last predicts the next layout token.
+"""
+
+# Axes: B batch, T text slots, N image tokens, L layout tokens, P prefix slots, D width, K codebook size, d head width
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from seq2seq.config import TransformerConfig
+from seq2seq.positions import flat_positions, grid_positions, rotary_angles
+from tokenloom_common.pretrained import PretrainedModule
+
+
+class TokenLogits(NamedTuple):
+    """image [B, N, K]; layout [B, L, classes] and text [B, T, text ids] of models that predict them, else None."""
+
+    image: Tensor
+    layout: Tensor | None = None
+    text: Tensor | None = None
+
+
+class TextInput(nn.Module):
+    """Text ids or a frozen encoder's features -> [B, T, D], with learned positions where the config has them."""
+
+    def __init__(self, config: TransformerConfig, padding_ids: int = 0) -> None:
+        """padding_ids: ids after the vocabulary that stand for padding at each position."""
+        super().__init__()
+        self.text_length, width = config.text_length, config.width
+        self.embedding: nn.Module
+        if config.text_vocab_size is not None:
+            self.embedding = nn.Embedding(config.text_vocab_size + padding_ids, width)
+        elif config.text_projection == "linear":
+            self.embedding = nn.Linear(config.text_feature_width or 0, width, bias=False)
+        else:
+            self.embedding = nn.Sequential(nn.Linear(config.text_feature_width or 0, width, bias=False),
+                                           nn.GELU(approximate="tanh"), nn.Linear(width, width, bias=False))
+        self.position = nn.Parameter(torch.empty(config.text_length, width)) if config.learned_positions else None
+
+    def forward(self, text_input: Tensor) -> Tensor:
+        """text_input: ids [B, T] int64 or features [B, T, F] -> [B, T, D]. ValueError for another length."""
+        if text_input.shape[1] != self.text_length:
+            raise ValueError(f"text has {text_input.shape[1]} columns, the model reads {self.text_length}")
+        hidden = self.embedding(text_input)
+        return hidden if self.position is None else hidden + self.position
+
+
+class ImageTransformer(PretrainedModule):
+    """Base of the two families. A subclass makes `decoder` and says what its prefix is.
+
+    text_slots: slots of the text in the sequence, 0 where the text is attended to across.
+    """
+
+    config: Any
+    decoder: Any
+    text_slots: int = 0
+    begin_of_image_slot: bool = True
+
+    def _build_image_side(self, config: TransformerConfig) -> None:
+        width = config.width
+        self.image_embedding = nn.Embedding(config.codebook_size, width)
+        if self.begin_of_image_slot:
+            self.begin_of_image = nn.Parameter(torch.empty(width))
+        if config.learned_positions:
+            self._make_positions("", config.grid, config.image_positions)
+        if config.layout_grid:
+            self.layout_embedding = nn.Embedding(config.layout_classes or 0, width)
+            self.begin_of_layout = nn.Parameter(torch.empty(width))
+            self._make_positions("layout_", config.layout_grid, "row_column")
+            self.to_layout_logits = nn.Linear(width, config.layout_classes or 0, bias=False)
+        self.embedding_norm = nn.LayerNorm(width) if config.embedding_norm else None
+        self.to_logits = nn.Linear(width, config.codebook_size, bias=False)
+        # not buffers: casting the model to bfloat16 would round the angles too
+        self._angles_by_device: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
+
+    def _make_positions(self, name: str, grid: tuple[int, int], kind: str) -> None:
+        if kind == "flat":
+            self.register_parameter(f"{name}position", nn.Parameter(torch.empty(grid[0] * grid[1], self.config.width)))
+            return
+        for axis, count in (("row", grid[0]), ("column", grid[1])):
+            self.register_parameter(f"{name}{axis}_position", nn.Parameter(torch.empty(count, self.config.width)))
+
+    def _initialise(self) -> None:
+        """Normal 0.02 for embeddings, positions and output layers, as GPT-2 and LlamaGen; layers keep x-transformers' own."""
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if "." not in name or name.endswith(".position") or name.split(".")[0].endswith("_logits"):
+                nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def layout_slots(self) -> int:
+        """L + 1 with a layout, else 0."""
+        return self.config.layout_tokens + 1 if self.config.layout_grid else 0
+
+    @property
+    def prefix_slots(self) -> int:
+        """P: slots before the image."""
+        return self.text_slots + self.layout_slots
+
+    @property
+    def image_slots(self) -> int:
+        """Image slots of a whole picture: its last token is never an input."""
+        return self.config.num_tokens - (0 if self.begin_of_image_slot else 1)
+
+    def learned_image_positions(self) -> Tensor | None:
+        """[N, D] in raster order; None without."""
+        return self._learned_positions("") if self.config.learned_positions else None
+
+    def _learned_positions(self, name: str) -> Tensor:
+        flat = getattr(self, f"{name}position", None)
+        if flat is not None:
+            return flat
+        rows, columns = getattr(self, f"{name}row_position"), getattr(self, f"{name}column_position")
+        return (rows[:, None, :] + columns[None, :, :]).flatten(0, 1)
+
+    def embed_image(self, image_tokens: Tensor) -> Tensor:
+        """Tokens [B, n] -> inputs of the image slots [B, n (+1 with a begin slot), D]."""
+        hidden = self.image_embedding(image_tokens)
+        if self.begin_of_image_slot:
+            hidden = torch.cat([self.begin_of_image.expand(len(image_tokens), 1, -1), hidden], dim=1)
+        positions = self.learned_image_positions()
+        return self.normed(hidden if positions is None else hidden + positions[: hidden.shape[1]])
+
+    def embed_layout(self, layout_tokens: Tensor) -> Tensor:
+        """Layout [B, L] (or its first tokens) -> inputs of the layout slots [B, L + 1, D]."""
+        hidden = self.layout_embedding(layout_tokens) + self._learned_positions("layout_")[: layout_tokens.shape[1]]
+        return self.normed(torch.cat([self.begin_of_layout.expand(len(layout_tokens), 1, -1), hidden], dim=1))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Embeddings through the embedding norm, where there is one."""
+        return hidden if self.embedding_norm is None else self.embedding_norm(hidden)
+
+    def rotary_angles(self) -> tuple[Tensor | None, Tensor | None]:
+        """Angles of a text encoder's slots [1, T, d] and of the whole sequence [1, P + image slots, d], float32 on the
+        model's device; (None, None) without rotary."""
+        device = self.to_logits.weight.device
+        if device not in self._angles_by_device:
+            text, sequence = self._positions()
+            made = (None if text is None else rotary_angles(text, self.config.head_dim),
+                    None if sequence is None else rotary_angles(sequence, self.config.head_dim))
+            self._angles_by_device[device] = tuple(a if a is None else a.to(device) for a in made)  # type: ignore[assignment]
+        return self._angles_by_device[device]
+
+    def _positions(self) -> tuple[Tensor | None, Tensor | None]:
+        """Coordinates [slots, axes] of the text encoder and of the sequence."""
+        config = self.config
+        if config.rotary == "none":
+            return None, None
+        text = flat_positions(config.text_length)
+        if config.rotary == "1d":
+            return text, flat_positions(self.prefix_slots + self.image_slots)
+        # text runs along the diagonal, where row = column; the image's grid starts after it, the layout lies under the image
+        first = float(self.text_slots)
+        parts = [flat_positions(self.text_slots).expand(-1, 2)]
+        if config.layout_grid:
+            scale = (config.grid[0] / config.layout_grid[0], config.grid[1] / config.layout_grid[1])
+            parts += [torch.full((1, 2), first), grid_positions(config.layout_grid, scale) + first]
+        parts.append(grid_positions(config.grid)[: self.image_slots] + first)
+        return text, torch.cat(parts)
+
+    def sequence_angles(self, slots: int) -> tuple[Tensor, float] | None:
+        """What x-transformers takes for the first `slots` slots of the sequence."""
+        angles = self.rotary_angles()[1]
+        return None if angles is None else (angles[:, :slots], 1.0)
+
+    def split_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normed outputs [B, P + n, D] of the sequence -> logits of image tokens and of layout tokens."""
+        first = self.prefix_slots - (0 if self.begin_of_image_slot else 1)
+        layout = None
+        if self.config.layout_grid:
+            layout = self.to_layout_logits(hidden[:, self.text_slots: self.prefix_slots - 1])
+        return self.to_logits(hidden[:, first:]), layout
+
+    def check_tokens(self, image_tokens: Tensor, layout_tokens: Tensor | None) -> None:
+        """ValueError when there is no slot left to predict, or a layout is missing, left over, or of another size."""
+        if image_tokens.shape[1] >= self.config.num_tokens:
+            raise ValueError(f"{image_tokens.shape[1]} tokens leave no slot to predict in a grid of {self.config.num_tokens}")
+        found, wanted = (0 if layout_tokens is None else layout_tokens.shape[1]), self.config.layout_tokens
+        if found != wanted:
+            raise ValueError(f"the layout has {found} tokens, the model reads {wanted}")

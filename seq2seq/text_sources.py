@@ -1,0 +1,29 @@
+"""What turns captions into a model's text input, by kind: SentencePiece ids, class numbers, a frozen encoder's features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from seq2seq.class_labels import ClassLabels
+from seq2seq.frozen_text import FrozenTextEncoder
+from seq2seq.text_tokenizer import TextTokenizer
+from tokenloom_common.config import read_mapping
+from tokenloom_common.errors import UserError, choose
+
+TextSource = TextTokenizer | ClassLabels | FrozenTextEncoder
+"""Each has `encode(captions)` and `null_caption(count)` -> TextBatch, `config.text_length`, and one of `vocab_size` and
+`feature_width` (the other is None)."""
+
+TEXT_SOURCES: dict[str, type[TextSource]] = {kind.kind: kind for kind in (TextTokenizer, ClassLabels, FrozenTextEncoder)}
+
+
+def load_text_source(folder: str | Path, text_encoder: str | None = None) -> TextSource:
+    """Load a folder that one of them wrote. text_encoder: where a frozen encoder is, if not where the folder says."""
+    path = Path(folder) / "config.json"
+    kind = str(read_mapping(path).get("kind")) if path.is_file() else TextTokenizer.kind  # which then says what is missing
+    chosen = choose(TEXT_SOURCES, kind, f"{path}: kind of text tokenizer")
+    if chosen is FrozenTextEncoder:
+        return FrozenTextEncoder.from_pretrained(folder, text_encoder)
+    if text_encoder is not None:
+        raise UserError(f"{folder}: this model has a text tokenizer of its own; leave the text encoder out")
+    return chosen.from_pretrained(folder)

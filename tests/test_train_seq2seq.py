@@ -1,0 +1,196 @@
+"""Training the transformer in this process: families, text inputs, layouts, losses, weight average; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from inference import SamplingParams, TextToImage
+from seq2seq import DecoderOnly
+from seq2seq.losses import token_loss
+from tests import tiny
+from tokenizer_image.fingerprint import code_fingerprint
+from tokenloom_common.config import merge
+from tokenloom_common.errors import ResumeError, UserError
+from training.config import Seq2SeqRunConfig
+from training.data.batches import ItemId
+from training.data.token_shards import LayoutIndex, SplitIndex, TokenIndex, write_index, write_shard
+from training.log import read_metrics
+from training.loop import run_training
+from training.process_group import Processes
+from training.train_seq2seq import Seq2SeqTraining
+
+ROWS, LAYOUT_GRID = 12, (2, 2)
+SMALL = {"width": 32, "heads": 2, "head_dim": 16}
+ENCODER_DECODER = {"preset": "debug", **SMALL}
+DECODER_ONLY = {"preset": "debug-decoder", **SMALL}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """An image tokenizer, token shards of it with layouts, and a frozen text encoder's folder."""
+    folder = tmp_path_factory.mktemp("made")
+    tokenizer = tiny.vqgan()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    tiny.bert_folder(folder / "bert")
+    (folder / "tokens").mkdir()
+    generator = numpy.random.default_rng(0)
+    for split in ("train", "held_out"):
+        tokens = generator.integers(0, 32, (ROWS, 16)).astype(numpy.uint16)
+        captions = [[tiny.CAPTIONS[row % 5], tiny.CAPTIONS[row % 5 + 20]] for row in range(ROWS)]
+        layouts = generator.integers(0, 27, (ROWS, 4)).astype(numpy.uint16)
+        keys = [f"k{i}" for i in range(ROWS)]
+        write_shard(folder / "tokens" / f"{split}-00000-of-00001.parquet", captions, tokens, keys, layouts)
+    write_index(folder / "tokens", TokenIndex(
+        tokenizer_fingerprint=code_fingerprint(tokenizer), codebook_size=32, grid=(4, 4),
+        layout=LayoutIndex(kind="colors", classes=27, grid=LAYOUT_GRID),
+        splits={split: SplitIndex(rows=ROWS, files=[f"{split}-00000-of-00001.parquet"]) for split in ("train", "held_out")}))
+    return folder
+
+
+def config(made: Path, run_dir: Path, **changes: Any) -> Seq2SeqRunConfig:
+    base = {"data": {"path": str(made / "tokens"), "validation_split": "held_out"}, "image_tokenizer": str(made / "tokenizer"),
+            "run_dir": str(run_dir), "model": ENCODER_DECODER, "use_layout": False,
+            "text": {"vocab_size": 300, "text_length": 12},
+            "train": {"steps": 3, "batch_size": 6, "precision": "float32", "log_every": 1, "sample_every": 0},
+            "optim": {"lr": 0.003, "warmup_steps": 0}, "checkpoint": {"every_steps": 0}}
+    for name in ("text", "model"):
+        if name in changes:
+            base[name] = {}
+    return Seq2SeqRunConfig.parse(merge(base, changes), "test")
+
+
+def train(run: Seq2SeqRunConfig, group: Processes) -> Seq2SeqTraining:
+    training = Seq2SeqTraining(run, group)
+    run_training(training.task(), run, group, training.run_state)
+    return training
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "encoder-decoder": {},
+    "decoder-only": {"model": DECODER_ONLY},
+    "dalle": {"model": {**DECODER_ONLY, "predict_text": True, "text_padding": "learned", "begin_of_image": False,
+                        "attention": ["row", "column"], "last_attention": "convolution"},
+              "loss": {"image_weight": 0.875, "text_weight": 0.125}},
+    "classes": {"model": DECODER_ONLY, "text": {"kind": "classes"}},
+    "frozen": {"text": {"kind": "frozen", "encoder": "{made}/bert", "text_length": 8}},
+    "frozen, cached": {"model": DECODER_ONLY, "text": {"kind": "frozen", "encoder": "{made}/bert", "text_length": 8,
+                                                       "feature_cache": "{run}/features"}},
+    "layout": {"use_layout": True, "loss": {"region_weights": {"3": 4.0}, "layout_weight": 0.5}},
+    "layout, decoder-only": {"use_layout": True, "model": DECODER_ONLY},
+    "smoothed": {"loss": {"label_smoothing": 0.1, "z_weight": 1e-3}, "token_corruption": 0.2, "train": {"weight_ema": 0.5}},
+}
+
+
+def variant(name: str, made: Path, run_dir: Path) -> Seq2SeqRunConfig:
+    text = json.dumps(VARIANTS[name]).replace("{made}", str(made)).replace("{run}", str(run_dir))
+    return config(made, run_dir, **json.loads(text))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_exports_and_samples(name, made, tmp_path, group):
+    run = variant(name, made, tmp_path / "run")
+    training = train(run, group)
+    training.finish()
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 3
+    parts = [key for key in ("image", "text", "layout", "z") if key in rows[0]]
+    expected = {"dalle": ["image", "text"], "layout": ["image", "layout"], "layout, decoder-only": ["image", "layout"],
+                "smoothed": ["image", "z"]}
+    assert parts == expected.get(name, [])
+    held_out = json.loads((tmp_path / "run" / "validation.json").read_text())
+    assert len(held_out["loss_by_position"]) == 16
+    assert numpy.mean(held_out["loss_by_position"]) == pytest.approx(held_out["loss"], abs=1e-4)
+    assert held_out["perplexity"] == pytest.approx(numpy.exp(held_out["loss"]))
+    assert (tmp_path / "run" / "positions.png").stat().st_size > 1000
+    model = TextToImage.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    result = model.generate(tiny.CAPTIONS[0], num_images=2, params=SamplingParams(guidance_scale=2.0))
+    assert result.image_tokens.shape == (2, 16)
+    assert (result.layouts is not None) == run.use_layout
+    assert torch.equal(model.generate(tiny.CAPTIONS[0], params=SamplingParams(guidance_scale=2.0)).image_tokens[0],
+                       result.image_tokens[0])
+
+
+@pytest.mark.parametrize("name", ["dalle", "layout"])
+def test_the_loss_is_the_weighted_sum_of_its_parts(name, made, tmp_path, group):
+    run = variant(name, made, tmp_path / "run")
+    training = Seq2SeqTraining(run, group)
+    batch = training.collate([training.visits[ItemId(0, row)] for row in range(6)])
+    model = training.full_model()
+    layout = batch.layout if run.use_layout else None
+    with torch.no_grad():
+        logits = model(*batch.text, batch.input_tokens, layout)
+    logged = training.train(batch, 0)
+    if name == "dalle":
+        assert isinstance(model, DecoderOnly)
+        text = token_loss(logits.text, model.text_targets(*batch.text))
+        expected = 0.875 * token_loss(logits.image, batch.image_tokens) + 0.125 * text
+    else:
+        weights = torch.where(batch.layout.reshape(6, 2, 2) == 3, 4.0, 1.0)
+        weights = weights.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
+        expected = token_loss(logits.image, batch.image_tokens, weights) + 0.5 * token_loss(logits.layout, layout)
+    assert float(logged["loss"]) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_weight_average_is_exported_and_survives_a_stop(made, tmp_path, group):
+    whole = train(config(made, tmp_path / "whole", train={"weight_ema": 0.5, "steps": 4}), group)
+    state, live = whole.full_model().state_dict(), whole.engine.full_state()
+    assert any(not torch.equal(state[name], live[name].float()) for name in state)
+    half = {"train": {"weight_ema": 0.5, "steps": 4}, "checkpoint": {"every_steps": 2}, "optim": {"schedule": "constant"}}
+    uninterrupted = train(config(made, tmp_path / "a", **half), group).full_model().state_dict()
+    train(config(made, tmp_path / "b", **merge(half, {"train": {"steps": 2}})), group)
+    resumed = train(config(made, tmp_path / "b", **half), group).full_model().state_dict()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)
+
+
+def test_a_run_is_not_continued_as_another_family(made, tmp_path, group):
+    train(config(made, tmp_path / "run"), group)
+    with pytest.raises(ResumeError, match="model"):
+        Seq2SeqTraining(config(made, tmp_path / "run", model=DECODER_ONLY, train={"steps": 5}), group)
+
+
+def test_cached_features_give_the_same_first_loss(made, tmp_path, group):
+    text = {"kind": "frozen", "encoder": str(made / "bert"), "text_length": 8}
+    losses = []
+    for name, more in (("live", {}), ("kept", {"feature_cache": str(tmp_path / "features")})):
+        train(config(made, tmp_path / name, text={**text, **more}, train={"steps": 1}), group)
+        losses.append(read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model": {**DECODER_ONLY, "predict_text": True}}, "loss.text_weight is 0"),
+    ({"loss": {"text_weight": 0.1}}, "model.predict_text is false"),
+    ({"model": {**DECODER_ONLY, "predict_text": True}, "loss": {"text_weight": 0.1}, "text": {"kind": "classes"}},
+     "text.kind classes"),
+    ({"model": {"preset": "parti-350"}}, "did you mean 'parti-350m'"),
+    ({"model": {"preset": "debug", "kind": "decoder_only"}}, "leave model.kind out"),
+    ({"model": {"kind": "decoder"}}, "did you mean 'decoder_only'"),
+    ({"model": {"preset": "debug-decoder", "encoder_layers": 2}}, "encoder_layers"),
+    ({"model": {**DECODER_ONLY, "attention": ["rows"]}}, "did you mean 'row'"),
+    ({"text": {"kind": "frozen"}}, "text.encoder"),
+    ({"text": {"encoder": "x"}}, "text.encoder"),
+    ({"text": {"feature_cache": "x"}}, "text.feature_cache is for text.kind frozen"),
+    ({"text": {"kind": "classes", "text_length": 9}}, "leave text.vocab_size and text.text_length out"),
+    ({"text": {"kind": "frozen", "encoder": "x"}, "data": {"workers": 1}}, "data.workers cannot share a text encoder"),
+    ({"train": {"weight_ema": 0.9}, "deepspeed": {"zero_stage": 3}}, "zero_stage 3"),
+    ({"loss": {"label_smoothing": 1.0}}, "label_smoothing")])
+def test_impossible_options_are_refused_before_anything_is_read(changes, words, made, tmp_path):
+    with pytest.raises(UserError, match=words):
+        config(made, tmp_path / "run", **changes)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"loss": {"region_weights": {"3": 2.0}}}, "this run has none"),
+    ({"use_layout": True, "loss": {"region_weights": {"27": 2.0}}}, "layout class 27; the layout has 0 to 26"),
+    ({"text": {"kind": "frozen", "encoder": "nowhere"}}, "nowhere"),
+    ({"text": {"tokenizer": "nowhere"}}, "nowhere")])
+def test_what_does_not_fit_the_data_is_refused(changes, words, made, tmp_path, group):
+    with pytest.raises(UserError, match=words):
+        Seq2SeqTraining(config(made, tmp_path / "run", **changes), group)
+    assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())

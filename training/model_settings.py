@@ -1,0 +1,66 @@
+"""The `model:` section of a transformer's recipe: a preset or a kind, and the fields that differ from it.
+
+What follows from the tokenizers and the data (`seq2seq.config.DERIVED`) is filled in by the training script.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any, Optional
+
+from pydantic import Field, ValidationError, create_model
+
+from seq2seq import KINDS, PRESETS, EncoderDecoder, TransformerConfig
+from seq2seq.config import DERIVED
+from tokenloom_common.config import StrictConfig, explain
+from tokenloom_common.errors import choose, nearest_name
+
+DEFAULT_PRESET = "small"
+_STAND_INS = {"text_vocab_size": 300, "text_length": 16, "codebook_size": 16, "grid": (4, 4)}
+
+
+class TransformerSettings(StrictConfig):
+    """A family's own fields, each none unless given; they override the preset's."""
+
+    preset: str | None = Field(DEFAULT_PRESET, description=f"one of {', '.join(PRESETS)}; none = the family's defaults")
+    kind: str = Field(EncoderDecoder.kind, description=f"one of {', '.join(KINDS)}; follows from the preset")
+
+    def resolved(self) -> dict[str, Any]:
+        """The preset's values, overridden by those given here, without `kind`."""
+        base = {k: v for k, v in PRESETS[self.preset].items() if k != "kind"} if self.preset else {}
+        return {**base, **self.model_dump(exclude={"preset", "kind"}, exclude_none=True)}
+
+    def build(self, derived: dict[str, Any]) -> TransformerConfig:
+        """The whole config, with what follows from tokenizers and data. UserError on an impossible one."""
+        return KINDS[self.kind].config_class.parse({**self.resolved(), **derived}, "model")  # type: ignore[return-value]
+
+
+def _settings(kind: str) -> type[TransformerSettings]:
+    fields: dict[str, Any] = {}
+    for name, info in KINDS[kind].config_class.model_fields.items():
+        if name not in DERIVED:
+            field = copy(info)
+            field.default, field.default_factory = None, None
+            fields[name] = (Optional[info.annotation], field)  # noqa: UP045 (made at run time)
+    return create_model(f"{KINDS[kind].__name__}Settings", __base__=TransformerSettings, **fields)
+
+
+SETTINGS = {kind: _settings(kind) for kind in KINDS}
+
+
+def read_settings(values: dict[str, Any]) -> TransformerSettings:
+    """A `model:` section as written. ValueError, one line, for an unknown name or an impossible value."""
+    values = dict(values)
+    name = values.get("preset", None if "kind" in values else DEFAULT_PRESET)
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"unknown model.preset '{name}'{nearest_name(str(name), PRESETS)}")
+    kind = str(values.get("kind") or (PRESETS[name]["kind"] if name else EncoderDecoder.kind))
+    if name is not None and kind != PRESETS[name]["kind"]:
+        raise ValueError(f"model.preset '{name}' is of kind {PRESETS[name]['kind']}, not {kind}; leave model.kind out")
+    choose(KINDS, kind, "model.kind")
+    try:
+        settings = SETTINGS[kind].model_validate({**values, "kind": kind, "preset": name})
+        KINDS[kind].config_class.model_validate({**_STAND_INS, **settings.resolved()})
+    except ValidationError as error:
+        raise ValueError(explain(SETTINGS[kind], error)) from None
+    return settings

@@ -1,0 +1,53 @@
+"""Loss on a held-out split: its mean, and its value at each position of the raster."""
+
+# Axes: B batch, N image tokens
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+
+from seq2seq import ImageTransformer
+from training.data.batches import ItemId
+from training.data.token_shards import TokenShards
+from training.data.training_sets import CollateTokens, TokenVisits
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """rows: pictures; loss: nats a token; by_position [N]: nats at each position of the raster."""
+
+    rows: int
+    loss: float
+    by_position: list[float]
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return float(numpy.exp(self.loss))
+
+    def plain(self, split: str, grid: tuple[int, int]) -> dict[str, Any]:
+        """For validation.json."""
+        return {"split": split, "rows": self.rows, "loss": self.loss, "perplexity": self.perplexity, "grid": list(grid),
+                "loss_by_position": [round(value, 5) for value in self.by_position]}
+
+
+@torch.inference_mode()
+def validation_loss(model: ImageTransformer, shards: TokenShards, collate: CollateTokens, seed: int, batch_size: int = 64,
+                    first_caption: bool = False) -> HeldOut:
+    """Cross entropy in nats over a split's tokens, each row with one of its captions, none dropped, nothing corrupted."""
+    visits = TokenVisits(shards, seed, 0.0, first_caption=first_caption, use_layout=model.config.layout_grid is not None)
+    device = model.to_logits.weight.device
+    total = torch.zeros(model.config.num_tokens, dtype=torch.float64)
+    for start in range(0, len(shards), batch_size):
+        batch = collate([visits[ItemId(0, row)] for row in range(start, min(len(shards), start + batch_size))])
+        tokens = batch.image_tokens.to(device)
+        layout = None if batch.layout is None else batch.layout.to(device)
+        logits = model(*(part.to(device) for part in batch.text), tokens, layout).image
+        total += F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").double().sum(dim=0).cpu()  # [N]
+    by_position = (total / len(shards)).tolist()
+    return HeldOut(len(shards), float(numpy.mean(by_position)), by_position)
