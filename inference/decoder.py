@@ -104,7 +104,7 @@ class CachedDecoder:
 
     def _run(self, hidden: Tensor, first: int, groups: list[CaptionMemory], cache: SelfCache) -> Tensor:
         """Inputs [B, s, D] of slots `first` and on -> normed outputs [B, s, D]; their keys and values go into the cache."""
-        angles = self.model.rotary_angles()[1]
+        angles = self.model.rotary_angles()
         if angles is not None:
             angles = angles[:, first: first + hidden.shape[1]]
         for layer, blocks in enumerate(self.layers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,23 +16,14 @@ DERIVED = ("text_vocab_size", "text_feature_width", "text_length", "codebook_siz
 """Fields that follow from the tokenizers and the data; everything else is the user's to choose."""
 
 
-class TransformerConfig(StrictConfig):
-    """What every transformer over image tokens has.
-
-    The output layer has `codebook_size` entries: the begin-of-image slot is an input only, so it cannot be sampled.
-    """
-
-    kind: ClassVar[str] = ""
+class LayersConfig(StrictConfig):
+    """Transformer layers and the text that they read: what a text encoder alone has too."""
 
     text_vocab_size: int | None = Field(None, ge=2, description="entries of the text tokenizer; none with text features")
     text_feature_width: int | None = Field(None, ge=1, description="width of a frozen text encoder's features; none with ids")
     text_length: int = Field(ge=1, le=4096, description="T: text ids (or features) per caption, padded or truncated")
-    codebook_size: int = Field(ge=2, le=1 << 24, description="K: entries of the image tokenizer's codebook")
-    grid: tuple[int, int] = Field(description="(h, w): rows and columns of the code grid")
-    layout_kind: Literal["classes", "colors"] | None = Field(None, description="what the layout before the image is made of; "
-                                                             "none = no layout")
-    layout_classes: int | None = Field(None, ge=2, le=1 << 16, description="classes of the layout")
-    layout_grid: tuple[int, int] | None = Field(None, description="rows and columns of the layout")
+    text_projection: Literal["linear", "mlp"] = Field("linear", description="of text features: one matrix, or two with a GELU "
+                                                      "between (LlamaGen)")
 
     width: int = Field(256, ge=8, le=1 << 16, description="D: width of the residual stream")
     heads: int = Field(4, ge=1, le=1024)
@@ -51,15 +42,43 @@ class TransformerConfig(StrictConfig):
     rotary: Literal["2d", "1d", "none"] = Field("2d", description="rotary positions of the image tokens; "
                                                 "the text uses 1d unless 'none'")
     learned_positions: bool = Field(True, description="add learned text and image position embeddings")
+    dropout: float = Field(0.0, ge=0, lt=1, description="in attention and feed-forward")
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if (self.text_vocab_size is None) == (self.text_feature_width is None):
+            raise ValueError("give one of text_vocab_size (text ids) and text_feature_width (a frozen text encoder's features)")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        if self.rotary == "2d" and self.head_dim % 4:
+            raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4 for rotary: 2d (two axes, two parts each)")
+        if self.rotary == "1d" and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even for rotary: 1d")
+        if self.rotary == "none" and not self.learned_positions:
+            raise ValueError("rotary: none needs learned_positions: true, or the model cannot tell positions apart")
+        return self
+
+
+class TransformerConfig(LayersConfig):
+    """What every transformer over image tokens has.
+
+    The output layer has `codebook_size` entries: the begin-of-image slot is an input only, so it cannot be sampled.
+    """
+
+    kind: ClassVar[str] = ""
+
+    codebook_size: int = Field(ge=2, le=1 << 24, description="K: entries of the image tokenizer's codebook")
+    grid: tuple[int, int] = Field(description="(h, w): rows and columns of the code grid")
+    layout_kind: Literal["classes", "colors"] | None = Field(None, description="what the layout before the image is made of; "
+                                                             "none = no layout")
+    layout_classes: int | None = Field(None, ge=2, le=1 << 16, description="classes of the layout")
+    layout_grid: tuple[int, int] | None = Field(None, description="rows and columns of the layout")
     image_positions: Literal["row_column", "flat"] = Field("row_column", description="learned ones: a row's plus a column's "
                                                            "(DALL-E), or one a token (minDALL-E, BART)")
     attention: tuple[str, ...] = Field(("full",), description="what image tokens see of the image, a name a layer, again from "
                                        f"the first when there are more layers: {', '.join(PATTERNS)}")
     convolution_size: int = Field(11, ge=3, description="rows and columns of the 'convolution' pattern's neighbourhood; odd")
     last_attention: str | None = Field(None, description="pattern of the last layer, where it differs (DALL-E: convolution)")
-    text_projection: Literal["linear", "mlp"] = Field("linear", description="of text features: one matrix, or two with a GELU "
-                                                      "between (LlamaGen)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="in attention and feed-forward")
     tokenizer_fingerprint: str = Field("", description="of the image tokenizer whose codes these tokens are")
 
     @property
@@ -84,21 +103,8 @@ class TransformerConfig(StrictConfig):
                 raise ValueError(f"{name} {grid} must have at least one row and column and at most 65,536 codes")
         if len({part is None for part in (self.layout_kind, self.layout_classes, self.layout_grid)}) > 1:
             raise ValueError("layout_kind, layout_classes and layout_grid belong together; give all or none")
-        if (self.text_vocab_size is None) == (self.text_feature_width is None):
-            raise ValueError("give one of text_vocab_size (text ids) and text_feature_width (a frozen text encoder's features)")
-        if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
-        self._check_positions()
         self._check_patterns()
         return self
-
-    def _check_positions(self) -> None:
-        if self.rotary == "2d" and self.head_dim % 4:
-            raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4 for rotary: 2d (two axes, two parts each)")
-        if self.rotary == "1d" and self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even for rotary: 1d")
-        if self.rotary == "none" and not self.learned_positions:
-            raise ValueError("rotary: none needs learned_positions: true, or the model cannot tell positions apart")
 
     def _check_patterns(self) -> None:
         if not self.attention:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seq2seq.config import DecoderOnlyConfig
-from seq2seq.image_transformer import ImageTransformer, TextInput, TokenLogits
+from seq2seq.image_transformer import ImageTransformer, TokenLogits
 from seq2seq.layers import image_stack
+from seq2seq.text_encoder import TextInput
 
 
 class DecoderOnly(ImageTransformer):

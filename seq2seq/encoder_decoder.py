@@ -32,7 +32,7 @@ class EncoderDecoder(ImageTransformer):
 
     def encode_text(self, text_input: Tensor, text_mask: Tensor) -> Tensor:
         """Text ids [B, T] int64 (or features [B, T, F]), text_mask [B, T] bool (True = real) -> memory [B, T, D]."""
-        return self.text_encoder(text_input, text_mask, self.rotary_angles()[0])
+        return self.text_encoder(text_input, text_mask)
 
     def decode(self, memory: Tensor, text_mask: Tensor, image_tokens: Tensor,
                layout_tokens: Tensor | None = None) -> TokenLogits:

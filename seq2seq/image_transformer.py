@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seq2seq.config import TransformerConfig
-from seq2seq.positions import flat_positions, grid_positions, rotary_angles
+from seq2seq.positions import AnglesByDevice, flat_positions, grid_positions
 from tokenloom_common.pretrained import PretrainedModule
 
 
@@ -27,31 +27,6 @@ class TokenLogits(NamedTuple):
     image: Tensor
     layout: Tensor | None = None
     text: Tensor | None = None
-
-
-class TextInput(nn.Module):
-    """Text ids or a frozen encoder's features -> [B, T, D], with learned positions where the config has them."""
-
-    def __init__(self, config: TransformerConfig, padding_ids: int = 0) -> None:
-        """padding_ids: ids after the vocabulary that stand for padding at each position."""
-        super().__init__()
-        self.text_length, width = config.text_length, config.width
-        self.embedding: nn.Module
-        if config.text_vocab_size is not None:
-            self.embedding = nn.Embedding(config.text_vocab_size + padding_ids, width)
-        elif config.text_projection == "linear":
-            self.embedding = nn.Linear(config.text_feature_width or 0, width, bias=False)
-        else:
-            self.embedding = nn.Sequential(nn.Linear(config.text_feature_width or 0, width, bias=False),
-                                           nn.GELU(approximate="tanh"), nn.Linear(width, width, bias=False))
-        self.position = nn.Parameter(torch.empty(config.text_length, width)) if config.learned_positions else None
-
-    def forward(self, text_input: Tensor) -> Tensor:
-        """text_input: ids [B, T] int64 or features [B, T, F] -> [B, T, D]. ValueError for another length."""
-        if text_input.shape[1] != self.text_length:
-            raise ValueError(f"text has {text_input.shape[1]} columns, the model reads {self.text_length}")
-        hidden = self.embedding(text_input)
-        return hidden if self.position is None else hidden + self.position
 
 
 class ImageTransformer(PretrainedModule):
@@ -79,8 +54,7 @@ class ImageTransformer(PretrainedModule):
             self.to_layout_logits = nn.Linear(width, config.layout_classes or 0, bias=False)
         self.embedding_norm = nn.LayerNorm(width) if config.embedding_norm else None
         self.to_logits = nn.Linear(width, config.codebook_size, bias=False)
-        # not buffers: casting the model to bfloat16 would round the angles too
-        self._angles_by_device: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
+        self._angles = AnglesByDevice()
 
     def _make_positions(self, name: str, grid: tuple[int, int], kind: str) -> None:
         if kind == "flat":
@@ -141,25 +115,17 @@ class ImageTransformer(PretrainedModule):
         """Embeddings through the embedding norm, where there is one."""
         return hidden if self.embedding_norm is None else self.embedding_norm(hidden)
 
-    def rotary_angles(self) -> tuple[Tensor | None, Tensor | None]:
-        """Angles of a text encoder's slots [1, T, d] and of the whole sequence [1, P + image slots, d], float32 on the
-        model's device; (None, None) without rotary."""
-        device = self.to_logits.weight.device
-        if device not in self._angles_by_device:
-            text, sequence = self._positions()
-            made = (None if text is None else rotary_angles(text, self.config.head_dim),
-                    None if sequence is None else rotary_angles(sequence, self.config.head_dim))
-            self._angles_by_device[device] = tuple(a if a is None else a.to(device) for a in made)  # type: ignore[assignment]
-        return self._angles_by_device[device]
+    def rotary_angles(self) -> Tensor | None:
+        """Angles of the sequence [1, P + image slots, d], float32 on the model's device; None without rotary."""
+        if self.config.rotary == "none":
+            return None
+        return self._angles.on(self.to_logits.weight.device, self._positions, self.config.head_dim)
 
-    def _positions(self) -> tuple[Tensor | None, Tensor | None]:
-        """Coordinates [slots, axes] of the text encoder and of the sequence."""
+    def _positions(self) -> Tensor:
+        """Coordinates [slots, axes] of the sequence."""
         config = self.config
-        if config.rotary == "none":
-            return None, None
-        text = flat_positions(config.text_length)
         if config.rotary == "1d":
-            return text, flat_positions(self.prefix_slots + self.image_slots)
+            return flat_positions(self.prefix_slots + self.image_slots)
         # text runs along the diagonal, where row = column; the image's grid starts after it, the layout lies under the image
         first = float(self.text_slots)
         parts = [flat_positions(self.text_slots).expand(-1, 2)]
@@ -167,11 +133,11 @@ class ImageTransformer(PretrainedModule):
             scale = (config.grid[0] / config.layout_grid[0], config.grid[1] / config.layout_grid[1])
             parts += [torch.full((1, 2), first), grid_positions(config.layout_grid, scale) + first]
         parts.append(grid_positions(config.grid)[: self.image_slots] + first)
-        return text, torch.cat(parts)
+        return torch.cat(parts)
 
     def sequence_angles(self, slots: int) -> tuple[Tensor, float] | None:
         """What x-transformers takes for the first `slots` slots of the sequence."""
-        angles = self.rotary_angles()[1]
+        angles = self.rotary_angles()
         return None if angles is None else (angles[:, :slots], 1.0)
 
     def split_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

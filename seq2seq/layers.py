@@ -17,7 +17,7 @@ from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import FeedForward
 
 from seq2seq.attention import Pattern, attend, attend_flex
-from seq2seq.config import TransformerConfig
+from seq2seq.config import LayersConfig, TransformerConfig
 
 
 class PatternAttend(nn.Module):
@@ -51,7 +51,7 @@ def blinded(heads: Tensor, slots: int) -> Tensor:
     return torch.cat([torch.zeros_like(heads[:, :, :slots]), heads[:, :, slots:]], dim=2)
 
 
-def text_stack(config: TransformerConfig, layers: int) -> nn.Module:
+def text_stack(config: LayersConfig, layers: int) -> nn.Module:
     """Bidirectional layers over a caption."""
     stack = Encoder(dim=config.width, depth=layers, heads=config.heads, **_layer_options(config))
     return _adjusted(stack, config)
@@ -85,7 +85,7 @@ def layer_blocks(stack: Any, cross_attend: bool) -> list[tuple[Block, ...]]:
     return [tuple(blocks[i: i + step]) for i in range(0, len(blocks), step)]
 
 
-def _layer_options(config: TransformerConfig) -> dict[str, Any]:
+def _layer_options(config: LayersConfig) -> dict[str, Any]:
     """The dozen of x-transformers' options that these models use, for encoder and decoder alike."""
     return {
         "use_rmsnorm": config.norm == "rmsnorm",
@@ -106,7 +106,7 @@ def _layer_options(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _adjusted(stack: nn.Module, config: TransformerConfig) -> nn.Module:
+def _adjusted(stack: nn.Module, config: LayersConfig) -> nn.Module:
     """What x-transformers has no option for."""
     for module in stack.modules():
         if config.attention_bias and hasattr(module, "to_q"):

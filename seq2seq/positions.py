@@ -8,6 +8,8 @@ the other half with the column.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,19 @@ def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
     frequency = ROTARY_BASE ** (-torch.arange(0, part, 2, dtype=torch.float32) / part)  # [part / 2]
     angles = positions[:, :, None] * frequency  # [n, a, part / 2]
     return angles.repeat_interleave(2, dim=-1).flatten(1)[None]  # [1, n, d]
+
+
+class AnglesByDevice:
+    """Angles, made once a device. Not buffers: casting a model to bfloat16 would round them too."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device, positions: Callable[[], Tensor], head_dim: int) -> Tensor:
+        """`rotary_angles` of `positions()` on a device."""
+        if device not in self._made:
+            self._made[device] = rotary_angles(positions(), head_dim).to(device)
+        return self._made[device]
 
 
 def apply_rotary(heads: Tensor, angles: Tensor) -> Tensor:
