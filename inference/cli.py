@@ -76,6 +76,8 @@ def generate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--negative-prompt", help="what guidance leads away from (default: no caption)")
     parser.add_argument("--layout", help="for models with a layout: a picture (colours), or a .json file of class numbers, "
                         "row after row (default: sampled)")
+    parser.add_argument("--attention", action="append", metavar="WORD", help="also save where the picture attended to "
+                        "a word of the caption; may be given several times")
     parser.add_argument("--text-encoder", help="where the model's frozen text encoder is, if not where it was at training")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures decoded at a time (default 32)")
     parser.add_argument("--no-metadata", action="store_true", help="leave prompt, seed and parameters out of the PNG files")
@@ -117,13 +119,15 @@ def _generate_with_progress(model: TextToImage, args: argparse.Namespace, params
     parts = [model.generate(prompt, num_images=args.num_images, params=params, seed=args.seed, batch_size=args.batch_size,
                             negative_prompt=args.negative_prompt, layout=layout)
              for prompt in progress(args.prompt, "generate", unit="caption")]
+    layouts = [part.layouts for part in parts if part.layouts is not None]
     return GenerationResult([i for p in parts for i in p.images], torch.cat([p.image_tokens for p in parts]),
-                            [t for p in parts for t in p.prompts], [s for p in parts for s in p.seeds], params)
+                            [t for p in parts for t in p.prompts], [s for p in parts for s in p.seeds], params,
+                            torch.cat(layouts) if layouts else None, model)
 
 
 def _save_pictures(result: GenerationResult, out: Path, args: argparse.Namespace) -> list[Path]:
     paths = []
-    for prompt, seed, picture in zip(result.prompts, result.seeds, result.images, strict=True):
+    for number, (prompt, seed, picture) in enumerate(zip(result.prompts, result.seeds, result.images, strict=True)):
         info = None
         if not args.no_metadata:
             info = PngInfo()
@@ -134,6 +138,10 @@ def _save_pictures(result: GenerationResult, out: Path, args: argparse.Namespace
         path = _free_name(out, f"{_slug(prompt)}-seed{seed}")
         _save_png(picture, path, info)
         paths.append(path)
+        for word in args.attention or []:
+            path = _free_name(out, f"{_slug(prompt)}-seed{seed}-attention-{_slug(word)}")
+            _save_png(result.attention_overlay(word, number), path)
+            paths.append(path)
     if len(result.images) > 1:
         columns = min(args.num_images, 8) if args.num_images > 1 else min(len(result.images), 8)
         path = _free_name(out, "grid")

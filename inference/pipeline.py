@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from inference.attention_maps import attention_to_text, overlay, word_positions
 from inference.decoder import CachedDecoder
 from inference.generate import Generation, Request, generate_tokens
 from inference.layouts import read_layout
@@ -42,6 +43,21 @@ class GenerationResult:
     seeds: list[int]
     params: SamplingParams
     layouts: Tensor | None = None
+    model: TextToImage | None = field(default=None, repr=False, compare=False)
+
+    def attention(self, word: str, picture: int = 0) -> Tensor:
+        """How much each image token of a picture attended to `word` of its prompt, [h, w] float32: the mean over layers and
+        heads. UserError when the prompt has no such word, or there is no such picture."""
+        if self.model is None:
+            raise UserError("this result does not know its model; ask the result that TextToImage.generate returned")
+        if not 0 <= picture < len(self.image_tokens):
+            raise UserError(f"picture {picture}: the result holds pictures 0 to {len(self.image_tokens) - 1}")
+        layout = None if self.layouts is None else self.layouts[picture: picture + 1]
+        return self.model.attention_map(self.prompts[picture], word, self.image_tokens[picture: picture + 1], layout)
+
+    def attention_overlay(self, word: str, picture: int = 0) -> Image.Image:
+        """The picture with `attention` over it: bright and reddish where its tokens attended to the word most."""
+        return overlay(self.images[picture], self.attention(word, picture))
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,8 @@ class TextToImage:
         tokens, layouts = self._sample(prompts, num_images, options, seed, batch_size)
         images = [picture for part in tokens.split(batch_size) for picture in self.decode_tokens(part)]
         seeds = [seed + i for _ in prompts for i in range(num_images)]
-        return GenerationResult(images, tokens, [p for p in prompts for _ in range(num_images)], seeds, options.params, layouts)
+        repeated = [p for p in prompts for _ in range(num_images)]
+        return GenerationResult(images, tokens, repeated, seeds, options.params, layouts, self)
 
     def sample_tokens(self, prompts: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
                       seed: int = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None) -> Tensor:
@@ -173,6 +190,14 @@ class TextToImage:
         unguided = source.null_caption() if negative is None else source.encode([negative])
         captions, unguided = (TextBatch(*(part.to(self.device) for part in batch)) for batch in (captions, unguided))
         return Request(captions, unguided, images, options.params, seeds, None if layout is None else layout.to(self.device))
+
+    def attention_map(self, prompt: str, word: str, image_tokens: Tensor, layout: Tensor | None = None) -> Tensor:
+        """image_tokens [1, N] (and layout [1, L]) of a prompt -> attention of each token to `word`, [h, w] float32."""
+        positions = word_positions(self.text_tokenizer, prompt, word)
+        text = TextBatch(*(part.to(self.device) for part in self.text_tokenizer.encode([prompt])))
+        weights = attention_to_text(self.seq2seq, text, image_tokens.to(self.device),
+                                    None if layout is None else layout.to(self.device))
+        return weights[0, :, positions].sum(dim=-1).reshape(self.seq2seq.config.grid).cpu()
 
     @torch.inference_mode()
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:

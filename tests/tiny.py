@@ -55,10 +55,10 @@ def _shaken(model: ImageTransformer) -> ImageTransformer:
     return model.eval()
 
 
-def model_folder(folder: Path) -> Path:
+def model_folder(folder: Path, **changes) -> Path:
     """A whole model folder of the parts above."""
     tokenizer, text = vqgan(), text_tokenizer()
-    model = seq2seq(text_vocab_size=text.vocab_size, tokenizer_fingerprint=code_fingerprint(tokenizer))
+    model = seq2seq(text_vocab_size=text.vocab_size, tokenizer_fingerprint=code_fingerprint(tokenizer), **changes)
     return save_model_folder(folder, tokenizer, model, text, SamplingParams(top_k=8, guidance_scale=2.0), "# tiny\n")
 
 
