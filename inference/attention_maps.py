@@ -85,6 +85,8 @@ def word_positions(source: TextSource, caption: str, word: str) -> list[int]:
     for first in [at for at, begin in enumerate(begins) if begin]:
         joined = ""
         for last in range(first, len(pieces)):
+            if _is_special(pieces[last]):
+                break
             joined += bare[last]
             ends = last + 1 == len(pieces) or begins[last + 1] or _is_special(pieces[last + 1])
             if joined == wanted and ends:
