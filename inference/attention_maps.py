@@ -123,7 +123,7 @@ def _bare(piece: str) -> str:
         return ""
     for mark in (*_BEFORE_A_WORD, "##", "</w>"):
         piece = piece.replace(mark, "")
-    return piece.casefold()
+    return "".join(piece.casefold().split())
 
 
 def overlay(picture: Image.Image, weights: Tensor) -> Image.Image:

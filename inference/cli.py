@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from inference.attention_maps import word_positions
 from inference.model_folder import INDEX_NAME, PARTS, load_model_folder, toolkit_version
 from inference.pipeline import GenerationResult, TextToImage, check_counts, check_prompts
 from inference.sampling import SamplingParams
@@ -88,6 +89,9 @@ def generate(argv: Sequence[str] | None = None) -> int:
     check_prompts(args.prompt)
     layout = None if args.layout is None else _read_layout_file(args.layout)
     model = TextToImage.from_pretrained(args.model, device, text_encoder=args.text_encoder)
+    for prompt in args.prompt:
+        for word in args.attention or []:  # a word that is not there is refused before anything is sampled
+            word_positions(model.text_tokenizer, prompt, word)
     out = _output_folder(args.out)
     given = {"guidance_scale": args.guidance, "guidance_schedule": args.guidance_schedule, "top_k": args.top_k,
              "guidance_power": args.guidance_power, "temperature": args.temperature, "top_p": args.top_p, "min_p": args.min_p}

@@ -186,11 +186,43 @@ def test_zero_top_k_is_all_and_guidance_one_is_off_not_the_default(run, folder, 
 
 
 @pytest.mark.parametrize(("flag", "value"), [
-    ("--top-k", 1), ("--top-p", 0.05), ("--min-p", 0.9), ("--temperature", 9), ("--guidance", 0), ("--seed", 3)])
+    ("--top-k", 1), ("--top-p", 0.05), ("--min-p", 0.9), ("--temperature", 9), ("--guidance", 0), ("--seed", 3),
+    ("--guidance-schedule", "linear"), ("--negative-prompt", "octopus")])
 def test_every_sampling_flag_changes_the_picture(run, folder, tmp_path, flag, value):
     base = ["generate", "a red heart", "--model", folder, "--out", tmp_path]
     pictures = [Image.open(run(*base, *more).out[0]).tobytes() for more in ([], [flag, value])]
     assert pictures[0] != pictures[1]
+
+
+def test_the_power_of_the_cosine_schedule_changes_the_picture(run, folder, tmp_path):
+    base = ["generate", "a red heart", "--guidance", 9, "--guidance-schedule", "cosine", "--model", folder, "--out", tmp_path]
+    pictures = [Image.open(run(*base, *more).out[0]).tobytes() for more in ([], ["--guidance-power", 4])]
+    assert pictures[0] != pictures[1]
+
+
+def test_attention_is_saved_beside_each_picture(run, folder, tmp_path):
+    shown = run("generate", "a red heart", "--num-images", 2, "--attention", "heart", "--attention", "red", "--model", folder,
+                "--out", tmp_path)
+    parts = ("", "-attention-heart", "-attention-red")
+    assert [Path(path).name for path in shown.out] == [
+        *(f"a-red-heart-seed{seed}{part}.png" for seed in (0, 1) for part in parts), "grid.png"]
+    pictures = [Image.open(path).tobytes() for path in shown.out[:6]]
+    assert len(set(pictures)) == 6
+
+
+def test_a_layout_is_read_from_a_picture_or_from_numbers(run, tmp_path):
+    model = tiny.model_folder(tmp_path / "model", layout_kind="colors", layout_classes=27, layout_grid=(2, 2))
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "white.png")
+    (tmp_path / "white.json").write_text("[[26, 26], [26, 26]]")
+    (tmp_path / "red.json").write_text("[[18, 18], [18, 18]]")
+    (tmp_path / "bad.json").write_text("[[18,")
+    base = ["generate", "a red heart", "--model", model, "--out", tmp_path / "out", "--layout"]
+    drawn = {name: Image.open(run(*base, tmp_path / name).out[0]).tobytes() for name in ("white.png", "white.json", "red.json")}
+    assert drawn["white.png"] == drawn["white.json"] != drawn["red.json"]
+    for name, words in (("bad.json", "cannot be read"), ("none.png", "neither a picture nor"), ("none.json", "cannot be read")):
+        shown = run(*base, tmp_path / name)
+        assert shown.code == 2
+        assert words in shown.err[-1]
 
 
 def test_no_metadata_leaves_nothing_in_the_file(run, folder, tmp_path):
@@ -238,6 +270,12 @@ WRONG_GENERATE = {
     "negative temperature": (["--temperature", "-1"], "temperature"),
     "guidance nan": (["--guidance", "nan"], "guidance_scale"),
     "negative guidance": (["--guidance", "-2"], "guidance_scale"),
+    "unknown schedule": (["--guidance-schedule", "square"], "guidance_schedule"),
+    "power without cosine": (["--guidance-power", "2"], "guidance_power is of the cosine schedule"),
+    "negative prompt without guidance": (["--negative-prompt", "blue", "--guidance", "1"], "guidance_scale is 1"),
+    "attention to a word that is not there": (["--attention", "violin"], "has no word 'violin'"),
+    "layout for a model without": (["--layout", "{tmp}/white.png"], "trained without layouts"),
+    "text encoder for a model without": (["--text-encoder", "{tmp}"], "text tokenizer of its own"),
     "no pictures": (["--num-images", "0"], "num_images"),
     "negative pictures": (["--num-images", "-3"], "num_images"),
     "batch of none": (["--batch-size", "0"], "batch_size"),
@@ -261,6 +299,7 @@ WRONG_GENERATE = {
 @pytest.mark.parametrize(("more", "words"), WRONG_GENERATE.values(), ids=WRONG_GENERATE)
 def test_every_wrong_use_of_generate_is_one_line_and_exit_code_2(run, folder, tmp_path, more, words):
     (tmp_path / "file").write_text("x")
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "white.png")
     out = tmp_path / "out"
     shown = run("generate", "a red heart", "--model", folder, "--out", out, *(a.format(tmp=tmp_path) for a in more))
     assert shown.code == 2

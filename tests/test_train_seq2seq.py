@@ -152,6 +152,9 @@ def test_a_run_is_not_continued_as_another_family(made, tmp_path, group):
     train(config(made, tmp_path / "run"), group)
     with pytest.raises(ResumeError, match="model"):
         Seq2SeqTraining(config(made, tmp_path / "run", model=DECODER_ONLY, train={"steps": 5}), group)
+    with pytest.raises(ResumeError, match=r"optim\.name"):
+        adafactor = {"name": "adafactor", "betas": [0.9, 0.96]}
+        Seq2SeqTraining(config(made, tmp_path / "run", optim=adafactor, deepspeed={"zero_stage": 0}), group)
 
 
 def test_cached_features_give_the_same_first_loss(made, tmp_path, group):

@@ -25,6 +25,11 @@ class TransformerSettings(StrictConfig):
     preset: str | None = Field(DEFAULT_PRESET, description=f"one of {', '.join(PRESETS)}; none = the family's defaults")
     kind: str = Field(EncoderDecoder.kind, description=f"one of {', '.join(KINDS)}; follows from the preset")
 
+    @classmethod
+    def variants(cls) -> list[type[StrictConfig]]:
+        """The settings of every family: what options there are."""
+        return list(SETTINGS.values()) if cls is TransformerSettings else [cls]
+
     def resolved(self) -> dict[str, Any]:
         """The preset's values, overridden by those given here, without `kind`."""
         base = {k: v for k, v in PRESETS[self.preset].items() if k != "kind"} if self.preset else {}
@@ -36,10 +41,11 @@ class TransformerSettings(StrictConfig):
 
 
 def _settings(kind: str) -> type[TransformerSettings]:
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"kind": (str, Field(kind, description=TransformerSettings.model_fields["kind"].description))}
     for name, info in KINDS[kind].config_class.model_fields.items():
         if name not in DERIVED:
             field = copy(info)
+            field.description = f"{info.description or ''}; none = the preset's".removeprefix("; ")
             field.default, field.default_factory = None, None
             fields[name] = (Optional[info.annotation], field)  # noqa: UP045 (made at run time)
     return create_model(f"{KINDS[kind].__name__}Settings", __base__=TransformerSettings, **fields)

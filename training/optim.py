@@ -40,14 +40,13 @@ class Adafactor(torch.optim.Optimizer):
     `parameter_scaling` (their section 8) is off unless asked for.
 
     torch.optim.Adafactor has no first moment, and a beta2 that only grows with the step. What of Parti is not here: its
-    first moment is held in int8, which makes it a quarter of the size. Its decay is on every weight, ours where
-    `build_optimizer` puts it.
+    first moment is held in int8, a quarter of the size of ours.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.96), weight_decay: float = 0.0,
                  update_clipping: float = 1.0, parameter_scaling: bool = False, factored_from: int = 128) -> None:
         """betas: of the first moment (0 = none is kept) and of the second; update_clipping: largest root mean square of a
-        weight's update / lr, d in the paper; factored_from: as in Google's own implementation.
+        weight's update / lr, d in the paper; factored_from: optax has the same.
         """
         if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
             raise ValueError(f"betas {betas}: both must be at least 0 and below 1")

@@ -85,6 +85,8 @@ class Seq2SeqTraining:
         facts: dict[str, Any] = {"model": {"kind": model.kind, **model.plain()}, "data rows": len(self.shards)}
         if self.config.train.weight_ema:
             facts["weight_ema"] = True
+        if self.config.optim.name != "adamw":
+            facts["optim.name"] = self.config.optim.name
         return facts
 
     def _text_source(self) -> TextSource:

@@ -93,6 +93,8 @@ class TokenizerTraining:
             facts["discriminator"] = adversarial.discriminator.plain()
         if train.weight_ema:
             facts["weight_ema"] = True
+        names = {"optim.name": self.config.optim.name, "discriminator_optim.name": self.config.discriminator_optim.name}
+        facts |= {key: name for key, name in names.items() if name != "adamw"}
         return facts
 
     def _check_discriminator(self) -> None:
