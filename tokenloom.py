@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inference import GenerationResult, GenerationStep, SamplingParams, TextToImage
+    from inference import GenerationResult, GenerationStep, SamplingParams, TextToImage, load_matcher
     from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
     from tokenizer_image import VQGAN, ImageTokenizer, VQGANConfig, load_tokenizer
 
 __all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep", "ImageTokenizer", "SamplingParams",
-           "Seq2SeqConfig", "TextToImage", "TextTokenizer", "VQGANConfig", "load_tokenizer", "main"]
+           "Seq2SeqConfig", "TextToImage", "TextTokenizer", "VQGANConfig", "load_matcher", "load_tokenizer", "main"]
 
 _NAMES = {"TextToImage": "inference", "SamplingParams": "inference", "GenerationResult": "inference",
-          "GenerationStep": "inference", "EncoderDecoder": "seq2seq", "Seq2SeqConfig": "seq2seq",
+          "GenerationStep": "inference", "load_matcher": "inference", "EncoderDecoder": "seq2seq", "Seq2SeqConfig": "seq2seq",
           "TextTokenizer": "seq2seq", "VQGAN": "tokenizer_image", "VQGANConfig": "tokenizer_image",
           "ImageTokenizer": "tokenizer_image", "load_tokenizer": "tokenizer_image"}
 
@@ -45,7 +45,8 @@ def _help() -> str:
                       "training (also without `deepspeed`, on one process):",
                       "  deepspeed training/train_tokenizer.py --config training/recipes/small_tokenizer.yaml ...",
                       "  deepspeed training/encode_dataset.py --image_tokenizer RUN/model --data.path DIR --out TOKENS",
-                      "  deepspeed training/train_seq2seq.py --config training/recipes/small_seq2seq.yaml ..."])
+                      "  deepspeed training/train_seq2seq.py --config training/recipes/small_seq2seq.yaml ...",
+                      "  deepspeed training/train_matcher.py --config training/recipes/emoji_matcher.yaml ..."])
 
 
 def _show_help(argv: Sequence[str] | None) -> int:

@@ -1,8 +1,10 @@
 """A trained model folder -> pictures."""
 
+from inference.matcher import Matcher, MatcherConfig, TextTowerConfig
+from inference.matcher_folder import load_matcher
 from inference.model_folder import LoadedModel, load_model_folder, save_model_folder
 from inference.pipeline import GenerationResult, GenerationStep, TextToImage
 from inference.sampling import SamplingParams
 
-__all__ = ["GenerationResult", "GenerationStep", "LoadedModel", "SamplingParams", "TextToImage", "load_model_folder",
-           "save_model_folder"]
+__all__ = ["GenerationResult", "GenerationStep", "LoadedModel", "Matcher", "MatcherConfig", "SamplingParams", "TextToImage",
+           "TextTowerConfig", "load_matcher", "load_model_folder", "save_model_folder"]

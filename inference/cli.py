@@ -21,6 +21,7 @@ from inference.attention_maps import word_positions
 from inference.model_folder import INDEX_NAME, PARTS, load_model_folder, toolkit_version
 from inference.pipeline import GenerationResult, TextToImage, check_counts, check_prompts
 from inference.sampling import SamplingParams
+from inference.scorer import check_candidates
 from tokenizer_image import ImageTokenizer, load_tokenizer
 from tokenizer_image.images import (
     BadImageError,
@@ -79,6 +80,9 @@ def generate(argv: Sequence[str] | None = None) -> int:
                         "row after row (default: sampled)")
     parser.add_argument("--attention", action="append", metavar="WORD", help="also save where the picture attended to "
                         "a word of the caption; may be given several times")
+    parser.add_argument("--rerank-from", type=int, metavar="N", help="draw N candidates per caption and keep the --num-images "
+                        "that a matcher finds to fit it best (needs --matcher)")
+    parser.add_argument("--matcher", metavar="DIR", help="folder of a matcher (RUN/model of train_matcher), a CLIP or a SigLIP")
     parser.add_argument("--text-encoder", help="where the model's frozen text encoder is, if not where it was at training")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures decoded at a time (default 32)")
     parser.add_argument("--no-metadata", action="store_true", help="leave prompt, seed and parameters out of the PNG files")
@@ -87,8 +91,11 @@ def generate(argv: Sequence[str] | None = None) -> int:
     device = choose_device(args.device)
     check_counts(args.num_images, args.batch_size, args.seed)
     check_prompts(args.prompt)
+    if (args.rerank_from is None) != (args.matcher is None):
+        raise UserError("--rerank-from N and --matcher DIR belong together: N candidates, and what chooses among them")
+    check_candidates(args.rerank_from, args.num_images)
     layout = None if args.layout is None else _read_layout_file(args.layout)
-    model = TextToImage.from_pretrained(args.model, device, text_encoder=args.text_encoder)
+    model = TextToImage.from_pretrained(args.model, device, text_encoder=args.text_encoder, matcher=args.matcher)
     for prompt in args.prompt:
         for word in args.attention or []:  # a word that is not there is refused before anything is sampled
             word_positions(model.text_tokenizer, prompt, word)
@@ -121,12 +128,13 @@ def _generate_with_progress(model: TextToImage, args: argparse.Namespace, params
                             layout: Any) -> GenerationResult:
     """One prompt at a time, so that the bar moves."""
     parts = [model.generate(prompt, num_images=args.num_images, params=params, seed=args.seed, batch_size=args.batch_size,
-                            negative_prompt=args.negative_prompt, layout=layout)
+                            negative_prompt=args.negative_prompt, layout=layout, rerank_from=args.rerank_from)
              for prompt in progress(args.prompt, "generate", unit="caption")]
     layouts = [part.layouts for part in parts if part.layouts is not None]
     return GenerationResult([i for p in parts for i in p.images], torch.cat([p.image_tokens for p in parts]),
                             [t for p in parts for t in p.prompts], [s for p in parts for s in p.seeds], params,
-                            torch.cat(layouts) if layouts else None, model)
+                            torch.cat(layouts) if layouts else None, model,
+                            None if args.rerank_from is None else [s for p in parts for s in p.scores or []])
 
 
 def _save_pictures(result: GenerationResult, out: Path, args: argparse.Namespace) -> list[Path]:
@@ -138,6 +146,7 @@ def _save_pictures(result: GenerationResult, out: Path, args: argparse.Namespace
             info.add_text(PNG_KEY, json.dumps({
                 "prompt": prompt, "seed": seed, **result.params.plain(), "model": str(args.model),
                 **({"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}),
+                **({"score": result.scores[number], "matcher": str(args.matcher)} if result.scores else {}),
                 "tokenloom": toolkit_version(), "digitalSourceType": "trainedAlgorithmicMedia"}))
         path = _free_name(out, f"{_slug(prompt)}-seed{seed}")
         _save_png(picture, path, info)

@@ -21,8 +21,10 @@ from inference.attention_maps import attention_to_text, overlay, word_positions
 from inference.decoder import CachedDecoder
 from inference.generate import Generation, Request, generate_tokens
 from inference.layouts import read_layout
+from inference.matcher_folder import load_matcher
 from inference.model_folder import LoadedModel, load_model_folder
 from inference.sampling import SamplingParams
+from inference.scorer import Scorer, check_rerank, keep_best
 from seq2seq import TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
@@ -35,7 +37,7 @@ MAX_SEED = (1 << 63) - 1  # of the last picture; what a torch generator takes
 @dataclass(frozen=True)
 class GenerationResult:
     """images: B pictures; image_tokens: LongTensor [B, N] on the CPU; seeds and prompts: one a picture; params: as used;
-    layouts: LongTensor [B, L] of models with a layout, given or sampled."""
+    layouts: LongTensor [B, L] of models with a layout, given or sampled; scores: one a picture where a matcher chose."""
 
     images: list[Image.Image]
     image_tokens: Tensor
@@ -44,6 +46,7 @@ class GenerationResult:
     params: SamplingParams
     layouts: Tensor | None = None
     model: TextToImage | None = field(default=None, repr=False, compare=False)
+    scores: list[float] | None = None
 
     def attention(self, word: str, picture: int = 0) -> Tensor:
         """How much each image token of a picture attended to `word` of its prompt, [h, w] float32: the mean over layers and
@@ -99,8 +102,9 @@ class GenerationStep:
 class TextToImage:
     """A trained model folder, ready to sample."""
 
-    def __init__(self, parts: LoadedModel) -> None:
+    def __init__(self, parts: LoadedModel, matcher: Scorer | None = None) -> None:
         self.parts = parts
+        self.matcher = matcher
         self.image_tokenizer = parts.image_tokenizer
         self.text_tokenizer = parts.text_tokenizer
         self.seq2seq = parts.seq2seq
@@ -110,31 +114,40 @@ class TextToImage:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None, revision: str | None = None,
-                        text_encoder: str | None = None) -> TextToImage:
+                        text_encoder: str | None = None, matcher: str | Path | None = None) -> TextToImage:
         """Load a local model folder or a hub id; on the GPU when there is one and no device is named.
 
         text_encoder: folder or hub id of the frozen text encoder that the model was trained with, if it is not where it was.
+        matcher: what `rerank_from` chooses with, see `inference.matcher_folder.load_matcher`.
         """
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_model_folder(folder, chosen, revision, text_encoder))
+        judge = None if matcher is None else load_matcher(matcher, chosen)
+        return cls(load_model_folder(folder, chosen, revision, text_encoder), judge)
 
     def generate(self, prompt: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
-                 seed: int = 0, batch_size: int = 32, negative_prompt: str | None = None,
-                 layout: Any = None) -> GenerationResult:
+                 seed: int = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None,
+                 rerank_from: int | None = None, matcher: Scorer | None = None) -> GenerationResult:
         """Prompts -> num_images pictures each. Picture i of a prompt is drawn with seed + i, whatever shares its batch.
 
         params: the model folder's defaults when None. batch_size: pictures decoded at a time.
         negative_prompt: what guidance leads away from, in place of the null caption. layout: for models with one, see
         `inference.layouts.read_layout`; sampled when None.
-        UserError for an empty list, a prompt that is not text, num_images or batch_size below 1.
+        rerank_from: draw so many candidates a prompt, seed + 0, seed + 1, ..., and keep the num_images that fit it best in the
+        eyes of `matcher` (default: the one of from_pretrained), the best first, with their seeds and scores.
+        UserError for an empty list, a prompt that is not text, num_images or batch_size below 1, rerank_from below num_images
+        or without a matcher.
         """
         prompts = check_prompts(prompt)
+        check_counts(num_images, batch_size, seed)
+        judge = check_rerank(rerank_from, num_images, matcher, self.matcher)
         options = self._options(params, negative_prompt, layout)
-        tokens, layouts = self._sample(prompts, num_images, options, seed, batch_size)
+        drawn = rerank_from or num_images
+        tokens, layouts = self._sample(prompts, drawn, options, seed, batch_size)
         images = [picture for part in tokens.split(batch_size) for picture in self.decode_tokens(part)]
-        seeds = [seed + i for _ in prompts for i in range(num_images)]
-        repeated = [p for p in prompts for _ in range(num_images)]
-        return GenerationResult(images, tokens, repeated, seeds, options.params, layouts, self)
+        seeds = [seed + i for _ in prompts for i in range(drawn)]
+        repeated = [p for p in prompts for _ in range(drawn)]
+        result = GenerationResult(images, tokens, repeated, seeds, options.params, layouts, self)
+        return result if judge is None else keep_best(result, drawn, num_images, judge)
 
     def sample_tokens(self, prompts: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
                       seed: int = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None) -> Tensor:

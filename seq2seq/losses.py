@@ -1,8 +1,10 @@
 """Losses of the caption -> image token model."""
 
-# Axes: B batch, S predicted slots, V classes, N image tokens, T text ids, L layout tokens, K codebook size
+# Axes: B batch, S predicted slots, V classes, N image tokens, T text ids, M masked ids, L layout tokens, K codebook size
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from seq2seq.image_transformer import TokenLogits
+from seq2seq.text_tokenizer import NULL, UNKNOWN
 from tokenloom_common.config import StrictConfig
 
 
@@ -80,3 +83,35 @@ def loss_parts(logits: TokenLogits, config: TokenLossConfig, image_tokens: Tenso
     if config.z_weight:
         parts["z"] = (z_loss(logits.image), config.z_weight)
     return parts
+
+
+# ---- masked text ids ----
+
+PREDICTED, REPLACED, RANDOM = 0.15, 0.8, 0.1  # BERT's: of all words; and of those, by the mask and by any other word
+
+
+class MaskedText(NamedTuple):
+    """text_ids [.., T] int64 as they are fed; predicted [.., T] bool: which of them are to be told from the others."""
+
+    text_ids: Tensor
+    predicted: Tensor
+
+
+def mask_text(text_ids: Tensor, vocab_size: int, generator: torch.Generator) -> MaskedText:
+    """Hide text ids [.., T] int64 as BERT does (Devlin et al. 2019, section 3.1, https://arxiv.org/abs/1810.04805): each is to
+    be predicted with a chance of 15 %; of those, 80 % become the mask, 10 % a random id, and 10 % stay.
+
+    The mask is UNKNOWN, which no caption contains because unknown characters are spelt in bytes. Padding, end and the null
+    caption are neither predicted nor drawn.
+    """
+    choice, kind = torch.rand((2, *text_ids.shape), generator=generator)
+    drawn = torch.randint(NULL + 1, vocab_size, text_ids.shape, generator=generator)
+    predicted = (text_ids > NULL) & (choice < PREDICTED)
+    hidden = torch.where(predicted & (kind < REPLACED), UNKNOWN, text_ids)
+    return MaskedText(torch.where(predicted & (kind >= 1 - RANDOM), drawn, hidden), predicted)
+
+
+def masked_text_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy in nats over the M ids that were to be predicted: logits [M, V], targets [M] int64 -> scalar float32;
+    0 where none was."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))

@@ -33,6 +33,8 @@ class TextInput(nn.Module):
         """text_input: ids [B, T] int64 or features [B, T, F] -> [B, T, D]. ValueError for another length."""
         if text_input.shape[1] != self.text_length:
             raise ValueError(f"text has {text_input.shape[1]} columns, the model reads {self.text_length}")
+        if text_input.is_floating_point():  # a frozen encoder's features are float32 whatever the model is
+            text_input = text_input.to(next(self.embedding.parameters()).dtype)
         hidden = self.embedding(text_input)
         return hidden if self.position is None else hidden + self.position
 

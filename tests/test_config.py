@@ -16,6 +16,7 @@ from tokenloom_common.config import dotted_names
 from tokenloom_common.errors import UserError
 from training.config import EncodeRunConfig, Seq2SeqRunConfig, TokenizerRunConfig
 from training.config_loading import dump_config, load_config
+from training.matcher_config import MatcherRunConfig
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "training" / "recipes").glob("*.yaml"))
@@ -81,7 +82,7 @@ def test_the_merged_config_reads_back_as_itself(tmp_path):
 
 
 def test_help_lists_every_key(capsys):
-    for kind in (TokenizerRunConfig, EncodeRunConfig, Seq2SeqRunConfig):
+    for kind in (TokenizerRunConfig, EncodeRunConfig, MatcherRunConfig, Seq2SeqRunConfig):
         with pytest.raises(SystemExit) as stopped:
             load("--help", kind=kind)
         assert stopped.value.code == 0
@@ -92,7 +93,7 @@ def test_help_lists_every_key(capsys):
     assert "--caption_dropout" in shown
 
 
-@pytest.mark.parametrize("kind", [TokenizerRunConfig, EncodeRunConfig, Seq2SeqRunConfig])
+@pytest.mark.parametrize("kind", [TokenizerRunConfig, EncodeRunConfig, Seq2SeqRunConfig, MatcherRunConfig])
 def test_the_name_of_every_option_is_read_in_code(kind):
     sources = [p for folder in ("training", "inference", "seq2seq", "tokenizer_image")
                for p in (REPOSITORY / folder).rglob("*.py") if p != REPOSITORY / "training" / "config.py"]
@@ -142,7 +143,7 @@ def test_every_field_of_the_transformer_changes_it(family, field):
 
 
 def test_there_are_recipes():
-    assert len(RECIPES) == 18
+    assert len(RECIPES) == 20
 
 
 @pytest.mark.parametrize(("flag", "text"), [("--data.path", "20261121"), ("--run_dir", "runs/try #2"), ("--run_dir", "null: x"),
@@ -156,18 +157,20 @@ def test_text_is_taken_as_it_stands(flag, text):
 def test_recipes_named_in_help_and_docs_exist():
     names = {name for page in [REPOSITORY / "tokenloom.py", REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"),
                                *(REPOSITORY / "training").glob("*.py")]
-             for name in re.findall(r"\b(\w+_(?:tokenizer|seq2seq)\.yaml)", page.read_text())}
+             for name in re.findall(r"\b(\w+_(?:tokenizer|seq2seq|matcher)\.yaml)", page.read_text())}
     assert names <= {recipe.name for recipe in RECIPES}
     assert names
+
+
+RECIPE_KINDS = {"tokenizer": TokenizerRunConfig, "seq2seq": Seq2SeqRunConfig, "matcher": MatcherRunConfig}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
 def test_every_recipe_parses(recipe, tmp_path):
     text = recipe.read_text()
     assert all(word in text for word in ("# command:", "# machine:", recipe.name))
-    tokenizer = recipe.stem.endswith("_tokenizer")
-    kind = TokenizerRunConfig if tokenizer else Seq2SeqRunConfig
-    extra = NEEDED if tokenizer else [*NEEDED, "--image_tokenizer", "t"]
+    kind = RECIPE_KINDS[recipe.stem.rsplit("_", 1)[-1]]
+    extra = [*NEEDED, "--image_tokenizer", "t"] if kind is Seq2SeqRunConfig else NEEDED
     if "start_from" in text:  # the model is the one that is started from
         (tmp_path / "config.json").write_text(json.dumps(preset("vit-vqgan-s").plain()))
         extra = [*extra, "--train.start_from", str(tmp_path)]

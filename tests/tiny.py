@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy
 import torch
+from PIL import Image
 
-from inference import SamplingParams, save_model_folder
+from inference import Matcher, MatcherConfig, SamplingParams, TextTowerConfig, save_model_folder
+from inference.matcher import ImageTowerConfig
+from inference.matcher_folder import save_matcher_folder
 from seq2seq import DecoderOnly, DecoderOnlyConfig, EncoderDecoder, ImageTransformer, Seq2SeqConfig, TextTokenizer
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.fingerprint import code_fingerprint
@@ -76,3 +80,23 @@ def bert_folder(folder: Path, seed: int = 0) -> Path:
     transformers.BertModel(config).save_pretrained(folder)
     transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
+
+
+def matcher(seed: int = 0, **text) -> Matcher:
+    """16 px, one layer of text, width 32; reads what `text_tokenizer` gives."""
+    torch.manual_seed(seed)
+    image = ImageTowerConfig(resolution=16, channels=8, channel_multipliers=(1, 2), norm_groups=4)
+    values = {"text_vocab_size": text_tokenizer().vocab_size, "text_length": TEXT_LENGTH, "width": 32, "heads": 2,
+              "head_dim": 16, "layers": 1, **text}
+    return Matcher(MatcherConfig(image=image, text=TextTowerConfig(**values), embed_dim=16)).eval()
+
+
+def matcher_folder(folder: Path) -> Path:
+    """A whole matcher folder."""
+    return save_matcher_folder(folder, matcher(), text_tokenizer(), "# tiny\n")
+
+
+def pictures(count: int, side: int = 16, seed: int = 0) -> list[Image.Image]:
+    """Noise."""
+    noise = numpy.random.default_rng(seed).integers(0, 256, (count, side, side, 3)).astype(numpy.uint8)
+    return [Image.fromarray(pixels) for pixels in noise]

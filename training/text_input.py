@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -26,7 +26,6 @@ from tokenloom_common.errors import MissingFileError, UserError
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from tokenloom_common.progress import progress
 from training.config import TextConfig
-from training.data.token_shards import TokenShards
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,15 @@ OWN_FILES = (INDEX_NAME, "captions.json", "features.npy", "offsets.npy")
 ENCODE_BATCH = 64
 
 
-def choose_text_source(text: TextConfig, shards: TokenShards, kept: Path | None) -> TextSource:
+class CaptionRows(Protocol):
+    """Data with captions: token shards, or captioned pictures."""
+
+    def __len__(self) -> int: ...
+    def captions(self, row: int, /) -> list[str]: ...
+    def all_captions(self) -> list[str]: ...
+
+
+def choose_text_source(text: TextConfig, data: CaptionRows, kept: Path | None) -> TextSource:
     """The one that is named; or the one at `kept`, of the run that is continued; or a new one made of the captions."""
     if text.kind == FrozenTextEncoder.kind:
         return FrozenTextEncoder.load(text.encoder or "", text.text_length or DEFAULT_TEXT_LENGTH)
@@ -49,8 +56,8 @@ def choose_text_source(text: TextConfig, shards: TokenShards, kept: Path | None)
                                         or found.config.text_length == (text.text_length or DEFAULT_TEXT_LENGTH)):
             return found  # else the model's config differs too, and resuming is refused for that
     if text.kind == ClassLabels.kind:
-        return ClassLabels.collect(shards.captions(row)[0] for row in range(len(shards)))
-    return TextTokenizer.train(shards.all_captions(), text.vocab_size or DEFAULT_VOCAB_SIZE,
+        return ClassLabels.collect(data.captions(row)[0] for row in range(len(data)))
+    return TextTokenizer.train(data.all_captions(), text.vocab_size or DEFAULT_VOCAB_SIZE,
                                text.text_length or DEFAULT_TEXT_LENGTH)
 
 

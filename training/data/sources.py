@@ -83,6 +83,10 @@ class CaptionedImages:
         """The captions of an item, without touching its picture."""
         return clean_captions(_caption_value(self._row(index)[self._caption_column]))
 
+    def all_captions(self) -> list[str]:
+        """Every caption of every item."""
+        return [caption for index in range(len(self)) for caption in self.captions(index)]
+
     def metadata(self, index: int) -> dict[str, Any]:
         """The other columns of an item."""
         row = self._row(index)

@@ -1,0 +1,79 @@
+"""Does a scorer find the caption of a picture among many? Works with a matcher of ours and with published models alike."""
+
+# Axes: P pictures with one caption each, E width of the space that both share
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inference.scorer import ImageTextScorer
+from tokenloom_common.errors import DataError
+from training.data.batches import ItemId, item_random
+from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages
+
+MOST_CAPTIONS = 500
+TOP = (1, 5)
+PICTURES_AT_ONCE = 64
+
+
+class Pair(NamedTuple):
+    """A row of the data and the caption that its picture is to be found by."""
+
+    row: int
+    caption: str
+
+
+def choose_pairs(source: CaptionedImages, seed: int, most: int = MOST_CAPTIONS) -> list[Pair]:
+    """Up to `most` rows in an order that the seed decides, each with one of its captions, no caption twice in any case."""
+    order = list(range(len(source)))
+    random.Random(f"{seed} retrieval").shuffle(order)
+    pairs: dict[str, Pair] = {}
+    for row in order:
+        caption = item_random(seed, ItemId(0, row), "retrieval").choice(source.captions(row))
+        pairs.setdefault(caption.casefold(), Pair(row, caption))
+        if len(pairs) == most:
+            break
+    return list(pairs.values())
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """scores [P, P], the right caption of picture i in column i -> [P] int64: how many wrong captions score at least as much.
+
+    A tie counts against the scorer: one that scores everything alike has found nothing.
+    """
+    return (scores >= scores.diagonal()[:, None]).sum(dim=1) - 1
+
+
+def retrieval_accuracy(scores: Tensor) -> dict[str, float]:
+    """Share of pictures whose caption is the best, and among the best five, with what guessing would reach: see `ranks`."""
+    found, count = ranks(scores), len(scores)
+    return {**{f"top{top}": float((found < top).double().mean()) for top in TOP},
+            **{f"chance_top{top}": min(top, count) / count for top in TOP}}
+
+
+def evaluate_retrieval(scorer: ImageTextScorer, source: CaptionedImages, seed: int = 0,
+                       most: int = MOST_CAPTIONS) -> dict[str, Any]:
+    """Picture -> its caption among `captions` different ones of the split. Unusable pictures are left out and counted."""
+    unusable: Counter[str] = Counter()
+    usable: list[Pair] = []
+    parts: list[Tensor] = []
+    pairs = choose_pairs(source, seed, most)
+    for start in range(0, len(pairs), PICTURES_AT_ONCE):  # large pictures would not all fit into memory
+        images = []
+        for pair in pairs[start: start + PICTURES_AT_ONCE]:
+            try:
+                images.append(source[pair.row].image)
+                usable.append(pair)
+            except BAD_ITEM_ERRORS as error:
+                unusable[error.reason] += 1
+        if images:
+            parts.append(scorer.embed_images(images))
+    if not usable:
+        raise DataError("no usable picture to measure retrieval on")
+    scores = torch.cat(parts) @ scorer.embed_captions([pair.caption for pair in usable]).T
+    return {"captions": len(usable), **retrieval_accuracy(scores), "unusable": unusable.total(), "seed": seed}

@@ -1,0 +1,77 @@
+"""What a matcher learns from: pictures and captions that belong together, and hidden words of the captions."""
+
+# Axes: B batch, S side in pixels, E width of the shared space, T text ids, M hidden ids, D width, V vocabulary
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inference.matcher import Embeddings, Matcher
+from training.matcher_config import MatcherLossConfig
+
+
+def contrastive_loss(embeddings: Embeddings, scale: Tensor, same_caption: Tensor) -> Tensor:
+    """Symmetric cross entropy in nats of telling partners from the others of the batch -> scalar float32.
+
+    embeddings: of B pictures and their B captions; scale: 1 / temperature; same_caption [B, B] bool, True on the diagonal and
+    wherever two rows have the same caption, which makes each a right answer for the other. A row with several right answers
+    is asked for an equal share of each: UniCL (Yang et al. 2022, https://arxiv.org/abs/2204.03610), and where all captions
+    differ the loss of Radford et al. 2021.
+    """
+    logits = scale * embeddings.image @ embeddings.text.T  # [B pictures, B captions]
+    share = same_caption / same_caption.sum(dim=1, keepdim=True)  # rows of one caption have the same sum: it serves both ways
+    return (F.cross_entropy(logits, share) + F.cross_entropy(logits.T, share)) / 2
+
+
+@torch.no_grad()
+def batch_accuracy(embeddings: Embeddings, same_caption: Tensor) -> Tensor:
+    """Share of pictures whose best caption in the batch is right: see contrastive_loss -> scalar float32."""
+    best = (embeddings.image @ embeddings.text.T).argmax(dim=1, keepdim=True)  # [B, 1]
+    return same_caption.gather(1, best).float().mean()
+
+
+class MaskedTextHead(nn.Module):
+    """Memory of a hidden word -> logits over the vocabulary, through the embedding's own weights (Devlin et al. 2019)."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, memory: Tensor, embedding: Tensor) -> Tensor:
+        """memory [M, D], embedding [V, D] -> logits [M, V]."""
+        return F.linear(self.norm(F.gelu(self.dense(memory))), embedding, self.bias)
+
+
+class MatcherOutputs(NamedTuple):
+    """Vectors of pictures and captions, 1 / temperature, and logits [M, V] of the hidden words in raster order, if any were."""
+
+    embeddings: Embeddings
+    scale: Tensor
+    text_logits: Tensor | None = None
+
+
+class MatcherObjective(nn.Module):
+    """The matcher with what only its training needs, as one module for the engine."""
+
+    def __init__(self, matcher: Matcher, loss: MatcherLossConfig) -> None:
+        super().__init__()
+        self.matcher = matcher
+        text = matcher.config.text
+        self.head = MaskedTextHead(text.width, text.text_vocab_size or 0) if loss.mlm_weight else None
+
+    def forward(self, image: Tensor, text_input: Tensor, text_mask: Tensor, hidden_ids: Tensor | None = None,
+                predicted: Tensor | None = None) -> MatcherOutputs:
+        """image [B, 3, S, S]; text ids [B, T] (or features), text_mask [B, T]; hidden_ids and predicted [B, T]: `mask_text`."""
+        embeddings = self.matcher(image, text_input, text_mask)
+        logits = None
+        if self.head is not None and hidden_ids is not None and predicted is not None:
+            encoder = self.matcher.text_encoder
+            memory = encoder(hidden_ids, text_mask)[predicted]  # [M, D]
+            logits = self.head(memory, encoder.text_input.embedding.weight)
+        return MatcherOutputs(embeddings, self.matcher.scale, logits)

@@ -1,0 +1,245 @@
+"""Train a matcher, a small contrastive image-text model, on captioned pictures; its text tower can start a transformer's.
+
+CPU:  python training/train_matcher.py --config training/recipes/debug_matcher.yaml --data.path DIR --run_dir RUN
+real: deepspeed training/train_matcher.py --config training/recipes/emoji_matcher.yaml --data.path DIR --run_dir RUN
+
+A caption is told from the others of its own process's micro-batch: train.batch_size / (processes x train.accumulation) of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.matcher import Matcher, MatcherConfig
+from inference.matcher_folder import MatcherScorer, save_matcher_folder
+from seq2seq import FrozenTextEncoder, TextSource
+from seq2seq.losses import masked_text_loss
+from tokenloom_common.errors import DataError, UserError, run_command
+from tokenloom_common.files import write_json_atomic
+from training.config_loading import load_config
+from training.data.batches import MicroBatches, batch_loader
+from training.data.captioned_visits import CaptionedBatch, CaptionedVisits, CollateCaptioned
+from training.data.drops import DropCounter, in_words
+from training.data.sources import CaptionedImages, open_dataset
+from training.data.training_sets import Captions
+from training.engine import Engine, deepspeed_json, processes, resolve_precision
+from training.evaluation.pictures import plot_curves
+from training.evaluation.retrieval import evaluate_retrieval
+from training.log import read_metrics, setup_console
+from training.loop import Task, run_training
+from training.matcher_card import matcher_card
+from training.matcher_config import MatcherRunConfig
+from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
+from training.optim import build_optimizer
+from training.process_group import Processes
+from training.run_state import RunState, seed_everything
+from training.text_input import cached, choose_text_source
+from training.weight_average import weight_average
+
+log = logging.getLogger("training.train_matcher")  # under a launcher __name__ is "__main__"
+
+TEXT_FOLDER = "text_tokenizer"
+MATCHER = "matcher."  # the matcher's part of the objective's parameters
+
+
+class MatcherTraining:
+    """One run: the matcher, its text input, its data and what the loop needs of them."""
+
+    def __init__(self, config: MatcherRunConfig, group: Processes) -> None:
+        self.config, self.group = config, group
+        precision = resolve_precision(config, group.device)
+        group.first_does(lambda: self._check_batch(precision))
+        self.source = group.first_then_others(lambda: self._open(config.data.split))
+        if config.data.validation_split:
+            group.first_does(lambda: len(self._open(config.data.validation_split)))  # exists, before hours of training
+        self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
+        group.first_does(lambda: self.drops.record_opened(self.source))
+        self._known_bad: set[str] = set()
+        self._problem: Exception | None = None
+        together = group.first_then_others if config.text.kind == FrozenTextEncoder.kind else group.first_does
+        self.text_source: TextSource = together(self._text_source)
+        model_config = config.model.build({
+            "text_vocab_size": self.text_source.vocab_size, "text_feature_width": self.text_source.feature_width,
+            "text_length": self.text_source.config.text_length})
+        self.run_state = RunState(config, group, self._facts(model_config, precision))
+        self.run_state.prepare()
+        group.first_does(self._keep_text_source)
+        self.visits = CaptionedVisits(self.source, model_config.image.resolution, config.seed, config.data.horizontal_flip)
+        self.collate = CollateCaptioned(self._captions(), config.seed,
+                                        self.text_source.vocab_size if config.loss.mlm_weight else None)
+        seed_everything(config.seed, 0)  # the same weights on every process
+        self.objective = MatcherObjective(Matcher(model_config), config.loss)
+        self.average = (weight_average(self.objective, config.train.weight_ema, group.device)
+                        if config.train.weight_ema and group.is_first else None)
+        self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), config, group, precision)
+        seed_everything(config.seed, group.rank)
+        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+    def _check_batch(self, precision: str) -> None:
+        """A batch that cannot be divided, or leaves nothing to tell a caption from: refused before anything is touched."""
+        micro = deepspeed_json(self.config, self.group.world_size, precision, parameters=1)["train_micro_batch_size_per_gpu"]
+        if micro < 2:
+            raise UserError(f"train.batch_size {self.config.train.batch_size} leaves a process one picture at a time, and a "
+                            "caption is told from those of other pictures; raise it, or lower train.accumulation")
+
+    def _open(self, split: str | None) -> CaptionedImages:
+        data = self.config.data
+        return open_dataset(data.path, split=split, caption_column=data.caption_column, image_column=data.image_column)
+
+    def _text_source(self) -> TextSource:
+        run = Path(self.config.run_dir)
+        continued = self.config.checkpoint.resume != "never" and (run / "latest.json").is_file()
+        return choose_text_source(self.config.text, self.source, run / TEXT_FOLDER if continued else None)
+
+    def _keep_text_source(self) -> None:
+        folder = self.run_state.run_dir / TEXT_FOLDER
+        if not folder.exists():
+            self.text_source.save_pretrained(folder)
+
+    def _captions(self) -> Captions:
+        """What gives the batches their text: the source itself, or its features from disk."""
+        cache = self.config.text.feature_cache
+        if not isinstance(self.text_source, FrozenTextEncoder) or cache is None:
+            return self.text_source
+        source, wanted = self.text_source, self.source.all_captions()
+        self.group.first_does(lambda: cached(source, Path(cache), wanted, may_write=True) and None)
+        return cached(source, Path(cache), wanted, may_write=False)
+
+    def _facts(self, model: MatcherConfig, precision: str) -> dict[str, Any]:
+        """What a checkpoint must share with the run that continues it."""
+        facts: dict[str, Any] = {"model": {"kind": Matcher.kind, **model.plain()}, "data rows": len(self.source),
+                                 "precision": precision, "hidden words": bool(self.config.loss.mlm_weight)}
+        if self.config.train.weight_ema:
+            facts["weight_ema"] = True
+        return facts
+
+    def task(self) -> Task:
+        """This run as the training loop sees it."""
+        return Task("train matcher", [self.engine], self.batches, self.train, self.metrics, self.sample,
+                    problem=lambda: self._problem, state=self._state, restore=self._restore)
+
+    def _state(self) -> dict[str, Tensor]:
+        if self.average is None:
+            return {}
+        return {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        if self.average is not None:
+            self.average.load_state_dict({name.removeprefix("average."): tensor for name, tensor in state.items()})
+
+    def batches(self, first_step: int) -> Iterable[CaptionedBatch]:
+        """This process's micro-batches from `first_step` on."""
+        train = self.config.train
+        order = MicroBatches(len(self.visits), train.batch_size, train.accumulation, self.config.seed, self.group.rank,
+                             self.group.world_size, first_step, train.steps)
+        return batch_loader(self.visits, order, self.config.data.workers, self.collate)
+
+    def train(self, batch: CaptionedBatch, step: int) -> dict[str, Tensor]:
+        """One micro-batch: gradients, and an optimizer step at the end of a window -> the loss, its parts, and how it goes."""
+        self._count(batch)
+        device, loss = self.group.device, self.config.loss
+        text, mask = (part.to(device) for part in batch.text)
+        masked = [] if batch.masked is None else [part.to(device) for part in batch.masked]
+        image = batch.image.to(device, self.dtype, memory_format=torch.channels_last)
+        outputs = self.engine(image, text.to(self.dtype) if text.is_floating_point() else text, mask, *masked)
+        same = batch.same_caption.to(device)
+        terms = {"contrastive": contrastive_loss(outputs.embeddings, outputs.scale, same)}
+        total = loss.contrastive_weight * terms["contrastive"]
+        if outputs.text_logits is not None:
+            terms["words"] = masked_text_loss(outputs.text_logits, text[masked[1]])
+            total = total + loss.mlm_weight * terms["words"]
+        self.engine.backward(total, step + 1, terms)
+        skipped = self.engine.skipped
+        self.engine.step(step + 1)
+        if self.engine.window_closed and self.objective.matcher.clamp_scale():
+            self.engine.take_over([self.objective.matcher.logit_scale])
+        if self.average is not None and self.engine.skipped == skipped and self.engine.window_closed:
+            self.average.update_parameters(self.objective)
+        return {"loss": total.detach(), **{name: term.detach() for name, term in terms.items()},
+                "accuracy": batch_accuracy(outputs.embeddings, same), "scale": outputs.scale.detach()}
+
+    def _count(self, batch: CaptionedBatch) -> None:
+        """Count unusable pictures, each once however often its turn comes."""
+        self.drops.record_good(len(batch.image))
+        try:
+            for dropped in batch.dropped:
+                if dropped.key not in self._known_bad:
+                    self._known_bad.add(dropped.key)
+                    self.drops.record(dropped.reason, dropped.key)
+        except DataError as error:
+            self._problem = error
+
+    def metrics(self) -> dict[str, float]:
+        """Items skipped, over all processes."""
+        return {"dropped_items": int(self.group.total(torch.tensor(self.drops.dropped)))}
+
+    def full_model(self) -> Matcher:
+        """A float32 copy on the CPU with the whole current weights, or their average. All processes must call it."""
+        state = self.engine.full_state()
+        if self.average is not None and int(self.average.n_averaged):
+            state = self.average.module.state_dict()
+        model = Matcher(self.objective.matcher.config)
+        own = {name.removeprefix(MATCHER): tensor for name, tensor in state.items() if name.startswith(MATCHER)}
+        model.load_state_dict(own)
+        return model.eval()
+
+    def sample(self, step: int) -> None:
+        """curves.png: there are no pictures to sample."""
+        if not self.group.is_first:
+            return
+        run_dir = self.run_state.run_dir
+        rows = read_metrics(run_dir / "metrics.jsonl")
+        plot_curves([("loss", rows, ["contrastive", "words"] if self.objective.head else ["contrastive"]),
+                     ("caption right, of its batch", rows, ["accuracy"]), ("1 / temperature", rows, ["scale"])],
+                    run_dir / "curves.png")
+
+    def finish(self) -> None:
+        """Measure the held-out split and export run_dir/model."""
+        model = self.full_model()
+        reasons: Counter[str] = sum(self.group.gather(self.drops.reasons), Counter())
+        if not self.group.is_first:
+            return
+        self.sample(self.config.train.steps)
+        if reasons:
+            log.warning("passed over %d unusable pictures (%s)", reasons.total(), in_words(reasons))
+        report = None
+        if self.config.data.validation_split:
+            scorer = MatcherScorer(model.to(self.group.device), self.text_source)
+            report = evaluate_retrieval(scorer, self._open(self.config.data.validation_split))
+            report = {"split": self.config.data.validation_split, **report}
+            write_json_atomic(self.run_state.run_dir / "validation.json", report)
+            log.info("held-out pictures: of %d captions the right one is first for %.1f %% (chance %.1f %%), among the first "
+                     "five for %.1f %%", report["captions"], 100 * report["top1"], 100 * report["chance_top1"],
+                     100 * report["top5"])
+        folder = save_matcher_folder(self.run_state.run_dir / "model", model.cpu(), self.text_source,
+                                     matcher_card(self.config, model.config, len(self.source), report))
+        log.info("matcher: %s", folder)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Train from command-line arguments."""
+    config = load_config(MatcherRunConfig, sys.argv[1:] if argv is None else argv, "train_matcher.py", __doc__ or "")
+    with processes(config.train.threads) as group:
+        setup_console(group.is_first)
+        training = MatcherTraining(config, group)
+        trained = run_training(training.task(), config, group, training.run_state)
+        if trained or not (training.run_state.run_dir / "model").exists():
+            training.finish()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: errors become one line and an exit code."""
+    return run_command(run, argv, "train_matcher.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
