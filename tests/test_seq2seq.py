@@ -173,3 +173,15 @@ def test_damaged_text_tokenizers_are_named(tmp_path):
         TextTokenizer.from_pretrained(folder)
     with pytest.raises(UserError, match="no captions"):
         TextTokenizer.train([], 300, 8)
+
+
+@pytest.mark.parametrize("family", [tiny.seq2seq, tiny.decoder_only])
+def test_a_bfloat16_model_reads_float32_features(family):
+    model = family(text_vocab_size=None, text_feature_width=6)
+    features = torch.randn(2, tiny.TEXT_LENGTH, 6, generator=torch.Generator().manual_seed(0))
+    mask, tokens = torch.ones(2, tiny.TEXT_LENGTH, dtype=torch.bool), torch.zeros(2, 16, dtype=torch.int64)
+    with torch.no_grad():
+        exact = model(features, mask, tokens).image
+        rounded = model.bfloat16()(features, mask, tokens).image
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()
