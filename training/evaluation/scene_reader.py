@@ -14,12 +14,15 @@ What it tolerates, as the share of 400 random scenes of up to 4 things in which 
 | JPEG of quality 30 (colour at full resolution); blur of sigma 0.9 px at 32 | 0.99 / 1.00 |
 | blur of sigma 1.2 px at 32, 2.4 px at 64 | 0.99 / 0.99 |
 | blur 0.8 (1.6) px, noise 12, colours off by 20 and JPEG 50 together | 0.99 / 1.00 |
+| squeezed in one direction by a quarter (of 80) | — / 1.00 |
 | outlines bent by 0.5 (1) px; by 1 (2) px, where a person doubts too | 1.00 / 1.00; 0.82 / 0.68 |
 | colours paled to 80 %; to 75 % | 0.97 / 1.00; 0.75 / 1.00 (of 100) |
 
-At 16 px 0.98 as drawn, but 0.73 with the mixture. Two things that touch are told apart in 0.99 of clean pairs and in 0.90 of
-pairs with the mixture. What it does not see: paint paler than 40 % and spots below 0.6 % of the canvas. It is not strict on
-shapes: a blob of no shape is mostly read as the nearest one, and only the oddest become "unclear".
+At 16 px 0.98 as drawn, but 0.73 with the mixture. Two things of like size that touch are told apart in 0.99 of clean pairs,
+0.90 (0.98) with the mixture; a small one of another colour at a large one in 0.96, but 0.5 (0.7) with the mixture.
+
+Not seen: paint paler than 40 %, spots below 0.6 % of the canvas. It is not strict on shapes: a blob of no shape is mostly
+read as the nearest one, and only the oddest become "unclear".
 """
 
 # Axes: S side of the picture after averaging down, C colours of the palette, T templates, G side of a template's grid
@@ -44,7 +47,7 @@ SPECK = 0.006  # of the canvas; the smallest thing of `make_scene`, a star of 0.
 MARGIN = 2 / 32  # of the side: how far around its solid pixels a thing's blurred edge is followed
 SURE, SPLIT_GAIN = 0.965, 0.03  # a thing below the first is split if the worst part gains the second
 MAX_PARTS = 4
-MIN_SHARE = 0.2  # of a thing's solid pixels that a colour needs for a part of its own
+MIN_SHARE = 0.08  # of a thing's solid pixels that a colour needs for a part of its own
 MIN_LIKENESS = 0.92  # below: shape unclear
 MAX_HUE_ERROR, MIN_DEPTH, MIN_PURITY = 55.0, 0.65, 0.6  # colour unclear: off the line in 8-bit steps, too pale, too mixed
 GRID_SIDE, GRID_REACH = 24, 1.1  # of the templates; reach in units of the square root of a thing's area
