@@ -14,9 +14,10 @@ from tests import tiny
 from tokenizer_image import preset
 from tokenloom_common.config import dotted_names
 from tokenloom_common.errors import UserError
-from training.config import EncodeRunConfig, Seq2SeqRunConfig, TokenizerRunConfig
+from training.config import TokenizerRunConfig
 from training.config_loading import dump_config, load_config
 from training.matcher_config import MatcherRunConfig
+from training.token_config import EncodeRunConfig, Seq2SeqRunConfig
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "training" / "recipes").glob("*.yaml"))

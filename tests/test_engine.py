@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tokenloom_common.errors import RunFailedError, UserError
-from training.config import OptimConfig, RunConfig
+from training.config import RunConfig
 from training.engine import Engine, deepspeed_json, resolve_precision
 from training.optim import build_optimizer, lr_at
+from training.optim_config import OptimConfig
 from training.process_group import Processes
 
 STAGES = (0, 1, 2, 3)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tokenloom_common.errors import UserError
-from training.config import OptimConfig, RunConfig, Seq2SeqRunConfig, TokenizerRunConfig
+from training.config import RunConfig, TokenizerRunConfig
 from training.config_loading import dump_config, load_config
 from training.engine import Engine, deepspeed_json
 from training.optim import OPTIMIZERS, SCHEDULES, Adafactor, build_optimizer, lr_at
+from training.optim_config import OptimConfig
 from training.process_group import Processes
+from training.token_config import Seq2SeqRunConfig
 
 PARTI = {"name": "adafactor", "lr": 4.5e-5, "betas": (0.9, 0.96), "weight_decay": 0.045, "warmup_steps": 5000,
          "schedule": "exponential", "decay_start_step": 85_000, "final_lr_ratio": 0.025, "gradient_clipping": 4.0}

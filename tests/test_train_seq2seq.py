@@ -17,12 +17,12 @@ from tests import tiny
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import merge
 from tokenloom_common.errors import ResumeError, UserError
-from training.config import Seq2SeqRunConfig
 from training.data.batches import ItemId
 from training.data.token_shards import LayoutIndex, SplitIndex, TokenIndex, write_index, write_shard
 from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes
+from training.token_config import Seq2SeqRunConfig
 from training.train_seq2seq import Seq2SeqTraining
 
 ROWS, LAYOUT_GRID = 12, (2, 2)
@@ -197,3 +197,37 @@ def test_what_does_not_fit_the_data_is_refused(changes, words, made, tmp_path, g
     with pytest.raises(UserError, match=words):
         Seq2SeqTraining(config(made, tmp_path / "run", **changes), group)
     assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+# ---- starting from a matcher's text encoder ----
+
+def test_a_run_starts_from_a_matchers_text_encoder_and_its_vocabulary(made, tmp_path, group):
+    matcher = tiny.matcher_folder(tmp_path / "matcher")
+    start = {"text": {"start_from": str(matcher)}, "model": {**ENCODER_DECODER, "encoder_layers": 1}}
+    training = Seq2SeqTraining(config(made, tmp_path / "run", **start), group)
+    taken = tiny.matcher().text_encoder.state_dict()
+    assert all(torch.equal(value, taken[name]) for name, value in training.model.text_encoder.state_dict().items())
+    assert training.text_source.model_proto == tiny.text_tokenizer().model_proto
+    run_training(training.task(), training.config, group, training.run_state)
+    after = training.model.text_encoder.state_dict()
+    assert not all(torch.equal(value, taken[name]) for name, value in after.items())  # it is trained on
+    (matcher / "matcher_index.json").unlink()  # a run that is continued no longer needs the matcher
+    longer = config(made, tmp_path / "run", **merge(start, {"train": {"steps": 4}}))
+    again = Seq2SeqTraining(longer, group)
+    assert run_training(again.task(), longer, group, again.run_state)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model": {**ENCODER_DECODER, "encoder_layers": 2}}, r"encoder_layers \(1 there, 2 here\)"),
+    ({"model": DECODER_ONLY}, "kind decoder_only has no text encoder")])
+def test_a_text_encoder_that_does_not_fit_is_refused_before_anything_is_written(made, tmp_path, group, changes, words):
+    matcher = tiny.matcher_folder(tmp_path / "matcher")
+    with pytest.raises(UserError, match=words):
+        Seq2SeqTraining(config(made, tmp_path / "run", text={"start_from": str(matcher)}, **changes), group)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", [{"kind": "classes"}, {"vocab_size": 300}, {"tokenizer": "t"}, {"text_length": 9}])
+def test_start_from_brings_its_own_text_tokenizer(made, tmp_path, text):
+    with pytest.raises(UserError, match=r"text\.start_from .*leave"):
+        config(made, tmp_path / "run", text={"start_from": "m", **text})

@@ -23,7 +23,6 @@ from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError, run_command
 from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
-from training.config import EncodeRunConfig
 from training.config_loading import load_config
 from training.data.drops import DropCounter, in_words
 from training.data.layouts import Layouts
@@ -32,6 +31,7 @@ from training.data.token_shards import INDEX_NAME, SplitIndex, TokenIndex, token
 from training.engine import processes
 from training.log import setup_console
 from training.process_group import Processes
+from training.token_config import EncodeRunConfig
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenloom_common.errors import RunFailedError, UserError
-from training.config import OptimConfig, RunConfig
+from training.config import RunConfig
 from training.optim import lr_at
+from training.optim_config import OptimConfig
 from training.process_group import Processes
 
 log = logging.getLogger(__name__)

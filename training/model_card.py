@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from seq2seq import Seq2SeqConfig, TransformerConfig
-from training.config import Seq2SeqRunConfig
+from training.token_config import Seq2SeqRunConfig
 
 
 def model_card(run: Seq2SeqRunConfig, model: TransformerConfig, rows: int, held_out_loss: float | None) -> str:

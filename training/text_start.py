@@ -12,6 +12,8 @@ from seq2seq import EncoderDecoder, ImageTransformer, Seq2SeqConfig, TextSource,
 from seq2seq.config import LayersConfig
 from tokenloom_common.errors import UserError
 from tokenloom_common.pretrained import read_config
+from training.text_input import CaptionRows, choose_text_source
+from training.token_config import Seq2SeqTextConfig
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +23,18 @@ _FREE = ("dropout",)  # has no weights, and is each run's own choice
 def matcher_text_source(folder: str | Path, text_encoder: str | None = None) -> TextSource:
     """The text tokenizer (or frozen text encoder) of a matcher: what a run must read its captions with to start from it."""
     return load_text_source(find_matcher_folder(folder) / "text_tokenizer", text_encoder)
+
+
+def text_source_of_run(text: Seq2SeqTextConfig, data: CaptionRows, kept: Path | None) -> TextSource:
+    """What a run reads its captions with: the matcher's that it starts from, or as choose_text_source says. `kept` is where
+    the run that is continued has it. UserError when text.kind is not the matcher's."""
+    if text.start_from is None:
+        return choose_text_source(text, data, kept)
+    source = matcher_text_source(text.start_from, text.encoder) if kept is None else load_text_source(kept, text.encoder)
+    if source.kind != text.kind:
+        raise UserError(f"text.start_from {text.start_from}: the matcher's text.kind is {source.kind}, this run's {text.kind}; "
+                        f"set text.kind {source.kind}")
+    return source
 
 
 def check_text_start(config: TransformerConfig, folder: str | Path) -> None:

@@ -18,14 +18,21 @@ import torch
 from torch import Tensor
 
 from inference import LoadedModel, SamplingParams, TextToImage, save_model_folder
-from seq2seq import KINDS, ClassLabels, DecoderOnly, FrozenTextEncoder, ImageTransformer, TextSource, TransformerConfig
+from seq2seq import (
+    KINDS,
+    ClassLabels,
+    DecoderOnly,
+    FrozenTextEncoder,
+    ImageTransformer,
+    TextSource,
+    TransformerConfig,
+)
 from seq2seq.losses import loss_parts, region_token_weights
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.images import image_grid
 from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
-from training.config import Seq2SeqRunConfig
 from training.config_loading import load_config
 from training.data.batches import MicroBatches, batch_loader
 from training.data.token_shards import TokenShards, check_same_tokenizer
@@ -38,7 +45,9 @@ from training.model_card import model_card
 from training.optim import build_optimizer
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
-from training.text_input import cached, choose_text_source
+from training.text_input import cached
+from training.text_start import check_text_start, take_text_encoder, text_source_of_run
+from training.token_config import Seq2SeqRunConfig
 from training.token_validation import validation_loss
 from training.weight_average import weight_average
 
@@ -63,9 +72,13 @@ class Seq2SeqTraining:
         check_same_tokenizer(self.shards.index, config.data.path, self.image_tokenizer.codebook_size,
                              self.image_tokenizer.grid, self.fingerprint, config.image_tokenizer)
         together = group.first_then_others if config.text.kind == FrozenTextEncoder.kind else group.first_does
-        self.text_source: TextSource = together(self._text_source)
+        kept = self._kept_text()
+        self.text_source: TextSource = together(lambda: text_source_of_run(config.text, self.shards, kept))
         model_config = self._model_config()
         check_losses(config, model_config)
+        start_from = config.text.start_from
+        if start_from and kept is None:
+            group.first_does(lambda: check_text_start(model_config, start_from))
         self.run_state = RunState(config, group, self._facts(model_config))
         self.run_state.prepare()
         group.first_does(self._keep_text_source)
@@ -75,6 +88,8 @@ class Seq2SeqTraining:
         self.collate = CollateTokens(self._captions())
         seed_everything(config.seed, 0)  # the same weights on every process
         self.model = KINDS[config.model.kind](model_config)
+        if start_from and self.run_state.resume_from is None:
+            group.first_then_others(lambda: take_text_encoder(self.model, start_from, config.text.encoder) and None)
         self.average = (weight_average(self.model, config.train.weight_ema, group.device)
                         if config.train.weight_ema and group.is_first else None)
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), config, group, precision)
@@ -89,10 +104,10 @@ class Seq2SeqTraining:
             facts["optim.name"] = self.config.optim.name
         return facts
 
-    def _text_source(self) -> TextSource:
+    def _kept_text(self) -> Path | None:
+        """The text tokenizer of the run that is continued."""
         run = Path(self.config.run_dir)
-        continued = self.config.checkpoint.resume != "never" and (run / "latest.json").is_file()
-        return choose_text_source(self.config.text, self.shards, run / TEXT_FOLDER if continued else None)
+        return run / TEXT_FOLDER if self.config.checkpoint.resume != "never" and (run / "latest.json").is_file() else None
 
     def _keep_text_source(self) -> None:
         folder = self.run_state.run_dir / TEXT_FOLDER

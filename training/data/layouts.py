@@ -11,9 +11,9 @@ from PIL import Image
 
 from inference.layouts import COLOR_CLASSES, color_layout
 from tokenloom_common.errors import DataError
-from training.config import LayoutConfig
 from training.data.sources import CaptionedImages
 from training.data.token_shards import LayoutIndex
+from training.token_config import LayoutConfig
 
 
 class Layouts:

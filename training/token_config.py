@@ -1,0 +1,143 @@
+"""The configs of training/encode_dataset.py and training/train_seq2seq.py: what runs over tokens and captions have."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from seq2seq.losses import TokenLossConfig
+from tokenloom_common.config import StrictConfig
+from training.config import PicturesConfig, RunConfig
+from training.model_settings import TransformerSettings, read_settings
+
+
+class TokenDataConfig(StrictConfig):
+    """Token shards made by encode_dataset."""
+
+    path: str = Field(description="folder that encode_dataset wrote")
+    split: str = Field("train", description="which split of the token shards")
+    validation_split: str | None = Field(None, description="held-out split that is measured at the end")
+    workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
+
+
+class LayoutConfig(StrictConfig):
+    """A coarse grid of classes that models may be given, or sample, before the image tokens."""
+
+    kind: Literal["none", "classes", "colors"] = Field("none", description="classes: from a column of the data; colors: the "
+                                                       "picture's own, in 27 classes")
+    grid: tuple[int, int] = Field((4, 4), description="rows and columns that are kept")
+    column: str = Field("layout", description="column with the classes, in raster order of a square grid; for kind classes")
+    classes: int | None = Field(None, ge=2, le=1 << 16, description="number of classes in the column; for kind classes")
+
+    @model_validator(mode="after")
+    def _check(self) -> LayoutConfig:
+        if min(self.grid) < 1 or max(self.grid) > 64:
+            raise ValueError(f"layout.grid {self.grid}: give 1 to 64 rows and columns")
+        if (self.kind == "classes") != (self.classes is not None):
+            raise ValueError("layout.classes, the number of classes, is for layout.kind classes, which needs it")
+        if self.kind != "classes" and self.column != "layout":
+            raise ValueError(f"layout.column is for layout.kind classes, not {self.kind}; leave it out")
+        return self
+
+
+class EncodeRunConfig(StrictConfig):
+    """training/encode_dataset.py: captioned images + an image tokenizer -> token shards."""
+
+    image_tokenizer: str = Field(description="folder of the image tokenizer")
+    data: PicturesConfig
+    out: str = Field(description="folder for the token shards")
+    layout: LayoutConfig = LayoutConfig()
+    splits: list[str] | None = Field(None, description="splits to encode; none = every split of the data")
+    batch_size: int = Field(64, ge=1, description="pictures at a time and process")
+    shard_rows: int = Field(50_000, ge=1, description="rows per parquet shard")
+    threads: int = Field(0, ge=0, description="CPU threads per process; 0 = cores / processes of this machine")
+
+
+class TextConfig(StrictConfig):
+    """What the model reads: ids of a text tokenizer, a class, or the features of a frozen text encoder."""
+
+    kind: Literal["sentencepiece", "classes", "frozen"] = Field(
+        "sentencepiece", description="sentencepiece: captions as ids; classes: a row's first caption is its class, one learned "
+        "vector each; frozen: features of a pretrained text encoder")
+    tokenizer: str | None = Field(None, description="folder of a trained text tokenizer; none = train one on the captions")
+    vocab_size: int | None = Field(None, ge=264, le=1 << 20, description="of the one that is trained; none = 2048")
+    text_length: int | None = Field(None, ge=2, le=4096, description="ids per caption, the end included; none = 32")
+    encoder: str | None = Field(None, description="folder or hub id of the text encoder, for kind frozen")
+    feature_cache: str | None = Field(None, description="folder where its features are kept and found again; none = encode "
+                                      "each caption whenever it comes")
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> TextConfig:
+        frozen = self.kind == "frozen"
+        if frozen != (self.encoder is not None):
+            raise ValueError("text.encoder, the folder or hub id of a text encoder, is for text.kind frozen, which needs it")
+        if self.feature_cache and not frozen:
+            raise ValueError(f"text.feature_cache is for text.kind frozen, not {self.kind}; leave it out")
+        if frozen and (self.tokenizer or self.vocab_size):
+            raise ValueError("text.kind frozen has a tokenizer of its own; leave text.tokenizer and text.vocab_size out")
+        if self.kind == "classes" and (self.vocab_size or self.text_length):
+            raise ValueError("text.kind classes reads one id a class; leave text.vocab_size and text.text_length out")
+        if self.tokenizer and (self.vocab_size or self.text_length):
+            raise ValueError("text.tokenizer names a trained one, which has its own vocab_size and text_length; leave them out")
+        return self
+
+
+class Seq2SeqTextConfig(TextConfig):
+    """What the text of a caption -> token transformer may have beside."""
+
+    start_from: str | None = Field(None, description="folder of a matcher (RUN/model of train_matcher): its text tokenizer is "
+                                   "read with, and its text encoder's weights are where the model's own starts (Parti)")
+
+    @model_validator(mode="after")
+    def _start_possible(self) -> Seq2SeqTextConfig:
+        if self.start_from is None:
+            return self
+        if self.kind == "classes":
+            raise ValueError("text.start_from is a text encoder, and text.kind classes reads no text; leave it out")
+        if self.tokenizer or self.vocab_size or self.text_length:
+            raise ValueError("text.start_from brings its text tokenizer, vocab_size and text_length; leave text.tokenizer, "
+                             "text.vocab_size and text.text_length out")
+        return self
+
+
+class Seq2SeqRunConfig(RunConfig):
+    """training/train_seq2seq.py: token shards -> the caption -> token transformer and the whole model folder."""
+
+    data: TokenDataConfig
+    image_tokenizer: str = Field(description="folder of the image tokenizer that made the tokens")
+    text: Seq2SeqTextConfig = Seq2SeqTextConfig()
+    model: SerializeAsAny[TransformerSettings] = Field(default_factory=lambda: read_settings({}))
+    loss: TokenLossConfig = TokenLossConfig()
+    use_layout: bool = Field(True, description="learn the layout before the image, where the token shards have one")
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="chance that a caption is replaced by the null caption")
+    token_corruption: float = Field(0.0, ge=0, lt=1, description="share of the tokens fed to the decoder that are replaced by "
+                                    "random codes, so that it keeps listening to the caption")
+    sample_guidance: float = Field(3.0, ge=0, le=100, description="guidance scale of the sample grids and the exported default")
+    sample_top_k: int = Field(256, ge=0, description="top-k of the sample grids and the exported default; 0 = off")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _family(cls, values: Any) -> Any:
+        """Read the section of the family that `preset` or `kind` names."""
+        return read_settings(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _text_is_predicted_or_not(self) -> Seq2SeqRunConfig:
+        predicts = bool(self.model.resolved().get("predict_text", False))
+        if predicts != bool(self.loss.text_weight):
+            has, lacks = ("model.predict_text is true", "loss.text_weight is 0") if predicts else (
+                f"loss.text_weight is {self.loss.text_weight}", "model.predict_text is false")
+            raise ValueError(f"{has}, but {lacks}; set both or neither")
+        if predicts and self.text.kind != "sentencepiece":
+            raise ValueError(f"model.predict_text needs text ids to predict; text.kind {self.text.kind} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> Seq2SeqRunConfig:
+        if self.train.weight_ema and self.deepspeed.zero_stage == 3:
+            raise ValueError("train.weight_ema follows whole weights, which deepspeed.zero_stage 3 shards; use stage 2 or less")
+        if self.text.kind == "frozen" and self.data.workers and not self.text.feature_cache:
+            raise ValueError("data.workers cannot share a text encoder; name a folder for text.feature_cache, "
+                             "or set data.workers to 0")
+        return self
