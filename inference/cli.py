@@ -68,13 +68,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="folder for the pictures; files there are never overwritten")
     parser.add_argument("--num-images", type=int, default=1, help="pictures per caption (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
-    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens; 0 = all (default: the model folder's)")
-    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this mass (default: the model folder's)")
-    parser.add_argument("--min-p", type=float, help="drop tokens below this share of the likeliest (default: the model's)")
-    parser.add_argument("--temperature", type=float, help="0 = always the likeliest token (default: the model folder's)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off (default: the model folder's)")
-    parser.add_argument("--guidance-schedule", help="constant, linear or cosine (default: the model folder's)")
-    parser.add_argument("--guidance-power", type=float, help="of the cosine schedule (default: the model folder's)")
+    add_sampling_options(parser)
     parser.add_argument("--negative-prompt", help="what guidance leads away from (default: no caption)")
     parser.add_argument("--layout", help="for models with a layout: a picture (colours), or a .json file of class numbers, "
                         "row after row (default: sampled)")
@@ -100,14 +94,33 @@ def generate(argv: Sequence[str] | None = None) -> int:
         for word in args.attention or []:  # a word that is not there is refused before anything is sampled
             word_positions(model.text_tokenizer, prompt, word)
     out = _output_folder(args.out)
-    given = {"guidance_scale": args.guidance, "guidance_schedule": args.guidance_schedule, "top_k": args.top_k,
-             "guidance_power": args.guidance_power, "temperature": args.temperature, "top_p": args.top_p, "min_p": args.min_p}
-    params = SamplingParams.parse({**model.default_params.plain(), **{k: v for k, v in given.items() if v is not None}},
-                                  "sampling options")
+    params = given_params(args, model.default_params, args.guidance)
     result = _generate_with_progress(model, args, params, layout)
     for path in _save_pictures(result, out, args):
         print(path)
     return 0
+
+
+def add_sampling_options(parser: OneLineParser, several_scales: bool = False) -> None:
+    """The options that `given_params` reads; each replaces the model folder's own default."""
+    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens; 0 = all (default: the model folder's)")
+    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this mass (default: the model folder's)")
+    parser.add_argument("--min-p", type=float, help="drop tokens below this share of the likeliest (default: the model's)")
+    parser.add_argument("--temperature", type=float, help="0 = always the likeliest token (default: the model folder's)")
+    if several_scales:
+        parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE", help="guidance scale, 1 = off; with several, "
+                            "everything is sampled at each (default: the model folder's)")
+    else:
+        parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off (default: the model folder's)")
+    parser.add_argument("--guidance-schedule", help="constant, linear or cosine (default: the model folder's)")
+    parser.add_argument("--guidance-power", type=float, help="of the cosine schedule (default: the model folder's)")
+
+
+def given_params(args: argparse.Namespace, defaults: SamplingParams, guidance: float | None) -> SamplingParams:
+    """The model folder's sampling with what the command line changes. UserError for a value out of range."""
+    given = {"guidance_scale": guidance, "guidance_schedule": args.guidance_schedule, "guidance_power": args.guidance_power,
+             "top_k": args.top_k, "temperature": args.temperature, "top_p": args.top_p, "min_p": args.min_p}
+    return SamplingParams.parse({**defaults.plain(), **{k: v for k, v in given.items() if v is not None}}, "sampling options")
 
 
 def _read_layout_file(name: str) -> Any:

@@ -125,9 +125,10 @@ class TextToImage:
         return cls(load_model_folder(folder, chosen, revision, text_encoder), judge)
 
     def generate(self, prompt: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
-                 seed: int = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None,
+                 seed: int | Sequence[int] = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None,
                  rerank_from: int | None = None, matcher: Scorer | None = None) -> GenerationResult:
-        """Prompts -> num_images pictures each. Picture i of a prompt is drawn with seed + i, whatever shares its batch.
+        """Prompts -> num_images pictures each. Picture i of a prompt is drawn with seed + i, whatever shares its batch; a list
+        of seeds gives each prompt its own.
 
         params: the model folder's defaults when None. batch_size: pictures decoded at a time.
         negative_prompt: what guidance leads away from, in place of the null caption. layout: for models with one, see
@@ -138,22 +139,23 @@ class TextToImage:
         or without a matcher.
         """
         prompts = check_prompts(prompt)
-        check_counts(num_images, batch_size, seed)
+        first_seeds = _seeds(seed, len(prompts), num_images, batch_size)
         judge = check_rerank(rerank_from, num_images, matcher, self.matcher)
         options = self._options(params, negative_prompt, layout)
         drawn = rerank_from or num_images
-        tokens, layouts = self._sample(prompts, drawn, options, seed, batch_size)
+        tokens, layouts = self._sample(prompts, drawn, options, first_seeds, batch_size)
         images = [picture for part in tokens.split(batch_size) for picture in self.decode_tokens(part)]
-        seeds = [seed + i for _ in prompts for i in range(drawn)]
+        seeds = [first + i for first in first_seeds for i in range(drawn)]
         repeated = [p for p in prompts for _ in range(drawn)]
         result = GenerationResult(images, tokens, repeated, seeds, options.params, layouts, self)
         return result if judge is None else keep_best(result, drawn, num_images, judge)
 
     def sample_tokens(self, prompts: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
-                      seed: int = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None) -> Tensor:
+                      seed: int | Sequence[int] = 0, batch_size: int = 32, negative_prompt: str | None = None,
+                      layout: Any = None) -> Tensor:
         """Prompts -> image_tokens [len(prompts) * num_images, N] int64 on the CPU, a prompt's pictures in a row."""
-        options = self._options(params, negative_prompt, layout)
-        return self._sample(check_prompts(prompts), num_images, options, seed, batch_size)[0]
+        options, texts = self._options(params, negative_prompt, layout), check_prompts(prompts)
+        return self._sample(texts, num_images, options, _seeds(seed, len(texts), num_images, batch_size), batch_size)[0]
 
     def stream(self, prompt: str, num_images: int = 1, params: SamplingParams | None = None, seed: int = 0,
                negative_prompt: str | None = None, layout: Any = None) -> Iterator[GenerationStep]:
@@ -178,17 +180,19 @@ class TextToImage:
                                 "negative prompt out")
         return _Options(used, negative_prompt, layout)
 
-    def _sample(self, texts: list[str], num_images: int, options: _Options, seed: int,
+    def _sample(self, texts: list[str], num_images: int, options: _Options, first_seeds: list[int],
                 batch_size: int) -> tuple[Tensor, Tensor | None]:
-        check_counts(num_images, batch_size, seed)
+        for seed in first_seeds:
+            check_counts(num_images, batch_size, seed)
         given = read_layout(options.layout, self.seq2seq.config, len(texts) * num_images)
         parts: list[Tensor] = []
         layouts: list[Tensor] = []
         for first in range(0, len(texts), max(1, batch_size // num_images)):
             some = texts[first: first + max(1, batch_size // num_images)]
+            some_seeds = first_seeds[first: first + len(some)]
             for start in range(0, num_images, batch_size):  # more pictures of one prompt than fit a batch
                 count = min(batch_size, num_images - start)
-                seeds = [seed + start + i for _ in some for i in range(count)]
+                seeds = [seed + start + i for seed in some_seeds for i in range(count)]
                 at = first * num_images + start
                 part = None if given is None else given[at: at + len(seeds)]
                 tokens, layout = generate_tokens(self._decoder, self._request(some, count, options, seeds, part))
@@ -237,6 +241,16 @@ def check_prompts(prompt: str | Sequence[str]) -> list[str]:
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise UserError(f"a prompt has {len(text):,} characters, the limit is {MAX_PROMPT_CHARACTERS:,}; shorten it")
     return prompts
+
+
+def _seeds(seed: int | Sequence[int], prompts: int, num_images: int, batch_size: int) -> list[int]:
+    """One a prompt. UserError for another number of them, or for what check_counts refuses."""
+    seeds = [seed] * prompts if not isinstance(seed, Sequence) or isinstance(seed, str) else list(seed)
+    if len(seeds) != prompts:
+        raise UserError(f"{len(seeds)} seeds for {prompts} prompts; give one seed, or one a prompt")
+    for value in seeds:
+        check_counts(num_images, batch_size, value)
+    return seeds
 
 
 def _check_params(params: object) -> None:

@@ -730,7 +730,8 @@ def test_data_without_a_readable_picture_is_exit_code_4(run, tmp_path):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["tokeniser"], "unknown thing to evaluate 'tokeniser'; did you mean 'tokenizer'?"),
-    (["zzz"], "valid names: tokenizer"), ([], "required: what"), (["--model", "x"], "unknown thing to evaluate '--model'")])
+    (["zzz"], "valid names: generator, tokenizer"), ([], "required: what"),
+    (["--model", "x"], "unknown thing to evaluate '--model'")])
 def test_an_unknown_thing_to_evaluate_is_one_line(capsys, argv, words):
     assert tokenloom.main(["evaluate", *argv]) == 2
     shown = capsys.readouterr()

@@ -10,8 +10,9 @@ from typing import Any
 import numpy
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from seq2seq import ImageTransformer
+from seq2seq import ImageTransformer, TextBatch
 from training.data.batches import ItemId
 from training.data.token_shards import TokenShards
 from training.data.training_sets import CollateTokens, TokenVisits
@@ -37,17 +38,22 @@ class HeldOut:
 
 
 @torch.inference_mode()
+def token_losses(model: ImageTransformer, text: TextBatch, tokens: Tensor, layout: Tensor | None = None) -> Tensor:
+    """Captions, image tokens [B, N] (and layouts [B, L]) -> cross entropy of each token in nats, [B, N] float64 on the CPU."""
+    device = model.to_logits.weight.device
+    tokens = tokens.to(device)
+    logits = model(*(part.to(device) for part in text), tokens, None if layout is None else layout.to(device)).image
+    return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").double().cpu()
+
+
+@torch.inference_mode()
 def validation_loss(model: ImageTransformer, shards: TokenShards, collate: CollateTokens, seed: int, batch_size: int = 64,
                     first_caption: bool = False) -> HeldOut:
     """Cross entropy in nats over a split's tokens, each row with one of its captions, none dropped, nothing corrupted."""
     visits = TokenVisits(shards, seed, 0.0, first_caption=first_caption, use_layout=model.config.layout_grid is not None)
-    device = model.to_logits.weight.device
     total = torch.zeros(model.config.num_tokens, dtype=torch.float64)
     for start in range(0, len(shards), batch_size):
         batch = collate([visits[ItemId(0, row)] for row in range(start, min(len(shards), start + batch_size))])
-        tokens = batch.image_tokens.to(device)
-        layout = None if batch.layout is None else batch.layout.to(device)
-        logits = model(*(part.to(device) for part in batch.text), tokens, layout).image
-        total += F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").double().sum(dim=0).cpu()  # [N]
+        total += token_losses(model, batch.text, batch.image_tokens, batch.layout).sum(dim=0)
     by_position = (total / len(shards)).tolist()
     return HeldOut(len(shards), float(numpy.mean(by_position)), by_position)

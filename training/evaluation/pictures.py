@@ -70,6 +70,27 @@ def plot_curves(panels: Sequence[tuple[str, list[dict[str, Any]], Sequence[str]]
     pyplot.close(figure)
 
 
+def plot_lines(x_name: str, x: Sequence[float], panels: Sequence[tuple[str, dict[str, list[float]]]], path: Path) -> None:
+    """One panel a (title, name -> values at x), written as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels, strict=True):
+        for name, values in lines.items():
+            axis.plot(x, values, marker="o", markersize=3, label=name)
+        axis.set_title(title)
+        axis.set_xlabel(x_name)
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def side_by_side(pictures: Sequence[tuple[str, Any, Any]], factor: int = 4, side: int = 128) -> Image.Image:
     """Columns of (label, original, reconstruction), both uint8 [S, S, 3]: original above reconstruction above |difference|.
 

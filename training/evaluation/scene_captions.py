@@ -137,8 +137,12 @@ def compositional_accuracy(pictures: Sequence[np.ndarray], captions: Sequence[st
     """
     if len(pictures) != len(captions) or not len(captions):
         raise UserError(f"{len(pictures)} pictures and {len(captions)} captions: must be equally many, and at least one")
-    asked = [parse_caption(caption) for caption in captions]
-    verdicts = [check(read_scene(pixels), wanted) for pixels, wanted in zip(pictures, asked, strict=True)]
+    return accuracy([read_scene(pixels) for pixels in pictures], [parse_caption(caption) for caption in captions])
+
+
+def accuracy(seen: Sequence[Sequence[Seen]], asked: Sequence[Wanted]) -> dict[str, Any]:
+    """compositional_accuracy of pictures that were read before."""
+    verdicts = [check(things, wanted) for things, wanted in zip(seen, asked, strict=True)]
     kinds = {kind: _shares([v for v, wanted in zip(verdicts, asked, strict=True) if wanted.kind == kind]) for kind in KINDS}
     return {**_shares(verdicts), "kinds": kinds}
 
