@@ -14,8 +14,7 @@ from pydantic import Field, field_validator
 from seq2seq.text_tokenizer import TextBatch
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import UserError, nearest_name
-from tokenloom_common.files import atomic_folder, write_json_atomic
-from tokenloom_common.pretrained import SCHEMA_VERSION, read_config
+from tokenloom_common.pretrained import SavedAsConfig, read_config
 
 MAX_CLASSES = 1 << 16
 
@@ -38,7 +37,7 @@ class ClassLabelsConfig(StrictConfig):
         return 1
 
 
-class ClassLabels:
+class ClassLabels(SavedAsConfig):
     """A class name (or its number as text) -> one id; the null caption, an empty text, is the id after the last class."""
 
     kind: ClassVar[str] = "classes"
@@ -90,16 +89,6 @@ class ClassLabels:
     def words(self, caption: str) -> list[str]:
         """What each id stands for."""
         return [caption.strip()]
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json; the folder appears whole."""
-        with atomic_folder(Path(folder), ("config.json",)) as aside:
-            self.write_files(aside)
-        return Path(folder)
-
-    def write_files(self, folder: Path) -> None:
-        """config.json into an existing folder."""
-        write_json_atomic(folder / "config.json", {"kind": self.kind, "schema_version": SCHEMA_VERSION, **self.config.plain()})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ClassLabels:

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from seq2seq.text_tokenizer import TextBatch
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import MissingFileError, UserError
-from tokenloom_common.files import atomic_folder, write_json_atomic
-from tokenloom_common.pretrained import SCHEMA_VERSION, read_config
+from tokenloom_common.pretrained import SavedAsConfig, read_config
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class FrozenTextConfig(StrictConfig):
     text_length: int = Field(ge=2, le=4096, description="T: positions per caption, its special ones included")
 
 
-class FrozenTextEncoder:
+class FrozenTextEncoder(SavedAsConfig):
     """Captions -> the features of the encoder's last layer, padded to T."""
 
     kind: ClassVar[str] = "frozen"
@@ -107,16 +106,6 @@ class FrozenTextEncoder:
         """Move the encoder; returns itself."""
         self._model.to(device)
         return self
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json (the encoder's name and fingerprint, not its weights); the folder appears whole."""
-        with atomic_folder(Path(folder), ("config.json",)) as aside:
-            self.write_files(aside)
-        return Path(folder)
-
-    def write_files(self, folder: Path) -> None:
-        """config.json into an existing folder."""
-        write_json_atomic(folder / "config.json", {"kind": self.kind, "schema_version": SCHEMA_VERSION, **self.config.plain()})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, encoder: str | None = None) -> FrozenTextEncoder:

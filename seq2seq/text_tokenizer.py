@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import MissingFileError, UserError
-from tokenloom_common.files import atomic_folder, write_json_atomic
-from tokenloom_common.pretrained import SCHEMA_VERSION, read_config
+from tokenloom_common.files import atomic_folder
+from tokenloom_common.pretrained import read_config, write_config
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class TextTokenizer:
     def write_files(self, folder: Path) -> None:
         """The two files into an existing folder."""
         (folder / MODEL_NAME).write_bytes(self.model_proto)
-        write_json_atomic(folder / "config.json", {"kind": KIND, "schema_version": SCHEMA_VERSION, **self.config.plain()})
+        write_config(KIND, self.config, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TextTokenizer:

@@ -209,6 +209,9 @@ def test_a_choice_by_name_lists_the_names():
     assert choose({"vqgan": 1}, "vqgan", "kind") == 1
     with pytest.raises(UserError, match=r"unknown kind 'vqgn'; did you mean 'vqgan'\? \(valid: vqgan, fsq\)"):
         choose({"vqgan": 1, "fsq": 2}, "vqgn", "kind")
+    with pytest.raises(UserError) as caught:
+        choose({"vqgan": 1, "fsq": 2}, "zzzz", "kind")
+    assert str(caught.value) == "unknown kind 'zzzz'; valid names: fsq, vqgan"
 
 
 # ---- strict configs ----

@@ -70,7 +70,9 @@ def nearest_name(name: str, valid: Iterable[str]) -> str:
 def choose(table: dict, name: str, what: str):
     """The entry of a table by its name; UserError that lists the names otherwise."""
     if name not in table:
-        raise UserError(f"unknown {what} '{name}'{nearest_name(name, table)} (valid: {', '.join(table)})")
+        near = nearest_name(name, table)
+        valid = "" if "valid names" in near else f" (valid: {', '.join(table)})"
+        raise UserError(f"unknown {what} '{name}'{near}{valid}")
     return table[name]
 
 

@@ -58,12 +58,34 @@ class PretrainedModule(nn.Module):
         return model.to(device).eval()
 
 
+class SavedAsConfig:
+    """What has no weights of its own: its folder is config.json."""
+
+    kind: ClassVar[str]
+    config: Any
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json; the folder appears whole."""
+        with atomic_folder(Path(folder), ("config.json",)) as aside:
+            self.write_files(aside)
+        return Path(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """config.json into an existing folder."""
+        write_config(self.kind, self.config, folder)
+
+
+def write_config(kind: str, config: StrictConfig, folder: Path) -> None:
+    """config.json, as read_config reads it."""
+    write_json_atomic(folder / "config.json", {"kind": kind, "schema_version": SCHEMA_VERSION, **config.plain()})
+
+
 def write_pretrained(kind: str, config: StrictConfig, state: dict[str, Tensor], folder: Path,
                      max_shard_size: str = "5GB") -> None:
     """config.json and safetensors into an existing empty folder."""
     from huggingface_hub import save_torch_state_dict
 
-    write_json_atomic(folder / "config.json", {"kind": kind, "schema_version": SCHEMA_VERSION, **config.plain()})
+    write_config(kind, config, folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
 

@@ -24,23 +24,23 @@ from seq2seq import FrozenTextEncoder, TextSource
 from seq2seq.losses import masked_text_loss
 from tokenloom_common.errors import DataError, UserError, run_command
 from tokenloom_common.files import write_json_atomic
-from training.config_loading import load_config
 from training.data.batches import MicroBatches, batch_loader
 from training.data.captioned_visits import CaptionedBatch, CaptionedVisits, CollateCaptioned
 from training.data.drops import DropCounter, in_words
 from training.data.sources import CaptionedImages, open_dataset
 from training.data.training_sets import Captions
-from training.engine import Engine, deepspeed_json, processes, resolve_precision
+from training.engine import Engine, deepspeed_json, resolve_precision
 from training.evaluation.pictures import plot_curves
 from training.evaluation.retrieval import evaluate_retrieval
-from training.log import read_metrics, setup_console
-from training.loop import Task, run_training
+from training.log import read_metrics
+from training.loop import Task
 from training.matcher_card import matcher_card
 from training.matcher_config import MatcherRunConfig
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 from training.optim import build_optimizer
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
+from training.script import train_from_command_line
 from training.text_input import cached, choose_text_source
 from training.weight_average import weight_average
 
@@ -226,14 +226,7 @@ class MatcherTraining:
 
 def run(argv: Sequence[str] | None) -> int:
     """Train from command-line arguments."""
-    config = load_config(MatcherRunConfig, sys.argv[1:] if argv is None else argv, "train_matcher.py", __doc__ or "")
-    with processes(config.train.threads) as group:
-        setup_console(group.is_first)
-        training = MatcherTraining(config, group)
-        trained = run_training(training.task(), config, group, training.run_state)
-        if trained or not (training.run_state.run_dir / "model").exists():
-            training.finish()
-    return 0
+    return train_from_command_line(argv, MatcherRunConfig, MatcherTraining, "train_matcher.py", __doc__ or "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,18 +33,17 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.images import image_grid
 from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
-from training.config_loading import load_config
 from training.data.batches import MicroBatches, batch_loader
 from training.data.token_shards import TokenShards, check_same_tokenizer
 from training.data.training_sets import Captions, CollateTokens, TokenBatch, TokenVisits
-from training.engine import Engine, deepspeed_json, processes, resolve_precision
+from training.engine import Engine, deepspeed_json, resolve_precision
 from training.evaluation.pictures import plot_positions
-from training.log import setup_console
-from training.loop import Task, run_training
+from training.loop import Task
 from training.model_card import model_card
 from training.optim import build_optimizer
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
+from training.script import train_from_command_line
 from training.text_input import cached
 from training.text_start import check_text_start, take_text_encoder, text_source_of_run
 from training.token_config import Seq2SeqRunConfig
@@ -242,14 +241,7 @@ def check_losses(config: Seq2SeqRunConfig, model: TransformerConfig) -> None:
 
 def run(argv: Sequence[str] | None) -> int:
     """Train from command-line arguments."""
-    config = load_config(Seq2SeqRunConfig, sys.argv[1:] if argv is None else argv, "train_seq2seq.py", __doc__ or "")
-    with processes(config.train.threads) as group:
-        setup_console(group.is_first)
-        training = Seq2SeqTraining(config, group)
-        trained = run_training(training.task(), config, group, training.run_state)
-        if trained or not (training.run_state.run_dir / "model").exists():
-            training.finish()
-    return 0
+    return train_from_command_line(argv, Seq2SeqRunConfig, Seq2SeqTraining, "train_seq2seq.py", __doc__ or "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,19 +25,19 @@ from tokenloom_common.files import write_json_atomic
 from training.adversary import Adversary
 from training.codebook_health import CodebookHealth
 from training.config import TokenizerRunConfig
-from training.config_loading import load_config
 from training.data.batches import ItemId, MicroBatches, batch_loader
 from training.data.drops import DropCounter, in_words
 from training.data.sources import CaptionedImages, open_dataset
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
-from training.engine import Engine, deepspeed_json, processes, resolve_precision
+from training.engine import Engine, deepspeed_json, resolve_precision
 from training.evaluation.pictures import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
-from training.log import read_metrics, setup_console
-from training.loop import Task, run_training
+from training.log import read_metrics
+from training.loop import Task
 from training.optim import build_optimizer
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
+from training.script import train_from_command_line
 from training.tokenizer_start import start_from
 from training.weight_average import weight_average
 
@@ -247,14 +247,7 @@ class TokenizerTraining:
 
 def run(argv: Sequence[str] | None) -> int:
     """Train from command-line arguments."""
-    config = load_config(TokenizerRunConfig, sys.argv[1:] if argv is None else argv, "train_tokenizer.py", __doc__ or "")
-    with processes(config.train.threads) as group:
-        setup_console(group.is_first)
-        training = TokenizerTraining(config, group)
-        trained = run_training(training.task(), config, group, training.run_state)
-        if trained or not (training.run_state.run_dir / "model").exists():
-            training.finish()
-    return 0
+    return train_from_command_line(argv, TokenizerRunConfig, TokenizerTraining, "train_tokenizer.py", __doc__ or "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

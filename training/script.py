@@ -1,0 +1,41 @@
+"""What the training scripts do with their command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from training.config import RunConfig
+from training.config_loading import load_config
+from training.engine import processes
+from training.log import setup_console
+from training.loop import Task, run_training
+from training.process_group import Processes
+from training.run_state import RunState
+
+
+class Training(Protocol):
+    """One run, set up."""
+
+    @property
+    def run_state(self) -> RunState: ...
+
+    def task(self) -> Task:
+        """The run as the training loop sees it."""
+
+    def finish(self) -> None:
+        """Measure and export what was trained."""
+
+
+def train_from_command_line(argv: Sequence[str] | None, config_class: type[RunConfig],
+                            training_class: Callable[[Any, Processes], Training], script: str, description: str) -> int:
+    """Read the config, train, and export; a run that was complete is exported again only if its folder is missing."""
+    config = load_config(config_class, sys.argv[1:] if argv is None else argv, script, description)
+    with processes(config.train.threads) as group:
+        setup_console(group.is_first)
+        training = training_class(config, group)
+        trained = run_training(training.task(), config, group, training.run_state)
+        if trained or not (training.run_state.run_dir / "model").exists():
+            training.finish()
+    return 0
