@@ -1,4 +1,4 @@
-"""Captions -> text ids, with SentencePiece (Kudo & Richardson 2018): unigram, byte fallback, case folded."""
+"""Captions -> text ids, with SentencePiece (Kudo & Richardson 2018): byte-pair encoding, byte fallback, case folded."""
 
 # Axes: B captions, T text ids
 
@@ -72,7 +72,7 @@ class TextTokenizer:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(unique), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+                sentence_iterator=iter(unique), model_writer=model, model_type="bpe", vocab_size=vocab_size,
                 hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995,
                 normalization_rule_name="nmt_nfkc_cf",  # "A Red Heart" and "a red heart" are one caption
                 pad_id=PAD, unk_id=UNKNOWN, bos_id=-1, eos_id=END, control_symbols=["<null>"],

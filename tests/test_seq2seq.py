@@ -149,6 +149,13 @@ def test_text_tokenizer_round_trip_and_null_caption(tmp_path):
     assert torch.equal(tokenizer.encode(["a red heart"]).text_input, loaded.encode(["a red heart"]).text_input)
 
 
+def test_words_that_come_often_are_one_id_however_few_words_there_are():
+    captions = [f"a {color} {shape} right of {color} squares" for color in ("purple", "orange", "green")
+                for shape in ("triangle", "diamond", "star")]  # unigram pieces would never hold a word that no other contains
+    words = TextTokenizer.train(captions, vocab_size=400, text_length=16).words("a purple triangle right of orange squares")
+    assert words == ["▁a", "▁purple", "▁triangle", "▁right", "▁of", "▁orange", "▁squares", "</s>"]
+
+
 def test_a_long_caption_is_cut_with_one_warning_and_keeps_its_end(caplog):
     tokenizer = tiny.text_tokenizer()
     with caplog.at_level("WARNING"):
