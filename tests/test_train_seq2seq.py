@@ -58,7 +58,8 @@ def config(made: Path, run_dir: Path, **changes: Any) -> Seq2SeqRunConfig:
             "run_dir": str(run_dir), "model": ENCODER_DECODER, "use_layout": False,
             "text": {"vocab_size": 300, "text_length": 12},
             "train": {"steps": 3, "batch_size": 6, "precision": "float32", "log_every": 1, "sample_every": 0},
-            "optim": {"lr": 0.003, "warmup_steps": 0}, "checkpoint": {"every_steps": 0}}
+            "optim": {"lr": 0.003, "warmup_steps": 0}, "checkpoint": {"every_steps": 0},
+            "sample_guidance": 2.5, "sample_temperature": 0.9, "sample_top_k": 20}
     for name in ("text", "model"):
         if name in changes:
             base[name] = {}
@@ -109,6 +110,7 @@ def test_every_variant_trains_exports_and_samples(name, made, tmp_path, group):
     assert held_out["perplexity"] == pytest.approx(numpy.exp(held_out["loss"]))
     assert (tmp_path / "run" / "positions.png").stat().st_size > 1000
     model = TextToImage.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    assert model.default_params == SamplingParams(guidance_scale=2.5, temperature=0.9, top_k=20)
     result = model.generate(tiny.CAPTIONS[0], num_images=2, params=SamplingParams(guidance_scale=2.0))
     assert result.image_tokens.shape == (2, 16)
     assert (result.layouts is not None) == run.use_layout

@@ -124,7 +124,7 @@ def check_features(folder: Path, encoder: FrozenTextEncoder) -> FeatureIndex:
 
 def write_features(folder: Path, encoder: FrozenTextEncoder, captions: Iterable[str]) -> None:
     """Encode every different caption (and the null caption) once; the folder appears whole."""
-    unique = sorted({"", *captions})
+    unique = sorted({"", *captions}, key=lambda caption: (len(caption), caption))  # like lengths together: less padding
     with atomic_folder(folder, OWN_FILES) as aside:
         offsets = [0]
         with (aside / "features.raw").open("wb") as file, \

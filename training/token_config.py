@@ -114,6 +114,7 @@ class Seq2SeqRunConfig(RunConfig):
     token_corruption: float = Field(0.0, ge=0, lt=1, description="share of the tokens fed to the decoder that are replaced by "
                                     "random codes, so that it keeps listening to the caption")
     sample_guidance: float = Field(3.0, ge=0, le=100, description="guidance scale of the sample grids and the exported default")
+    sample_temperature: float = Field(1.0, ge=0, le=100, description="temperature of the sample grids and the exported default")
     sample_top_k: int = Field(256, ge=0, description="top-k of the sample grids and the exported default; 0 = off")
 
     @field_validator("model", mode="before")

@@ -194,7 +194,9 @@ class Seq2SeqTraining:
 
     def generation(self) -> SamplingParams:
         """Sampling defaults of this run's exports and grids."""
-        return SamplingParams(guidance_scale=self.config.sample_guidance, top_k=self.config.sample_top_k)
+        config = self.config
+        return SamplingParams(guidance_scale=config.sample_guidance, temperature=config.sample_temperature,
+                              top_k=config.sample_top_k)
 
     def sample(self, step: int) -> None:
         """samples/step-…png: pictures sampled for fixed captions and seeds."""
