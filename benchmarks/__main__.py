@@ -10,6 +10,7 @@ from tokenloom_common.errors import UserError, nearest_name, run_command
 
 BENCHMARKS = {
     "tokenizer": ("benchmarks.tokenizer", "main", "image tokenizers: speed and memory beside diffusers, cost of our options"),
+    "attention": ("benchmarks.attention", "main", "sparse attention patterns: speed and memory beside a dense mask"),
 }
 """Name -> module, function taking argv, one line of help."""
 

@@ -81,7 +81,8 @@ class FrozenTextEncoder(SavedAsConfig):
         if not self._warned and bool(mask[:, -1].any()):
             self._warn_if_cut(clean)
         ids = found["input_ids"].to(device)
-        end = int(mask.any(dim=0).nonzero().max()) + 1  # what follows is padding in every caption of the batch
+        read = mask.any(dim=0).nonzero()
+        end = int(read.max()) + 1 if len(read) else 1  # what follows is padding in every caption of the batch
         features = self._model(input_ids=ids[:, :end], attention_mask=mask[:, :end].long()).last_hidden_state.float()
         features = torch.nn.functional.pad(features, (0, 0, 0, length - end))
         return TextBatch(torch.where(mask[..., None], features, 0.0), mask)

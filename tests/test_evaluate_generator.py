@@ -16,13 +16,16 @@ from PIL import Image
 from torch import nn
 
 import tokenloom
-from inference import SamplingParams, TextToImage
+from inference import SamplingParams, TextToImage, save_model_folder
+from inference.layouts import color_layout
 from inference.scorer import ImageTextScorer
+from seq2seq import ClassLabels
 from tests import tiny
 from tests.bad_images import corrupt_png
+from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import image_to_pixels, pixels_to_float
-from tokenloom_common.errors import UserError
+from tokenloom_common.errors import DataError, RunFailedError, UserError
 from training.data.scenes import COMBINATIONS, describe, draw_scene, make_scene
 from training.data.sources import open_dataset
 from training.evaluation.features import EXTRACTORS, FeatureExtractor
@@ -30,6 +33,7 @@ from training.evaluation.generator import Judges, Looked, diversity, judge, meas
 from training.evaluation.questions import Question, choose_questions
 
 ROWS = 20
+NO_DIVERSITY = {"diversity-captions": None, "diversity-images": None}
 BAR = re.compile(r"[\w' ]+: +\d+%\|")  # tqdm's lines on stderr
 
 
@@ -123,7 +127,8 @@ def test_scores_and_retrieval_by_hand():
     looked.add(plain(RED, BLUE))  # the third caption asks for green
     found = judge(looked, questions("red one", "green one", "green two", "blue one"), judges, seed=0)
     assert found["matcher_score"] == pytest.approx((1 + 1 + 0 + 1) / 4)
-    assert found["retrieval"] == {"concepts": 3, "top1": 0.75, "top5": 1.0}
+    assert found["retrieval"] == pytest.approx(
+        {"concepts": 3, "top1": 0.75, "top5": 1.0, "chance_top1": 1 / 3, "chance_top5": 1})
     others = shuffled(4, 0)
     right = sum(("red", "green", "red", "blue")[place] == ("red", "green", "green", "blue")[other]
                 for place, other in enumerate(others))
@@ -139,6 +144,26 @@ def test_a_tie_is_no_success():
     looked = Looked(judges)
     looked.add(plain(RED, GREEN))
     assert judge(looked, questions("red one", "green one"), judges, 0)["retrieval"]["top1"] == 0
+
+
+def test_a_matcher_that_gives_no_numbers_is_no_success_either():
+    class Broken(ByColour):
+        def _embed_images(self, images):
+            return torch.full((len(images), 3), torch.nan)
+
+    judges = Judges(matcher=Broken())
+    looked = Looked(judges)
+    looked.add(plain(RED, GREEN))
+    with pytest.raises(RunFailedError, match="not finite"):
+        judge(looked, questions("red one", "green one"), judges, 0)
+
+
+def test_concepts_that_differ_in_case_are_one():
+    judges = Judges(matcher=ByColour())
+    looked = Looked(judges)
+    looked.add(plain(RED, RED, GREEN))
+    asked = [Question(0, "red a", "Red", 0), Question(1, "red b", "red", 1), Question(2, "green a", "green", 2)]
+    assert judge(looked, asked, judges, 0)["retrieval"]["top1"] == 1
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
@@ -193,6 +218,8 @@ def test_diversity_is_nothing_without_chance_and_what_the_features_say_with_it(f
     assert varied.within == pytest.approx(sum(expected) / 6, abs=1e-5)
     assert varied.within > 1e-4
     assert varied.between == pytest.approx(1 - float(F.cosine_similarity(*firsts)), abs=1e-5)
+    alike = [asked[0], asked[1]._replace(concept=asked[0].concept)]
+    assert diversity(model, alike, 2, SamplingParams(top_k=0), extractor(), 8).between is None
     assert [caption for caption, _ in varied.shown] == ["a red heart", "a blue circle"]
 
 
@@ -222,8 +249,27 @@ def test_a_model_with_layouts_is_measured_with_the_pictures_own(tmp_path, folder
     layout = {"layout_kind": "colors", "layout_classes": 27, "layout_grid": (2, 2)}
     model = TextToImage.from_pretrained(tiny.model_folder(tmp_path / "model", **layout), "cpu")
     source = open_dataset(folders["data"])
-    real = measure_real(model, source, choose_questions(source, 4, 0, True), Judges(), 4, "layout")
-    assert 0 < real.loss.loss < 20
+    question, other = [asked for asked in choose_questions(source, None, 0, True) if asked.caption != "broken"][:2]
+    real = measure_real(model, source, [question, other], Judges(), 4, "layout")
+    losses = []
+    for asked in (question, other):
+        square = image_to_pixels(source[asked.row].image, 16)
+        tokens = codes_to_tokens(model.image_tokenizer.encode(pixels_to_float(torch.from_numpy(square)[None])))
+        own = torch.from_numpy(color_layout(Image.fromarray(square), (2, 2)))[None]
+        with torch.no_grad():
+            for layout, into in ((own, losses), ((own + 1) % 27, [])):
+                logits = model.seq2seq(*model.text_tokenizer.encode([asked.caption]), tokens, layout).image
+                into.append(float(F.cross_entropy(logits[0], tokens[0])))
+        assert into[0] != pytest.approx(losses[-1], abs=1e-3)  # the layout tells
+    assert real.loss.loss == pytest.approx(sum(losses) / 2, abs=1e-5)
+
+
+def test_a_single_picture_is_too_few(folders):
+    model, source = TextToImage.from_pretrained(folders["model"], "cpu"), open_dataset(folders["data"])
+    broken = next(row for row in range(len(source)) if source.captions(row) == ["broken"])
+    asked = [Question(0, "a", "a", 0), Question(broken, "b", "b", 1)]
+    with pytest.raises(DataError, match="1 usable pictures to measure"):
+        measure_real(model, source, asked, Judges(), 4, "layout")
 
 
 # ---- questions ----
@@ -233,6 +279,9 @@ def test_questions_are_a_seeded_sample_with_captions_of_their_rows(folders):
     asked = choose_questions(source, 8, 5, first_caption=False)
     assert asked == choose_questions(source, 8, 5, False) != choose_questions(source, 8, 6, False)
     assert [question.seed for question in asked] == list(range(5, 13))
+    rows = [question.row for question in asked]
+    assert len(set(rows)) == 8
+    assert rows != sorted(rows)  # what stands together in the data does not stand together here
     assert all(q.caption in source.captions(q.row) and q.concept == source.captions(q.row)[0] for q in asked)
     assert any(question.caption != question.concept for question in asked)
     assert all(question.caption == question.concept for question in choose_questions(source, 8, 5, True))
@@ -267,7 +316,8 @@ def test_the_report_has_what_repeats_it(run, folders, tmp_path):
 
 
 def test_every_guidance_scale_is_measured_on_the_same_captions(run, folders, tmp_path):
-    shown = run("--guidance", "1", "3", out=tmp_path / "out", **{"num-captions": 6, "diversity-captions": 0})
+    options = {"num-captions": 6, "diversity-captions": 0, "diversity-images": None}
+    shown = run("--guidance", "1", "3", out=tmp_path / "out", **options)
     assert shown.code == 0, shown.err
     report = report_in(tmp_path / "out")
     assert [each["sampling"]["guidance_scale"] for each in report["generated"]] == [1.0, 3.0]
@@ -275,20 +325,70 @@ def test_every_guidance_scale_is_measured_on_the_same_captions(run, folders, tmp
     assert sum(line.startswith("guidance 3: Tiny-FD: ") for line in shown.out) == 1
     assert sum(line.startswith("loss: ") for line in shown.out) == 1
     assert Image.open(tmp_path / "out" / "guidance.png").size[0] > 300
-    alone = run("--guidance", "3", out=tmp_path / "alone", **{"num-captions": 6, "diversity-captions": 0})
+    alone = run("--guidance", "3", out=tmp_path / "alone", **options)
     assert alone.code == 0
     assert report_in(tmp_path / "alone")["generated"][0]["frechet"] == report["generated"][1]["frechet"]
+    assert list(report["metrics"]) == ["loss", "perplexity", "loss_without_caption"]
+    blind = run("--guidance", "1", "3", out=tmp_path / "blind", features="none", **{**NO_DIVERSITY, "num-captions": 6})
+    assert (blind.code, len(blind.err)) == (2, 1)
+    assert "nothing looks at the pictures" in blind.err[0]
+
+
+def test_sampling_options_reach_the_pictures(run, tmp_path):
+    options = {"num-captions": 6, "diversity-captions": 0, "diversity-images": None}
+    found = {}
+    for name, changed in {"own": {}, "cold": {"temperature": 0}, "few": {"top-k": 1}, "sure": {"min-p": 1},
+                          "late": {"guidance-schedule": "cosine", "guidance-power": 3}}.items():
+        assert run(out=tmp_path / name, **options, **changed).code == 0
+        found[name] = report_in(tmp_path / name)["generated"][0]["frechet"]["distance"]
+    assert found["cold"] == found["few"] == found["sure"]  # each leaves the likeliest token alone
+    assert len({found["own"], found["cold"], found["late"]}) == 3
+
+
+def test_a_class_model_is_asked_for_its_classes(run, folders, tmp_path):
+    classes = ClassLabels.collect(caption for caption in tiny.CAPTIONS[:15] + ["broken"])
+    tokenizer = tiny.vqgan()
+    model = tiny.decoder_only(text_vocab_size=classes.vocab_size, text_length=1,
+                              tokenizer_fingerprint=code_fingerprint(tokenizer))
+    folder = save_model_folder(tmp_path / "model", tokenizer, model, classes, SamplingParams(), "# classes")
+    shown = run(model=folder, out=tmp_path / "out", **{"num-captions": 8})
+    assert shown.code == 0, shown.err
+    report = report_in(tmp_path / "out")
+    assert report["model"]["kind"] == "decoder_only"
+    assert all(question["caption"] == question["concept"] for question in report["questions"])
+    few = ClassLabels.collect(["a red heart", "broken"])
+    model = tiny.decoder_only(text_vocab_size=few.vocab_size, text_length=1, tokenizer_fingerprint=code_fingerprint(tokenizer))
+    folder = save_model_folder(tmp_path / "few", tokenizer, model, few, SamplingParams(), "# classes")
+    shown = run(model=folder, out=tmp_path / "none")
+    assert (shown.code, len(shown.err)) == (2, 1)
+    assert "unknown class" in shown.err[0]
+
+
+def test_a_reference_takes_the_place_of_the_captions_pictures(run, folders, tmp_path):
+    given = {"model": folders["model"], "data": folders["data"], "lpips": "none", "features": "tiny",
+             "save-reference": tmp_path / "r.npz", "out": tmp_path / "t"}
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    assert tokenloom.main(["evaluate", "tokenizer", *words]) == 0
+    shown = run(reference=tmp_path / "r.npz", out=tmp_path / "out", **{"num-captions": 6})
+    assert shown.code == 0, shown.err
+    report = report_in(tmp_path / "out")
+    found = report["generated"][0]["frechet"]
+    assert (found["reference_samples"], found["samples"]) == (ROWS, report["data"]["captions"])
+    assert report["data"]["captions"] < ROWS
+    assert not found["reference_is_these_pictures"]
 
 
 def test_composition_is_checked_on_shapes_data_of_its_own_accord(run, folders, tmp_path):
     data = tmp_path / "shapes"
     assert tokenloom.main(["data", "shapes", "--out", str(data), "--size", "16", "--num-scenes", "20"]) == 0
-    shown = run(data=data, out=tmp_path / "out", split="train", features="none", **{"num-captions": 8})
+    shown = run(data=data, out=tmp_path / "out", split="train", features="none", **{**NO_DIVERSITY, "num-captions": 8})
     assert shown.code == 0, shown.err
     report = report_in(tmp_path / "out")
     assert report["real"]["composition"]["all"]["captions"] == 8
-    assert 0 <= report["metrics"]["composition"]["value"] <= 1
-    off = run("--composition", "no", data=data, out=tmp_path / "off", split="train", features="none", **{"num-captions": 8})
+    assert report["real"]["composition"]["all"]["share"] >= 0.75  # 16 pixels are few
+    assert report["metrics"]["composition"]["value"] == report["generated"][0]["composition"]["all"]["share"]
+    off = run("--composition", "no", data=data, out=tmp_path / "off", split="train", features="none",
+              **{**NO_DIVERSITY, "num-captions": 8})
     assert off.code == 0
     assert "composition" not in report_in(tmp_path / "off")["metrics"]
 
@@ -297,22 +397,29 @@ def test_pictures_are_those_that_generate_draws(run, folders, tmp_path, monkeypa
     looked: list[numpy.ndarray] = []
     add = Looked.add
     monkeypatch.setattr(Looked, "add", lambda self, pixels: (looked.append(pixels.numpy()), add(self, pixels))[1])
-    assert run(out=tmp_path / "out", **{"num-captions": 5, "diversity-captions": 0, "batch-size": 2}).code == 0
-    drawn = numpy.concatenate(looked[len(looked) // 2:])
+    assert run(out=tmp_path / "out", **{"num-captions": 5, "diversity-captions": 0, "diversity-images": None,
+                                          "batch-size": 2}).code == 0
+    asked = report_in(tmp_path / "out")["questions"]
+    drawn = numpy.concatenate(looked)[-len(asked):]  # after the data's own pictures
     model = TextToImage.from_pretrained(folders["model"], "cpu")
-    for question, pixels in zip(report_in(tmp_path / "out")["questions"], drawn, strict=True):
+    for question, pixels in zip(asked, drawn, strict=True):
         assert (numpy.asarray(model.generate(question["caption"], seed=question["seed"]).images[0]) == pixels).all()
 
 
 WRONG = [
-    ({"num-captions": 0}, "--num-captions 0: give 1 or more"), ({"num-captions": 999}, "--num-captions 999: give 1 to 21"),
+    ({"num-captions": 1}, "--num-captions 1: give 2 or more"), ({"diversity-captions": 1}, "--diversity-captions 1: give 2"),
+    ({"diversity-captions": 0}, "--diversity-images 2: of no captions"), ({"features": "none"}, "--diversity-captions and"),
+    ({"layout-column": "classes"}, "--layout-column classes: this model has no"), ({"seed": 2**63 - 9}, "give at most"),
+    ({"num-captions": 999}, "--num-captions 999: give 1 to 21"),
     ({"batch-size": 0}, "--batch-size 0"), ({"seed": -1}, "--seed -1: give 0 to"),
     ({"diversity-images": 1}, "--diversity-images 1: give 2 or more"), ({"diversity-captions": -1}, "--diversity-captions -1"),
     ({"top-k": -3}, "top_k"), ({"temperature": "nan"}, "temperature"), ({"guidance": 101}, "guidance_scale"),
     ({"features": "efnet"}, "unknown feature extractor 'efnet'"), ({"features": "inception"}, "needs --inception-weights"),
-    ({"matcher": "nowhere"}, "nowhere"), ({"model": "nowhere"}, "nowhere"), ({"data": "nowhere"}, "nowhere"),
+    ({"matcher": "nowhere"}, "nowhere"), ({"model": "nowhere"}, "nowhere"),
+    ({"data": "nowhere"}, "nowhere"),
     ({"split": "tets"}, "tets"), ({"device": "cuda:99"}, "--device cuda:99"), ({"composition": "yes"}, "not of a form of the"),
-    ({"reference": "r.npz", "features": "none"}, "--reference holds features"), ({"reference": "r.npz"}, "no such file"),
+    ({"reference": "r.npz", "features": "none", **NO_DIVERSITY}, "--reference holds features"),
+    ({"reference": "r.npz"}, "no such file"),
     ({"out": ""}, "--out is empty")]
 
 

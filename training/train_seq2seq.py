@@ -88,6 +88,9 @@ class Seq2SeqTraining:
         seed_everything(config.seed, 0)  # the same weights on every process
         self.model = KINDS[config.model.kind](model_config)
         if start_from and self.run_state.resume_from is None:
+            if kept is not None:
+                raise UserError(f"{config.run_dir}: none of its checkpoints is whole, and its text tokenizer need not be "
+                                "that of text.start_from; give another run_dir")
             group.first_then_others(lambda: take_text_encoder(self.model, start_from, config.text.encoder) and None)
         self.average = (weight_average(self.model, config.train.weight_ema, group.device)
                         if config.train.weight_ema and group.is_first else None)
@@ -99,6 +102,8 @@ class Seq2SeqTraining:
         facts: dict[str, Any] = {"model": {"kind": model.kind, **model.plain()}, "data rows": len(self.shards)}
         if self.config.train.weight_ema:
             facts["weight_ema"] = True
+        if self.config.text.start_from:
+            facts["text.start_from"] = self.config.text.start_from
         if self.config.optim.name != "adamw":
             facts["optim.name"] = self.config.optim.name
         return facts
@@ -106,7 +111,8 @@ class Seq2SeqTraining:
     def _kept_text(self) -> Path | None:
         """The text tokenizer of the run that is continued."""
         run = Path(self.config.run_dir)
-        return run / TEXT_FOLDER if self.config.checkpoint.resume != "never" and (run / "latest.json").is_file() else None
+        continued = (run / "latest.json").is_file() and any((run / "checkpoints").glob("step-*"))
+        return run / TEXT_FOLDER if continued and self.config.checkpoint.resume != "never" else None
 
     def _keep_text_source(self) -> None:
         folder = self.run_state.run_dir / TEXT_FOLDER

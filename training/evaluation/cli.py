@@ -26,6 +26,7 @@ GENERATOR_EXAMPLES = """examples:
 """
 TOKENIZER_COMMAND, GENERATOR_COMMAND = "evaluate tokenizer", "evaluate generator"
 MAX_SEED = 2**63 - 1
+FURTHER_SEEDS = 2**32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,13 +81,13 @@ def _generator_parser() -> OneLineParser:
     parser.add_argument("--matcher", metavar="DIR", help="scores captions against pictures: RUN/model of train_matcher, a CLIP "
                         "or a SigLIP (default: not measured)")
     _add_features(parser)
-    parser.add_argument("--diversity-captions", type=int, default=16, metavar="N",
+    parser.add_argument("--diversity-captions", type=int, metavar="N",
                         help="captions of which several pictures are compared; 0 = none (default 16)")
-    parser.add_argument("--diversity-images", type=int, default=4, metavar="M", help="pictures of each (default 4)")
+    parser.add_argument("--diversity-images", type=int, metavar="M", help="pictures of each (default 4)")
     parser.add_argument("--composition", choices=("auto", "yes", "no"), default="auto",
                         help="check colours, shapes, counts and relations on the pictures; auto: for data of `tokenloom data "
                         "shapes`")
-    parser.add_argument("--layout-column", default="layout", help="column with the classes, for models with a layout of "
+    parser.add_argument("--layout-column", help="column with the classes, for models with a layout of "
                         "classes (default layout)")
     parser.add_argument("--text-encoder", help="where the model's frozen text encoder is, if not where it was at training")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default 64)")
@@ -132,15 +133,23 @@ def _check_tokenizer(args: argparse.Namespace) -> None:
 
 def _check_generator(args: argparse.Namespace) -> None:
     _check(args)
-    if args.num_captions is not None and args.num_captions < 1:
-        raise UserError(f"--num-captions {args.num_captions}: give 1 or more, or leave it out")
+    if args.num_captions is not None and args.num_captions < 2:
+        raise UserError(f"--num-captions {args.num_captions}: give 2 or more, or leave it out")
+    if args.seed > MAX_SEED - FURTHER_SEEDS:
+        raise UserError(f"--seed {args.seed}: give at most {MAX_SEED - FURTHER_SEEDS}; each picture adds to it")
     scales = args.guidance or []
     if len(set(scales)) < len(scales):
         raise UserError(f"--guidance {' '.join(f'{scale:g}' for scale in scales)}: names a scale twice")
-    if args.diversity_captions < 0:
-        raise UserError(f"--diversity-captions {args.diversity_captions}: give 0 or more")
-    if args.diversity_images < 2:
-        raise UserError(f"--diversity-images {args.diversity_images}: give 2 or more, which are compared with each other")
+    captions, images = args.diversity_captions, args.diversity_images
+    if captions is not None and (captions < 0 or captions == 1):
+        raise UserError(f"--diversity-captions {captions}: give 2 or more, or 0 for none")
+    if images is not None and images < 2:
+        raise UserError(f"--diversity-images {images}: give 2 or more, which are compared with each other")
+    if captions == 0 and images is not None:
+        raise UserError(f"--diversity-images {images}: of no captions (--diversity-captions 0); leave one out")
+    if args.features == "none" and (captions or images):
+        raise UserError("--diversity-captions and --diversity-images compare features, and --features none asks for none; "
+                        "leave them out")
 
 
 def evaluate_tokenizer_command(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from training.evaluation.metrics import Moments
 from training.evaluation.questions import Question
 from training.evaluation.reconstruction import Frechet, measure_frechet, preparation
 from training.evaluation.reference import PictureHash, ReferenceStatistics
-from training.evaluation.retrieval import TOP
+from training.evaluation.retrieval import retrieval_accuracy
 from training.evaluation.scene_captions import accuracy, parse_caption
 from training.evaluation.scene_reader import Seen, read_scene
 from training.token_config import LayoutConfig
@@ -54,13 +54,17 @@ class Judges:
     reads_scenes: bool = False
     reference: ReferenceStatistics | None = None
 
+    @property
+    def any(self) -> bool:
+        """Whether anybody looks at pictures."""
+        return self.matcher is not None or self.extractor is not None or self.reads_scenes
+
 
 class Looked:
     """What the judges saw of pictures that came in batches; the pictures themselves are kept only to be shown."""
 
     def __init__(self, judges: Judges) -> None:
         self._judges = judges
-        self.count = 0
         self.shown: list[Image.Image] = []
         self.scenes: list[list[Seen]] = []
         self.moments = Moments(judges.extractor.dimensions if judges.extractor else 0)
@@ -70,7 +74,6 @@ class Looked:
     def add(self, pixels: Tensor) -> None:
         """Look at pixels uint8 [B, S, S, 3]."""
         judges, images = self._judges, [Image.fromarray(picture.numpy()) for picture in pixels]
-        self.count += len(images)
         self.shown += images[: SHOWN_PICTURES - len(self.shown)]
         if judges.matcher is not None:
             self._embeddings.append(judges.matcher.embed_images(images))
@@ -116,7 +119,8 @@ class Real:
 @torch.inference_mode()
 def measure_real(model: TextToImage, source: CaptionedImages, questions: Sequence[Question], judges: Judges,
                  batch_size: int, layout_column: str) -> Real:
-    """Look at the questions' own pictures and measure the model's loss on their tokens. DataError if none can be read."""
+    """Look at the questions' own pictures and measure the model's loss on their tokens. DataError if fewer than two can be
+    read: nothing could be compared."""
     looked, side = Looked(judges), model.image_tokenizer.config.resolution
     hashed = PictureHash(preparation(model.image_tokenizer, judges.extractor))
     layouts, unusable = _layouts(model, layout_column), Counter[str]()
@@ -140,8 +144,8 @@ def measure_real(model: TextToImage, source: CaptionedImages, questions: Sequenc
         looked.add(batch)
         losses += _loss_sums(model, batch, [q.caption for q in asked], torch.from_numpy(numpy.stack(given)) if given else None)
         kept += asked
-    if not kept:
-        raise DataError("no usable picture to measure a generator on")
+    if len(kept) < 2:
+        raise DataError(f"{len(kept)} usable pictures to measure a generator on; it takes 2 or more")
     by_position, without = losses / len(kept)
     return Real(kept, looked, CaptionLoss(len(kept), float(by_position.mean()), float(without.mean()), by_position.tolist()),
                 hashed, unusable)
@@ -161,7 +165,7 @@ def _loss_sums(model: TextToImage, pixels: Tensor, captions: list[str], layout: 
     tokens = codes_to_tokens(model.image_tokenizer.encode(pixels_to_float(pixels).to(model.device)))  # [B, N]
     source = model.text_tokenizer
     return torch.stack([token_losses(model.seq2seq, text, tokens, layout).sum(dim=0)
-                        for text in (source.encode(captions), source.encode([""] * len(captions)))])
+                        for text in (source.encode(captions), source.null_caption(len(captions)))])
 
 
 def look_at_samples(model: TextToImage, questions: Sequence[Question], params: SamplingParams, judges: Judges,
@@ -190,13 +194,13 @@ def judge(looked: Looked, questions: Sequence[Question], judges: Judges, seed: i
     other = shuffled(len(captions), seed)
     report: dict[str, Any] = {}
     if judges.matcher is not None:
-        concepts = sorted({question.concept for question in questions})
+        concepts = sorted({question.concept.casefold() for question in questions})
         pictures, texts = looked.embeddings, judges.matcher.embed_captions(captions)
         scores = pictures @ judges.matcher.embed_captions(concepts).T  # [P, C]
-        right = torch.tensor([concepts.index(question.concept) for question in questions])
+        right = torch.tensor([concepts.index(question.concept.casefold()) for question in questions])
         report["matcher_score"] = float((pictures * texts).sum(dim=1).mean())
         report["matcher_score_shuffled"] = float((pictures * texts[other]).sum(dim=1).mean())
-        report["retrieval"] = {"concepts": len(concepts), **_found(_rank(scores, right))}
+        report["retrieval"] = {"concepts": len(concepts), **retrieval_accuracy(scores, right)}
     if judges.reads_scenes:
         asked = [parse_caption(caption) for caption in captions]
         report["composition"] = accuracy(looked.scenes, asked)
@@ -210,15 +214,6 @@ def shuffled(count: int, seed: int) -> list[int]:
     random.Random(f"{seed} shuffled").shuffle(order)
     following = dict(zip(order, [*order[1:], *order[:1]], strict=True))
     return [following[place] for place in range(count)]
-
-
-def _rank(scores: Tensor, right: Tensor) -> Tensor:
-    """scores [P, C], right [P] -> how many others score at least as much as the right one; a tie counts against the scorer."""
-    return (scores >= scores.gather(1, right[:, None])).sum(dim=1) - 1
-
-
-def _found(ranks: Tensor) -> dict[str, float]:
-    return {f"top{top}": float((ranks < top).double().mean()) for top in TOP}
 
 
 def picture_retrieval(looked: Looked, real: Looked, questions: Sequence[Question]) -> dict[str, float]:
@@ -241,12 +236,13 @@ def frechet(looked: Looked, real: Real, model: TextToImage, judges: Judges) -> F
 
 @dataclass(frozen=True)
 class Diversity:
-    """Mean cosine distance of two pictures' features: of one caption, and of different captions. shown: the first captions'."""
+    """Mean cosine distance of two pictures' features: of one caption, and of different concepts (None where all are one).
+    shown: the first captions'."""
 
     captions: int
     images: int
     within: float
-    between: float
+    between: float | None
     shown: list[tuple[str, list[Image.Image]]]
 
 
@@ -263,8 +259,9 @@ def diversity(model: TextToImage, questions: Sequence[Question], num_images: int
             bar.update(1)
     within = torch.stack([1 - _mean_of_pairs(some @ some.T) for some in features])
     first = torch.stack([some[0] for some in features])
-    between = 1 - _mean_of_pairs(first @ first.T) if len(first) > 1 else torch.tensor(float("nan"))
-    return Diversity(len(questions), num_images, float(within.mean()), float(between), kept)
+    apart = torch.tensor([[a.concept != b.concept for b in questions] for a in questions])
+    between = float((1 - first @ first.T)[apart].mean()) if bool(apart.any()) else None
+    return Diversity(len(questions), num_images, float(within.mean()), between, kept)
 
 
 def _mean_of_pairs(cosines: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from inference.cli import choose_device, given_params
 from inference.matcher_folder import load_matcher
 from seq2seq import ClassLabels
 from tokenizer_image.fingerprint import code_fingerprint
-from tokenloom_common.errors import choose
+from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from tokenloom_common.pretrained import WEIGHTS_NAME, resolve_folder
 from training.data.sources import CaptionedImages, open_dataset
@@ -40,12 +42,17 @@ from training.evaluation.questions import Question, choose_questions
 from training.evaluation.reconstruction import CROP, RESIZE, preparation
 from training.evaluation.reference import check_reference, load_reference
 from training.evaluation.report import REPORT_NAME, check_out, default_split, frechet_section, package_versions
+from training.evaluation.retrieval import TOP
 from training.evaluation.scene_captions import parse_caption
+from training.evaluation.scene_reader import LARGEST, SMALLEST
+from training.token_config import LayoutConfig
 
 SCHEMA_VERSION = 1
 SHEET_NAME, CURVE_NAME = "contact_sheet.png", "guidance.png"
 OWN_FILES = (REPORT_NAME, SHEET_NAME, CURVE_NAME)
 DEFAULT_CAPTIONS = 500
+DEFAULT_DIVERSITY = (16, 4)  # captions, pictures of each
+DEFAULT_LAYOUT_COLUMN = LayoutConfig().column
 
 
 def run_generator_evaluation(args: argparse.Namespace) -> dict[str, Any]:
@@ -58,10 +65,16 @@ def run_generator_evaluation(args: argparse.Namespace) -> dict[str, Any]:
     source = open_dataset(args.data, split=args.split)
     questions = choose_questions(source, args.num_captions or min(DEFAULT_CAPTIONS, len(source)), args.seed,
                                  model.text_tokenizer.kind == ClassLabels.kind)
+    if model.text_tokenizer.kind == ClassLabels.kind:
+        model.text_tokenizer.encode([question.caption for question in questions])  # an unknown class is refused now
+    if args.layout_column is not None and model.seq2seq.config.layout_kind != "classes":
+        raise UserError(f"--layout-column {args.layout_column}: this model has no layout of classes; leave it out")
     judges = _judges(args, model, questions, device)
+    if len(settings) > 1 and not judges.any:
+        raise UserError("several --guidance scales, but nothing looks at the pictures; give --matcher or --features")
     # what is global and changes digits on a GPU: convolutions in TF32, and the choice of algorithm by timing
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        real = measure_real(model, source, questions, judges, args.batch_size, args.layout_column)
+        real = measure_real(model, source, questions, judges, args.batch_size, args.layout_column or DEFAULT_LAYOUT_COLUMN)
         runs = [_run(model, real, params, judges, args) for params in settings]
     report = _report(args, model, source, real, judges, runs)
     with atomic_folder(out.resolve(), OWN_FILES) as folder:
@@ -72,11 +85,14 @@ def run_generator_evaluation(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+@dataclass(frozen=True)
 class Run:
     """What was found at one setting of sampling."""
 
-    def __init__(self, params: SamplingParams, looked: Looked, found: dict[str, Any], varied: Diversity | None) -> None:
-        self.params, self.looked, self.found, self.varied = params, looked, found, varied
+    params: SamplingParams
+    looked: Looked
+    found: dict[str, Any]
+    varied: Diversity | None
 
 
 def _judges(args: argparse.Namespace, model: TextToImage, questions: Sequence[Question], device: str) -> Judges:
@@ -86,7 +102,11 @@ def _judges(args: argparse.Namespace, model: TextToImage, questions: Sequence[Qu
     if args.reference is not None and extractor is not None:
         reference = load_reference(args.reference)
         check_reference(reference, preparation(model.image_tokenizer, extractor), extractor.dimensions, args.reference)
-    reads_scenes = args.composition == "yes" or (args.composition == "auto" and _is_shapes_data(args.data))
+    side = model.image_tokenizer.config.resolution
+    readable = SMALLEST <= side <= LARGEST
+    if args.composition == "yes" and not readable:
+        raise UserError(f"--composition yes: scenes of {SMALLEST} to {LARGEST} pixels can be read, this model's have {side}")
+    reads_scenes = args.composition == "yes" or (args.composition == "auto" and readable and _is_shapes_data(args.data))
     if reads_scenes:
         for question in questions:
             parse_caption(question.caption)  # before anything slow
@@ -109,9 +129,10 @@ def _run(model: TextToImage, real: Real, params: SamplingParams, judges: Judges,
         measured = frechet(looked, real, model, judges)
         found["frechet"] = {"distance": measured.distance,
                             **frechet_section(judges.extractor, measured, real.hashed.hexdigest())}
-        if args.diversity_captions:
-            varied = diversity(model, real.questions[: args.diversity_captions], args.diversity_images, params,
-                               judges.extractor, args.batch_size)
+        captions, images = (default if given is None else given for given, default in zip(
+            (args.diversity_captions, args.diversity_images), DEFAULT_DIVERSITY, strict=True))
+        if captions:
+            varied = diversity(model, real.questions[:captions], images, params, judges.extractor, args.batch_size)
             found["diversity"] = {"captions": varied.captions, "images": varied.images, "within": varied.within,
                                   "between": varied.between, "features": judges.extractor.name}
     return Run(params, looked, found, varied)
@@ -123,7 +144,7 @@ def _report(args: argparse.Namespace, model: TextToImage, source: CaptionedImage
             runs: list[Run]) -> dict[str, Any]:
     return {
         "command": COMMAND, "schema_version": SCHEMA_VERSION,
-        "metrics": {**_loss_metrics(real), **headline(runs[0].found)},
+        "metrics": {**_loss_metrics(real), **(headline(runs[0].found) if len(runs) == 1 else {})},
         "loss": {"pictures": real.loss.pictures, "given_caption": real.loss.loss,
                  "given_no_caption": real.loss.loss_without_caption,
                  "by_position": [round(value, 5) for value in real.loss.by_position]},
@@ -158,7 +179,7 @@ def _hashes(name: str) -> dict[str, str]:
 
 def _loss_metrics(real: Real) -> dict[str, dict[str, Any]]:
     loss = real.loss
-    values = {"loss": (loss.loss, "nats a token"), "perplexity": (float(torch.tensor(loss.loss).exp()), "codes"),
+    values = {"loss": (loss.loss, "nats a token"), "perplexity": (math.exp(loss.loss), "codes"),
               "loss_without_caption": (loss.loss_without_caption, "nats a token")}
     return {name: {"value": value, "unit": unit} for name, (value, unit) in values.items()}
 
@@ -169,16 +190,16 @@ def headline(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if "matcher_score" in found:
         values["matcher_score"] = (found["matcher_score"],
                                    f"(cosine; {found['matcher_score_shuffled']:.4f} with other captions)")
-        chance = 1 / found["retrieval"]["concepts"]
-        values["retrieval_top1"] = (found["retrieval"]["top1"], f"of pictures (chance {chance:.4f})")
-        values["retrieval_top5"] = (found["retrieval"]["top5"], f"of pictures (chance {min(1.0, 5 * chance):.4f})")
+        for top in TOP:
+            values[f"retrieval_top{top}"] = (found["retrieval"][f"top{top}"],
+                                             f"of pictures (chance {found['retrieval'][f'chance_top{top}']:.4f})")
     if "picture_retrieval" in found:
         near = found["picture_retrieval"]
         values["picture_retrieval_top1"] = (near["top1"], f"of pictures (chance {near['chance']:.4f})")
         values[found["frechet"]["metric"]] = (found["frechet"]["distance"], "(squared distance, 0 = equal)")
     if "diversity" in found:
         values["diversity"] = (found["diversity"]["within"], f"(cosine distance within a caption; "
-                               f"{found['diversity']['between']:.4f} between captions)")
+                               f"{_share(found['diversity']['between'])} between concepts)")
     if "composition" in found:
         shown, by_chance = found["composition"], found["composition_shuffled"]
         parts = {"composition": (shown["all"], by_chance["all"])}
@@ -196,7 +217,7 @@ def _share(value: float | None) -> str:
 
 
 def _curves(runs: list[Run]) -> list[tuple[str, dict[str, list[float]]]]:
-    """Panels of guidance.png: shares that should rise, distances that should fall."""
+    """Panels of guidance.png: all shares in one, each other number in its own."""
     found = [headline(run.found) for run in runs]
     curves = {name: [float(each[name]["value"]) for each in found] for name in found[0]}
     shares = {name: values for name, values in curves.items()

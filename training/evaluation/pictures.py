@@ -40,17 +40,30 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]],
     return sheet
 
 
-def plot_curves(panels: Sequence[tuple[str, list[dict[str, Any]], Sequence[str]]], path: Path, small_too: bool = False) -> None:
-    """One panel a (title, rows of metrics.jsonl, names of the curves), written as a PNG.
-
-    small_too: a scale that is logarithmic on both sides of 0, so that what falls by a factor of 100 still shows.
-    """
+def _subplots(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+    """pyplot's, without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    return pyplot.subplots(*arguments, **options)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_curves(panels: Sequence[tuple[str, list[dict[str, Any]], Sequence[str]]], path: Path, small_too: bool = False) -> None:
+    """One panel a (title, rows of metrics.jsonl, names of the curves), written as a PNG.
+
+    small_too: a scale that is logarithmic on both sides of 0, so that what falls by a factor of 100 still shows.
+    """
+    figure, axes = _subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
     for axis, (title, rows, names) in zip(axes[0], panels, strict=True):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -65,19 +78,12 @@ def plot_curves(panels: Sequence[tuple[str, list[dict[str, Any]], Sequence[str]]
             axis.legend()
         else:
             axis.set_ylabel(names[0])
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def plot_lines(x_name: str, x: Sequence[float], panels: Sequence[tuple[str, dict[str, list[float]]]], path: Path) -> None:
     """One panel a (title, name -> values at x), written as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
+    figure, axes = _subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels, strict=True):
         for name, values in lines.items():
             axis.plot(x, values, marker="o", markersize=3, label=name)
@@ -85,10 +91,8 @@ def plot_lines(x_name: str, x: Sequence[float], panels: Sequence[tuple[str, dict
         axis.set_xlabel(x_name)
         axis.grid(alpha=0.3)
         if len(lines) > 1:
-            axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=2)  # below, where no line is
+    _save(figure, path)
 
 
 def side_by_side(pictures: Sequence[tuple[str, Any, Any]], factor: int = 4, side: int = 128) -> Image.Image:
@@ -120,12 +124,7 @@ def side_by_side(pictures: Sequence[tuple[str, Any, Any]], factor: int = 4, side
 
 def plot_codebook(rows: list[dict[str, Any]], counts: Tensor, codebook_size: int, path: Path) -> None:
     """Health of a codebook as a PNG: shares in use and restarts over the steps; use of each code, counts [K], in order."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (over_time, restarts, histogram) = pyplot.subplots(1, 3, figsize=(15, 3.6))
+    figure, (over_time, restarts, histogram) = _subplots(1, 3, figsize=(15, 3.6))
     steps = [row["step"] for row in rows]
     over_time.plot(steps, [row["codebook_usage"] for row in rows], label="share of codes in use")
     over_time.plot(steps, [row["codebook_perplexity"] / codebook_size for row in rows], label="perplexity / codebook size")
@@ -142,9 +141,7 @@ def plot_codebook(rows: list[dict[str, Any]], counts: Tensor, codebook_size: int
     for axis, label in ((over_time, "step"), (restarts, "step"), (histogram, "code")):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def plot_positions(losses: Sequence[float], grid: tuple[int, int], path: Path) -> None:
@@ -152,10 +149,9 @@ def plot_positions(losses: Sequence[float], grid: tuple[int, int], path: Path) -
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     values = numpy.array(losses).reshape(grid)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1, 1.4))
+    figure, (left, right) = _subplots(1, 2, figsize=(9, 3.6), width_ratios=(1, 1.4))
     figure.colorbar(left.imshow(values, cmap="viridis"), ax=left)
     left.set_title("nats a token, over the picture")
     right.plot(losses, linewidth=0.8, label="token")
@@ -164,6 +160,4 @@ def plot_positions(losses: Sequence[float], grid: tuple[int, int], path: Path) -
     right.set_xlabel("position in raster order")
     right.set_ylabel("nats")
     right.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    _save(figure, path)

@@ -1,6 +1,6 @@
 """Does a scorer find the caption of a picture among many? Works with a matcher of ours and with published models alike."""
 
-# Axes: P pictures with one caption each, E width of the space that both share
+# Axes: P pictures with one caption each, C captions to choose from, E width of the space that both share
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inference.scorer import ImageTextScorer
-from tokenloom_common.errors import DataError
+from tokenloom_common.errors import DataError, RunFailedError
 from training.data.batches import ItemId, item_random
 from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages
 
@@ -41,17 +41,21 @@ def choose_pairs(source: CaptionedImages, seed: int, most: int = MOST_CAPTIONS) 
     return list(pairs.values())
 
 
-def ranks(scores: Tensor) -> Tensor:
-    """scores [P, P], the right caption of picture i in column i -> [P] int64: how many wrong captions score at least as much.
+def ranks(scores: Tensor, right: Tensor | None = None) -> Tensor:
+    """scores [P, C] -> [P] int64: how many wrong captions score at least as much as the right one of picture i, in column
+    right[i] (default: column i). RunFailedError for a score that is not finite.
 
     A tie counts against the scorer: one that scores everything alike has found nothing.
     """
-    return (scores >= scores.diagonal()[:, None]).sum(dim=1) - 1
+    if not bool(scores.isfinite().all()):
+        raise RunFailedError("a score of picture and caption is not finite; the matcher or its weights are broken")
+    columns = torch.arange(len(scores)) if right is None else right
+    return (scores >= scores.gather(1, columns[:, None])).sum(dim=1) - 1
 
 
-def retrieval_accuracy(scores: Tensor) -> dict[str, float]:
+def retrieval_accuracy(scores: Tensor, right: Tensor | None = None) -> dict[str, float]:
     """Share of pictures whose caption is the best, and among the best five, with what guessing would reach: see `ranks`."""
-    found, count = ranks(scores), len(scores)
+    found, count = ranks(scores, right), scores.shape[1]
     return {**{f"top{top}": float((found < top).double().mean()) for top in TOP},
             **{f"chance_top{top}": min(top, count) / count for top in TOP}}
 
