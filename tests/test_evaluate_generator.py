@@ -346,7 +346,7 @@ def test_sampling_options_reach_the_pictures(run, tmp_path):
 
 
 def test_a_class_model_is_asked_for_its_classes(run, folders, tmp_path):
-    classes = ClassLabels.collect(caption for caption in tiny.CAPTIONS[:15] + ["broken"])
+    classes = ClassLabels.collect([*tiny.CAPTIONS[:15], "broken"])
     tokenizer = tiny.vqgan()
     model = tiny.decoder_only(text_vocab_size=classes.vocab_size, text_length=1,
                               tokenizer_fingerprint=code_fingerprint(tokenizer))

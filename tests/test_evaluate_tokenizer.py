@@ -538,9 +538,9 @@ def test_the_command_measures_with_the_real_networks(run, folders, tmp_path):
         assert 10 * 136 < sheet.width < 10 * 136 + 150
 
 
-def test_the_command_of_the_page_runs_on_a_whole_model_folder(capsys, folders, tmp_path, monkeypatch):
+def test_the_commands_of_the_page_run_on_a_whole_model_folder(capsys, folders, tmp_path, monkeypatch):
     page = (launching.REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^```bash\n(.*?)\n```$", page, flags=re.MULTILINE | re.DOTALL)
+    command, generator = re.findall(r"^```bash\n(.*?)\n```$", page, flags=re.MULTILINE | re.DOTALL)
     tiny.model_folder(tmp_path / "demo" / "model")
     (tmp_path / "my_pictures").symlink_to(folders["data"])
     monkeypatch.chdir(tmp_path)
@@ -551,6 +551,10 @@ def test_the_command_of_the_page_runs_on_a_whole_model_folder(capsys, folders, t
     names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == list(report["metrics"])
     assert all(f"`{name}`" in page for name in {*names, "EffNet-FD", "rFID", "Inception-FD", "lpips_vgg16"} - {"pictures"})
+    assert tokenloom.main(shlex.split(generator)[1:]) == 0
+    names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == list(report_in(tmp_path / "results" / "generator")["metrics"])
+    assert all(f"`{name}`" in page for name in names)
 
 
 def test_the_numbers_are_those_of_the_pictures_one_by_one(folders):
