@@ -99,7 +99,7 @@ def test_losses_are_float32_scalars_of_any_logits(kind):
 def test_an_unknown_loss_lists_the_names():
     with pytest.raises(UserError, match=r"unknown adversarial loss 'hing'; did you mean 'hinge'"):
         generator_loss(torch.zeros(1), "hing")
-    with pytest.raises(UserError, match="valid: hinge, non_saturating"):
+    with pytest.raises(UserError, match="valid names: hinge, non_saturating"):
         discriminator_loss(torch.zeros(1), torch.zeros(1), "wasserstein")
 
 
