@@ -27,7 +27,7 @@ from benchmarks import harness
 from benchmarks.harness import SEED, Case, peak_memory, speed_ratio, time_alternating
 from seq2seq.attention import PATTERNS, Pattern
 from seq2seq.layers import PatternAttend
-from tokenloom_common.errors import OneLineParser, RunFailedError, UserError
+from tokenloom_common.errors import OneLineParser, UserError
 
 PEER_NAME = "scaled_dot_product_attention with a dense mask"
 THIS = "benchmarks.attention"
@@ -309,8 +309,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = measure(options)
     show(document)
     harness.finish(document, out)
-    if not document["ok"]:
-        wrong = next(row for row in document["verification"] if not row["ok"])
-        raise RunFailedError(f"ours and {PEER_NAME} do not do the same work, so nothing was timed: "
-                             f"{', '.join(f'{key} {value}' for key, value in wrong.items() if key != 'ok')}")
+    harness.require_same_work(document, PEER_NAME)
     return 0

@@ -241,3 +241,11 @@ def _child(request: str) -> None:
 
 if __name__ == "__main__":
     _child(sys.argv[1])
+
+
+def require_same_work(document: dict[str, Any], peer: str) -> None:
+    """RunFailedError with the first check of the document that failed, if one did."""
+    if not document["ok"]:
+        wrong = next(row for row in document["verification"] if not row["ok"])
+        raise RunFailedError(f"ours and {peer} do not do the same work, so nothing was timed: "
+                             f"{', '.join(f'{key} {value}' for key, value in wrong.items() if key != 'ok')}")

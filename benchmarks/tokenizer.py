@@ -26,7 +26,7 @@ from benchmarks.harness import SEED, Case, Timing, peak_memory, speed_ratio, tim
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import VQGAN_PRESETS
 from tokenizer_image.tiling import decode_tiled, encode_tiled
-from tokenloom_common.errors import OneLineParser, RunFailedError, UserError, choose
+from tokenloom_common.errors import OneLineParser, UserError, choose
 
 PEER_NAME = "diffusers VQModel"
 THIS = "benchmarks.tokenizer"
@@ -333,8 +333,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = measure(options)
     show(document)
     harness.finish(document, out)
-    if not document["ok"]:
-        wrong = next(row for row in document["verification"] if not row["ok"])
-        raise RunFailedError(f"ours and {PEER_NAME} do not do the same work, so nothing was timed: "
-                             f"{', '.join(f'{key} {value}' for key, value in wrong.items() if key != 'ok')}")
+    harness.require_same_work(document, PEER_NAME)
     return 0

@@ -42,7 +42,7 @@ from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
 from training.text_input import cached, choose_text_source
-from training.weight_average import weight_average
+from training.weight_average import average_state, restore_average, weight_average
 
 log = logging.getLogger("training.train_matcher")  # under a launcher __name__ is "__main__"
 
@@ -124,16 +124,8 @@ class MatcherTraining:
     def task(self) -> Task:
         """This run as the training loop sees it."""
         return Task("train matcher", [self.engine], self.batches, self.train, self.metrics, self.sample,
-                    problem=lambda: self._problem, state=self._state, restore=self._restore)
-
-    def _state(self) -> dict[str, Tensor]:
-        if self.average is None:
-            return {}
-        return {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-
-    def _restore(self, state: dict[str, Tensor]) -> None:
-        if self.average is not None:
-            self.average.load_state_dict({name.removeprefix("average."): tensor for name, tensor in state.items()})
+                    problem=lambda: self._problem, state=lambda: average_state(self.average),
+                    restore=lambda state: restore_average(self.average, state))
 
     def batches(self, first_step: int) -> Iterable[CaptionedBatch]:
         """This process's micro-batches from `first_step` on."""

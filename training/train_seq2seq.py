@@ -48,7 +48,7 @@ from training.text_input import cached
 from training.text_start import check_text_start, take_text_encoder, text_source_of_run
 from training.token_config import Seq2SeqRunConfig
 from training.token_validation import validation_loss
-from training.weight_average import weight_average
+from training.weight_average import average_state, restore_average, weight_average
 
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
 
@@ -141,16 +141,8 @@ class Seq2SeqTraining:
     def task(self) -> Task:
         """This run as the training loop sees it."""
         return Task("train seq2seq", [self.engine], self.batches, self.train, metrics=dict, sample=self.sample,
-                    problem=lambda: None, state=self._state, restore=self._restore)
-
-    def _state(self) -> dict[str, Tensor]:
-        if self.average is None:
-            return {}
-        return {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-
-    def _restore(self, state: dict[str, Tensor]) -> None:
-        if self.average is not None:
-            self.average.load_state_dict({name.removeprefix("average."): tensor for name, tensor in state.items()})
+                    problem=lambda: None, state=lambda: average_state(self.average),
+                    restore=lambda state: restore_average(self.average, state))
 
     def batches(self, first_step: int) -> Iterable[TokenBatch]:
         """This process's micro-batches from `first_step` on."""
