@@ -1,36 +1,72 @@
-"""The serving graph: the trained parameters of either family, read into a plain decoder with a KV cache.
+"""The serving graph: the trained parameters of either family, fused and read into a lean decoder with a KV cache.
 
-x-transformers stays the training graph; a parity test on logits holds the two together. `prefill` works through each caption
-once, `decode_one` computes one image token's logits for all rows, `decode_layout` those of a layout token.
+x-transformers stays the training graph; parity tests on logits hold the two together. `prefill` works through each caption
+once, `decode_one` computes one image token's logits for rows that are all at one position, `decode_at` those of rows at
+positions of their own, one or several a row, and `decode_layout` those of a layout token.
 """
 
-# Axes: B rows, C captions, n images a caption, s slots at once, H heads, G key/value heads, P prefix slots, N image tokens,
-#       T text slots, D width, d head width
+# Axes: R rows, C captions, n images a caption, s slots at once, P prefix slots, S slots, N image tokens, T text slots, D width,
+#       K codebook size, L layout tokens
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inference.decoder_layers import CrossAttention, FeedForward, Norm, SelfAttention, Slots
 from inference.kv_cache import CaptionMemory, SelfCache
+from inference.projection import Storage, project
+from inference.slots import RowSlots, SharedSlots
 from seq2seq import DecoderOnly, EncoderDecoder, ImageTransformer, TextBatch
-from seq2seq.attention import Pattern
-from seq2seq.layers import blinded, layer_blocks
-from seq2seq.positions import apply_rotary
+from seq2seq.layers import layer_blocks
 
 
 class CachedDecoder:
-    """Reads a transformer in eval mode; holds no weights of its own."""
+    """Takes a transformer in eval mode over: its parameters become views of fused ones, with the same names and values.
 
-    def __init__(self, model: ImageTransformer) -> None:
+    int8: the decoder's matrices in 8 bits (`inference.projection.Int8Projection`); embeddings and the text encoder stay.
+    storage: how float matrices lie in memory; `inference.calibration` says which is faster here.
+    """
+
+    def __init__(self, model: ImageTransformer, int8: bool = False, storage: Storage = "rows") -> None:
         self.model = model
-        self.config = model.config
+        self.config = config = model.config
+        self.kv_heads = config.kv_heads or config.heads
         self.crosses = isinstance(model, EncoderDecoder)
-        self.layers = layer_blocks(model.decoder, cross_attend=self.crosses)
-        self._visible: dict[tuple[Pattern, int], Tensor] = {}
+        shape = (config.heads, self.kv_heads, config.head_dim, int8, storage)
+        self.layers: list[tuple[SelfAttention, CrossAttention | None, FeedForward]] = []
+        for blocks in layer_blocks(model.decoder, cross_attend=self.crosses):
+            cross = CrossAttention(blocks[1], *shape) if self.crosses else None
+            self.layers.append((SelfAttention(blocks[0], *shape), cross, FeedForward(blocks[-1], int8, storage)))
+        self.final_norm = Norm(model.decoder.final_norm)
+        self.to_logits = project(model, ("to_logits",), int8, storage)
+        table = model.image_embedding.weight.detach()
+        self._embedding = table
+        if model.begin_of_image_slot:  # the begin slot is one more entry, K, so that no step asks whether it is the first
+            self._embedding = torch.cat([table, model.begin_of_image.detach()[None]])  # [K + 1, D]
+            model.image_embedding.weight.data = self._embedding[:-1]
+            model.begin_of_image.data = self._embedding[-1]
+        positions = model.learned_image_positions()
+        self._positions = None if positions is None else positions.detach()  # [N, D]
+        angles = model.rotary_angles()
+        self._turns = None if angles is None else torch.polar(torch.ones_like(angles[0, :, ::2]), angles[0, :, ::2])  # [S, d/2]
+        self.hides_text = bool(model.text_slots) and config.text_padding == "masked"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._embedding.device
+
+    @property
+    def begin(self) -> int:
+        """What stands before token 0: the number of the begin slot, K. Models without one never read it."""
+        return self.config.codebook_size
+
+    @property
+    def first_position(self) -> int:
+        """The first position that a step computes: 1 for models whose text's last slot predicts token 0, else 0."""
+        return 0 if self.model.begin_of_image_slot else 1
 
     @torch.inference_mode()
     def prefill(self, text: TextBatch, images: int) -> CaptionMemory:
@@ -38,137 +74,116 @@ class CachedDecoder:
         model = self.model
         captions = len(text.text_mask)
         if isinstance(model, EncoderDecoder):
-            memory = model.encode_text(*text)  # [C, T, D]
-            keys, values = [], []
-            for _, cross, _ in self.layers:
-                attention = cross.block
-                key, value = attention.split_k_heads(attention.to_k(memory)), attention.split_v_heads(attention.to_v(memory))
-                keys.append(key if attention.k_rmsnorm is None else attention.k_rmsnorm(key))
-                values.append(value)
-            return CaptionMemory(keys, values, text.text_mask, captions, images)
+            length = _longest(text.text_mask)  # what is padding in every caption is not kept
+            memory, mask = model.encode_text(*text)[:, :length], text.text_mask[:, :length]  # [C, T, D], [C, T]
+            both = [cross.keys_values(memory) for _, cross, _ in self.layers if cross is not None]
+            seen = None if bool(mask.all()) else mask
+            return CaptionMemory([keys for keys, _ in both], [values for _, values in both], seen, captions, images)
         assert isinstance(model, DecoderOnly)
         hidden = model.embed_prefix(*text, None)  # [C, T, D]
         cache = self._empty_cache(captions, model.text_slots)
         mask = model.prefix_mask(text.text_mask)
         cache.seen = None if mask is None else mask[:, : model.text_slots]
-        out = self._run(hidden, 0, [], cache)
-        return CaptionMemory(list(cache.keys), list(cache.values), cache.seen, captions, images, out[:, -1])
+        out = self._run(hidden.flatten(0, 1), [], SharedSlots(cache, 0, model.text_slots, self._turns))
+        return CaptionMemory(list(cache.keys), list(cache.values), cache.seen, captions, images,
+                             out.unflatten(0, (captions, -1))[:, -1])
+
+    def _empty_cache(self, rows: int, slots: int, hides: bool = False) -> SelfCache:
+        return SelfCache.empty(len(self.layers), rows, self.kv_heads, slots, self.config.head_dim, self._embedding, hides)
+
+    @property
+    def slots(self) -> int:
+        """S: slots of a row's whole sequence."""
+        return self.model.prefix_slots + self.model.image_slots
+
+    def rows_cache(self, rows: int) -> SelfCache:
+        """An empty self-attention cache for `rows` rows."""
+        return self._empty_cache(rows, self.slots, self.hides_text)
 
     def new_cache(self, groups: list[CaptionMemory]) -> SelfCache:
         """A self-attention cache for the rows of `groups`, with their text in it where text is part of the sequence."""
-        cache = self._empty_cache(sum(group.rows for group in groups), self.model.prefix_slots + self.model.image_slots)
-        text = self.model.text_slots
-        if text:
-            for layer in range(len(self.layers)):
-                for buffer, parts in ((cache.keys, [g.keys for g in groups]), (cache.values, [g.values for g in groups])):
-                    buffer[layer, :, :, :text] = torch.cat(
-                        [part[layer].repeat_interleave(g.images, dim=0) for part, g in zip(parts, groups, strict=True)])
-            if groups[0].seen is not None:
-                seen = torch.cat([g.seen.repeat_interleave(g.images, dim=0) for g in groups if g.seen is not None])
-                cache.seen = F.pad(seen, (0, cache.keys.shape[3] - text), value=True)  # [B, S]
+        cache = self.rows_cache(sum(group.rows for group in groups))
+        start = 0
+        for group in groups:
+            self.put_text(group, cache.rows(start, group.rows))
+            start += group.rows
         return cache
 
-    def _empty_cache(self, rows: int, slots: int) -> SelfCache:
-        config = self.config
-        return SelfCache(len(self.layers), rows, config.kv_heads or config.heads, slots, config.head_dim,
-                         like=self.model.to_logits.weight)
+    def put_text(self, group: CaptionMemory, cache: SelfCache) -> None:
+        """A group's text into the cache of its rows, where text is part of the sequence."""
+        text = self.model.text_slots
+        if not text:
+            return
+        for layer in range(len(self.layers)):
+            for buffer, part in ((cache.keys, group.keys), (cache.values, group.values)):
+                buffer[layer, :, :, :text].unflatten(0, (group.captions, group.images)).copy_(part[layer][:, None])
+        if cache.seen is not None and group.seen is not None:
+            cache.seen[:, :text] = group.seen.repeat_interleave(group.images, dim=0)
+
+    @torch.inference_mode()
+    def first_logits(self, groups: list[CaptionMemory]) -> Tensor:
+        """Logits [R, K] of token 0 for models without a begin slot: the text's last slot predicts it."""
+        return self.to_logits(torch.cat([_last(g).repeat_interleave(g.images, dim=0) for g in groups]))
 
     @torch.inference_mode()
     def decode_one(self, previous: Tensor | None, position: int, groups: list[CaptionMemory], cache: SelfCache) -> Tensor:
-        """Logits [B, K] of image token `position`, from the token before it [B] (None at position 0).
+        """Logits [R, K] of image token `position`, from the token before it [R] (None at position 0).
 
         The rows are those of the groups, one group after another. A layout comes first, through `decode_layout`.
         """
-        model = self.model
-        if previous is None and not model.begin_of_image_slot:
-            hidden = torch.cat([_last(g).repeat_interleave(g.images, dim=0) for g in groups])  # [B, D]
-            return model.to_logits(hidden)
-        slot = position if model.begin_of_image_slot else position - 1
         if previous is None:
-            hidden = model.begin_of_image.expand(sum(group.rows for group in groups), -1)
-        else:
-            hidden = model.image_embedding(previous)
-        positions = model.learned_image_positions()
-        hidden = model.normed(hidden if positions is None else hidden + positions[slot])[:, None]  # [B, 1, D]
-        return model.to_logits(self._run(hidden, model.prefix_slots + slot, groups, cache))[:, 0]
+            if position < self.first_position:
+                return self.first_logits(groups)
+            previous = torch.full((cache.row_count,), self.begin, device=self.device)
+        image_slot = position - self.first_position
+        hidden = F.embedding(previous, self._embedding)
+        if self._positions is not None:
+            hidden = hidden + self._positions[image_slot]
+        slots = SharedSlots(cache, self.model.prefix_slots + image_slot, 1, self._turns)
+        return self.to_logits(self._run(self.model.normed(hidden), groups, slots))
+
+    @torch.inference_mode()
+    def decode_at(self, previous: Tensor, positions: Tensor, groups: list[CaptionMemory], cache: SelfCache,
+                  end: int | None = None) -> Tensor:
+        """Logits [R, s, K] of image tokens `positions` [R, s] of each row, from the tokens before them [R, s] (`begin` before
+        token 0). Tokens of a row before these are in the cache; what is there from these on is replaced, not seen.
+
+        end: a position above all of these, where the caller knows one; slots from it on are not looked at.
+        """
+        image_slots = positions - self.first_position  # [R, s]
+        hidden = F.embedding(previous, self._embedding)
+        if self._positions is not None:
+            hidden = hidden + F.embedding(image_slots, self._positions)
+        last = self.slots if end is None else self.model.prefix_slots + end - self.first_position
+        slots = RowSlots(cache, image_slots + self.model.prefix_slots, last, self._turns)
+        out = self._run(self.model.normed(hidden).flatten(0, 1), groups, slots)
+        return self.to_logits(out).unflatten(0, previous.shape)
 
     @torch.inference_mode()
     def decode_layout(self, tokens: Tensor, first: int, groups: list[CaptionMemory], cache: SelfCache) -> Tensor:
-        """Put layout tokens [B, s] (numbers `first` .. `first` + s - 1) into the cache, with the begin slot before number 0
-        -> logits [B, classes] of the layout token after them (of no meaning after the last one)."""
+        """Put layout tokens [R, s] (numbers `first` .. `first` + s - 1) into the cache, with the begin slot before number 0
+        -> logits [R, classes] of the layout token after them (of no meaning after the last one)."""
         model = self.model
-        hidden = model.embed_layout(F.pad(tokens, (first, 0)))  # [B, first + s + 1, D]; what is before `first` is not used
+        hidden = model.embed_layout(F.pad(tokens, (first, 0)))  # [R, first + s + 1, D]; what is before `first` is not used
         start = 0 if first == 0 else first + 1
-        out = self._run(hidden[:, start:], model.text_slots + start, groups, cache)
-        return model.to_layout_logits(out[:, -1])
+        slots = SharedSlots(cache, model.text_slots + start, hidden.shape[1] - start, self._turns)
+        out = self._run(hidden[:, start:].flatten(0, 1), groups, slots)
+        return model.to_layout_logits(out.unflatten(0, (len(tokens), -1))[:, -1])
 
-    def _run(self, hidden: Tensor, first: int, groups: list[CaptionMemory], cache: SelfCache) -> Tensor:
-        """Inputs [B, s, D] of slots `first` and on -> normed outputs [B, s, D]; their keys and values go into the cache."""
-        angles = self.model.rotary_angles()
-        if angles is not None:
-            angles = angles[:, first: first + hidden.shape[1]]
-        for layer, blocks in enumerate(self.layers):
-            for index, block in enumerate(blocks):
-                inner = block.norm(hidden)
-                if index == 0:
-                    out = self._self_attend(block.block, inner, layer, first, angles, cache)
-                elif index < len(blocks) - 1:
-                    out = self._cross_attend(block.block, inner, layer, groups)
-                else:
-                    out = block.block(inner)
-                hidden = hidden + block.norm_after(out)
-        return self.model.decoder.final_norm(hidden)
+    def _run(self, hidden: Tensor, groups: list[CaptionMemory], slots: Slots) -> Tensor:
+        """Inputs [R * s, D] -> normed outputs [R * s, D]; their keys and values go into the cache."""
+        for layer, (attend, cross, feed) in enumerate(self.layers):
+            hidden = attend(hidden, layer, slots)
+            if cross is not None:
+                hidden = cross(hidden, layer, groups)
+            hidden = feed(hidden)
+        return self.final_norm(hidden)
 
-    def _self_attend(self, attention: Any, hidden: Tensor, layer: int, first: int, angles: Tensor | None,
-                     cache: SelfCache) -> Tensor:
-        query = attention.split_q_heads(attention.to_q(hidden))  # [B, H, s, d]
-        key = attention.split_k_heads(attention.to_k(hidden))
-        value = attention.split_v_heads(attention.to_v(hidden))
-        if attention.q_rmsnorm is not None:
-            query, key = attention.q_rmsnorm(query), attention.k_rmsnorm(key)
-        if angles is not None:
-            query, key = apply_rotary(query, angles), apply_rotary(key, angles)
-        if attention.attend.blind_slots > first:
-            blind = min(attention.attend.blind_slots - first, query.shape[2])
-            query, key = blinded(query, blind), blinded(key, blind)
-        keys, values = cache.write(layer, first, key, value)
-        seen = None if cache.seen is None else cache.seen[:, None, None, : keys.shape[2]]  # [B, 1, 1, keys]
-        if query.shape[2] > 1:
-            mask = self._mask(attention.attend.pattern, first, keys.shape[2]).to(query.device)
-            seen = mask if seen is None else seen & mask
-        elif attention.attend.pattern.name != "full" and first >= self.model.prefix_slots:
-            visible = self._visible_slots(attention.attend.pattern, first - self.model.prefix_slots)
-            keys, values = keys[:, :, visible], values[:, :, visible]
-            seen = None if seen is None else seen[..., visible]
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=keys.shape[1] != query.shape[1])
-        return attention.to_out(attention.merge_heads(out))
 
-    def _mask(self, pattern: Pattern, first: int, slots: int) -> Tensor:
-        """[s, slots] bool for queries `first` .. slots - 1."""
-        return pattern.mask(slots)[first:]
-
-    def _visible_slots(self, pattern: Pattern, image_slot: int) -> Tensor:
-        if (pattern, image_slot) not in self._visible:
-            self._visible[pattern, image_slot] = pattern.visible_slots(image_slot).to(self.model.to_logits.weight.device)
-        return self._visible[pattern, image_slot]
-
-    def _cross_attend(self, attention: Any, hidden: Tensor, layer: int, groups: list[CaptionMemory]) -> Tensor:
-        query = attention.split_q_heads(attention.to_q(hidden))  # [B, H, s, d]
-        if attention.q_rmsnorm is not None:
-            query = attention.q_rmsnorm(query)
-        slots = query.shape[2]
-        outs, start = [], 0
-        for group in groups:
-            part = query[start: start + group.rows]  # [C*n, H, s, d]
-            start += group.rows
-            # the n rows of a caption become n*s queries over the caption's one set of keys
-            part = part.unflatten(0, (group.captions, group.images)).transpose(1, 2).flatten(2, 3)  # [C, H, n*s, d]
-            mask = None if group.seen is None else group.seen[:, None, None, :]
-            out = F.scaled_dot_product_attention(part, group.keys[layer], group.values[layer], attn_mask=mask,
-                                                 enable_gqa=group.keys[layer].shape[1] != part.shape[1])
-            out = out.unflatten(2, (group.images, slots)).transpose(1, 2)  # [C, n, H, s, d]
-            outs.append(out.flatten(0, 1))
-        return attention.to_out(attention.merge_heads(torch.cat(outs)))
+def _longest(text_mask: Tensor) -> int:
+    """Slots up to the last one that is real in any caption; at least 1."""
+    used = text_mask.any(dim=0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 1
 
 
 def _last(group: CaptionMemory) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference.decoder import CachedDecoder
 from inference.kv_cache import CaptionMemory, SelfCache
-from inference.sampling import SamplingParams, guidance_at, guide, sample, uniform_numbers
+from inference.sampling import SamplingParams, guidance_at, guide, guided_steps, noise_keys, sample
 from seq2seq import TextBatch
 
 
@@ -21,7 +21,8 @@ class Request:
     """What to draw: captions [C, T], `images` pictures of each in a row, so B = C * images; seeds, one a picture.
 
     unguided: the text of the other branch, which guidance leads away from: one caption for all (the null caption or a negative
-    prompt), or C of them. layout [B, L] is given, or None: sampled, where the model has one.
+    prompt), or C of them. layout [B, L] is given, or None: sampled, where the model has one. window: tokens that Jacobi decoding
+    (`inference.jacobi`) works on at once; 1 = one after another.
     """
 
     captions: TextBatch
@@ -30,6 +31,7 @@ class Request:
     params: SamplingParams
     seeds: list[int]
     layout: Tensor | None = None
+    window: int = 1
 
     @property
     def rows(self) -> int:
@@ -38,66 +40,87 @@ class Request:
 
 
 class Generation:
-    """One batch being drawn. `layout` [B, L] is known once `steps` has begun (None for models without)."""
+    """One batch being drawn.
+
+    `layout` [B, L] is known once `steps` has begun (None for models without); `forwards` counts the decoder's steps so far.
+    The cache lives as long as the iterator that `steps` gives, and no longer.
+    """
 
     def __init__(self, decoder: CachedDecoder, request: Request) -> None:
         self.decoder, self.request = decoder, request
+        self.total = decoder.config.num_tokens
         self.layout = request.layout
-        self.guided = request.params.guidance_scale != 1.0
+        self.forwards = 0
+        self.guided_steps = guided_steps(request.params, self.total)
         self._layout_steps = decoder.config.layout_tokens
-        # one number for each token, the layout's first, whether it is given or not
-        self._uniform = uniform_numbers(request.seeds, self._layout_steps + decoder.config.num_tokens)
+        self._layout_guided = guided_steps(request.params, self._layout_steps)
+        # one key for each token, the layout's first, whether it is given or not
+        self._keys = noise_keys(request.seeds, self._layout_steps + self.total).to(decoder.device)
+
+    @property
+    def branches(self) -> int:
+        """2 when guidance needs its second branch at some token, else 1."""
+        return 2 if self.guided_steps or (self._layout_steps and self.layout is None and self._layout_guided) else 1
+
+    @property
+    def token_keys(self) -> Tensor:
+        """Keys [B, N] of the image tokens' noise."""
+        return self._keys[:, self._layout_steps:]
 
     def steps(self) -> Iterator[Tensor]:
         """Yield the next ids [B] int64 for each of the N positions."""
-        decoder, total = self.decoder, self.decoder.config.num_tokens
-        groups = self._prefill()
-        cache = decoder.new_cache(groups)
-        if self._layout_steps:
-            self.layout = self._put_layout(groups, cache)
+        groups, cache = self.begin()
         previous = None
-        for position in range(total):
-            logits = decoder.decode_one(previous, position, groups, cache)
-            next_ids = self._draw(logits, position, total, self._uniform[:, self._layout_steps + position])
-            yield next_ids
-            previous = torch.cat([next_ids] * self._branches)
+        for position in range(self.total):
+            if position == self.guided_steps:
+                groups, cache = self.without_guidance(groups, cache)
+            repeated = previous.repeat(2) if previous is not None and len(groups) == 2 else previous
+            logits = self.decoder.decode_one(repeated, position, groups, cache)
+            self.forwards += 1
+            previous = self._draw(logits, position, self.total, self.token_keys[:, position])
+            yield previous
 
-    @property
-    def _branches(self) -> int:
-        return 2 if self.guided else 1
-
-    def _prefill(self) -> list[CaptionMemory]:
+    def begin(self) -> tuple[list[CaptionMemory], SelfCache]:
+        """The captions' memory, one group a branch, and a cache that holds what comes before the image."""
         request = self.request
         groups = [self.decoder.prefill(request.captions, request.images)]
-        if self.guided:
+        if self.branches == 2:
             others = len(request.unguided.text_mask)
             groups.append(self.decoder.prefill(request.unguided, request.rows // others))
-        return groups
+        cache = self.decoder.new_cache(groups)
+        if self._layout_steps:
+            self.layout = self._put_layout(groups, cache)
+        return groups, cache
+
+    def without_guidance(self, groups: list[CaptionMemory], cache: SelfCache) -> tuple[list[CaptionMemory], SelfCache]:
+        """The first branch alone."""
+        return groups[:1], cache.rows(0, self.request.rows)
 
     def _put_layout(self, groups: list[CaptionMemory], cache: SelfCache) -> Tensor:
         """The layout [B, L] into the cache: the given one at once, else token after token as they are drawn."""
         if self.layout is not None:
-            self.decoder.decode_layout(torch.cat([self.layout] * self._branches), 0, groups, cache)
+            self.decoder.decode_layout(self.layout.repeat(len(groups), 1), 0, groups, cache)
             return self.layout
         drawn: list[Tensor] = []
-        none_yet = torch.empty(self.request.rows * self._branches, 0, dtype=torch.int64,
-                               device=self.request.captions.text_mask.device)
+        none_yet = torch.empty(cache.row_count, 0, dtype=torch.int64, device=self.decoder.device)
         logits = self.decoder.decode_layout(none_yet, 0, groups, cache)
         for position in range(self._layout_steps):
-            drawn.append(self._draw(logits, position, self._layout_steps, self._uniform[:, position]))
-            logits = self.decoder.decode_layout(torch.cat([drawn[-1]] * self._branches)[:, None], position, groups, cache)
+            drawn.append(self._draw(logits, position, self._layout_steps, self._keys[:, position]))
+            logits = self.decoder.decode_layout(drawn[-1].repeat(len(groups))[:, None], position, groups, cache)
         return torch.stack(drawn, dim=1)
 
-    def _draw(self, logits: Tensor, position: int, total: int, uniform: Tensor) -> Tensor:
-        params, logits = self.request.params, logits.float()
-        if self.guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, guidance_at(params, position, total))
-        return sample(logits, params, uniform)
+    def _draw(self, logits: Tensor, position: int, total: int, keys: Tensor) -> Tensor:
+        params, logits, count = self.request.params, logits.float(), self.request.rows
+        scale = guidance_at(params, position, total)
+        if scale != 1.0:
+            logits = guide(logits[:count], logits[count:], scale)
+        return sample(logits[:count], params, keys)
 
 
 def generate_tokens(decoder: CachedDecoder, request: Request) -> tuple[Tensor, Tensor | None]:
     """All steps -> image_tokens [B, N] int64 in raster order, and the layout [B, L] of models that have one."""
+    from inference.jacobi import jacobi_steps
+
     generation = Generation(decoder, request)
-    tokens = torch.stack(list(generation.steps()), dim=1)
-    return tokens, generation.layout
+    steps = generation.steps() if request.window == 1 else jacobi_steps(generation)
+    return torch.stack(list(steps), dim=1), generation.layout

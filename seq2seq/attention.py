@@ -5,7 +5,7 @@ which image slot sees which; every implementation follows from it:
 
 - `attend`: for CPU. Blocks of queries against the few keys that they see: no mask of all slots against all is made.
 - `attend_flex`: for CUDA. The same through flex attention, which skips blocks that nobody sees.
-- `visible_slots`: the keys of one slot, for decoding with a cache.
+- `Pattern.sees`: the rule for any slots, for decoding with a cache.
 
 Row, column and convolutional attention are DALL-E's (Ramesh et al. 2021, appendix B.1, https://arxiv.org/abs/2102.12092).
 """
@@ -39,18 +39,18 @@ class Pattern:
         """Whether image slot `query` sees image slot `key`, both raster indices of any (broadcastable) shape -> bool."""
         return (key <= query) & PATTERNS[self.name](self, query, key)
 
-    def visible_slots(self, query: int) -> Tensor:
-        """Slots [s] int64 of the sequence that image slot `query` sees: the prefix, then image slots up to its own."""
-        keys = torch.arange(query + 1)
-        seen = keys[self.visible(torch.tensor(query), keys)]
-        return torch.cat([torch.arange(self.prefix), seen + self.prefix])
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether slot `query` of the whole sequence sees slot `key`, both of any (broadcastable) shape -> bool: every slot sees
+        the prefix up to itself, image slots see what the pattern shows them of the image."""
+        if self.name == "full":
+            return key <= query
+        within = (query >= self.prefix) & (key >= self.prefix)
+        return (key <= query) & (~within | self.visible(query - self.prefix, key - self.prefix))
 
     def mask(self, slots: int) -> Tensor:
         """[slots, slots] bool, True = sees: for tests and short sequences."""
-        mask = torch.ones(slots, slots, dtype=torch.bool).tril()
-        image = torch.arange(max(0, slots - self.prefix))
-        mask[self.prefix:, self.prefix:] = self.visible(image[:, None], image[None, :])
-        return mask
+        at = torch.arange(slots)
+        return self.sees(at[:, None], at[None, :])
 
 
 def _full(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
@@ -155,12 +155,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def _block_mask(pattern: Pattern, slots: int, device: str):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    prefix = pattern.prefix
-
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        causal = key <= query
-        within = (query >= prefix) & (key >= prefix)
-        return causal & (~within | pattern.visible(query - prefix, key - prefix))
+        return pattern.sees(query, key)
 
     return create_block_mask(seen, None, None, slots, slots, device=device)
 

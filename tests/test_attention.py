@@ -16,17 +16,19 @@ SEEN_BY_SLOT_10_OF_4_COLUMNS = {  # row 2, column 2
 @pytest.mark.parametrize("name", PATTERNS)
 def test_what_one_slot_sees(name):
     pattern = Pattern(name, prefix=3, columns=4, convolution=3)
-    assert pattern.visible_slots(10).tolist() == [0, 1, 2, *(slot + 3 for slot in SEEN_BY_SLOT_10_OF_4_COLUMNS[name])]
+    seen = pattern.sees(torch.tensor(13), torch.arange(20)).nonzero().flatten()
+    assert seen.tolist() == [0, 1, 2, *(slot + 3 for slot in SEEN_BY_SLOT_10_OF_4_COLUMNS[name])]
     assert set(SEEN_BY_SLOT_10_OF_4_COLUMNS) == set(PATTERNS)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_the_mask_and_the_slots_of_each_query_say_the_same(name):
+def test_the_prefix_is_causal_and_seen_whole_and_the_image_follows_the_pattern(name):
     pattern = Pattern(name, prefix=2, columns=5, convolution=5)
     mask = pattern.mask(2 + 17)
     assert torch.equal(mask[:2], torch.ones(2, 19, dtype=torch.bool).tril()[:2])
-    for query in range(17):
-        assert mask[2 + query].nonzero()[:, 0].tolist() == pattern.visible_slots(query).tolist()
+    assert mask[2:, :2].all()
+    image = torch.arange(17)
+    assert torch.equal(mask[2:, 2:], pattern.visible(image[:, None], image[None, :]))
 
 
 def plain(pattern, query, key, value, key_mask):

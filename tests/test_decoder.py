@@ -274,3 +274,116 @@ def test_an_impossible_code_cannot_be_sampled(text):
     assert drawn.min() >= 0
     assert drawn.max() < model.config.codebook_size
     assert len(drawn.unique()) > 20
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_at_positions_of_their_own_equal_the_training_graph(shape):
+    """Windows of two tokens; row r is r tokens behind the others' place, as in a queue."""
+    model, text, layout = build(shape)
+    image_tokens = tokens(model, 4)
+    with torch.no_grad():
+        expected = model(*text, image_tokens, layout).image
+    decoder = CachedDecoder(model)
+    groups = [decoder.prefill(text, 1)]
+    cache = decoder.new_cache(groups)
+    if layout is not None:
+        decoder.decode_layout(layout, 0, groups, cache)
+    before = torch.cat([torch.full((4, 1), decoder.begin), image_tokens], dim=1)
+    total, first = model.config.num_tokens, decoder.first_position
+    if first == 1:
+        assert (decoder.first_logits(groups) - expected[:, 0]).abs().max() < 1e-4
+    late = torch.arange(4)
+    for step in range(first, total + 3):
+        positions = ((step - late).clamp(first, total - 2)[:, None] + torch.arange(2))  # [4, 2]
+        logits = decoder.decode_at(before.gather(1, positions), positions, groups, cache, int(positions.max()) + 1)
+        wanted = expected.gather(1, positions[..., None].expand(-1, -1, expected.shape[-1]))
+        assert (logits - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["encoder-decoder default", "decoder-only dalle"])
+def test_what_later_slots_of_the_cache_hold_is_not_seen(shape):
+    model, text, _ = build(shape)
+    decoder = CachedDecoder(model)
+    groups = [decoder.prefill(text, 1)]
+    cache = decoder.new_cache(groups)
+    cache.keys[:, :, :, model.prefix_slots:] = 1e9
+    cache.values[:, :, :, model.prefix_slots:] = 1e9
+    first = decoder.first_position
+    previous, positions = torch.full((4, 1), decoder.begin if first == 0 else 3), torch.full((4, 1), first)
+    fresh = decoder.decode_at(previous, positions, groups, decoder.new_cache(groups))
+    for end in (None, first + 1, first + 5):
+        assert (decoder.decode_at(previous, positions, groups, cache, end) - fresh).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_model_computes_the_same_after_the_decoder_took_its_weights_over(shape, tmp_path):
+    model, text, layout = build(shape)
+    image_tokens = tokens(model, 4)
+    names = [name for name, _ in model.named_parameters()]
+    with torch.no_grad():
+        before = model(*text, image_tokens, layout).image
+        for storage in ("columns", "rows"):
+            decoder = CachedDecoder(model, storage=storage)
+            assert (model(*text, image_tokens, layout).image - before).abs().max() < 1e-5
+            model.decoder.layers[0][1].to_q.weight.mul_(1.5)  # shared, not copied
+            changed = model(*text, image_tokens, layout).image
+            assert (cached_with(decoder, text, image_tokens, layout) - changed).abs().max() < 1e-4
+            model.decoder.layers[0][1].to_q.weight.div_(1.5)
+    assert [name for name, _ in model.named_parameters()] == names
+    model.save_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        assert (load_transformer(tmp_path / "m")(*text, image_tokens, layout).image - before).abs().max() < 1e-5
+
+
+def cached_with(decoder, text, image_tokens, layout) -> torch.Tensor:
+    groups = [decoder.prefill(text, 1)]
+    cache = decoder.new_cache(groups)
+    if layout is not None:
+        decoder.decode_layout(layout, 0, groups, cache)
+    return torch.stack([decoder.decode_one(None if i == 0 else image_tokens[:, i - 1], i, groups, cache)
+                        for i in range(image_tokens.shape[1])], dim=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eight_bit_logits_stay_near_and_equal_their_own_training_graph(shape):
+    model, text, layout = build(shape)
+    image_tokens = tokens(model, 4)
+    with torch.no_grad():
+        exact = model(*text, image_tokens, layout).image
+        decoder = CachedDecoder(model, int8=True)
+        rounded = model(*text, image_tokens, layout).image  # weights rounded, inputs not
+    cached = cached_with(decoder, text, image_tokens, layout)
+    assert 1e-5 < (rounded - exact).abs().max()
+    assert (rounded - exact).abs().mean() < 0.03 * exact.std()
+    assert (cached - rounded).abs().mean() < 0.05 * exact.std()
+    matrices = sum(p.numel() for p in model.decoder.parameters() if p.ndim == 2)
+    assert matrices == 0  # all of them are 8-bit buffers now
+
+
+def test_an_eight_bit_row_does_not_depend_on_its_neighbours():
+    model, text, _ = build("encoder-decoder default")
+    decoder = CachedDecoder(model, int8=True)
+    projection = decoder.layers[0][0].qkv
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100.0, 1e-3, 0.0, 7.0])[:, None]
+    together = projection(x)
+    assert torch.equal(together, torch.cat([projection(row[None]) for row in x]))
+    assert torch.isfinite(together).all()
+    weights = decoder.layers[0][0].qkv.weight * decoder.layers[0][0].qkv.scale[:, None]
+    assert (together - x @ weights.t()).abs().amax(dim=1).le(0.02 * x.abs().amax(dim=1) * weights.abs().sum(dim=1).max()).all()
+
+
+def test_guidance_that_ends_early_stops_paying_for_the_second_branch(text, monkeypatch):
+    model = tiny.seq2seq()
+    rows_seen = []
+    original = CachedDecoder.decode_one
+    monkeypatch.setattr(CachedDecoder, "decode_one", lambda self, previous, position, groups, cache: (
+        rows_seen.append(cache.row_count), original(self, previous, position, groups, cache))[1])
+    params = {"top_k": 8, "guidance_scale": 3.0}
+    captions, null = caption(text, slice(0, 2)), caption(text, slice(2, 3))
+    whole = generate_tokens(CachedDecoder(model), captions, null, 2, SamplingParams(**params), [0, 1, 2, 3])
+    assert rows_seen == [8] * 16
+    rows_seen.clear()
+    short = generate_tokens(CachedDecoder(model), captions, null, 2, SamplingParams(guidance_end=0.3, **params), [0, 1, 2, 3])
+    assert rows_seen == [8] * 5 + [4] * 11
+    assert torch.equal(whole[:, :5], short[:, :5])
+    assert not torch.equal(whole, short)

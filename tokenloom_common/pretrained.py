@@ -86,8 +86,13 @@ def write_pretrained(kind: str, config: StrictConfig, state: dict[str, Tensor], 
     from huggingface_hub import save_torch_state_dict
 
     write_config(kind, config, folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: _alone(tensor.detach().cpu().contiguous()) for name, tensor in state.items()}
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own: a view of a larger one (a sampler fuses matrices) would not be saved."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def read_config(folder: Path, kind: str, config_class: type[Config]) -> Config:
