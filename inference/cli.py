@@ -21,6 +21,13 @@ from inference.attention_maps import word_positions
 from inference.model_folder import INDEX_NAME, PARTS, load_model_folder, toolkit_version
 from inference.pipeline import GenerationResult, TextToImage, check_counts, check_prompts
 from inference.sampling import SamplingParams
+from inference.sampling_options import (
+    add_sampling_options,
+    add_speed_options,
+    calibrate_threads,
+    check_speed_options,
+    given_params,
+)
 from inference.scorer import check_candidates
 from tokenizer_image import ImageTokenizer, load_tokenizer
 from tokenizer_image.images import (
@@ -79,6 +86,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--matcher", metavar="DIR", help="folder of a matcher (RUN/model of train_matcher), a CLIP or a SigLIP")
     parser.add_argument("--text-encoder", help="where the model's frozen text encoder is, if not where it was at training")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures decoded at a time (default 32)")
+    add_speed_options(parser)
     parser.add_argument("--no-metadata", action="store_true", help="leave prompt, seed and parameters out of the PNG files")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     args = parser.parse_args(argv)
@@ -88,39 +96,21 @@ def generate(argv: Sequence[str] | None = None) -> int:
     if (args.rerank_from is None) != (args.matcher is None):
         raise UserError("--rerank-from N and --matcher DIR belong together: N candidates, and what chooses among them")
     check_candidates(args.rerank_from, args.num_images)
+    check_speed_options(args)
     layout = None if args.layout is None else _read_layout_file(args.layout)
-    model = TextToImage.from_pretrained(args.model, device, text_encoder=args.text_encoder, matcher=args.matcher)
+    model = TextToImage.from_pretrained(args.model, device, text_encoder=args.text_encoder, matcher=args.matcher,
+                                        weights=args.weights)
+    params = given_params(args, model.default_params, args.guidance)
+    if device == "cpu" and args.threads is None:
+        calibrate_threads(model, min(args.batch_size, args.rerank_from or args.num_images), params)
     for prompt in args.prompt:
         for word in args.attention or []:  # a word that is not there is refused before anything is sampled
             word_positions(model.text_tokenizer, prompt, word)
     out = _output_folder(args.out)
-    params = given_params(args, model.default_params, args.guidance)
     result = _generate_with_progress(model, args, params, layout)
     for path in _save_pictures(result, out, args):
         print(path)
     return 0
-
-
-def add_sampling_options(parser: OneLineParser, several_scales: bool = False) -> None:
-    """The options that `given_params` reads; each replaces the model folder's own default."""
-    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens; 0 = all (default: the model folder's)")
-    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this mass (default: the model folder's)")
-    parser.add_argument("--min-p", type=float, help="drop tokens below this share of the likeliest (default: the model's)")
-    parser.add_argument("--temperature", type=float, help="0 = always the likeliest token (default: the model folder's)")
-    if several_scales:
-        parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE", help="guidance scale, 1 = off; with several, "
-                            "everything is sampled at each (default: the model folder's)")
-    else:
-        parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off (default: the model folder's)")
-    parser.add_argument("--guidance-schedule", help="constant, linear or cosine (default: the model folder's)")
-    parser.add_argument("--guidance-power", type=float, help="of the cosine schedule (default: the model folder's)")
-
-
-def given_params(args: argparse.Namespace, defaults: SamplingParams, guidance: float | None) -> SamplingParams:
-    """The model folder's sampling with what the command line changes. UserError for a value out of range."""
-    given = {"guidance_scale": guidance, "guidance_schedule": args.guidance_schedule, "guidance_power": args.guidance_power,
-             "top_k": args.top_k, "temperature": args.temperature, "top_p": args.top_p, "min_p": args.min_p}
-    return SamplingParams.parse({**defaults.plain(), **{k: v for k, v in given.items() if v is not None}}, "sampling options")
 
 
 def _read_layout_file(name: str) -> Any:
@@ -141,7 +131,8 @@ def _generate_with_progress(model: TextToImage, args: argparse.Namespace, params
                             layout: Any) -> GenerationResult:
     """One prompt at a time, so that the bar moves."""
     parts = [model.generate(prompt, num_images=args.num_images, params=params, seed=args.seed, batch_size=args.batch_size,
-                            negative_prompt=args.negative_prompt, layout=layout, rerank_from=args.rerank_from)
+                            negative_prompt=args.negative_prompt, layout=layout, rerank_from=args.rerank_from,
+                            jacobi=args.jacobi)
              for prompt in progress(args.prompt, "generate", unit="caption")]
     layouts = [part.layouts for part in parts if part.layouts is not None]
     return GenerationResult([i for p in parts for i in p.images], torch.cat([p.image_tokens for p in parts]),

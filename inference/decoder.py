@@ -47,8 +47,8 @@ class CachedDecoder:
             self._embedding = torch.cat([table, model.begin_of_image.detach()[None]])  # [K + 1, D]
             model.image_embedding.weight.data = self._embedding[:-1]
             model.begin_of_image.data = self._embedding[-1]
-        positions = model.learned_image_positions()
-        self._positions = None if positions is None else positions.detach()  # [N, D]
+        learned = model.learned_image_positions()
+        self._positions = None if learned is None else learned.detach()  # [N, D]
         angles = model.rotary_angles()
         self._turns = None if angles is None else torch.polar(torch.ones_like(angles[0, :, ::2]), angles[0, :, ::2])  # [S, d/2]
         self.hides_text = bool(model.text_slots) and config.text_padding == "masked"
@@ -82,8 +82,8 @@ class CachedDecoder:
         assert isinstance(model, DecoderOnly)
         hidden = model.embed_prefix(*text, None)  # [C, T, D]
         cache = self._empty_cache(captions, model.text_slots)
-        mask = model.prefix_mask(text.text_mask)
-        cache.seen = None if mask is None else mask[:, : model.text_slots]
+        shown = model.prefix_mask(text.text_mask)
+        cache.seen = None if shown is None else shown[:, : model.text_slots]
         out = self._run(hidden.flatten(0, 1), [], SharedSlots(cache, 0, model.text_slots, self._turns))
         return CaptionMemory(list(cache.keys), list(cache.values), cache.seen, captions, images,
                              out.unflatten(0, (captions, -1))[:, -1])
@@ -99,6 +99,16 @@ class CachedDecoder:
     def rows_cache(self, rows: int) -> SelfCache:
         """An empty self-attention cache for `rows` rows."""
         return self._empty_cache(rows, self.slots, self.hides_text)
+
+    def empty_memory(self, captions: int) -> CaptionMemory:
+        """Room for the memory of `captions` captions of any length, one row each; without keys where text is in the cache."""
+        if not self.crosses:
+            return CaptionMemory([], [], None, captions, 1)
+        shape = (captions, self.kv_heads, self.config.text_length, self.config.head_dim)
+        keys, values = ([torch.zeros(shape, dtype=self._embedding.dtype, device=self.device) for _ in self.layers]
+                        for _ in range(2))
+        seen = torch.ones(captions, self.config.text_length, dtype=torch.bool, device=self.device)
+        return CaptionMemory(keys, values, seen, captions, 1)
 
     def new_cache(self, groups: list[CaptionMemory]) -> SelfCache:
         """A self-attention cache for the rows of `groups`, with their text in it where text is part of the sequence."""

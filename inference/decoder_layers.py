@@ -131,7 +131,8 @@ class CrossAttention(_Sublayer):
         if self.key_norm is not None:
             key = self.key_norm(key)
         shape = memory.shape[:2]
-        return tuple(part.unflatten(0, shape).transpose(1, 2).contiguous() for part in (key, value))  # type: ignore[return-value]
+        keys, values = (part.unflatten(0, shape).transpose(1, 2).contiguous() for part in (key, value))
+        return keys, values
 
     def __call__(self, hidden: Tensor, layer: int, groups: list[CaptionMemory]) -> Tensor:
         query = self.query(self.normed(hidden)).unflatten(-1, (-1, self.head_dim))  # [M, H, d]

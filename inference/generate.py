@@ -21,8 +21,8 @@ class Request:
     """What to draw: captions [C, T], `images` pictures of each in a row, so B = C * images; seeds, one a picture.
 
     unguided: the text of the other branch, which guidance leads away from: one caption for all (the null caption or a negative
-    prompt), or C of them. layout [B, L] is given, or None: sampled, where the model has one. window: tokens that Jacobi decoding
-    (`inference.jacobi`) works on at once; 1 = one after another.
+    prompt), or C of them. layout [B, L] is given, or None: sampled, where the model has one. window: tokens that Jacobi
+    decoding (`inference.jacobi`) works on at once; 1 = one after another.
     """
 
     captions: TextBatch
@@ -77,7 +77,7 @@ class Generation:
             repeated = previous.repeat(2) if previous is not None and len(groups) == 2 else previous
             logits = self.decoder.decode_one(repeated, position, groups, cache)
             self.forwards += 1
-            previous = self._draw(logits, position, self.total, self.token_keys[:, position])
+            previous = self.draw(logits, position)
             yield previous
 
     def begin(self) -> tuple[list[CaptionMemory], SelfCache]:
@@ -109,6 +109,10 @@ class Generation:
             logits = self.decoder.decode_layout(drawn[-1].repeat(len(groups))[:, None], position, groups, cache)
         return torch.stack(drawn, dim=1)
 
+    def draw(self, logits: Tensor, position: int) -> Tensor:
+        """The next ids [B] from logits of all rows at image token `position`."""
+        return self._draw(logits, position, self.total, self.token_keys[:, position])
+
     def _draw(self, logits: Tensor, position: int, total: int, keys: Tensor) -> Tensor:
         params, logits, count = self.request.params, logits.float(), self.request.rows
         scale = guidance_at(params, position, total)
@@ -119,8 +123,15 @@ class Generation:
 
 def generate_tokens(decoder: CachedDecoder, request: Request) -> tuple[Tensor, Tensor | None]:
     """All steps -> image_tokens [B, N] int64 in raster order, and the layout [B, L] of models that have one."""
-    from inference.jacobi import jacobi_steps
-
     generation = Generation(decoder, request)
-    steps = generation.steps() if request.window == 1 else jacobi_steps(generation)
-    return torch.stack(list(steps), dim=1), generation.layout
+    return torch.stack(list(token_steps(generation)), dim=1), generation.layout
+
+
+def token_steps(generation: Generation) -> Iterator[Tensor]:
+    """Yield the next ids [B] for each of the N positions, in the way that suits request and device; the tokens are the same."""
+    from inference.jacobi import jacobi_steps
+    from inference.static_step import static_steps
+
+    if generation.request.window > 1:
+        return jacobi_steps(generation)
+    return static_steps(generation) if generation.decoder.device.type == "cuda" else generation.steps()

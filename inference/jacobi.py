@@ -36,7 +36,7 @@ def jacobi_steps(generation: Generation) -> Iterator[Tensor]:
     tokens = torch.full((len(known), total + 1), generation.decoder.begin, device=device)  # [B, N + 1]: begin, then tokens
     yielded = 0
     if generation.decoder.first_position == 1:
-        tokens[:, 1] = _draw(generation, generation.decoder.first_logits(groups)[:, None], known[:, None])[:, 0]
+        tokens[:, 1] = generation.draw(generation.decoder.first_logits(groups), 0)
         known += 1
     while yielded < total:
         least = int(known.min())  # one wait for the device a step

@@ -8,24 +8,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from inference.attention_maps import attention_to_text, overlay, word_positions
+from inference.calibration import fastest_storage
 from inference.decoder import CachedDecoder
-from inference.generate import Generation, Request, generate_tokens
+from inference.generate import Generation, Request, generate_tokens, token_steps
 from inference.layouts import read_layout
 from inference.matcher_folder import load_matcher
 from inference.model_folder import LoadedModel, load_model_folder
+from inference.previews import PreviewBudget
+from inference.projection import Precision
 from inference.sampling import SamplingParams
 from inference.scorer import Scorer, check_rerank, keep_best
-from seq2seq import TextBatch
+from seq2seq import ImageTransformer, TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
@@ -70,13 +74,15 @@ class _Options:
     params: SamplingParams
     negative_prompt: str | None
     layout: Any
+    jacobi: int = 1
 
 
 class GenerationStep:
     """One position of a stream: `position` (0 .. N-1), `image_tokens` [B, position+1] so far, `is_last`, `preview`."""
 
-    def __init__(self, model: TextToImage, image_tokens: Tensor, total: int) -> None:
+    def __init__(self, model: TextToImage, image_tokens: Tensor, total: int, budget: PreviewBudget | None = None) -> None:
         self._model = model
+        self._budget = budget
         self.image_tokens = image_tokens
         self.position = image_tokens.shape[1] - 1
         self.total = total
@@ -91,7 +97,9 @@ class GenerationStep:
         """The pictures so far, decoded when asked for; positions not yet drawn repeat the last token."""
         missing = self.total - self.image_tokens.shape[1]
         filled = torch.cat([self.image_tokens, self.image_tokens[:, -1:].expand(-1, missing)], dim=1)
-        return self._model.decode_tokens(filled)
+        if self._budget is None:
+            return self._model.decode_tokens(filled)
+        return self._budget.spent_on(lambda: self._model.decode_tokens(filled))
 
     @property
     def preview(self) -> Image.Image:
@@ -100,33 +108,42 @@ class GenerationStep:
 
 
 class TextToImage:
-    """A trained model folder, ready to sample."""
+    """A trained model folder, ready to sample.
 
-    def __init__(self, parts: LoadedModel, matcher: Scorer | None = None) -> None:
+    weights: of the generator: float32, bfloat16, or int8 (the decoder's matrices; the rest is as it was); None leaves them as
+    they are in `parts`. The sampler takes `parts.seq2seq` over: its parameters become views of fused matrices.
+    """
+
+    def __init__(self, parts: LoadedModel, matcher: Scorer | None = None, weights: Precision | None = None) -> None:
         self.parts = parts
         self.matcher = matcher
         self.image_tokenizer = parts.image_tokenizer
         self.text_tokenizer = parts.text_tokenizer
         self.seq2seq = parts.seq2seq
         self.default_params = parts.generation
-        self.device = self.seq2seq.to_logits.weight.device
-        self._decoder = CachedDecoder(self.seq2seq)
+        self.device = self.seq2seq.image_embedding.weight.device
+        self.weights = weights
+        self._decoder = _decoder(self.seq2seq, weights)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None, revision: str | None = None,
-                        text_encoder: str | None = None, matcher: str | Path | None = None) -> TextToImage:
+                        text_encoder: str | None = None, matcher: str | Path | None = None,
+                        weights: Precision | None = None) -> TextToImage:
         """Load a local model folder or a hub id; on the GPU when there is one and no device is named.
 
         text_encoder: folder or hub id of the frozen text encoder that the model was trained with, if it is not where it was.
         matcher: what `rerank_from` chooses with, see `inference.matcher_folder.load_matcher`.
+        weights: float32 (default on the CPU), bfloat16 (default on CUDA) or int8. UserError for another name.
         """
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_precision(weights)
         judge = None if matcher is None else load_matcher(matcher, chosen)
-        return cls(load_model_folder(folder, chosen, revision, text_encoder), judge)
+        default: Precision = "bfloat16" if torch.device(chosen).type == "cuda" else "float32"
+        return cls(load_model_folder(folder, chosen, revision, text_encoder), judge, weights or default)
 
     def generate(self, prompt: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
                  seed: int | Sequence[int] = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None,
-                 rerank_from: int | None = None, matcher: Scorer | None = None) -> GenerationResult:
+                 rerank_from: int | None = None, matcher: Scorer | None = None, jacobi: int = 1) -> GenerationResult:
         """Prompts -> num_images pictures each. Picture i of a prompt is drawn with seed + i, whatever shares its batch; a list
         of seeds gives each prompt its own.
 
@@ -135,13 +152,14 @@ class TextToImage:
         `inference.layouts.read_layout`; sampled when None.
         rerank_from: draw so many candidates a prompt, seed + 0, seed + 1, ..., and keep the num_images that fit it best in the
         eyes of `matcher` (default: the one of from_pretrained), the best first, with their seeds and scores.
+        jacobi: tokens worked on at once (`inference.jacobi`), 1 = one after another; the tokens are the same, the time is not.
         UserError for an empty list, a prompt that is not text, num_images or batch_size below 1, rerank_from below num_images
         or without a matcher.
         """
         prompts = check_prompts(prompt)
         first_seeds = _seeds(seed, len(prompts), num_images, batch_size)
         judge = check_rerank(rerank_from, num_images, matcher, self.matcher)
-        options = self._options(params, negative_prompt, layout)
+        options = self._options(params, negative_prompt, layout, jacobi)
         drawn = rerank_from or num_images
         tokens, layouts = self._sample(prompts, drawn, options, first_seeds, batch_size)
         images = [picture for part in tokens.split(batch_size) for picture in self.decode_tokens(part)]
@@ -152,33 +170,50 @@ class TextToImage:
 
     def sample_tokens(self, prompts: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
                       seed: int | Sequence[int] = 0, batch_size: int = 32, negative_prompt: str | None = None,
-                      layout: Any = None) -> Tensor:
+                      layout: Any = None, jacobi: int = 1) -> Tensor:
         """Prompts -> image_tokens [len(prompts) * num_images, N] int64 on the CPU, a prompt's pictures in a row."""
-        options, texts = self._options(params, negative_prompt, layout), check_prompts(prompts)
+        options, texts = self._options(params, negative_prompt, layout, jacobi), check_prompts(prompts)
         return self._sample(texts, num_images, options, _seeds(seed, len(texts), num_images, batch_size), batch_size)[0]
 
     def stream(self, prompt: str, num_images: int = 1, params: SamplingParams | None = None, seed: int = 0,
-               negative_prompt: str | None = None, layout: Any = None) -> Iterator[GenerationStep]:
-        """Yield a GenerationStep after every token; `step.preview` is a picture that grows, decoded only when asked for."""
+               negative_prompt: str | None = None, layout: Any = None, jacobi: int = 1,
+               every: int | None = None) -> Iterator[GenerationStep]:
+        """Yield a GenerationStep now and then, and after the last token; `step.preview` is a picture that grows.
+
+        every: yield after so many tokens. None: whenever a preview of every step yielded keeps all previews within 5 % of the
+        time. Leaving the loop, or closing the iterator, frees the cache at once. UserError for `every` below 1.
+        """
         texts = check_prompts(prompt)
         check_counts(num_images, num_images, seed)
-        options = self._options(params, negative_prompt, layout)
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise UserError(f"every must be a whole number of at least 1, got {every!r}")
+        options = self._options(params, negative_prompt, layout, jacobi)
         seeds = [seed + i for i in range(num_images)]
         given = read_layout(options.layout, self.seq2seq.config, num_images)
-        drawn: list[Tensor] = []
-        for ids in Generation(self._decoder, self._request(texts, num_images, options, seeds, given)).steps():
-            drawn.append(ids)
-            yield GenerationStep(self, torch.stack(drawn, dim=1).cpu(), self.seq2seq.config.num_tokens)
+        return self._stream(Generation(self._decoder, self._request(texts, num_images, options, seeds, given)), every)
 
-    def _options(self, params: SamplingParams | None, negative_prompt: str | None, layout: Any) -> _Options:
+    def _stream(self, generation: Generation, every: int | None) -> Iterator[GenerationStep]:
+        drawn: list[Tensor] = []
+        budget = PreviewBudget()
+        for ids in token_steps(generation):
+            drawn.append(ids)
+            last = len(drawn) == generation.total
+            if last or (budget.allows(len(drawn), generation.total) if every is None else len(drawn) % every == 0):
+                tokens = torch.stack(drawn, dim=1).cpu()
+                with budget.outside():  # what the caller does in between is not the stream's time
+                    yield GenerationStep(self, tokens, generation.total, None if last else budget)
+
+    def _options(self, params: SamplingParams | None, negative_prompt: str | None, layout: Any, jacobi: int = 1) -> _Options:
         _check_params(params)
         used = params or self.default_params
+        if not isinstance(jacobi, int) or isinstance(jacobi, bool) or jacobi < 1:
+            raise UserError(f"jacobi must be a whole number of at least 1, got {jacobi!r}; 1 = one token after another")
         if negative_prompt is not None:
             check_prompts(negative_prompt)
             if used.guidance_scale == 1:
                 raise UserError("a negative prompt acts through guidance, and guidance_scale is 1; raise it, or leave the "
                                 "negative prompt out")
-        return _Options(used, negative_prompt, layout)
+        return _Options(used, negative_prompt, layout, jacobi)
 
     def _sample(self, texts: list[str], num_images: int, options: _Options, first_seeds: list[int],
                 batch_size: int) -> tuple[Tensor, Tensor | None]:
@@ -205,13 +240,29 @@ class TextToImage:
         captions = source.encode(texts)
         negative = options.negative_prompt
         unguided = source.null_caption() if negative is None else source.encode([negative])
-        captions, unguided = (TextBatch(*(part.to(self.device) for part in batch)) for batch in (captions, unguided))
-        return Request(captions, unguided, images, options.params, seeds, None if layout is None else layout.to(self.device))
+        captions, unguided = (self._on_device(batch) for batch in (captions, unguided))
+        return Request(captions, unguided, images, options.params, seeds, None if layout is None else layout.to(self.device),
+                       options.jacobi)
+
+    def _on_device(self, text: TextBatch) -> TextBatch:
+        """Where the model is; features in the model's type."""
+        given = text.text_input.to(self.device)
+        if given.is_floating_point():
+            given = given.to(self.seq2seq.image_embedding.weight.dtype)
+        return TextBatch(given, text.text_mask.to(self.device))
+
+    def step_of(self, rows: int) -> Callable[[], object]:
+        """One decoder step of `rows` rows, halfway down a picture of no meaning, to be timed."""
+        text = self._on_device(self.text_tokenizer.null_caption())
+        groups = [self._decoder.prefill(text, rows)]
+        cache = self._decoder.new_cache(groups)
+        previous = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        return partial(self._decoder.decode_one, previous, max(1, self.seq2seq.config.num_tokens // 2), groups, cache)
 
     def attention_map(self, prompt: str, word: str, image_tokens: Tensor, layout: Tensor | None = None) -> Tensor:
         """image_tokens [1, N] (and layout [1, L]) of a prompt -> attention of each token to `word`, [h, w] float32."""
         positions = word_positions(self.text_tokenizer, prompt, word)
-        text = TextBatch(*(part.to(self.device) for part in self.text_tokenizer.encode([prompt])))
+        text = self._on_device(self.text_tokenizer.encode([prompt]))
         weights = attention_to_text(self.seq2seq, text, image_tokens.to(self.device),
                                     None if layout is None else layout.to(self.device))
         return weights[0, :, positions].sum(dim=-1).reshape(self.seq2seq.config.grid).cpu()
@@ -223,6 +274,27 @@ class TextToImage:
             raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
         codes = tokens_to_codes(image_tokens.to(self.device), self.image_tokenizer.grid)
         return pixels_to_images(float_to_pixels(self.image_tokenizer.decode(codes)))
+
+
+def _decoder(model: ImageTransformer, weights: Precision | None) -> CachedDecoder:
+    """The model in this precision, taken over by a decoder whose matrices lie as is fastest here."""
+    on_cpu = model.image_embedding.weight.device.type == "cpu"
+    if weights == "bfloat16" or (weights == "int8" and not on_cpu):
+        model.bfloat16()
+    elif weights is not None:
+        model.float()
+    if weights == "int8":
+        return CachedDecoder(model, int8=True)
+    is_float32 = model.image_embedding.weight.dtype == torch.float32
+    width = model.config.width
+    storage = fastest_storage(width, 4 * width, torch.get_num_threads()) if on_cpu and is_float32 else "rows"
+    return CachedDecoder(model, storage=storage)
+
+
+def check_precision(name: object) -> None:
+    """UserError unless None or the name of a precision."""
+    if name is not None and name not in get_args(Precision):
+        raise UserError(f"weights '{name}': not a precision of weights; choose {', '.join(get_args(Precision))}")
 
 
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:

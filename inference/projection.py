@@ -57,6 +57,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self.weight_int8: Tensor
+        self.scale: Tensor
         self.register_buffer("weight_int8", weight)
         self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -65,7 +67,7 @@ class Int8Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[O, I] in the scale's type."""
-        return self.weight_int8.to(self.scale.dtype) * self.scale[:, None]  # type: ignore[operator, index, union-attr]
+        return self.weight_int8.to(self.scale.dtype) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear, with the rounded weights."""

@@ -79,8 +79,9 @@ def guided_steps(params: SamplingParams, total: int) -> int:
     return max((at + 1 for at in range(total) if guidance_at(params, at, total) != 1.0), default=0)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """unconditional + scale * (conditional - unconditional) on logits [B, K] (Ho & Salimans 2022, arXiv 2207.12598)."""
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """unconditional + scale * (conditional - unconditional) on logits [B, K] (Ho & Salimans 2022, arXiv 2207.12598); the scale
+    is one for all, or a tensor of one for each row."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -123,7 +124,7 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     if min_p <= 0:
         return logits.clone()
     best = logits.amax(dim=-1, keepdim=True)
-    return logits.masked_fill(logits < best + torch.log(torch.tensor(min_p, dtype=logits.dtype)).to(logits.device), -torch.inf)
+    return logits.masked_fill(logits < best + math.log(min_p), -torch.inf)
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -140,8 +141,8 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 def sample(logits: Tensor, params: SamplingParams, keys: Tensor) -> Tensor:
     """Next ids [B] int64 from guided logits [B, K] and the noise's keys [B] (`noise_keys`), with the probabilities of
-    `filtered_probabilities`: the kept id with the largest logit / temperature + Gumbel noise (Maddison et al. 2014, A* sampling,
-    https://arxiv.org/abs/1411.0030). Temperature 0: the likeliest."""
+    `filtered_probabilities`: the kept id with the largest logit / temperature + Gumbel noise (Maddison et al. 2014,
+    A* sampling, https://arxiv.org/abs/1411.0030). Temperature 0: the likeliest."""
     if params.temperature == 0:
         return logits.argmax(dim=-1)
     values, ids = likeliest(logits.float(), params.top_k)  # [B, k]

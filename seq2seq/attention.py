@@ -40,8 +40,8 @@ class Pattern:
         return (key <= query) & PATTERNS[self.name](self, query, key)
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether slot `query` of the whole sequence sees slot `key`, both of any (broadcastable) shape -> bool: every slot sees
-        the prefix up to itself, image slots see what the pattern shows them of the image."""
+        """Whether slot `query` of the whole sequence sees slot `key`, both of any (broadcastable) shape -> bool: every slot
+        sees the prefix up to itself, image slots see what the pattern shows them of the image."""
         if self.name == "full":
             return key <= query
         within = (query >= self.prefix) & (key >= self.prefix)

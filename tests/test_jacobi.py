@@ -38,7 +38,8 @@ def request(shape: str, params: SamplingParams, window: int = 1, images: int = 2
 @pytest.mark.parametrize("params", PARAMS)
 def test_tokens_equal_plain_decoding(params, window):
     decoder, plain = request("encoder-decoder default", PARAMS[params])
-    assert torch.equal(generate_tokens(decoder, dataclasses.replace(plain, window=window))[0], generate_tokens(decoder, plain)[0])
+    jacobi = dataclasses.replace(plain, window=window)
+    assert torch.equal(generate_tokens(decoder, jacobi)[0], generate_tokens(decoder, plain)[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -89,7 +90,8 @@ def enumerated(model, captions: TextBatch, null: TextBatch, params: SamplingPara
     table = {}
     sequences = torch.tensor(list(itertools.product(range(size), repeat=tokens)))
     with torch.no_grad():
-        guided, other = (model(*(part.expand(len(sequences), -1) for part in text), sequences).image for text in (captions, null))
+        guided, other = (model(*(part.expand(len(sequences), -1) for part in text), sequences).image
+                         for text in (captions, null))
     chances = torch.ones(len(sequences), dtype=torch.float64)
     for at in range(tokens):
         scale = guidance_at(params, at, tokens)

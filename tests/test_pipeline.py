@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from inference import model_folder as folders
 from inference.decoder import CachedDecoder
+from inference.previews import PreviewBudget
 from tests import tiny
 from tokenloom import SamplingParams, TextToImage
 from tokenloom_common.errors import MissingFileError, UserError
@@ -64,7 +66,7 @@ def test_image_i_of_a_prompt_is_seed_plus_i(model):
 
 
 def test_stream_grows_to_what_generate_gives(model):
-    steps = list(model.stream("octopus", num_images=2, seed=4))
+    steps = list(model.stream("octopus", num_images=2, seed=4, every=1))
     assert [step.position for step in steps] == list(range(16))
     assert [step.is_last for step in steps] == [False] * 15 + [True]
     assert torch.equal(steps[-1].image_tokens, model.sample_tokens("octopus", num_images=2, seed=4))
@@ -76,10 +78,93 @@ def test_a_stream_that_is_left_early_does_no_more_work(model, monkeypatch):
     calls = []
     original = CachedDecoder.decode_one
     monkeypatch.setattr(CachedDecoder, "decode_one", lambda self, *a: calls.append(1) or original(self, *a))
-    stream = model.stream("octopus")
+    stream = model.stream("octopus", every=1)
     next(stream)
     stream.close()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("jacobi", [1, 4])
+def test_leaving_a_stream_frees_its_cache_at_once(model, monkeypatch, jacobi):
+    caches = []
+    original = CachedDecoder.new_cache
+
+    def kept(self, groups):
+        cache = original(self, groups)
+        caches.append(weakref.ref(cache.keys))
+        return cache
+
+    monkeypatch.setattr(CachedDecoder, "new_cache", kept)
+    stream = model.stream("octopus", every=1, jacobi=jacobi)
+    next(stream)
+    assert caches[0]() is not None
+    stream.close()
+    assert caches[0]() is None
+
+
+def test_a_stream_yields_the_last_step_and_every_so_many_before(model):
+    assert [step.position for step in model.stream("octopus", every=5)] == [4, 9, 14, 15]
+    assert [step.position for step in model.stream("octopus", every=100)] == [15]
+    assert list(model.stream("octopus"))[-1].is_last
+    with pytest.raises(UserError, match="every must be a whole number of at least 1, got 0"):
+        model.stream("octopus", every=0)
+
+
+class Clock:
+    """Seconds that a test passes by hand."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def wait(self, seconds):
+        self.now += seconds
+        return seconds
+
+
+@pytest.mark.parametrize("caller", [0.0, 0.5])
+def test_previews_take_at_most_their_share_of_the_time(caller):
+    clock = Clock()
+    budget = PreviewBudget(clock=clock)
+    asked = []
+    for done in range(1, 1001):
+        clock.wait(0.01)
+        if budget.allows(done, 1000):
+            with budget.outside():
+                budget.spent_on(lambda: clock.wait(0.03))
+                clock.wait(caller)
+            asked.append(done)
+    assert asked[0] == 500
+    assert len(asked) == 16  # 5 % of 10 s, at 0.03 s each
+    assert budget.preview_seconds <= 0.05 * budget.decoding_seconds
+    assert budget.decoding_seconds == pytest.approx(10)
+
+
+def test_jacobi_decoding_gives_the_same_pictures(model):
+    plain, faster = (model.generate(["a red heart", "octopus"], num_images=2, seed=5, jacobi=jacobi) for jacobi in (1, 6))
+    assert torch.equal(plain.image_tokens, faster.image_tokens)
+    streamed = list(model.stream("octopus", seed=5, jacobi=6, every=1))
+    assert torch.equal(streamed[-1].image_tokens[0], plain.image_tokens[2])
+    with pytest.raises(UserError, match="jacobi must be a whole number of at least 1, got 0"):
+        model.generate("octopus", jacobi=0)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_every_precision_of_weights_draws_pictures(folder, weights):
+    model = TextToImage.from_pretrained(folder, device="cpu", weights=weights)
+    result = model.generate("a red heart", num_images=2, seed=1)
+    assert result.image_tokens.shape == (2, 16)
+    assert result.attention("heart").shape == (4, 4)
+    exact = TextToImage.from_pretrained(folder, device="cpu").generate("a red heart", num_images=2, seed=1)
+    assert (result.image_tokens == exact.image_tokens).float().mean() > 0.2
+    assert model.seq2seq.image_embedding.weight.dtype == (torch.bfloat16 if weights == "bfloat16" else torch.float32)
+
+
+def test_an_unknown_precision_is_refused(folder):
+    with pytest.raises(UserError, match="weights 'fp8': not a precision of weights; choose float32, bfloat16, int8"):
+        TextToImage.from_pretrained(folder, device="cpu", weights="fp8")
 
 
 def test_saving_again_gives_equal_outputs(model, tmp_path):

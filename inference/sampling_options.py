@@ -1,0 +1,67 @@
+"""Options of every command that samples: which tokens are drawn, and how fast."""
+
+from __future__ import annotations
+
+import argparse
+from typing import get_args
+
+import torch
+
+from inference.calibration import fastest_threads
+from inference.pipeline import TextToImage
+from inference.projection import Precision
+from inference.sampling import SamplingParams
+from tokenloom_common.errors import OneLineParser, UserError
+
+MAX_THREADS = 4096  # and of the Jacobi window
+
+
+def add_speed_options(parser: OneLineParser) -> None:
+    """Options that change how fast pictures are drawn, not which (but for the rounding of `--weights`)."""
+    parser.add_argument("--weights", choices=get_args(Precision), help="of the generator (default: float32 on the CPU, "
+                        "bfloat16 on CUDA); int8 is smaller and faster, and rounds")
+    parser.add_argument("--jacobi", type=int, default=1, metavar="W", help="work on W tokens at once: the same pictures in "
+                        "fewer steps; 8 to 16 pays for one picture at a time (default 1: one after another)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: what a short measurement finds fastest)")
+
+
+def check_speed_options(args: argparse.Namespace) -> None:
+    """UserError for an impossible one; sets the threads that are asked for."""
+    for name in ("jacobi", "threads"):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= MAX_THREADS:
+            raise UserError(f"--{name} {value} must be 1 to {MAX_THREADS:,}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+
+def calibrate_threads(model: TextToImage, pictures: int, params: SamplingParams) -> None:
+    """Set torch's threads to what is fastest for a step of so many pictures."""
+    most = torch.get_num_threads()
+    if most > 1:
+        fastest_threads(model.step_of(pictures if params.guidance_scale == 1 else 2 * pictures), most)
+
+
+def add_sampling_options(parser: OneLineParser, several_scales: bool = False) -> None:
+    """The options that `given_params` reads; each replaces the model folder's own default."""
+    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens; 0 = all (default: the model folder's)")
+    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this mass (default: the model folder's)")
+    parser.add_argument("--min-p", type=float, help="drop tokens below this share of the likeliest (default: the model's)")
+    parser.add_argument("--temperature", type=float, help="0 = always the likeliest token (default: the model folder's)")
+    if several_scales:
+        parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE", help="guidance scale, 1 = off; with several, "
+                            "everything is sampled at each (default: the model folder's)")
+    else:
+        parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off (default: the model folder's)")
+    parser.add_argument("--guidance-schedule", help="constant, linear or cosine (default: the model folder's)")
+    parser.add_argument("--guidance-power", type=float, help="of the cosine schedule (default: the model folder's)")
+    parser.add_argument("--guidance-end", type=float, help="share of the tokens, from the first, that guidance acts on; the "
+                        "rest takes half the work (default: the model folder's)")
+
+
+def given_params(args: argparse.Namespace, defaults: SamplingParams, guidance: float | None) -> SamplingParams:
+    """The model folder's sampling with what the command line changes. UserError for a value out of range."""
+    given = {"guidance_scale": guidance, "guidance_schedule": args.guidance_schedule, "guidance_power": args.guidance_power,
+             "guidance_end": args.guidance_end, "top_k": args.top_k, "temperature": args.temperature, "top_p": args.top_p,
+             "min_p": args.min_p}
+    return SamplingParams.parse({**defaults.plain(), **{k: v for k, v in given.items() if v is not None}}, "sampling options")

@@ -1,0 +1,76 @@
+"""Calibration on a clock that the tests move by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inference import calibration
+from inference.calibration import fastest, fastest_storage, fastest_threads
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def taking(clock: Clock, *seconds: float):
+    """A candidate that takes these times in turn, the first one when it warms up."""
+    times = iter(seconds)
+
+    def run() -> None:
+        clock.now += next(times)
+
+    return run
+
+
+def test_the_least_median_wins_and_the_warm_up_does_not_count():
+    clock = Clock()
+    candidates = {"a": taking(clock, 9, 1, 50, 1), "b": taking(clock, 0, 2, 2, 2), "c": taking(clock, 1, 1, 3, 3)}
+    best, medians = fastest(candidates, repeats=3, clock=clock)
+    assert best == "a"
+    assert medians == {"a": 1, "b": 2, "c": 3}
+
+
+@pytest.mark.parametrize(("slow", "expected"), [("rows", "columns"), ("columns", "rows")])
+def test_the_storage_that_multiplies_faster_is_chosen(monkeypatch, slow, expected):
+    seen = []
+
+    def measured(candidates, repeats=5):
+        seen.append(list(candidates))
+        times = {name: 2.0 if name == slow else 1.0 for name in candidates}
+        return min(times, key=times.get), times
+
+    monkeypatch.setattr(calibration, "fastest", measured)
+    monkeypatch.setattr(calibration, "MEASURED_BYTES", 1)
+    assert fastest_storage.__wrapped__(512, 600, 1) == expected
+    assert seen == [["rows", "columns"]] * len(calibration.ROWS)
+
+
+def test_small_matrices_are_not_measured(monkeypatch):
+    monkeypatch.setattr(calibration, "fastest", lambda *a: pytest.fail("measured"))
+    assert fastest_storage.__wrapped__(64, 256, 1) == "rows"
+
+
+def test_threads_are_tried_at_powers_of_two_and_the_most_and_left_at_the_best(monkeypatch):
+    before = torch.get_num_threads()
+    tried = []
+
+    def measured(candidates):
+        for candidate in candidates.values():
+            candidate()
+        tried.extend(candidates)
+        return 2, {}
+
+    monkeypatch.setattr(calibration, "fastest", measured)
+    try:
+        counts = []
+        assert fastest_threads(lambda: counts.append(torch.get_num_threads()), 6) == 2
+        assert tried == [1, 2, 4, 6]
+        assert counts == [1, 1, 2, 2, 4, 4, 6, 6]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
