@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inference import GenerationResult, GenerationStep, SamplingParams, TextToImage, load_matcher
+    from inference import GenerationResult, GenerationStep, PromptRequest, SamplingParams, TextToImage, load_matcher
     from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
     from tokenizer_image import VQGAN, ImageTokenizer, VQGANConfig, load_tokenizer
 
-__all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep", "ImageTokenizer", "SamplingParams",
-           "Seq2SeqConfig", "TextToImage", "TextTokenizer", "VQGANConfig", "load_matcher", "load_tokenizer", "main"]
+__all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep", "ImageTokenizer", "PromptRequest",
+           "SamplingParams", "Seq2SeqConfig", "TextToImage", "TextTokenizer", "VQGANConfig", "load_matcher", "load_tokenizer",
+           "main"]
 
 _NAMES = {"TextToImage": "inference", "SamplingParams": "inference", "GenerationResult": "inference",
-          "GenerationStep": "inference", "load_matcher": "inference", "EncoderDecoder": "seq2seq", "Seq2SeqConfig": "seq2seq",
+          "GenerationStep": "inference", "PromptRequest": "inference", "load_matcher": "inference",
+          "EncoderDecoder": "seq2seq", "Seq2SeqConfig": "seq2seq",
           "TextTokenizer": "seq2seq", "VQGAN": "tokenizer_image", "VQGANConfig": "tokenizer_image",
           "ImageTokenizer": "tokenizer_image", "load_tokenizer": "tokenizer_image"}
 
@@ -24,6 +26,7 @@ COMMANDS = {
     "generate": ("inference.cli", "generate", "sample pictures for a caption"),
     "reconstruct": ("inference.cli", "reconstruct", "send pictures through the image tokenizer and back"),
     "info": ("inference.cli", "info", "say what a model folder holds"),
+    "estimate": ("inference.estimate_cli", "main", "say how much memory sampling needs"),
     "data": ("training.data.cli", "main", "build and check captioned image data"),
     "evaluate": ("training.evaluation.cli", "main", "measure an image tokenizer"),
 }

@@ -1,10 +1,12 @@
 """A trained model folder -> pictures."""
 
+from inference.many import ManyResult, PromptRequest
 from inference.matcher import Matcher, MatcherConfig, TextTowerConfig
 from inference.matcher_folder import load_matcher
 from inference.model_folder import LoadedModel, load_model_folder, save_model_folder
 from inference.pipeline import GenerationResult, GenerationStep, TextToImage
 from inference.sampling import SamplingParams
 
-__all__ = ["GenerationResult", "GenerationStep", "LoadedModel", "Matcher", "MatcherConfig", "SamplingParams", "TextToImage",
+__all__ = ["GenerationResult", "GenerationStep", "LoadedModel", "ManyResult", "Matcher", "MatcherConfig",
+           "PromptRequest", "SamplingParams", "TextToImage",
            "TextTowerConfig", "load_matcher", "load_model_folder", "save_model_folder"]

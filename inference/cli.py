@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from inference.attention_maps import word_positions
+from inference.many import PromptRequest, read_prompts
 from inference.model_folder import INDEX_NAME, PARTS, load_model_folder, toolkit_version
 from inference.pipeline import GenerationResult, TextToImage, check_counts, check_prompts
 from inference.sampling import SamplingParams
@@ -69,8 +70,12 @@ def generate(argv: Sequence[str] | None = None) -> int:
     """`tokenloom generate`: one PNG a picture, a grid, and the files' names on stdout."""
     parser = _parser("generate", "Sample pictures for captions.",
                      '  tokenloom generate "a red heart" --model demo/model --out pictures\n'
-                     '  tokenloom generate "a cat" --model demo/model --num-images 4 --guidance 2 --seed 7 --out pictures')
-    parser.add_argument("prompt", nargs="+", help="one or more captions, each in quotes")
+                     '  tokenloom generate "a cat" --model demo/model --num-images 4 --guidance 2 --seed 7 --out pictures\n'
+                     "  tokenloom generate --prompts prompts.jsonl --model demo/model --out pictures")
+    parser.add_argument("prompt", nargs="*", help="one or more captions, each in quotes")
+    parser.add_argument("--prompts", metavar="FILE", help="captions from a file instead: a caption a line, or .jsonl with "
+                        'objects such as {"prompt": "a red heart", "seed": 7, "num_images": 2, "guidance_scale": 3}; what a '
+                        "line does not say comes from the options")
     parser.add_argument("--model", required=True, help="model folder or hub id")
     parser.add_argument("--out", required=True, help="folder for the pictures; files there are never overwritten")
     parser.add_argument("--num-images", type=int, default=1, help="pictures per caption (default 1)")
@@ -92,7 +97,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     check_counts(args.num_images, args.batch_size, args.seed)
-    check_prompts(args.prompt)
+    _check_source(args)
     if (args.rerank_from is None) != (args.matcher is None):
         raise UserError("--rerank-from N and --matcher DIR belong together: N candidates, and what chooses among them")
     check_candidates(args.rerank_from, args.num_images)
@@ -101,16 +106,60 @@ def generate(argv: Sequence[str] | None = None) -> int:
     model = TextToImage.from_pretrained(args.model, device, text_encoder=args.text_encoder, matcher=args.matcher,
                                         weights=args.weights)
     params = given_params(args, model.default_params, args.guidance)
+    requests = [] if args.prompts is None else read_prompts(
+        Path(args.prompts), PromptRequest("", args.num_images, args.seed, None, args.negative_prompt, layout), params)
     if device == "cpu" and args.threads is None:
-        calibrate_threads(model, min(args.batch_size, args.rerank_from or args.num_images), params)
+        pictures = sum(r.num_images for r in requests) or args.rerank_from or args.num_images
+        calibrate_threads(model, min(args.batch_size, pictures), params)
     for prompt in args.prompt:
         for word in args.attention or []:  # a word that is not there is refused before anything is sampled
             word_positions(model.text_tokenizer, prompt, word)
     out = _output_folder(args.out)
+    if args.prompts is not None:
+        return _generate_file(model, requests, out, args)
     result = _generate_with_progress(model, args, params, layout)
     for path in _save_pictures(result, out, args):
         print(path)
     return 0
+
+
+def _check_source(args: argparse.Namespace) -> None:
+    """UserError unless captions come from the command line or from a file, and the options suit."""
+    if args.prompts is None:
+        check_prompts(args.prompt)
+        return
+    if args.prompt:
+        raise UserError("captions and --prompts: give one of them")
+    for name in ("attention", "rerank_from", "jacobi"):
+        if getattr(args, name) not in (None, 1):
+            raise UserError(f"--{name.replace('_', '-')} does not go with --prompts; give captions on the command line")
+
+
+def _generate_file(model: TextToImage, requests: list[PromptRequest], out: Path, args: argparse.Namespace) -> int:
+    """Pictures of a prompts file, saved as each ends; 1 if one could not be drawn."""
+    total, failed = sum(request.num_images for request in requests), 0
+    for picture in progress(model.generate_many(requests, args.batch_size), "generate", total=total, unit="picture"):
+        if picture.image is None:
+            print(f"tokenloom generate: '{picture.prompt[:60]}', seed {picture.seed}: {picture.reason}", file=sys.stderr)
+            failed += 1
+            continue
+        path = _free_name(out, f"{_slug(picture.prompt)}-seed{picture.seed}")
+        about = _about(args, picture.prompt, picture.seed, picture.params, picture.negative_prompt)
+        _save_png(picture.image, path, None if args.no_metadata else about)
+        print(path)
+    return 1 if failed else 0
+
+
+def _about(args: argparse.Namespace, prompt: str, seed: int, params: SamplingParams, negative_prompt: str | None,
+           **more: Any) -> PngInfo:
+    """Everything that is needed to make a picture again, as a text chunk."""
+    info = PngInfo()
+    info.add_text(PNG_KEY, json.dumps({
+        "prompt": prompt, "seed": seed, **params.plain(), "model": str(args.model),
+        **({"weights": args.weights} if args.weights else {}),
+        **({"negative_prompt": negative_prompt} if negative_prompt is not None else {}), **more,
+        "tokenloom": toolkit_version(), "digitalSourceType": "trainedAlgorithmicMedia"}))
+    return info
 
 
 def _read_layout_file(name: str) -> Any:
@@ -146,12 +195,8 @@ def _save_pictures(result: GenerationResult, out: Path, args: argparse.Namespace
     for number, (prompt, seed, picture) in enumerate(zip(result.prompts, result.seeds, result.images, strict=True)):
         info = None
         if not args.no_metadata:
-            info = PngInfo()
-            info.add_text(PNG_KEY, json.dumps({
-                "prompt": prompt, "seed": seed, **result.params.plain(), "model": str(args.model),
-                **({"negative_prompt": args.negative_prompt} if args.negative_prompt is not None else {}),
-                **({"score": result.scores[number], "matcher": str(args.matcher)} if result.scores else {}),
-                "tokenloom": toolkit_version(), "digitalSourceType": "trainedAlgorithmicMedia"}))
+            chosen = {"score": result.scores[number], "matcher": str(args.matcher)} if result.scores else {}
+            info = _about(args, prompt, seed, result.params, args.negative_prompt, **chosen)
         path = _free_name(out, f"{_slug(prompt)}-seed{seed}")
         _save_png(picture, path, info)
         paths.append(path)

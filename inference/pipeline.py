@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,11 @@ from inference.calibration import fastest_storage
 from inference.decoder import CachedDecoder
 from inference.generate import Generation, Request, generate_tokens, token_steps
 from inference.layouts import read_layout
+from inference.many import ManyResult, PromptRequest, generate_many
 from inference.matcher_folder import load_matcher
+from inference.memory import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder
+from inference.picture_job import PictureJob
 from inference.previews import PreviewBudget
 from inference.projection import Precision
 from inference.sampling import SamplingParams
@@ -123,7 +126,7 @@ class TextToImage:
         self.default_params = parts.generation
         self.device = self.seq2seq.image_embedding.weight.device
         self.weights = weights
-        self._decoder = _decoder(self.seq2seq, weights)
+        self.decoder = _decoder(self.seq2seq, weights)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None, revision: str | None = None,
@@ -161,6 +164,7 @@ class TextToImage:
         judge = check_rerank(rerank_from, num_images, matcher, self.matcher)
         options = self._options(params, negative_prompt, layout, jacobi)
         drawn = rerank_from or num_images
+        self._check_memory(len(prompts), drawn, batch_size, options)
         tokens, layouts = self._sample(prompts, drawn, options, first_seeds, batch_size)
         images = [picture for part in tokens.split(batch_size) for picture in self.decode_tokens(part)]
         seeds = [first + i for first in first_seeds for i in range(drawn)]
@@ -173,7 +177,9 @@ class TextToImage:
                       layout: Any = None, jacobi: int = 1) -> Tensor:
         """Prompts -> image_tokens [len(prompts) * num_images, N] int64 on the CPU, a prompt's pictures in a row."""
         options, texts = self._options(params, negative_prompt, layout, jacobi), check_prompts(prompts)
-        return self._sample(texts, num_images, options, _seeds(seed, len(texts), num_images, batch_size), batch_size)[0]
+        seeds = _seeds(seed, len(texts), num_images, batch_size)
+        self._check_memory(len(texts), num_images, batch_size, options)
+        return self._sample(texts, num_images, options, seeds, batch_size)[0]
 
     def stream(self, prompt: str, num_images: int = 1, params: SamplingParams | None = None, seed: int = 0,
                negative_prompt: str | None = None, layout: Any = None, jacobi: int = 1,
@@ -190,7 +196,29 @@ class TextToImage:
         options = self._options(params, negative_prompt, layout, jacobi)
         seeds = [seed + i for i in range(num_images)]
         given = read_layout(options.layout, self.seq2seq.config, num_images)
-        return self._stream(Generation(self._decoder, self._request(texts, num_images, options, seeds, given)), every)
+        work = self._workload(num_images, 1, options.params.guidance_scale != 1, window=jacobi, streamed=True)
+        check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
+        return self._stream(Generation(self.decoder, self._request(texts, num_images, options, seeds, given)), every)
+
+    def generate_many(self, requests: Iterable[PromptRequest], batch_size: int = 32) -> Iterator[ManyResult]:
+        """Pictures of requests with prompts, parameters and seeds of their own, in the order in which they end: the batch has
+        `batch_size` rows (a picture under guidance takes two), and a row that becomes free goes to the next picture at once.
+
+        The tokens are those of `generate`. UserError for a batch size below 1, and for a wrong request when it is read.
+        """
+        check_counts(1, batch_size, 0)
+        work = self._workload(batch_size, batch_size, False, kept=1, decoded=1, streamed=True)
+        check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
+        return generate_many(self, requests, batch_size)
+
+    def picture_job(self, request: PromptRequest, name: object = None) -> PictureJob:
+        """A request as the scheduler takes it. UserError for what generate refuses."""
+        texts = check_prompts(request.prompt)
+        check_counts(request.num_images, request.num_images, request.seed)
+        options = self._options(request.params, request.negative_prompt, request.layout)
+        layout = read_layout(request.layout, self.seq2seq.config, request.num_images)
+        asked = self._request(texts, 1, options, [request.seed + i for i in range(request.num_images)], layout)
+        return PictureJob(asked.captions, asked.unguided, asked.params, asked.seeds, asked.layout, name)
 
     def _stream(self, generation: Generation, every: int | None) -> Iterator[GenerationStep]:
         drawn: list[Tensor] = []
@@ -215,6 +243,18 @@ class TextToImage:
                                 "negative prompt out")
         return _Options(used, negative_prompt, layout, jacobi)
 
+    def _check_memory(self, prompts: int, num_images: int, batch_size: int, options: _Options) -> None:
+        """UserError, with the bytes, for what this device has no memory for; before anything is allocated."""
+        largest = Workload.of_request(prompts, num_images, batch_size)
+        work = self._workload(largest.pictures, largest.captions, options.params.guidance_scale != 1,
+                              kept=prompts * num_images, decoded=min(batch_size, prompts * num_images), window=options.jacobi)
+        check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
+
+    def _workload(self, pictures: int, captions: int, guided: bool, **others: Any) -> Workload:
+        low = self.seq2seq.image_embedding.weight.dtype == torch.bfloat16
+        return Workload(pictures, captions, guided, weights=self.weights or ("bfloat16" if low else "float32"),
+                        dtype="bfloat16" if low else "float32", **others)
+
     def _sample(self, texts: list[str], num_images: int, options: _Options, first_seeds: list[int],
                 batch_size: int) -> tuple[Tensor, Tensor | None]:
         for seed in first_seeds:
@@ -230,7 +270,7 @@ class TextToImage:
                 seeds = [seed + start + i for seed in some_seeds for i in range(count)]
                 at = first * num_images + start
                 part = None if given is None else given[at: at + len(seeds)]
-                tokens, layout = generate_tokens(self._decoder, self._request(some, count, options, seeds, part))
+                tokens, layout = generate_tokens(self.decoder, self._request(some, count, options, seeds, part))
                 parts.append(tokens.cpu())
                 layouts += [] if layout is None else [layout.cpu()]
         return torch.cat(parts), torch.cat(layouts) if layouts else None
@@ -254,10 +294,10 @@ class TextToImage:
     def step_of(self, rows: int) -> Callable[[], object]:
         """One decoder step of `rows` rows, halfway down a picture of no meaning, to be timed."""
         text = self._on_device(self.text_tokenizer.null_caption())
-        groups = [self._decoder.prefill(text, rows)]
-        cache = self._decoder.new_cache(groups)
+        groups = [self.decoder.prefill(text, rows)]
+        cache = self.decoder.new_cache(groups)
         previous = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        return partial(self._decoder.decode_one, previous, max(1, self.seq2seq.config.num_tokens // 2), groups, cache)
+        return partial(self.decoder.decode_one, previous, max(1, self.seq2seq.config.num_tokens // 2), groups, cache)
 
     def attention_map(self, prompt: str, word: str, image_tokens: Tensor, layout: Tensor | None = None) -> Tensor:
         """image_tokens [1, N] (and layout [1, L]) of a prompt -> attention of each token to `word`, [h, w] float32."""

@@ -30,6 +30,11 @@ class Projection(Protocol):
         """residual [M, O] + self(x), a new tensor."""
         ...
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(numbers in the matrix, bytes of it and of its scales)."""
+        ...
+
 
 class FloatProjection:
     """One matrix for one or more `nn.Linear` with the same inputs, outputs one after another."""
@@ -46,6 +51,10 @@ class FloatProjection:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.mm(x, self.weight_t) if self.bias is None else torch.addmm(self.bias, x, self.weight_t)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.weight_t.numel(), self.weight_t.nbytes
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         out = torch.addmm(residual, x, self.weight_t)
@@ -104,6 +113,10 @@ class Int8Projection:
         else:
             out = torch.mm(x, self._weight_t.to(x.dtype)).mul_(self.scale)
         return out if self.bias is None else out.add_(self.bias)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.weight.numel(), self.weight.nbytes + self.scale.nbytes
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         return self(x).add_(residual)

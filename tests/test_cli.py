@@ -76,7 +76,7 @@ def test_every_command_has_help_with_examples(run, name):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["generat"], "did you mean 'generate'"), (["inof"], "did you mean 'info'"),
-    (["zzz"], "valid names: data, evaluate, generate"),
+    (["zzz"], "valid names: data, estimate, evaluate, generate"),
     (["--model"], "unknown command '--model'"), ([""], "unknown command ''")])
 def test_an_unknown_command_is_one_line_with_the_nearest_name(run, argv, words):
     shown = run(*argv)
@@ -312,7 +312,7 @@ def test_every_wrong_use_of_generate_is_one_line_and_exit_code_2(run, folder, tm
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    ([], "required: prompt, --model, --out"), (["a"], "required: --model, --out"),
+    ([], "required: --model, --out"), (["a"], "required: --model, --out"),
     (["x" * 10_001, "--model", "{model}", "--out", "{tmp}/o"], "10,001 characters"),
 ])
 def test_wrong_prompts_and_missing_flags_are_one_line(run, folder, tmp_path, argv, words):

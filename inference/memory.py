@@ -1,0 +1,416 @@
+"""How much memory sampling needs, worked out from the configs before anything is allocated, and how much there is.
+
+Weights are counted on models built without memory (torch's meta device), caches from their shapes, and the image tokenizer's
+decoder by running it on the meta device, where tensors have shapes and no numbers, and adding up what is alive at once.
+"""
+
+# Axes: B pictures, C captions, R rows (a picture, or one of its branches under guidance), N image tokens, S slots of the
+#       sequence, T text slots, G key/value heads, d head width, D width, K codebook size
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from seq2seq import KINDS, TransformerConfig
+from tokenizer_image.config import ImageTokenizerConfig
+from tokenizer_image.images import float_to_pixels
+from tokenizer_image.kinds import build_tokenizer
+from tokenloom_common.config import StrictConfig
+from tokenloom_common.errors import UserError, choose
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+"""Precision of the decoder's matrices -> bytes a number."""
+FIRST_USE = 16 << 20
+"""Bytes that the first use of a process's kernels takes once: thread pools and scratch (15 MiB measured, torch 2.13, CPU)."""
+DRAWING_BYTES = 48
+"""Bytes of a number of the guided logits [B, K] while a token is drawn: filtered, sorted with its order, with its noise (37 at
+most of several samplers, counted on the CPU)."""
+PILLOW_BYTES = 4
+"""Bytes of an RGB pixel in a Pillow image."""
+MOST_PICTURES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is sampled at a time: `pictures` of `captions` different captions, with or without guidance.
+
+    weights: precision of the decoder's matrices. dtype: of everything else and of the caches; None = that of the weights, and
+    float32 with int8 weights. decoded: pictures that become pixels at a time (None = `pictures`); kept: pictures of the whole
+    request (None = `pictures`); streamed: pictures are decoded while others are still drawn; window: tokens of a picture that
+    Jacobi decoding works on at once. UserError for a count below 1.
+    """
+
+    pictures: int = 1
+    captions: int = 1
+    guided: bool = True
+    weights: str = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    decoded: int | None = None
+    kept: int | None = None
+    streamed: bool = False
+    window: int = 1
+
+    def __post_init__(self) -> None:
+        choose(WEIGHT_BYTES, self.weights, "precision of weights")
+        for name in ("pictures", "captions", "decoded", "kept", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+
+    @classmethod
+    def of_request(cls, prompts: int, num_images: int, batch_size: int, **others: Any) -> Workload:
+        """The largest batch of `num_images` pictures of each prompt in batches of `batch_size`, as TextToImage makes them."""
+        captions = min(prompts, max(1, batch_size // num_images))
+        whole = prompts * num_images
+        return cls(captions * min(num_images, batch_size), captions, decoded=min(batch_size, whole), kept=whole, **others)
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.pictures * (2 if self.guided else 1)
+
+    @property
+    def texts(self) -> int:
+        """Captions that are worked through: under guidance also the null caption or negative prompt."""
+        return self.captions + self.guided
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of an activation or a number of a cache."""
+        return WEIGHT_BYTES[self.dtype or ("bfloat16" if self.weights == "bfloat16" else "float32")]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes. Drawing tokens and decoding them to pixels follow one another, so that only the larger counts, unless streamed.
+
+    weights: of the transformer, its own text encoder included (a frozen one is not). image_tokenizer: of both its halves.
+    self_cache: keys and values of the sequences. caption_memory: keys and values of the captions, one set for all pictures of
+    a caption (decoder-only models copy them into the self cache, and hold both).
+    working: the largest of what a step, the captions' encoder and the sampler hold for a moment. pictures: decoding to pixels.
+    results: the finished pictures, in main memory on any device.
+    """
+
+    weights: int
+    image_tokenizer: int
+    self_cache: int
+    caption_memory: int
+    working: int
+    pictures: int
+    results: int
+    rows: int
+    pictures_at_once: int
+    streamed: bool = False
+
+    @property
+    def drawing(self) -> int:
+        """Bytes beyond the weights while tokens are drawn."""
+        return self.self_cache + self.caption_memory + self.working
+
+    @property
+    def beyond_weights(self) -> int:
+        """Bytes that a loaded model needs on its device."""
+        return self.drawing + self.pictures if self.streamed else max(self.drawing, self.pictures)
+
+    @property
+    def total(self) -> int:
+        """All bytes of sampling, the loaded model included. Loading itself holds the float32 weights for a moment."""
+        return self.weights + self.image_tokenizer + self.beyond_weights + self.results
+
+
+def estimate(config: TransformerConfig, tokenizer: ImageTokenizerConfig | None, work: Workload) -> MemoryEstimate:
+    """What sampling `work` needs, of either family of transformers; without an image tokenizer its parts are 0."""
+    sizes = _sizes(config)
+    number, slot = work.number_bytes, _slot_bytes(config, work.number_bytes)
+    fixed, each = (0, 0) if tokenizer is None else picture_bytes(tokenizer)
+    decoded = work.decoded or work.pictures
+    side = 0 if tokenizer is None else tokenizer.resolution
+    return MemoryEstimate(
+        weights=sizes.weight_bytes(work.weights, number),
+        image_tokenizer=0 if tokenizer is None else _tokenizer_bytes(tokenizer),
+        self_cache=work.rows * sizes.slots * slot,
+        caption_memory=work.texts * (sizes.text_slots or config.text_length) * slot,
+        working=_working(config, sizes, work) + FIRST_USE,
+        pictures=0 if tokenizer is None else fixed + each * decoded + FIRST_USE,
+        results=(work.kept or work.pictures) * (PILLOW_BYTES * side**2 + 8 * config.num_tokens),
+        rows=work.rows, pictures_at_once=work.pictures, streamed=work.streamed)
+
+
+def largest_batch(config: TransformerConfig, tokenizer: ImageTokenizerConfig | None, work: Workload, memory: int,
+                  loaded: bool = False) -> int:
+    """How many pictures at a time fit into `memory` bytes, 0 if not one does; all else as in `work`.
+
+    loaded: the weights are there already, and the finished pictures are somebody else's, so `memory` is for sampling alone.
+    """
+    def fits(pictures: int) -> bool:
+        some = replace(work, pictures=pictures, captions=min(work.captions, pictures), decoded=pictures)
+        needs = estimate(config, tokenizer, some)
+        return (needs.beyond_weights if loaded else needs.total) <= memory
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high < MOST_PICTURES and fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def check_fits(needed: int, available: int | None, what: str, remedy: str) -> None:
+    """UserError, one line, when `needed` bytes are more than are available; None = unknown, which passes."""
+    if available is not None and needed > available:
+        raise UserError(f"{what} needs {_both(needed)} of memory, and {_both(max(0, available))} are there; {remedy}")
+
+
+def check_sampling(config: TransformerConfig, tokenizer: ImageTokenizerConfig | None, work: Workload,
+                   device: str | torch.device) -> MemoryEstimate:
+    """Refuse, before anything is allocated, what a loaded model on `device` has no memory for. UserError with the bytes."""
+    needs = estimate(config, tokenizer, work)
+    on_device, results = available_memory(device), needs.results
+    in_main = on_device if torch.device(device).type == "cpu" else available_memory("cpu")
+    check_fits(results, in_main, f"keeping all pictures ({work.kept or work.pictures:,})", "ask for fewer pictures at once")
+    if torch.device(device).type == "cpu" and on_device is not None:
+        on_device -= results
+    if on_device is not None and needs.beyond_weights > on_device:
+        fit = largest_batch(config, tokenizer, work, on_device, loaded=True)
+        check_fits(needs.beyond_weights, on_device, f"sampling {work.pictures:,} at a time", remedy(fit, work))
+    return needs
+
+
+def remedy(fit: int, work: Workload) -> str:
+    """What to do instead, where `fit` pictures at a time fit."""
+    if fit:
+        how = f"num_images={fit}" if work.streamed else f"--batch-size {fit} (batch_size={fit})"
+        return f"{fit:,} at a time would fit: {how}"
+    smaller = {"float32": "bfloat16 or int8 weights, ", "bfloat16": "int8 weights, "}.get(work.weights, "")
+    return f"not even one at a time fits; use {smaller}a smaller model, or more memory"
+
+
+# ---- what there is
+
+def available_memory(device: str | torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that can still be allocated; None where that is unknown.
+
+    CPU: the least of what the machine has left, the limits of the process's control groups (v1 or v2) and its own limit on
+    addresses (ulimit -v). CUDA: what the driver has left and what torch holds without using it.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    found = [_numbers(root / "proc/meminfo").get("MemAvailable:", None), *_control_groups(root), _address_space(root)]
+    known = [value for value in found if value is not None]
+    return max(0, min(known)) if known else None
+
+
+def _control_groups(root: Path) -> list[int]:
+    """What each control group that the process is in, and those above it, leave; empty without limits."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, limit, usage, cache = ("", "memory.max", "memory.current", "inactive_file") if not controllers else (
+            "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        mount = root / "sys/fs/cgroup" / top
+        inside = mount / path.strip("/")
+        for folder in (inside, *(above for above in inside.parents if above.is_relative_to(mount))):
+            most, used = _number(folder / limit), _number(folder / usage)
+            if most is not None and used is not None:  # files that were read count as used, and give way
+                left.append(most - used + _numbers(folder / "memory.stat", unit=1).get(cache, 0))
+    return left
+
+
+def _address_space(root: Path) -> int | None:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    used = _numbers(root / "proc/self/status").get("VmSize:", 0)
+    return None if limit == resource.RLIM_INFINITY else limit - used
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file of the kernel's; None for "max" or without the file."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _numbers(path: Path, unit: int = 1024) -> dict[str, int]:
+    """Lines `name number [kB]` of a file of the kernel's -> bytes by name; empty without the file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    words = [line.split() for line in lines]
+    return {line[0]: int(line[1]) * unit for line in words if len(line) > 1 and line[1].isdecimal()}
+
+
+def human(count: int) -> str:
+    """1,610,612,736 -> "1.50 GiB"."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 1 << power:
+            return f"{count / (1 << power):,.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _both(count: int) -> str:
+    return f"{count:,} bytes ({human(count)})" if count >= 1024 else human(count)
+
+
+# ---- the parts
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a transformer: numbers in the decoder's matrices and their output rows, all other parameters, the largest matrix;
+    slots of a row's sequence, and those of them that are text (0 where the text is attended to across)."""
+
+    matrices: int
+    matrix_rows: int
+    others: int
+    largest: int
+    slots: int
+    text_slots: int
+
+    def weight_bytes(self, weights: str, number: int) -> int:
+        """int8: one byte a number of a matrix and a scale an output row; the rest, and the text encoder, in `number` bytes."""
+        if weights == "int8":
+            return self.matrices + (self.matrix_rows + self.others) * number
+        return (self.matrices + self.others) * WEIGHT_BYTES[weights]
+
+
+def _built(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
+    """The model of a config on the meta device. UserError for one that no machine could hold."""
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(f"no model can be built from this config ({' '.join(str(error).split())[:120]})") from None
+
+
+@lru_cache(maxsize=32)
+def _sizes(config: TransformerConfig) -> _Sizes:
+    model = _built(KINDS[config.kind], config)
+    linear = [m for part in (model.decoder, model.to_logits) for m in part.modules() if isinstance(m, nn.Linear)]
+    matrices = sum(layer.weight.numel() for layer in linear)
+    return _Sizes(matrices, sum(layer.out_features for layer in linear), sum(p.numel() for p in model.parameters()) - matrices,
+                  max(layer.weight.numel() for layer in linear), model.prefix_slots + model.image_slots, model.text_slots)
+
+
+def _slot_bytes(config: TransformerConfig, number: int) -> int:
+    """Keys and values of one slot in all decoder layers."""
+    layers: int = config.decoder_layers  # type: ignore[attr-defined]
+    return 2 * layers * (config.kv_heads or config.heads) * config.head_dim * number
+
+
+def _working(config: TransformerConfig, sizes: _Sizes, work: Workload) -> int:
+    """The larger of encoding the captions and of a step with its sampling."""
+    number = work.number_bytes
+    inner = round(config.feedforward_multiplier * config.width) * (1 if config.feedforward == "gelu" else 2)
+    kv = (config.kv_heads or config.heads) * config.head_dim
+    # residual, normed and added; queries, keys and values as projected and turned; what they mix; a feed-forward's two sides
+    activations = (4 * config.width + 2 * (config.heads * config.head_dim + 2 * kv) + config.heads * config.head_dim
+                   + 2 * inner) * number
+    text_input = 4 * (config.text_feature_width or 2)  # float32 features, or int64 ids
+    encoding = work.captions * (sizes.text_slots or config.text_length) * (activations + text_input)
+    seen = work.rows * sizes.slots * (1 if work.window == 1 else 5 * work.window)  # masks: bool, in a window also as float
+    steps = work.rows * max(config.layout_tokens + 1, work.window) * activations + seen
+    logits = work.rows * work.window * config.codebook_size * (4 + (number if number != 4 else 0))
+    drawing = work.pictures * work.window * config.codebook_size * DRAWING_BYTES
+    tokens = work.pictures * (config.num_tokens + config.layout_tokens) * 3 * 8  # random numbers, drawn ids, ids together
+    unpacked = sizes.largest * number if work.weights != "float32" else 0
+    return max(encoding, steps + logits + drawing) + tokens + unpacked
+
+
+@lru_cache(maxsize=32)
+def _tokenizer_bytes(config: ImageTokenizerConfig) -> int:
+    """Parameters and buffers of both halves; an image tokenizer is float32 whatever the transformer is."""
+    model = _built(build_tokenizer, config)
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+@lru_cache(maxsize=32)
+def picture_bytes(config: ImageTokenizerConfig) -> tuple[int, int]:
+    """(bytes however many, bytes a picture) at the peak of decoding codes to pixels uint8."""
+    model = _built(build_tokenizer, config).eval()
+    family: Any = config
+    (rows, columns), length = config.grid, family.embed_dim
+
+    def peak(pictures: int) -> int:
+        def decode() -> None:
+            vectors = torch.empty(pictures, length, rows, columns // config.depth, device="meta")
+            float_to_pixels(model.decode_vectors(vectors).clamp(-1.0, 1.0))
+        return peak_on_meta(decode, model)
+
+    one, two = peak(1), peak(2)
+    codebook = 2 * 4 * config.codebook_size * config.depth * length  # normalised or mapped anew for each look-up
+    return 2 * one - two + codebook, two - one
+
+
+def peak_on_meta(run: Callable[[], object], model: nn.Module) -> int:
+    """Most bytes alive at once of the tensors that `run` makes on the meta device, the model's own left out."""
+    with torch.no_grad(), _FusedAttention(), Alive(model) as alive:
+        run()
+    return alive.peak
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention that keeps its scores to itself, as the kernels of CPU and CUDA do where a head's numbers lie side by side;
+    the meta device has none of them and would make the scores always."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and all(part.stride(-1) == 1 for part in args[:3]):
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+class Alive(TorchDispatchMode):
+    """Adds up the memory of the tensors that operations make, until each is freed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        # a view of a weight is no new memory; the tensors stay referenced, so that no new one gets an old one's number
+        self._known = {tensor.untyped_storage()._cdata: 0 for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._known:
+            self._known[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._free, storage._cdata)
+
+    def _free(self, number: int) -> None:
+        self.now -= self._known.pop(number)

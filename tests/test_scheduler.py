@@ -1,0 +1,444 @@
+"""Continuous batching: every picture as if it were alone, in a batch whose rows begin, end, move and are cancelled."""
+
+from __future__ import annotations
+
+import random
+import weakref
+
+import pytest
+import torch
+
+from inference.decoder import CachedDecoder
+from inference.generate import Request, generate_tokens
+from inference.picture_job import FailedPicture, FinishedPicture, PictureJob
+from inference.sampling import SamplingParams
+from inference.scheduler import KEPT_UNGUIDED, Scheduler
+from seq2seq import TextBatch
+from tests import tiny
+from tests.test_decoder import SHAPES, build, caption
+from tokenloom_common.errors import UserError
+
+PLAIN = SamplingParams(guidance_scale=1.0, top_k=8)
+KINDS = {
+    "guided": SamplingParams(guidance_scale=2.5, top_k=8),
+    "cooler": SamplingParams(guidance_scale=1.0, top_k=0, temperature=0.7, top_p=0.9),
+    "cosine, half": SamplingParams(guidance_scale=4.0, guidance_schedule="cosine", guidance_power=0.7, guidance_end=0.5),
+    "linear": SamplingParams(guidance_scale=3.0, guidance_schedule="linear", min_p=0.05),
+    "greedy": SamplingParams(guidance_scale=1.0, temperature=0.0),
+    "short guidance": SamplingParams(guidance_scale=3.0, guidance_end=0.01),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return tiny.text_tokenizer().encode(["a red heart", "a large blue apple tree", "", "octopus"])
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return CachedDecoder(tiny.seq2seq())
+
+
+def row(text: TextBatch, at: int) -> TextBatch:
+    return caption(text, slice(at, at + 1))
+
+
+def job(text: TextBatch, at: int, params: SamplingParams, seeds, layout=None, unguided: int = 2, name=None) -> PictureJob:
+    return PictureJob(row(text, at), row(text, unguided), params, list(seeds), layout, name)
+
+
+def alone(decoder: CachedDecoder, one: PictureJob):
+    """Tokens [n, N] and layout [n, L] as `inference.generate` draws them."""
+    return generate_tokens(decoder, Request(one.captions, one.unguided, len(one.seeds), one.params, one.seeds, one.layout))
+
+
+def check_equal(decoder: CachedDecoder, jobs: dict[int, PictureJob], ended) -> None:
+    """Every picture of `jobs` (by ticket) came once, with the tokens and the layout that it has alone."""
+    assert all(isinstance(picture, FinishedPicture) for picture in ended), ended
+    assert sorted((p.ticket, p.index) for p in ended) == [(t, i) for t, one in jobs.items() for i in range(len(one.seeds))]
+    expected = {ticket: alone(decoder, one) for ticket, one in jobs.items()}
+    for picture in ended:
+        tokens, layouts = expected[picture.ticket]
+        assert picture.image_tokens.dtype == torch.int64
+        assert torch.equal(picture.image_tokens, tokens[picture.index]), (picture.ticket, picture.index)
+        assert (picture.layout is None) == (layouts is None)
+        assert layouts is None or torch.equal(picture.layout, layouts[picture.index])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pictures_equal_those_drawn_alone_whatever_shares_the_batch(shape):
+    model, text, layout = build(shape)
+    decoder = CachedDecoder(model)
+    kinds = list(KINDS.values())
+    first = [job(text, 0, kinds[0], [5, 6]), job(text, 1, kinds[1], [5])]
+    later = [job(text, 1, kinds[2], [7, 8, 9], unguided=3), job(text, 3, kinds[3], [1]), job(text, 2, kinds[4], [0, 1]),
+             job(text, 0, kinds[5], [5]), job(text, 0, kinds[2], [3, 4], None if layout is None else layout[:2]),
+             job(text, 1, PLAIN, [5], None if layout is None else layout[:1])]
+    scheduler = Scheduler(decoder, rows=5)
+    jobs, ended = {}, []
+    for some in (first, later):
+        jobs |= {scheduler.submit(one): one for one in some}
+        ended += [picture for _ in range(3) for picture in scheduler.step()]
+    check_equal(decoder, jobs, ended + list(scheduler.run()))
+    assert scheduler.active_rows == scheduler.waiting == scheduler.drawing == 0
+    assert len({tuple(picture.image_tokens.tolist()) for picture in ended}) == len(ended)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["encoder-decoder layout", "decoder-only layout", "decoder-only dalle-masked"])
+def test_every_kind_of_sampling_at_every_moment_of_admission(shape, kind):
+    model, text, _ = build(shape)
+    decoder = CachedDecoder(model)
+    scheduler, jobs, ended = Scheduler(decoder, rows=7), {}, []
+    for at in range(6):  # each begins while others are at tokens of their own
+        one = job(text, at % 4, KINDS[kind] if at % 2 else PLAIN, [at, at + 1])
+        jobs[scheduler.submit(one)] = one
+        ended += [picture for _ in range(2) for picture in scheduler.step()]
+    check_equal(decoder, jobs, ended + list(scheduler.run()))
+
+
+@pytest.mark.parametrize("shape", ["encoder-decoder default", "decoder-only dalle-masked", "decoder-only layout"])
+def test_any_order_of_calls_keeps_the_promise(shape):
+    model, text, _ = build(shape)
+    decoder = CachedDecoder(model)
+    dice = random.Random(3)
+    scheduler, jobs, ended = Scheduler(decoder, rows=4), {}, []
+    for _ in range(30):
+        if dice.random() < 0.4:
+            one = job(text, dice.randrange(4), dice.choice([*KINDS.values(), PLAIN]), range(dice.randrange(1, 4)),
+                      unguided=dice.randrange(4))
+            jobs[scheduler.submit(one)] = one
+        if dice.random() < 0.15 and jobs:
+            ticket = dice.choice(list(jobs))
+            if scheduler.cancel(ticket):
+                del jobs[ticket]
+                ended = [picture for picture in ended if picture.ticket != ticket]
+        ended += scheduler.step()
+        assert sorted(r.at for p in scheduler._pictures for r in p.rows) == list(range(scheduler.active_rows))
+    check_equal(decoder, jobs, ended + list(scheduler.run()))
+    assert len(jobs) > 5
+
+
+def test_a_job_larger_than_the_batch_is_drawn_in_parts(decoder, text):
+    scheduler = Scheduler(decoder, rows=3)
+    one = job(text, 0, KINDS["guided"], range(5))
+    ticket = scheduler.submit(one)
+    check_equal(decoder, {ticket: one}, list(scheduler.run()))
+
+
+@pytest.mark.parametrize(("jobs", "rows", "forwards"), [
+    ([1, 1, 1], 2, 32), ([1, 1, 1, 1], 4, 16), ([4], 4, 16), ([30], 8, 4 * 16), ([3, 2], 5, 16), ([3, 2], 4, 32)])
+def test_forwards_are_what_continuous_batching_promises(decoder, text, jobs, rows, forwards):
+    scheduler = Scheduler(decoder, rows)
+    for count in jobs:
+        scheduler.submit(job(text, 0, PLAIN, range(count)))
+    assert len(list(scheduler.run())) == sum(jobs)
+    assert scheduler.forwards == forwards
+
+
+def test_a_free_row_is_filled_at_the_next_step(decoder, text):
+    scheduler = Scheduler(decoder, rows=2)
+    for at in range(2):
+        scheduler.submit(job(text, at, PLAIN, [0], name=at))
+        scheduler.step(), scheduler.step()
+    scheduler.submit(job(text, 2, PLAIN, [0], name=2))
+    while not (ended := scheduler.step()):
+        pass
+    assert [picture.name for picture in ended] == [0]
+    assert (scheduler.forwards, scheduler.active_rows, scheduler.waiting) == (16, 1, 1)
+    scheduler.step()
+    assert (scheduler.active_rows, scheduler.waiting) == (2, 0)
+    assert [picture.name for picture in scheduler.run()] == [1, 2]
+    assert scheduler.forwards == 32
+
+
+def test_the_queue_is_first_come_first_served_and_nobody_overtakes(decoder, text):
+    scheduler = Scheduler(decoder, rows=3)
+    for name, params in enumerate([PLAIN, PLAIN, KINDS["guided"], PLAIN, PLAIN]):
+        scheduler.submit(job(text, 0, params, [name], name=name))
+    scheduler.step()
+    assert scheduler.active_rows == 2  # the third row is kept from jobs 3 and 4: job 2 needs two
+    assert [picture.name for picture in scheduler.run()] == [0, 1, 2, 3, 4]
+
+
+def test_the_second_row_is_free_as_soon_as_guidance_ends(decoder, text):
+    half = SamplingParams(guidance_scale=2.0, guidance_end=0.5, top_k=8)
+    scheduler = Scheduler(decoder, rows=2)
+    jobs = {scheduler.submit(one): one for one in (job(text, 0, half, [1]), job(text, 1, PLAIN, [2]))}
+    ended = [picture for _ in range(8) for picture in scheduler.step()]
+    assert (scheduler.active_rows, scheduler.waiting) == (1, 1)
+    ended += scheduler.step()
+    assert (scheduler.active_rows, scheduler.waiting) == (2, 0)
+    ended += scheduler.run()
+    assert scheduler.forwards == 8 + 16
+    check_equal(decoder, jobs, ended)
+
+
+def test_cancelling_frees_rows_at_once_and_touches_nobody_else(decoder, text):
+    scheduler = Scheduler(decoder, rows=6)
+    given = [job(text, at, KINDS["guided"], [at]) for at in range(3)] + [job(text, 1, PLAIN, [7, 8])]
+    tickets = [scheduler.submit(one) for one in given]
+    for _ in range(5):
+        scheduler.step()
+    assert (scheduler.active_rows, scheduler.waiting) == (6, 2)
+    assert scheduler.cancel(tickets[0]) == 1
+    assert scheduler.active_rows == 4
+    scheduler.step()
+    assert scheduler.active_rows == 6  # the rows are used again
+    late = job(text, 3, PLAIN, [9])
+    tickets.append(scheduler.submit(late))
+    queued = scheduler.submit(job(text, 3, PLAIN, range(50)))
+    assert scheduler.cancel(queued) == 50
+    assert scheduler.waiting == 1
+    assert scheduler.cancel(queued) == scheduler.cancel(12345) == 0
+    ended = list(scheduler.run())
+    check_equal(decoder, dict(zip(tickets[1:], [*given[1:], late], strict=True)), ended)
+    assert scheduler.cancel(tickets[1]) == 0
+
+
+def test_a_cancelled_job_gives_no_more_pictures(decoder, text):
+    scheduler = Scheduler(decoder, rows=4)
+    ticket, other = scheduler.submit(job(text, 0, PLAIN, range(6))), scheduler.submit(job(text, 1, PLAIN, [3]))
+    run = scheduler.run()
+    assert next(run).ticket == ticket
+    assert scheduler.cancel(ticket) == 5  # three were complete, two in the queue
+    assert [picture.ticket for picture in run] == [other]
+
+
+def test_each_text_is_worked_through_once(decoder, text, monkeypatch):
+    worked, prefill = [], CachedDecoder.prefill
+
+    def counting(self, text, images):
+        worked.append(text.text_input[0].tolist())
+        return prefill(self, text, images)
+
+    monkeypatch.setattr(CachedDecoder, "prefill", counting)
+    guided = KINDS["guided"]
+    scheduler = Scheduler(decoder, rows=4)
+    for at, unguided in ((0, 2), (1, 2), (0, 2), (3, 1), (3, 2)):
+        scheduler.submit(job(text, at, guided, range(5), unguided=unguided))
+    assert len(list(scheduler.run())) == 25
+    names = [text.text_input[at].tolist() for at in range(4)]
+    assert [names.index(each) for each in worked] == [0, 2, 1, 0, 3, 1, 3]
+    scheduler.submit(job(text, 0, PLAIN, [0]))
+    list(scheduler.run())
+    assert len(worked) == 8  # no second branch, no unguided text
+
+
+@pytest.mark.parametrize("shape", ["encoder-decoder default", "decoder-only default"])
+def test_nothing_is_allocated_after_construction(shape, monkeypatch):
+    model, text, _ = build(shape)
+    alive, prefill = [], CachedDecoder.prefill
+
+    def watched(self, *args):
+        memory = prefill(self, *args)
+        alive.append(weakref.ref(memory.keys[0]))
+        return memory
+
+    monkeypatch.setattr(CachedDecoder, "prefill", watched)
+    scheduler = Scheduler(CachedDecoder(model), rows=4)
+    places, size = [buffer.data_ptr() for buffer in scheduler._buffers.tensors()], scheduler.nbytes
+    slots = scheduler.decoder.slots + (model.config.text_length if scheduler.decoder.crosses else 0)
+    floats = 2 * len(scheduler.decoder.layers) * 4 * model.config.heads * model.config.head_dim * slots
+    assert floats * 4 < size < floats * 4 * 1.2  # keys and values; beside them tokens, noise and masks
+    for at in range(8):
+        other = TextBatch(text.text_input.roll(at, 1), text.text_mask)
+        scheduler.submit(job(other, at % 4, KINDS["short guidance"], range(3)))
+    while scheduler.waiting:
+        scheduler.step()
+        assert sum(ref() is not None for ref in alive) <= KEPT_UNGUIDED + 1
+    list(scheduler.run())
+    assert sum(ref() is not None for ref in alive) == KEPT_UNGUIDED < 8
+    assert [buffer.data_ptr() for buffer in scheduler._buffers.tensors()] == places
+    assert scheduler.nbytes == size
+
+
+def test_tokens_handed_out_stay_as_they_are(decoder, text):
+    scheduler = Scheduler(decoder, rows=1)
+    scheduler.submit(job(text, 0, PLAIN, range(3)))
+    kept = [(picture, picture.image_tokens.tolist()) for picture in scheduler.run()]
+    assert len({tuple(before) for _, before in kept}) == 3
+    assert [picture.image_tokens.tolist() for picture, _ in kept] == [before for _, before in kept]
+
+
+@pytest.mark.parametrize("shape", ["encoder-decoder features", "decoder-only llamagen", "encoder-decoder layout"])
+def test_what_a_row_held_before_does_not_matter(shape):
+    model, text, _ = build(shape)
+    decoder = CachedDecoder(model)
+    scheduler = Scheduler(decoder, rows=2)
+    for buffer in scheduler._buffers.tensors():
+        if buffer.is_floating_point():
+            buffer.fill_(float("nan"))
+        elif buffer.dtype == torch.bool:
+            buffer.fill_(False)
+    jobs = {scheduler.submit(one): one for one in (job(text, 2, KINDS["guided"], [1]), job(text, 0, PLAIN, [1, 2]))}
+    check_equal(decoder, jobs, list(scheduler.run()))
+
+
+def test_a_job_whose_numbers_are_broken_harms_nobody():
+    model, text, _ = build("encoder-decoder features")
+    decoder = CachedDecoder(model)
+    broken = TextBatch(torch.full_like(text.text_input, float("nan")), text.text_mask)
+    scheduler = Scheduler(decoder, rows=2)
+    lost = scheduler.submit(job(broken, 0, PLAIN, [0]))
+    jobs = {scheduler.submit(one): one for one in (job(text, 1, PLAIN, [1]), job(text, 2, PLAIN, [2, 3]))}
+    check_equal(decoder, jobs, [picture for picture in scheduler.run() if picture.ticket != lost])
+
+
+def fails(monkeypatch, method: str, when):
+    """Make a method of the decoder raise where `when(*arguments)`; -> how often it was asked."""
+    original, asked = getattr(CachedDecoder, method), []
+
+    def failing(self, *args, **kwargs):
+        asked.append(args)
+        if when(*args):
+            raise RuntimeError("out of memory:\n tried to allocate 9 GiB")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(CachedDecoder, method, failing)
+    return asked
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+def test_a_text_that_fails_fails_its_job_alone(decoder, text, monkeypatch, bad):
+    given = {at: job(text, at, KINDS["guided"], [5, 6], name=at) for at in (0, 1, 3)}
+    expected = {at: one for at, one in given.items() if at != bad}
+    with monkeypatch.context() as patch:
+        fails(patch, "prefill", lambda text, _: torch.equal(text.text_input, given[bad].captions.text_input))
+        scheduler = Scheduler(decoder, rows=3)
+        tickets = {scheduler.submit(one): at for at, one in given.items()}
+        ended = list(scheduler.run())
+    failed = [picture for picture in ended if isinstance(picture, FailedPicture)]
+    assert [(p.name, p.index) for p in failed] == [(bad, 0), (bad, 1)]
+    assert {p.reason for p in failed} == {"RuntimeError: out of memory: tried to allocate 9 GiB"}
+    check_equal(decoder, {t: expected[at] for t, at in tickets.items() if at != bad}, [p for p in ended if p not in failed])
+    assert scheduler.active_rows == 0
+
+
+def test_a_job_that_fails_half_way_keeps_the_pictures_that_have_begun(monkeypatch):
+    model, text, _ = build("decoder-only layout")
+    decoder = CachedDecoder(model)
+    scheduler = Scheduler(decoder, rows=2)
+    one, other = job(text, 0, PLAIN, range(5)), job(text, 1, PLAIN, [9])
+    ticket, second = scheduler.submit(one), scheduler.submit(other)
+    ended = scheduler.step()
+    with monkeypatch.context() as patch:
+        fails(patch, "decode_layout", lambda *_: True)
+        while not ended:
+            ended += scheduler.step()
+        ended += scheduler.step()
+    assert [(type(p).__name__, p.ticket, p.index) for p in ended] == [
+        ("FinishedPicture", ticket, 0), ("FinishedPicture", ticket, 1), *[("FailedPicture", ticket, i) for i in (2, 3, 4)],
+        ("FailedPicture", second, 0)]
+    again = scheduler.submit(other)
+    check_equal(decoder, {again: other}, list(scheduler.run()))
+
+
+def test_a_step_that_raised_can_be_repeated_and_loses_nothing(decoder, text, monkeypatch):
+    scheduler = Scheduler(decoder, rows=3)
+    given = [job(text, 0, KINDS["guided"], [1, 2]), job(text, 1, PLAIN, [3])]
+    jobs = {scheduler.submit(one): one for one in given}
+    with monkeypatch.context() as patch:
+        fails(patch, "prefill", lambda text, _: torch.equal(text.text_input, given[1].captions.text_input))
+        asked = fails(patch, "decode_at", lambda *_: len(asked) % 2)
+        ended = []
+        while scheduler.waiting or scheduler.drawing:
+            try:
+                ended += scheduler.step()
+            except RuntimeError:
+                assert len(asked) % 2
+    failed = [picture for picture in ended if isinstance(picture, FailedPicture)]
+    assert [(p.ticket, p.index) for p in failed] == [(1, 0)]
+    check_equal(decoder, {0: jobs[0]}, [picture for picture in ended if picture not in failed])
+
+
+def test_run_takes_jobs_as_it_needs_them(decoder, text):
+    taken = []
+
+    def jobs():
+        for at in range(12):
+            taken.append(at)
+            yield job(text, at % 4, KINDS["guided"] if at % 3 else PLAIN, [at], name=at)
+
+    ended = []
+    for picture in Scheduler(decoder, rows=2).run(jobs()):
+        ended.append(picture)
+        assert len(taken) <= len(ended) + 4  # those in the batch, and as many as it has rows
+    assert sorted(picture.name for picture in ended) == list(range(12))
+    expected = [alone(decoder, one)[0][0] for one in jobs()]
+    assert all(torch.equal(picture.image_tokens, expected[picture.name]) for picture in ended)
+
+
+def test_a_picture_of_two_tokens_without_a_begin_slot(text):
+    decoder = CachedDecoder(tiny.decoder_only(begin_of_image=False, grid=(1, 2)))
+    scheduler = Scheduler(decoder, rows=2)
+    first = SamplingParams(guidance_scale=3.0, guidance_end=0.5)  # guidance acts on token 0 alone, which no step computes
+    jobs = {scheduler.submit(one): one for one in (job(text, 0, first, range(3)), job(text, 1, KINDS["guided"], [4]))}
+    check_equal(decoder, jobs, list(scheduler.run()))
+
+
+def test_pictures_of_one_token_without_a_begin_slot_need_no_step(text):
+    decoder = CachedDecoder(tiny.decoder_only(begin_of_image=False, grid=(1, 1)))
+    scheduler = Scheduler(decoder, rows=2)
+    jobs = {scheduler.submit(one): one for one in (job(text, 0, KINDS["guided"], range(3)), job(text, 1, PLAIN, [4]))}
+    check_equal(decoder, jobs, list(scheduler.run()))
+    assert scheduler.forwards == 0
+
+
+LAYOUT = torch.zeros(2, 6, dtype=torch.int64)
+
+
+def ones(captions: int, length: int) -> TextBatch:
+    return TextBatch(torch.ones(captions, length, dtype=torch.int64), torch.ones(captions, length, dtype=torch.bool))
+
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"params": SamplingParams(guidance_scale=2.0)}, "needs 2 rows, and there is 1"),
+    ({"seeds": []}, "without seeds"),
+    ({"seeds": [1, -1]}, "got -1"),
+    ({"seeds": [True]}, "got True"),
+    ({"seeds": [1 << 63]}, "whole number"),
+    ({"layout": LAYOUT[:1]}, r"\(1, 6\) numbers for 2 pictures"),
+    ({"layout": LAYOUT[:, :5]}, "reads 6 a picture"),
+    ({"layout": LAYOUT - 1}, "0 to 4, found -1"),
+    ({"layout": LAYOUT + 5}, "0 to 4, found 5"),
+    ({"captions": ones(2, 12)}, "one caption of 12"),
+    ({"unguided": ones(1, 5)}, "unguided: a job has one"),
+])
+def test_a_job_that_can_never_be_drawn_is_refused(text, change, words):
+    model, _, _ = build("encoder-decoder layout")
+    scheduler = Scheduler(CachedDecoder(model), rows=1)
+    good = job(text, 0, PLAIN, [1, 2], LAYOUT)
+    with pytest.raises(UserError, match=words):
+        scheduler.submit(PictureJob(**{**vars(good), **change}))
+    assert scheduler.waiting == 0
+    scheduler.submit(good)
+
+
+def test_guidance_of_a_sampled_layout_alone_needs_two_rows_too(text):
+    model, _, _ = build("encoder-decoder layout")
+    scheduler = Scheduler(CachedDecoder(model), rows=1)
+    first = SamplingParams(guidance_scale=2.0, guidance_schedule="linear", guidance_end=0.1)
+    scheduler.submit(job(text, 0, PLAIN, [1]))
+    with pytest.raises(UserError, match="needs 2 rows"):
+        scheduler.submit(job(text, 0, first, [1]))
+
+
+def test_a_layout_for_a_model_without_is_refused(decoder, text):
+    with pytest.raises(UserError, match="without layouts"):
+        Scheduler(decoder, 2).submit(job(text, 0, PLAIN, [1, 2], LAYOUT))
+
+
+@pytest.mark.parametrize("rows", [0, -1, 1.5, True, "2"])
+def test_rows_must_be_a_number(decoder, rows):
+    with pytest.raises(UserError, match="rows must be"):
+        Scheduler(decoder, rows)
