@@ -342,8 +342,9 @@ def _working(config: TransformerConfig, sizes: _Sizes, work: Workload) -> int:
     logits = work.rows * work.window * config.codebook_size * (4 + (number if number != 4 else 0))
     drawing = work.pictures * work.window * config.codebook_size * DRAWING_BYTES
     tokens = work.pictures * (config.num_tokens + config.layout_tokens) * 3 * 8  # random numbers, drawn ids, ids together
+    tables = sizes.slots * (config.width * number + config.head_dim * 4)  # positions and angles, worked out from parameters
     unpacked = sizes.largest * number if work.weights != "float32" else 0
-    return max(encoding, steps + logits + drawing) + tokens + unpacked
+    return max(encoding, steps + logits + drawing) + tokens + tables + unpacked
 
 
 @lru_cache(maxsize=32)

@@ -137,8 +137,8 @@ LARGE_CODEBOOK, LARGE_GRID = {"codebook_size": 20_000}, {"grid": (16, 16)}
 
 @pytest.mark.parametrize("captions", [1, 8])
 @pytest.mark.parametrize(("make", "changes", "nearest"), [
-    (tiny.seq2seq, {}, 1.9), (tiny.seq2seq, LARGE_CODEBOOK, 1.25), (tiny.seq2seq, LARGE_GRID, 1.15),
-    (tiny.seq2seq, {**LARGE_GRID, "kv_heads": 1}, 1.25), (tiny.decoder_only, LARGE_GRID, 1.1),
+    (tiny.seq2seq, {}, 2.5), (tiny.seq2seq, LARGE_CODEBOOK, 1.25), (tiny.seq2seq, LARGE_GRID, 1.15),
+    (tiny.seq2seq, {**LARGE_GRID, "kv_heads": 1}, 1.3), (tiny.decoder_only, LARGE_GRID, 1.1),
     (tiny.decoder_only, {**LARGE_GRID, "attention": ("row",)}, 1.1), (tiny.seq2seq, LAYOUT, 2.5)])
 def test_drawing_holds_what_is_predicted(make, changes, nearest, captions):
     """Of everything that drawing 8 pictures makes, the most at once is at most the prediction, and not far below it."""

@@ -1,0 +1,138 @@
+"""What `benchmarks decode` draws with: a reference shape, a preset, or a trained model folder."""
+
+# Axes: B pictures, s tokens drawn, T text ids
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.decode_peers import PEERS, make_peer, peer_work
+from benchmarks.decode_reference import Work, make_model, make_work
+from seq2seq import EncoderDecoder, TextBatch
+from seq2seq.presets import PRESETS
+from tokenloom_common.errors import UserError, nearest_name
+
+REFERENCE: dict[str, Any] = {
+    "text_vocab_size": 4096, "text_length": 32, "codebook_size": 8192, "grid": (16, 16), "width": 512, "heads": 8,
+    "head_dim": 64, "encoder_layers": 2, "decoder_layers": 12, "feedforward": "swiglu", "feedforward_multiplier": 8 / 3,
+    "feedforward_bias": False, "norm": "rmsnorm", "qk_norm": False, "rotary": "none", "learned_positions": True,
+    "image_positions": "flat"}
+"""57M numbers in decoder and output layer; what x-transformers' wrapper can express too."""
+QUICK = REFERENCE | {"text_vocab_size": 256, "codebook_size": 1024, "grid": (8, 8), "width": 128, "heads": 4, "head_dim": 32,
+                     "encoder_layers": 1, "decoder_layers": 3}
+GIVEN_TO_PRESETS = {"text_vocab_size": 50_264, "text_length": 64, "codebook_size": 16_384, "grid": (16, 16)}
+"""DALL-E mini's, for any preset."""
+SMALL = {"decoder_layers": 2, "encoder_layers": 1, "codebook_size": 512, "text_vocab_size": 512}
+"""What the copy that results are verified on has less of. min-dalle fixes its codebook."""
+PROMPTS = ("a red heart", "a smiling face", "octopus", "a slice of pizza", "a blue car", "a black cat", "green apple", "rocket")
+
+
+class Subject:
+    """The model in the dtype that is timed, and its work."""
+
+    def __init__(self, name: str, model: EncoderDecoder, dtype: str, text: Any = None) -> None:
+        self.name, self.model, self.dtype, self._text = name, model, dtype, text
+
+    def work(self, pictures: int, tokens: int, guidance: float, one_caption: bool) -> Work:
+        """Captions of random ids; of PROMPTS for a trained model."""
+        if self._text is None:
+            captions, images = (1, pictures) if one_caption else (pictures, 1)
+            return make_work(self.model, captions, images, tokens, guidance)
+        captions = self._text.encode([PROMPTS[at % len(PROMPTS)] for at in range(pictures)])
+        return Work(captions, self._text.null_caption(), 1, tokens, guidance)
+
+    def peer_shape_differs(self, name: str) -> bool:
+        """Whether a peer cannot have our positions, and so has weights of its own."""
+        return "x-transformers" in name and self.model.config.rotary == "2d"
+
+    def peer_model(self, name: str) -> EncoderDecoder:
+        """The model that a peer is built from."""
+        if not self.peer_shape_differs(name):
+            return self.model
+        config = {**self.model.config.model_dump(), "rotary": "1d"}
+        return make_model(config, self.model.to_logits.weight.device.type, self.dtype)
+
+    def peer_work(self, name: str, work: Work) -> Work:
+        """The same work, as a peer's weights read it."""
+        return work
+
+    def caption_slots(self, pictures: int) -> int:
+        """Text slots that a row reads across: the longest caption's."""
+        return int(self.work(pictures, 1, 1.0, False).captions.text_mask.sum(dim=1).max())
+
+    def small_model(self) -> EncoderDecoder:
+        """A small float32 model of the same kind with random weights, to verify results on."""
+        config = self.model.config
+        fewer = {key: min(value, getattr(config, key)) for key, value in SMALL.items() if getattr(config, key)}
+        if self.name == "dalle-mini":
+            fewer.pop("codebook_size")
+        small = {**config.model_dump(), **fewer, **({"rotary": "1d"} if config.rotary == "2d" else {})}
+        return make_model(small, self.model.to_logits.weight.device.type, "float32")
+
+    def small_work(self, model: EncoderDecoder, guidance: float) -> Work:
+        """Three pictures of 16 tokens."""
+        return make_work(model, 3, 1, min(16, model.config.num_tokens), guidance)
+
+    def verify_peer(self, name: str, small: EncoderDecoder) -> dict[str, Any]:
+        """A peer's own proof that it does our work, on the small model."""
+        peer = make_peer(name, small)
+        tokens = small.config.num_tokens if peer.one_caption else min(16, small.config.num_tokens)
+        return peer.verify(peer_work(peer, small, 2, tokens, 3.0))
+
+    def facts(self) -> dict[str, Any]:
+        """Size and shape."""
+        config = self.model.config
+        layers = sum(part.numel() for part in self.model.decoder.parameters())
+        return {"name": self.name, "trained": self._text is not None,
+                "decoder_parameters": layers + self.model.to_logits.weight.numel(),
+                "layers": config.decoder_layers, "width": config.width, "grid": list(config.grid),
+                "codebook_size": config.codebook_size, "text_length": config.text_length}
+
+    def notes(self) -> list[str]:
+        """What a reader should know."""
+        if any(self.peer_shape_differs(name) for name in PEERS):
+            return ["x-transformers has no 2d rotary: its model has the same shape with rotary 1d and random weights"]
+        return []
+
+
+def subject_of(name: str, quick: bool, device: str, dtype: str) -> Subject:
+    """The subject of that name. UserError for an unknown preset, a decoder-only one, or a folder that is no model."""
+    if name == "reference":
+        return Subject(name, make_model(QUICK if quick else REFERENCE, device, dtype), dtype)
+    if name in PRESETS:
+        values = dict(PRESETS[name])
+        if values.pop("kind") != EncoderDecoder.kind:
+            raise UserError(f"--model {name}: peers are encoder-decoders; choose a preset that is one")
+        values["dropout"] = 0.0
+        return Subject(name, make_model(values | GIVEN_TO_PRESETS, device, dtype), dtype)
+    if not Path(name).is_dir():
+        raise UserError(f"--model {name}: neither a model folder nor a preset{nearest_name(name, PRESETS)}")
+    from inference.model_folder import load_model_folder
+
+    parts = load_model_folder(name, device)
+    if not isinstance(parts.seq2seq, EncoderDecoder):
+        raise UserError(f"--model {name}: peers are encoder-decoders; this model is {parts.seq2seq.kind}")
+    model = parts.seq2seq.to(harness.DTYPES[dtype]).requires_grad_(False)
+    return Subject(name, model, dtype, _OnDevice(parts.text_tokenizer, device))
+
+
+class _OnDevice:
+    """A text tokenizer whose batches are where the model is."""
+
+    def __init__(self, source: Any, device: str) -> None:
+        self._source, self._device = source, device
+
+    def encode(self, captions: list[str]) -> TextBatch:
+        return self._moved(self._source.encode(captions))
+
+    def null_caption(self) -> TextBatch:
+        return self._moved(self._source.null_caption())
+
+    def _moved(self, batch: TextBatch) -> TextBatch:
+        parts: list[Tensor] = [torch.as_tensor(part).to(self._device) for part in batch]
+        return TextBatch(*parts)
