@@ -31,6 +31,7 @@ from benchmarks.decode_peers import PEERS, Peer, make_peer, missing, peer_versio
 from benchmarks.decode_reference import Work
 from benchmarks.decode_subject import Subject, subject_of
 from benchmarks.harness import Case, Timing, speed_ratio, time_alternating
+from inference.memory import Workload, estimate
 from tokenloom_common.errors import OneLineParser, RunFailedError, UserError, choose
 
 GUIDANCE = {"on": (3.0,), "off": (1.0,), "both": (1.0, 3.0)}
@@ -163,6 +164,27 @@ def _row(bench: Bench, limits: Limits, name: str, pictures: int, guidance: float
                   "tokens_per_step": round(bench.tokens / engine.forwards, 3) if mode.window > 1 else 1.0}
 
 
+def memory(bench: Bench) -> list[dict[str, Any]]:
+    """What sampling was predicted to need beyond the weights, and what a fresh process needed, for the largest of up to 8
+    pictures; none for a trained folder or on CUDA, whose weights a child process would load again."""
+    options, pictures = bench.options, max((batch for batch in bench.options.batches if batch <= 8), default=None)
+    if pictures is None or bench.subject.trained or options.device != "cpu":
+        return []
+    rows = []
+    for guidance in GUIDANCE[options.guidance]:
+        say(f"memory, batch {pictures}, guidance {guidance:g}")
+        config = bench.subject.model.config
+        work = Workload(pictures, pictures, guidance != 1, weights=options.dtype)
+        predicted = estimate(config, None, work)
+        measured = harness.peak_memory("benchmarks.decode_engines:our_case", {
+            "pictures": pictures, "tokens": config.num_tokens, "guidance": guidance, "config": config.model_dump(mode="json"),
+            "device": options.device, "dtype": options.dtype}, options.device, options.threads)
+        weights, beyond = (round(part / harness.MIB, 2) for part in (predicted.weights, predicted.drawing))
+        rows.append({"batch": pictures, "guidance": guidance, "weights_mib": weights, "predicted_mib": beyond,
+                     "measured_mib": measured, "of_weights_and_predicted": round((weights + measured) / (weights + beyond), 4)})
+    return rows
+
+
 def _best(timed: dict[str, Timing], peer: str) -> str | None:
     """The fastest variant of a peer, for example of transformers with one cache or another; None if none was timed."""
     variants = [name for name in timed if name.split(",")[0] == peer]
@@ -184,6 +206,7 @@ def measure(options: Options) -> dict[str, Any]:
     document["verification"] = verification(bench)
     document["ok"] = all(row["ok"] for row in document["verification"])
     document["results"] = speed(bench, limits) if document["ok"] else []
+    document["memory"] = memory(bench) if document["ok"] else []
     for key in RATIOS:
         document[key] = {_label(row): row["ratios"][key] for row in document["results"] if key in row["ratios"]}
     document["fraction_of_limit"] = {_label(row): row["fraction_of_limit"] for row in document["results"]
@@ -204,6 +227,8 @@ def show(document: dict[str, Any]) -> None:
         print("image tokens, from text ids on (ratios above 1: ours is faster; fraction_of_limit: the machine's least time / "
               "ours)")
         print(harness.table(flat) + "\n")
+    if document["memory"]:
+        print("memory beyond the weights (MiB)\n" + harness.table(document["memory"]) + "\n")
     limits = document["limits"]
     print(f"this machine reads {limits['weight_streaming_gb_per_s']} GB/s and multiplies {limits['matmul_gflop_per_s']} "
           "GFLOP/s")

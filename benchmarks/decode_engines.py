@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import harness
 from benchmarks.decode_reference import TOP_K, Work, are_codes, forced_logits, make_model, make_work, verdict
 from benchmarks.harness import SEED, Case
 from inference.calibration import fastest_storage
@@ -91,8 +90,3 @@ def our_case(pictures: int, tokens: int, guidance: float, config: dict[str, Any]
     work = make_work(model, pictures, 1, tokens, guidance)
     del model
     return lambda: engine.sample(work, window)
-
-
-def times(cases: dict[str, Case], repeats: int, device: str) -> dict[str, harness.Timing]:
-    """As `harness.time_alternating`; an engine's own warm-up is its first run."""
-    return harness.time_alternating(cases, repeats, device)

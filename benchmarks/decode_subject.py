@@ -46,6 +46,11 @@ class Subject:
         captions = self._text.encode([PROMPTS[at % len(PROMPTS)] for at in range(pictures)])
         return Work(captions, self._text.null_caption(), 1, tokens, guidance)
 
+    @property
+    def trained(self) -> bool:
+        """Whether it is a model folder."""
+        return self._text is not None
+
     def peer_shape_differs(self, name: str) -> bool:
         """Whether a peer cannot have our positions, and so has weights of its own."""
         return "x-transformers" in name and self.model.config.rotary == "2d"
@@ -88,7 +93,7 @@ class Subject:
         """Size and shape."""
         config = self.model.config
         layers = sum(part.numel() for part in self.model.decoder.parameters())
-        return {"name": self.name, "trained": self._text is not None,
+        return {"name": self.name, "trained": self.trained,
                 "decoder_parameters": layers + self.model.to_logits.weight.numel(),
                 "layers": config.decoder_layers, "width": config.width, "grid": list(config.grid),
                 "codebook_size": config.codebook_size, "text_length": config.text_length}
