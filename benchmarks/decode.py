@@ -201,7 +201,7 @@ def measure(options: Options) -> dict[str, Any]:
         "environment": harness.environment(options.device, options.dtype), "peers": bench.peer_facts,
         "limits": {"weight_streaming_gb_per_s": round(limits.bytes_per_s / 1e9, 2),
                    "matmul_gflop_per_s": round(limits.flops_per_s / 1e9, 1)},
-        "subject": bench.subject.facts() | {"storage": bench.ours[False].storage if False in bench.ours else None},
+        "subject": bench.subject.facts() | {"way": bench.ours[False].way._asdict()},
         "notes": bench.subject.notes()}
     document["verification"] = verification(bench)
     document["ok"] = all(row["ok"] for row in document["verification"])

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from benchmarks.decode_reference import TOP_K, Work, are_codes, forced_logits, make_model, make_work, verdict
 from benchmarks.harness import SEED, Case
-from inference.calibration import fastest_storage
+from inference.calibration import fastest_way
 from inference.decoder import CachedDecoder
 from inference.generate import Generation, Request, token_steps
+from inference.projection import Way
 from inference.sampling import SamplingParams
 from seq2seq import EncoderDecoder
 
@@ -43,8 +44,9 @@ class OurEngine:
         on_cpu = model.to_logits.weight.device.type == "cpu"
         width = model.config.width
         float32 = model.to_logits.weight.dtype == torch.float32
-        self.storage = fastest_storage(width, 4 * width, torch.get_num_threads()) if on_cpu and float32 and not int8 else "rows"
-        self.decoder = CachedDecoder(model, int8=int8, storage=self.storage)
+        measured = on_cpu and float32 and not int8
+        self.way = fastest_way(width, 4 * width, torch.get_num_threads()) if measured else Way()
+        self.decoder = CachedDecoder(model, int8=int8, way=self.way)
         self.int8 = int8
         self.forwards = 0
 

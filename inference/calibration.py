@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,12 +11,18 @@ from typing import TypeVar
 
 import torch
 
-from inference.projection import Storage
+from inference.projection import Way
 
 Name = TypeVar("Name")
 MEASURED_BYTES = 48 * 1024 * 1024  # of matrices: more than a core's caches, so that streaming them is what is measured
 SMALL_MATRIX = 256 * 1024  # numbers; below it the storage makes no difference worth a measurement
-ROWS = (1, 2, 8)  # a picture, a guided picture, a batch
+ROWS = (1, 2, 8, 16)  # a picture, a guided picture, a batch, a guided batch or a window
+LEAST_FLIPPED = 16
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+PRODUCTS: dict[str, Product] = {
+    "rows": lambda matrix, x: torch.mm(x, matrix.t()), "columns": lambda matrix, x: torch.mm(x, matrix),
+    "vector": lambda matrix, x: torch.mv(matrix, x[0]), "flipped": lambda matrix, x: torch.mm(matrix, x.t()).t().contiguous()}
+"""Ways to multiply rows x with a matrix; `columns` takes it transposed."""
 
 
 def fastest(candidates: Mapping[Name, Callable[[], object]], repeats: int = 5,
@@ -34,28 +41,39 @@ def fastest(candidates: Mapping[Name, Callable[[], object]], repeats: int = 5,
 
 
 @lru_cache(maxsize=8)
-def fastest_storage(inputs: int, outputs: int, threads: int) -> Storage:
-    """How float32 matrices [outputs, inputs] should lie in memory for few rows at a time: the storage whose times over 1, 2
-    and 8 rows, each against the better one's, add up to less. threads: torch's current count, which the answer is for."""
+def fastest_way(inputs: int, outputs: int, threads: int) -> Way:
+    """How float32 matrices [outputs, inputs] should lie in memory and be multiplied with few rows: the storage whose best times
+    over ROWS, each against the best of all, add up to less. threads: torch's current count, which the answer is for."""
     if inputs * outputs < SMALL_MATRIX:
-        return "rows"
-    count = max(2, MEASURED_BYTES // (4 * inputs * outputs))
+        return Way()
     generator = torch.Generator().manual_seed(0)
-    plain = [torch.randn(outputs, inputs, generator=generator).t() for _ in range(count)]
-    stored: dict[Storage, list[torch.Tensor]] = {"rows": plain, "columns": [matrix.contiguous() for matrix in plain]}
-    total = dict.fromkeys(stored, 0.0)
+    count = max(2, MEASURED_BYTES // (4 * inputs * outputs))
+    plain = [torch.randn(outputs, inputs, generator=generator) for _ in range(count)]
+    columns = [matrix.t().contiguous() for matrix in plain]
+    relative: dict[int, dict[str, float]] = {}
     with torch.inference_mode():
         for rows in ROWS:
             x = torch.randn(rows, inputs, generator=generator)
-            best, medians = fastest({name: partial(_multiply, x, matrices) for name, matrices in stored.items()})
-            for name, median in medians.items():
-                total[name] += median / medians[best]
-    return min(total, key=lambda name: total[name])
+            ways = {name: partial(_each, columns if name == "columns" else plain, multiply, x)
+                    for name, multiply in PRODUCTS.items()
+                    if (name != "vector" or rows == 1) and (name != "flipped" or rows >= LEAST_FLIPPED)}
+            best, medians = fastest(ways)
+            relative[rows] = {name: median / medians[best] for name, median in medians.items()}
+    return _chosen(relative)
 
 
-def _multiply(x: torch.Tensor, matrices: list[torch.Tensor]) -> None:
+def _chosen(relative: dict[int, dict[str, float]]) -> Way:
+    """From the time of each way, by rows, as a multiple of the fastest one's."""
+    with_rows = sum(min(time for name, time in times.items() if name != "columns") for times in relative.values())
+    if sum(times["columns"] for times in relative.values()) < with_rows:
+        return Way("columns")
+    flipped = [rows for rows, times in relative.items() if times.get("flipped", math.inf) < times["rows"]]
+    return Way("rows", relative[1]["vector"] < relative[1]["rows"], min(flipped, default=0))
+
+
+def _each(matrices: list[torch.Tensor], multiply: Product, x: torch.Tensor) -> None:
     for matrix in matrices:
-        torch.mm(x, matrix)
+        multiply(matrix, x)
 
 
 def fastest_threads(step: Callable[[], object], most: int) -> int:

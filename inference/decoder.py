@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inference.decoder_layers import CrossAttention, FeedForward, Norm, SelfAttention, Slots
 from inference.kv_cache import CaptionMemory, SelfCache
-from inference.projection import Storage, project
+from inference.projection import Way, project
 from inference.slots import RowSlots, SharedSlots
 from seq2seq import DecoderOnly, EncoderDecoder, ImageTransformer, TextBatch
 from seq2seq.layers import layer_blocks
@@ -26,21 +26,21 @@ class CachedDecoder:
     """Takes a transformer in eval mode over: its parameters become views of fused ones, with the same names and values.
 
     int8: the decoder's matrices in 8 bits (`inference.projection.Int8Projection`); embeddings and the text encoder stay.
-    storage: how float matrices lie in memory; `inference.calibration` says which is faster here.
+    way: how float matrices lie in memory and are multiplied; `inference.calibration` says what is fastest here.
     """
 
-    def __init__(self, model: ImageTransformer, int8: bool = False, storage: Storage = "rows") -> None:
+    def __init__(self, model: ImageTransformer, int8: bool = False, way: Way = Way()) -> None:  # noqa: B008  (a tuple)
         self.model = model
         self.config = config = model.config
         self.kv_heads = config.kv_heads or config.heads
         self.crosses = isinstance(model, EncoderDecoder)
-        shape = (config.heads, self.kv_heads, config.head_dim, int8, storage)
+        shape = (config.heads, self.kv_heads, config.head_dim, int8, way)
         self.layers: list[tuple[SelfAttention, CrossAttention | None, FeedForward]] = []
         for blocks in layer_blocks(model.decoder, cross_attend=self.crosses):
             cross = CrossAttention(blocks[1], *shape) if self.crosses else None
-            self.layers.append((SelfAttention(blocks[0], *shape), cross, FeedForward(blocks[-1], int8, storage)))
+            self.layers.append((SelfAttention(blocks[0], *shape), cross, FeedForward(blocks[-1], int8, way)))
         self.final_norm = Norm(model.decoder.final_norm)
-        self.to_logits = project(model, ("to_logits",), int8, storage)
+        self.to_logits = project(model, ("to_logits",), int8, way)
         table = model.image_embedding.weight.detach()
         self._embedding = table
         if model.begin_of_image_slot:  # the begin slot is one more entry, K, so that no step asks whether it is the first

@@ -32,8 +32,9 @@ from tokenloom_common.errors import UserError, choose
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 """Precision of the decoder's matrices -> bytes a number."""
-FIRST_USE = 16 << 20
-"""Bytes that the first use of a process's kernels takes once: thread pools and scratch (15 MiB measured, torch 2.13, CPU)."""
+FIRST_USE = 24 << 20
+"""Bytes that the first use of a process's kernels takes once: thread pools and scratch (15 MiB measured in float32 and 21 in
+bfloat16, torch 2.13, CPU)."""
 DRAWING_BYTES = 48
 """Bytes of a number of the guided logits [B, K] while a token is drawn: filtered, sorted with its order, with its noise (37 at
 most of several samplers, counted on the CPU)."""
@@ -391,18 +392,19 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class Alive(TorchDispatchMode):
-    """Adds up the memory of the tensors that operations make, until each is freed."""
+    """Adds up the memory of the tensors that operations make on the model's device, until each is freed."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self._device = next(model.parameters()).device
         # a view of a weight is no new memory; the tensors stay referenced, so that no new one gets an old one's number
         self._known = {tensor.untyped_storage()._cdata: 0 for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device == self._device:
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
         return out

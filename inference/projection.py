@@ -9,7 +9,7 @@ names and values and nothing is held twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +36,26 @@ class Projection(Protocol):
         ...
 
 
+class Way(NamedTuple):
+    """How float matrices lie in memory, and how few rows are multiplied with them; `inference.calibration` measures it.
+
+    With storage `rows`: vector, whether one row is a product of the matrix and a vector; flipped_from, the number of rows from
+    which W x^T is computed in the place of x W^T (0 = never).
+    """
+
+    storage: Storage = "rows"
+    vector: bool = False
+    flipped_from: int = 0
+
+
 class FloatProjection:
     """One matrix for one or more `nn.Linear` with the same inputs, outputs one after another."""
 
-    def __init__(self, sources: Sequence[nn.Linear], storage: Storage = "rows") -> None:
+    def __init__(self, sources: Sequence[nn.Linear], way: Way = Way()) -> None:  # noqa: B008  (a tuple)
         fused = _fused([source.weight.detach() for source in sources])  # [O, I]
-        self.weight_t = fused.t() if storage == "rows" else fused.t().contiguous()  # [I, O]
+        self.weight_t = fused.t() if way.storage == "rows" else fused.t().contiguous()  # [I, O]
         self.bias = _fused_bias(sources)
-        self._one_row = storage == "rows" and fused.device.type == "cpu"  # where a product with one vector has a faster kernel
+        self._way = way
         start = 0
         for source in sources:
             end = start + source.out_features
@@ -51,20 +63,26 @@ class FloatProjection:
             start = end
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._one_row and len(x) == 1:
-            out = torch.mv(self.weight_t.t(), x[0])
-            return (out if self.bias is None else out.add_(self.bias)).unsqueeze(0)
+        out = self._special(x)
+        if out is not None:
+            return out if self.bias is None else out.add_(self.bias)
         return torch.mm(x, self.weight_t) if self.bias is None else torch.addmm(self.bias, x, self.weight_t)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        out = self._special(x)
+        out = torch.addmm(residual, x, self.weight_t) if out is None else out.add_(residual)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def _special(self, x: Tensor) -> Tensor | None:
+        if self._way.vector and len(x) == 1:
+            return torch.mv(self.weight_t.t(), x[0]).unsqueeze(0)
+        if self._way.flipped_from and len(x) >= self._way.flipped_from:
+            return torch.mm(self.weight_t.t(), x.t()).t().contiguous()
+        return None
 
     @property
     def size(self) -> tuple[int, int]:
         return self.weight_t.numel(), self.weight_t.nbytes
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if self._one_row and len(x) == 1:
-            return self(x).add_(residual)
-        out = torch.addmm(residual, x, self.weight_t)
-        return out if self.bias is None else out.add_(self.bias)
 
 
 class Int8Linear(nn.Module):
@@ -142,11 +160,11 @@ def _fused_bias(sources: Sequence[nn.Linear]) -> Tensor | None:
                    for source, bias in zip(sources, biases, strict=True)])
 
 
-def project(parent: nn.Module, names: Sequence[str], int8: bool, storage: Storage) -> Projection:
+def project(parent: nn.Module, names: Sequence[str], int8: bool, way: Way) -> Projection:
     """The `nn.Linear` layers `names` of `parent` as one matrix, and in their places what shares its memory."""
     sources = [getattr(parent, name) for name in names]
     if not int8:
-        return FloatProjection(sources, storage)
+        return FloatProjection(sources, way)
     fused = Int8Projection(sources)
     for name, replacement in zip(names, fused.replacements(sources), strict=True):
         setattr(parent, name, replacement)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from inference import calibration
-from inference.calibration import fastest, fastest_storage, fastest_threads
+from inference.calibration import fastest, fastest_threads, fastest_way
+from inference.projection import Way
 
 
 class Clock:
@@ -35,24 +36,28 @@ def test_the_least_median_wins_and_the_warm_up_does_not_count():
     assert medians == {"a": 1, "b": 2, "c": 3}
 
 
-@pytest.mark.parametrize(("slow", "expected"), [("rows", "columns"), ("columns", "rows")])
-def test_the_storage_that_multiplies_faster_is_chosen(monkeypatch, slow, expected):
+@pytest.mark.parametrize(("slow", "expected"), [
+    ((), Way("rows")), (("rows",), Way("columns")), (("rows", "columns"), Way("rows", True, 16)), (("columns",), Way("rows")),
+    (("rows", "vector", "flipped"), Way("columns")), (("rows", "columns", "flipped"), Way("rows", True))])
+def test_what_multiplies_faster_is_chosen(monkeypatch, slow, expected):
     seen = []
 
     def measured(candidates, repeats=5):
-        seen.append(list(candidates))
-        times = {name: 2.0 if name == slow else 1.0 for name in candidates}
+        for candidate in candidates.values():
+            candidate()
+        seen.append(sorted(candidates))
+        times = {name: 2.0 if name in slow else 1.0 for name in candidates}
         return min(times, key=times.get), times
 
     monkeypatch.setattr(calibration, "fastest", measured)
     monkeypatch.setattr(calibration, "MEASURED_BYTES", 1)
-    assert fastest_storage.__wrapped__(512, 600, 1) == expected
-    assert seen == [["rows", "columns"]] * len(calibration.ROWS)
+    assert fastest_way.__wrapped__(512, 600, 1) == expected
+    assert seen == [["columns", "rows", "vector"], ["columns", "rows"], ["columns", "rows"], ["columns", "flipped", "rows"]]
 
 
 def test_small_matrices_are_not_measured(monkeypatch):
     monkeypatch.setattr(calibration, "fastest", lambda *a: pytest.fail("measured"))
-    assert fastest_storage.__wrapped__(64, 256, 1) == "rows"
+    assert fastest_way.__wrapped__(64, 256, 1) == Way()
 
 
 def test_threads_are_tried_at_powers_of_two_and_the_most_and_left_at_the_best(monkeypatch):

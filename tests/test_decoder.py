@@ -8,6 +8,7 @@ import torch
 from inference.decoder import CachedDecoder
 from inference.generate import Request
 from inference.generate import generate_tokens as generate_request
+from inference.projection import Way
 from inference.sampling import SamplingParams, guide
 from seq2seq import DecoderOnly, TextBatch, load_transformer
 from tests import tiny
@@ -322,12 +323,15 @@ def test_the_model_computes_the_same_after_the_decoder_took_its_weights_over(sha
     names = [name for name, _ in model.named_parameters()]
     with torch.no_grad():
         before = model(*text, image_tokens, layout).image
-        for storage in ("columns", "rows"):
-            decoder = CachedDecoder(model, storage=storage)
+        for way in (Way("columns"), Way("rows", True), Way("rows", False, 3)):
+            decoder = CachedDecoder(model, way=way)
             assert (model(*text, image_tokens, layout).image - before).abs().max() < 1e-5
             model.decoder.layers[0][1].to_q.weight.mul_(1.5)  # shared, not copied
             changed = model(*text, image_tokens, layout).image
             assert (cached_with(decoder, text, image_tokens, layout) - changed).abs().max() < 1e-4
+            one = TextBatch(*(part[:1] for part in text))
+            alone = cached_with(decoder, one, image_tokens[:1], None if layout is None else layout[:1])
+            assert (alone - changed[:1]).abs().max() < 1e-4
             model.decoder.layers[0][1].to_q.weight.div_(1.5)
     assert [name for name, _ in model.named_parameters()] == names
     model.save_pretrained(tmp_path / "m")
