@@ -16,7 +16,8 @@ from torch import Tensor
 
 from inference.decoder_layers import CrossAttention, FeedForward, Norm, SelfAttention, Slots
 from inference.kv_cache import CaptionMemory, SelfCache
-from inference.projection import Way, project
+from inference.large_pages import LargePages
+from inference.projection import Plan, Way, project
 from inference.slots import RowSlots, SharedSlots
 from seq2seq import DecoderOnly, EncoderDecoder, ImageTransformer, TextBatch
 from seq2seq.layers import layer_blocks
@@ -34,13 +35,14 @@ class CachedDecoder:
         self.config = config = model.config
         self.kv_heads = config.kv_heads or config.heads
         self.crosses = isinstance(model, EncoderDecoder)
-        shape = (config.heads, self.kv_heads, config.head_dim, int8, way)
+        plan = Plan(int8, way, LargePages())
+        shape = (config.heads, self.kv_heads, config.head_dim, plan)
         self.layers: list[tuple[SelfAttention, CrossAttention | None, FeedForward]] = []
         for blocks in layer_blocks(model.decoder, cross_attend=self.crosses):
             cross = CrossAttention(blocks[1], *shape) if self.crosses else None
-            self.layers.append((SelfAttention(blocks[0], *shape), cross, FeedForward(blocks[-1], int8, way)))
+            self.layers.append((SelfAttention(blocks[0], *shape), cross, FeedForward(blocks[-1], plan)))
         self.final_norm = Norm(model.decoder.final_norm)
-        self.to_logits = project(model, ("to_logits",), int8, way)
+        self.to_logits = project(model, ("to_logits",), plan)
         table = model.image_embedding.weight.detach()
         self._embedding = table
         if model.begin_of_image_slot:  # the begin slot is one more entry, K, so that no step asks whether it is the first

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.kv_cache import CaptionMemory
-from inference.projection import Projection, Way, project
+from inference.projection import Plan, Projection, project
 from inference.slots import RowSlots, SharedSlots
 from seq2seq.layers import Block
 
@@ -77,13 +77,13 @@ class _Sublayer:
 class SelfAttention(_Sublayer):
     """Attention of image slots (and a decoder-only model's text) to the slots before them."""
 
-    def __init__(self, block: Block, heads: int, kv_heads: int, head_dim: int, int8: bool, way: Way) -> None:
+    def __init__(self, block: Block, heads: int, kv_heads: int, head_dim: int, plan: Plan) -> None:
         super().__init__(block)
         attention = block.block
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.pattern, self.blind_slots = attention.attend.pattern, attention.attend.blind_slots
-        self.qkv = project(attention, ("to_q", "to_k", "to_v"), int8, way)
-        self.out = project(attention, ("to_out",), int8, way)
+        self.qkv = project(attention, ("to_q", "to_k", "to_v"), plan)
+        self.out = project(attention, ("to_out",), plan)
         self.head_norm = None if attention.q_rmsnorm is None else HeadNorm(attention.q_rmsnorm, attention.k_rmsnorm)
 
     def __call__(self, hidden: Tensor, layer: int, slots: Slots) -> Tensor:
@@ -113,13 +113,13 @@ def _by_head(heads: Tensor, rows: int) -> Tensor:
 class CrossAttention(_Sublayer):
     """Attention of each row to its caption."""
 
-    def __init__(self, block: Block, heads: int, kv_heads: int, head_dim: int, int8: bool, way: Way) -> None:
+    def __init__(self, block: Block, heads: int, kv_heads: int, head_dim: int, plan: Plan) -> None:
         super().__init__(block)
         attention = block.block
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.query = project(attention, ("to_q",), int8, way)
-        self.key_value = project(attention, ("to_k", "to_v"), int8, way)
-        self.out = project(attention, ("to_out",), int8, way)
+        self.query = project(attention, ("to_q",), plan)
+        self.key_value = project(attention, ("to_k", "to_v"), plan)
+        self.out = project(attention, ("to_out",), plan)
         normed = attention.q_rmsnorm is not None
         self.query_norm = HeadNorm(attention.q_rmsnorm) if normed else None
         self.key_norm = HeadNorm(attention.k_rmsnorm) if normed else None
@@ -155,15 +155,15 @@ class CrossAttention(_Sublayer):
 class FeedForward(_Sublayer):
     """Gated or plain."""
 
-    def __init__(self, block: Block, int8: bool, way: Way) -> None:
+    def __init__(self, block: Block, plan: Plan) -> None:
         super().__init__(block)
         parts = [part for part in block.block.ff if not isinstance(part, nn.Dropout)]
         self.gated = hasattr(parts[0], "proj")
         self.activation = parts[0].act if self.gated else parts[0][-1]
-        self.up = project(parts[0], ("proj",) if self.gated else ("0",), int8, way)
+        self.up = project(parts[0], ("proj",) if self.gated else ("0",), plan)
         self.inner_norm = Norm(parts[1]) if len(parts) == 3 else None
         at = next(name for name, part in block.block.ff.named_children() if part is parts[-1])
-        self.out = project(block.block.ff, (at,), int8, way)
+        self.out = project(block.block.ff, (at,), plan)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         inner = self.up(self.normed(hidden))  # [M, inner (twice)]

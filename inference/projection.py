@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inference.large_pages import LargePages
+
 Storage = Literal["rows", "columns"]
 """How float matrices lie in memory: `rows` [O, I] as torch's Linear has them, or `columns` [I, O]."""
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -48,14 +50,23 @@ class Way(NamedTuple):
     flipped_from: int = 0
 
 
+class Plan(NamedTuple):
+    """How a decoder's matrices are made: in 8 bits or as they are, in which way, and where they are put."""
+
+    int8: bool
+    way: Way
+    pages: LargePages
+
+
 class FloatProjection:
     """One matrix for one or more `nn.Linear` with the same inputs, outputs one after another."""
 
-    def __init__(self, sources: Sequence[nn.Linear], way: Way = Way()) -> None:  # noqa: B008  (a tuple)
+    def __init__(self, sources: Sequence[nn.Linear], plan: Plan) -> None:
         fused = _fused([source.weight.detach() for source in sources])  # [O, I]
-        self.weight_t = fused.t() if way.storage == "rows" else fused.t().contiguous()  # [I, O]
+        rows = plan.way.storage == "rows"
+        self.weight_t = plan.pages.moved(fused).t() if rows else plan.pages.moved(fused.t().contiguous())  # [I, O]
         self.bias = _fused_bias(sources)
-        self._way = way
+        self._way = plan.way
         start = 0
         for source in sources:
             end = start + source.out_features
@@ -115,10 +126,10 @@ class Int8Projection:
     outliers). Elsewhere weights alone are rounded.
     """
 
-    def __init__(self, sources: Sequence[nn.Linear]) -> None:
+    def __init__(self, sources: Sequence[nn.Linear], plan: Plan) -> None:
         whole = _fused([source.weight.detach() for source in sources])
         scale = whole.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny).float() / 127  # [O]
-        self.weight = (whole.float() / scale[:, None]).round_().to(torch.int8)  # [O, I]
+        self.weight = plan.pages.moved((whole.float() / scale[:, None]).round_().to(torch.int8))  # [O, I]
         self.scale = scale.to(whole.dtype)
         self._scale_127 = self.scale / 127
         self.bias = _fused_bias(sources)
@@ -160,12 +171,12 @@ def _fused_bias(sources: Sequence[nn.Linear]) -> Tensor | None:
                    for source, bias in zip(sources, biases, strict=True)])
 
 
-def project(parent: nn.Module, names: Sequence[str], int8: bool, way: Way) -> Projection:
+def project(parent: nn.Module, names: Sequence[str], plan: Plan) -> Projection:
     """The `nn.Linear` layers `names` of `parent` as one matrix, and in their places what shares its memory."""
     sources = [getattr(parent, name) for name in names]
-    if not int8:
-        return FloatProjection(sources, way)
-    fused = Int8Projection(sources)
+    if not plan.int8:
+        return FloatProjection(sources, plan)
+    fused = Int8Projection(sources, plan)
     for name, replacement in zip(names, fused.replacements(sources), strict=True):
         setattr(parent, name, replacement)
     return fused

@@ -165,7 +165,7 @@ def test_every_preset_is_estimated_at_once(name):
 
 
 def test_parti_20b_needs_what_its_table_says():
-    """Table 1's 64 layers of 64 heads of 64, 256 + 1 slots, and two rows a picture: 0.54 GB of cache a picture in bfloat16."""
+    """Table 1's 64 layers of 64 heads of 64, 256 slots, two rows a picture: 0.54 GB of cache a picture in bfloat16."""
     found = estimate(preset("parti-20b"), None, Workload(pictures=1, weights="bfloat16"))
     assert found.self_cache == 2 * 64 * 64 * 64 * 256 * 2 * 2
     assert 41.0e9 < found.weights < 41.5e9

@@ -10,6 +10,7 @@ import torch
 
 from inference.decoder import CachedDecoder
 from inference.generate import Request, generate_tokens
+from inference.kv_cache import SelfCache
 from inference.picture_job import FailedPicture, FinishedPicture, PictureJob
 from inference.sampling import SamplingParams
 from inference.scheduler import KEPT_UNGUIDED, Scheduler
@@ -132,6 +133,17 @@ def test_a_job_larger_than_the_batch_is_drawn_in_parts(decoder, text):
     one = job(text, 0, KINDS["guided"], range(5))
     ticket = scheduler.submit(one)
     check_equal(decoder, {ticket: one}, list(scheduler.run()))
+
+
+def test_no_row_moves_without_need_and_no_step_looks_past_its_pictures(decoder, text, monkeypatch):
+    moved, ends, decode_at = [], [], CachedDecoder.decode_at
+    monkeypatch.setattr(SelfCache, "move_row", lambda self, *places: moved.append(places))
+    monkeypatch.setattr(CachedDecoder, "decode_at", lambda *args, end: ends.append(end) or decode_at(*args, end=end))
+    scheduler = Scheduler(decoder, rows=4)
+    scheduler.submit(job(text, 0, PLAIN, range(4)))
+    assert len(list(scheduler.run())) == 4
+    assert moved == []
+    assert ends == list(range(1, 17))
 
 
 @pytest.mark.parametrize(("jobs", "rows", "forwards"), [
@@ -273,24 +285,30 @@ def test_tokens_handed_out_stay_as_they_are(decoder, text):
 def test_what_a_row_held_before_does_not_matter(shape):
     model, text, _ = build(shape)
     decoder = CachedDecoder(model)
-    scheduler = Scheduler(decoder, rows=2)
+    scheduler = Scheduler(decoder, rows=4)
     for buffer in scheduler._buffers.tensors():
         if buffer.is_floating_point():
             buffer.fill_(float("nan"))
         elif buffer.dtype == torch.bool:
             buffer.fill_(False)
-    jobs = {scheduler.submit(one): one for one in (job(text, 2, KINDS["guided"], [1]), job(text, 0, PLAIN, [1, 2]))}
-    check_equal(decoder, jobs, list(scheduler.run()))
+    jobs, ended = {}, []
+    for one in (job(text, 2, KINDS["guided"], [1]), job(text, 0, PLAIN, [1, 2]), job(text, 2, PLAIN, [3])):
+        jobs[scheduler.submit(one)] = one  # the later ones are behind, so that slots and text are looked at that they hide
+        ended += [picture for _ in range(3) for picture in scheduler.step()]
+    check_equal(decoder, jobs, ended + list(scheduler.run()))
 
 
-def test_a_job_whose_numbers_are_broken_harms_nobody():
-    model, text, _ = build("encoder-decoder features")
+@pytest.mark.parametrize("shape", ["encoder-decoder features", "decoder-only llamagen"])
+def test_a_job_whose_numbers_are_broken_harms_nobody(shape):
+    model, text, _ = build(shape)
     decoder = CachedDecoder(model)
     broken = TextBatch(torch.full_like(text.text_input, float("nan")), text.text_mask)
     scheduler = Scheduler(decoder, rows=2)
-    lost = scheduler.submit(job(broken, 0, PLAIN, [0]))
-    jobs = {scheduler.submit(one): one for one in (job(text, 1, PLAIN, [1]), job(text, 2, PLAIN, [2, 3]))}
-    check_equal(decoder, jobs, [picture for picture in scheduler.run() if picture.ticket != lost])
+    ahead, lost = job(text, 1, PLAIN, range(3)), scheduler.submit(job(broken, 0, PLAIN, [0]))
+    ended = [picture for _ in range(8) for picture in scheduler.step()]
+    jobs = {scheduler.submit(one): one for one in (ahead, job(text, 2, PLAIN, range(3)))}  # some of them follow it in its row
+    ended += scheduler.run()
+    check_equal(decoder, jobs, [picture for picture in ended if picture.ticket != lost])
 
 
 def fails(monkeypatch, method: str, when):
@@ -424,13 +442,20 @@ def test_a_job_that_can_never_be_drawn_is_refused(text, change, words):
     scheduler.submit(good)
 
 
-def test_guidance_of_a_sampled_layout_alone_needs_two_rows_too(text):
-    model, _, _ = build("encoder-decoder layout")
-    scheduler = Scheduler(CachedDecoder(model), rows=1)
-    first = SamplingParams(guidance_scale=2.0, guidance_schedule="linear", guidance_end=0.1)
-    scheduler.submit(job(text, 0, PLAIN, [1]))
+def test_guidance_that_acts_on_a_sampled_layout_alone(text):
+    decoder = CachedDecoder(tiny.seq2seq(grid=(1, 2), layout_kind="classes", layout_classes=5, layout_grid=(2, 3)))
+    params = SamplingParams(guidance_scale=5.0, guidance_schedule="linear", guidance_end=0.4)  # tokens 1 and 2 of 6, none of 2
+    sampled, given = job(text, 0, params, [1]), job(text, 0, params, [1], LAYOUT[:1])
     with pytest.raises(UserError, match="needs 2 rows"):
-        scheduler.submit(job(text, 0, first, [1]))
+        Scheduler(decoder, rows=1).submit(sampled)
+    scheduler = Scheduler(decoder, rows=2)
+    jobs = {scheduler.submit(one): one for one in (given, given)}
+    check_equal(decoder, jobs, list(scheduler.run()))
+    assert scheduler.forwards == 2  # a row each
+    jobs = {scheduler.submit(one): one for one in (sampled, sampled)}
+    ended = scheduler.step()
+    assert (scheduler.active_rows, scheduler.waiting) == (1, 1)
+    check_equal(decoder, jobs, ended + list(scheduler.run()))
 
 
 def test_a_layout_for_a_model_without_is_refused(decoder, text):
