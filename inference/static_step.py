@@ -1,15 +1,18 @@
-"""One token of every row as a function of tensors alone, sampling included: on CUDA captured as a graph and replayed.
+"""One token of every row as a function of tensors alone: recorded once, and replayed without Python.
 
-A step reads and writes the same memory each time and never asks the device anything. Batches are padded to a few sizes, so that
-few graphs serve all; each is captured once and kept with its decoder.
+A step reads and writes the same memory each time and never looks at a value. Batches are padded to a few sizes, so that few
+records serve all. On CUDA a record is a graph, sampling included. On the CPU it is a trace of the decoder (torch.jit.trace),
+for few rows: between matrices that sweep the caches, Python costs 2 of 11 ms a step (57M decoder). A trace takes about as long
+as it gains on one picture, so that it is made when a size comes for the second time.
 """
 
 # Axes: P pictures (padded), B pictures of a request, R rows (P, or 2P under guidance), N image tokens, K codebook size
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,8 +22,13 @@ from inference.generate import Generation
 from inference.kv_cache import CaptionMemory, SelfCache
 from inference.sampling import SamplingParams, guidance_at, guide, sample
 
-KEPT_GRAPHS = 4
+KEPT = 4
+MOST_EXTRA = 0.1
+"""On the CPU a static step also reads cache slots that hold nothing yet: at most this share of the weights, or steps are not
+static."""
+LEAST_MATRICES = 32 * 1024 * 1024  # bytes
 _kept: OrderedDict[tuple, StaticStep] = OrderedDict()
+_seen: OrderedDict[tuple, None] = OrderedDict()  # sizes that came before
 
 
 def padded(pictures: int) -> int:
@@ -41,7 +49,7 @@ class StaticStep:
         self.keys = torch.zeros(pictures, total, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(pictures, total, dtype=torch.int64, device=device)
         self.scales = torch.tensor([guidance_at(params, at, total) for at in range(total)], device=device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], object] = self._step
 
     def load(self, groups: list[CaptionMemory], cache: SelfCache, keys: Tensor, previous: Tensor, position: int) -> None:
         """A request's state, rows in order of branches; rows beyond its B pictures repeat its last one.
@@ -65,24 +73,45 @@ class StaticStep:
 
     def __call__(self) -> None:
         """Draw the token at `positions` of every picture into `tokens`, and move on."""
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            self._step()
+        self._replay()
 
     @torch.inference_mode()
     def _step(self) -> None:
-        logits = self.decoder.decode_at(self.previous, self.positions, self.groups, self.cache)[:, 0].float()  # [R, K]
-        at = self.positions[: self.pictures]
+        self._draw(self._logits(self.previous, self.positions), asks=False)
+
+    def _logits(self, previous: Tensor, positions: Tensor) -> Tensor:
+        """[R, K]."""
+        return self.decoder.traceable(previous, positions, self.groups, self.cache)[:, 0]
+
+    def _draw(self, logits: Tensor, asks: bool) -> None:
+        at, logits = self.positions[: self.pictures], logits.float()
         if self.branches == 2:
             logits = guide(logits[: self.pictures], logits[self.pictures:], self.scales[at])
-        ids = sample(logits, self.params, self.keys.gather(1, at)[:, 0])
+        ids = sample(logits, self.params, self.keys.gather(1, at)[:, 0], asks)
         self.tokens.scatter_(1, at, ids[:, None])
         self.previous.copy_(ids.repeat(self.branches)[:, None])
         self.positions.add_(1)
 
-    def capture(self) -> None:
-        """Record the step as a CUDA graph; what the buffers hold afterwards means nothing."""
+    def record(self) -> None:
+        """A CUDA graph, or a trace; what the buffers hold afterwards means nothing."""
+        self.positions.fill_(self.decoder.first_position)
+        if self.decoder.device.type == "cuda":
+            self._capture()
+        else:
+            self._trace()
+
+    def _trace(self) -> None:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # tracing is old and says so; what torch offers instead needs a C++ compiler
+            traced = torch.jit.trace(self._logits, (self.previous, self.positions), check_trace=False)
+
+        @torch.inference_mode()
+        def replay() -> None:
+            self._draw(traced(self.previous, self.positions), asks=True)
+
+        self._replay = replay
+
+    def _capture(self) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -94,7 +123,7 @@ class StaticStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
-        self._graph = graph
+        self._replay = graph.replay
 
 
 def _copy_memory(source: CaptionMemory, target: CaptionMemory, caption: Tensor) -> None:
@@ -110,16 +139,36 @@ def _copy_memory(source: CaptionMemory, target: CaptionMemory, caption: Tensor) 
     target.seen[:, :length] = True if source.seen is None else source.seen[caption]
 
 
+def suits(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams) -> bool:
+    """Whether steps of this size should be static: always on CUDA; on the CPU for few rows, from the second time on."""
+    if decoder.device.type == "cuda":
+        return True
+    extra = padded(pictures) * branches * (decoder.slots // 2) * decoder.slot_bytes
+    large = decoder.matrix_bytes >= LEAST_MATRICES  # with less, nothing is swept from the caches
+    if decoder.device.type != "cpu" or not large or extra > MOST_EXTRA * decoder.matrix_bytes:
+        return False
+    key = _key(decoder, padded(pictures), branches, params)
+    came = key in _seen
+    _seen[key] = None
+    _seen.move_to_end(key)
+    while len(_seen) > 8 * KEPT:
+        _seen.popitem(last=False)
+    return came
+
+
+def _key(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams) -> tuple:
+    return id(decoder), pictures, branches, params
+
+
 def _kept_step(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams) -> StaticStep:
-    """A step of these sizes, captured on CUDA; the last few are kept."""
-    key = (id(decoder), pictures, branches, params)
+    """A recorded step of these sizes; the last few are kept."""
+    key = _key(decoder, pictures, branches, params)
     step = _kept.pop(key, None)
     if step is None or step.decoder is not decoder:
         step = StaticStep(decoder, pictures, branches, params)
-        if decoder.device.type == "cuda":
-            step.capture()
+        step.record()
     _kept[key] = step
-    while len(_kept) > KEPT_GRAPHS:
+    while len(_kept) > KEPT:
         _kept.popitem(last=False)
     return step
 

@@ -18,17 +18,27 @@ def drawn(decoder, asked) -> torch.Tensor:
     return torch.stack(list(static_steps(Generation(decoder, asked))), dim=1)
 
 
+def plainly(decoder, asked) -> torch.Tensor:
+    return torch.stack(list(Generation(decoder, asked).steps()), dim=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    static_step._kept.clear()
+    static_step._seen.clear()
+
+
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("images", [1, 3])
 def test_tokens_equal_plain_decoding(params, images):
     decoder, asked = request("encoder-decoder default", PARAMS[params], images=images)
-    assert torch.equal(drawn(decoder, asked), generate_tokens(decoder, asked)[0])
+    assert torch.equal(drawn(decoder, asked), plainly(decoder, asked))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_equal_plain_decoding_in_every_family(shape):
     decoder, asked = request(shape, PARAMS["ends-early"])
-    assert torch.equal(drawn(decoder, asked), generate_tokens(decoder, asked)[0])
+    assert torch.equal(drawn(decoder, asked), plainly(decoder, asked))
 
 
 def test_another_request_of_the_size_uses_the_same_buffers_and_gets_its_own_tokens():
@@ -39,7 +49,7 @@ def test_another_request_of_the_size_uses_the_same_buffers_and_gets_its_own_toke
                                 captions=asked.unguided, images=5)
     second = drawn(decoder, other)
     assert len(static_step._kept) == made
-    assert torch.equal(second, generate_tokens(decoder, other)[0])
+    assert torch.equal(second, plainly(decoder, other))
     assert torch.equal(drawn(decoder, asked), first)
     assert not torch.equal(first[:5], second)
 
@@ -48,7 +58,7 @@ def test_few_steps_are_kept():
     decoder, asked = request("encoder-decoder default", PARAMS["plain"])
     for k in range(1, 8):
         drawn(decoder, dataclasses.replace(asked, params=asked.params.model_copy(update={"top_k": k})))
-    assert len(static_step._kept) == static_step.KEPT_GRAPHS
+    assert len(static_step._kept) == static_step.KEPT
 
 
 def test_the_step_asks_nothing_of_its_tensors():
@@ -62,6 +72,38 @@ def test_the_step_asks_nothing_of_its_tensors():
     assert step.positions.unique().tolist() == [2]
     graph = torch.fx.experimental.proxy_tensor.make_fx(lambda: step._step())()  # traces tensor operations alone
     assert not any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_on_the_cpu_a_size_is_recorded_when_it_comes_again(monkeypatch):
+    monkeypatch.setattr(static_step, "MOST_EXTRA", 10.0)
+    monkeypatch.setattr(static_step, "LEAST_MATRICES", 0)
+    recorded = []
+    monkeypatch.setattr(StaticStep, "record", lambda self: recorded.append(self.pictures))
+    decoder, asked = request("encoder-decoder default", PARAMS["guided"])
+    first = generate_tokens(decoder, asked)[0]
+    assert recorded == []
+    assert torch.equal(generate_tokens(decoder, asked)[0], first)
+    assert torch.equal(generate_tokens(decoder, dataclasses.replace(asked, seeds=[9, 8, 7, 6]))[0][0], first[0]) is False
+    assert recorded == [4]
+    generate_tokens(decoder, dataclasses.replace(asked, params=PARAMS["plain"]))
+    assert recorded == [4]
+
+
+def test_on_the_cpu_rows_whose_empty_slots_weigh_too_much_are_not_recorded(monkeypatch):
+    decoder, asked = request("encoder-decoder default", PARAMS["plain"])
+    share = 4 * decoder.slots // 2 * decoder.slot_bytes / decoder.matrix_bytes  # of 4 pictures
+    for most, expected in ((share * 1.01, True), (share * 0.99, False)):
+        monkeypatch.setattr(static_step, "MOST_EXTRA", most)
+        monkeypatch.setattr(static_step, "LEAST_MATRICES", decoder.matrix_bytes)
+        static_step._seen.clear()
+        assert not static_step.suits(decoder, 4, 1, asked.params)
+        assert static_step.suits(decoder, 4, 1, asked.params) is expected
+    monkeypatch.setattr(static_step, "LEAST_MATRICES", decoder.matrix_bytes + 1)
+    assert not static_step.suits(decoder, 4, 1, asked.params)
+    bytes_read = sum(p.nbytes for name, p in decoder.model.named_parameters()
+                     if p.ndim == 2 and ("decoder." in name or "to_logits" in name))
+    crossed = 2 * 2 * 32 * 32 * 4  # keys and values across are computed once a caption
+    assert decoder.matrix_bytes == bytes_read - crossed
 
 
 def test_batches_are_padded_to_few_sizes():
