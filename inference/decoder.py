@@ -18,7 +18,7 @@ from inference.decoder_layers import CrossAttention, FeedForward, Norm, SelfAtte
 from inference.kv_cache import CaptionMemory, SelfCache
 from inference.large_pages import LargePages
 from inference.projection import Plan, Way, project
-from inference.slots import RowSlots, SharedSlots
+from inference.slots import RowSlots, SharedSlots, added
 from seq2seq import DecoderOnly, EncoderDecoder, ImageTransformer, TextBatch
 from seq2seq.layers import layer_blocks
 
@@ -201,10 +201,12 @@ class CachedDecoder:
 
     def _run(self, hidden: Tensor, groups: list[CaptionMemory], slots: Slots) -> Tensor:
         """Inputs [R * s, D] -> normed outputs [R * s, D]; their keys and values go into the cache."""
+        masks = [None if group.seen is None or not self.crosses else added(group.seen[:, None, None, :], hidden.dtype)
+                 for group in groups]
         for layer, (attend, cross, feed) in enumerate(self.layers):
             hidden = attend(hidden, layer, slots)
             if cross is not None:
-                hidden = cross(hidden, layer, groups)
+                hidden = cross(hidden, layer, groups, masks)
             hidden = feed(hidden)
         return self.final_norm(hidden)
 

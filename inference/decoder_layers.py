@@ -134,19 +134,19 @@ class CrossAttention(_Sublayer):
         keys, values = (part.unflatten(0, shape).transpose(1, 2).contiguous() for part in (key, value))
         return keys, values
 
-    def __call__(self, hidden: Tensor, layer: int, groups: list[CaptionMemory]) -> Tensor:
+    def __call__(self, hidden: Tensor, layer: int, groups: list[CaptionMemory], masks: list[Tensor | None]) -> Tensor:
+        """masks: what is added to each group's scores [C, 1, 1, T]; None where all of its text is real."""
         query = self.query(self.normed(hidden)).unflatten(-1, (-1, self.head_dim))  # [M, H, d]
         if self.query_norm is not None:
             query = self.query_norm(query)
         slots = len(query) // sum(group.rows for group in groups)
         outs, start = [], 0
-        for group in groups:
+        for group, mask in zip(groups, masks, strict=True):
             # the n rows of a caption (and their slots) become queries over the caption's one set of keys
             end = start + group.rows * slots
             part = query[start:end].unflatten(0, (group.captions, -1)).transpose(1, 2)  # [C, H, n * s, d]
             out = F.scaled_dot_product_attention(
-                part, group.keys[layer], group.values[layer], enable_gqa=self.heads != self.kv_heads,
-                attn_mask=None if group.seen is None else group.seen[:, None, None, :])
+                part, group.keys[layer], group.values[layer], attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
             outs.append(out.transpose(1, 2).reshape(end - start, -1))
             start = end
         return self.added(hidden, outs[0] if len(outs) == 1 else torch.cat(outs))

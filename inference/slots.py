@@ -16,6 +16,11 @@ from inference.kv_cache import SelfCache
 from seq2seq.attention import Pattern
 
 
+def added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a slot is seen and minus infinity elsewhere: what attention makes of bools anew in every layer."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
 class SharedSlots:
     """Slots first .. first + count - 1 of all rows."""
 
@@ -36,7 +41,7 @@ class SharedSlots:
         return kept[0][:, :, : self.end], kept[1][:, :, : self.end]
 
     def mask(self, pattern: Pattern) -> Tensor | None:
-        """Which slots each of these sees, [R or 1, 1, s, e] bool; None where all are seen."""
+        """What is added to the scores of each of these, [R or 1, 1, s, e]; None where all slots are seen."""
         if pattern not in self._masks:
             seen = None if self.cache.seen is None else self.cache.seen[:, None, None, : self.end]
             if self.count > 1 or pattern.name != "full":
@@ -44,7 +49,7 @@ class SharedSlots:
                 own = pattern.sees(torch.arange(self.first, self.end, device=device)[:, None],
                                    torch.arange(self.end, device=device))[None, None]
                 seen = own if seen is None else seen & own
-            self._masks[pattern] = seen
+            self._masks[pattern] = None if seen is None else added(seen, self.cache.keys.dtype)
         return self._masks[pattern]
 
 
@@ -65,10 +70,10 @@ class RowSlots:
         return kept[0][:, :, : self.end], kept[1][:, :, : self.end]
 
     def mask(self, pattern: Pattern) -> Tensor:
-        """Which slots each of these sees, [R, 1, s, e] bool."""
+        """What is added to the scores of each of these, [R, 1, s, e]."""
         if pattern not in self._masks:
             seen = pattern.sees(self.slots[:, None, :, None], torch.arange(self.end, device=self.slots.device))
             if self.cache.seen is not None:
                 seen = seen & self.cache.seen[:, None, None, : self.end]
-            self._masks[pattern] = seen
+            self._masks[pattern] = added(seen, self.cache.keys.dtype)
         return self._masks[pattern]

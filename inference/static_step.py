@@ -23,7 +23,7 @@ from inference.kv_cache import CaptionMemory, SelfCache
 from inference.sampling import SamplingParams, guidance_at, guide, sample
 
 KEPT = 4
-MOST_EXTRA = 0.1
+MOST_EXTRA = 0.15
 """On the CPU a static step also reads cache slots that hold nothing yet: at most this share of the weights, or steps are not
 static."""
 LEAST_MATRICES = 32 * 1024 * 1024  # bytes
@@ -77,11 +77,23 @@ class StaticStep:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        self._draw(self._logits(self.previous, self.positions), asks=False)
+        self._draw(self._logits(*self._state()), asks=False)
 
-    def _logits(self, previous: Tensor, positions: Tensor) -> Tensor:
-        """[R, K]."""
-        return self.decoder.traceable(previous, positions, self.groups, self.cache)[:, 0]
+    def _state(self) -> tuple[Tensor, ...]:
+        """Every tensor that changes from step to step or request to request; what is not here a trace takes for constant."""
+        parts: list[Tensor | None] = [self.previous, self.positions, self.cache.keys, self.cache.values, self.cache.seen]
+        for group in self.groups:
+            parts += [*group.keys, *group.values, group.seen]
+        return tuple(part for part in parts if part is not None)
+
+    def _logits(self, previous: Tensor, positions: Tensor, keys: Tensor, values: Tensor, *others: Tensor) -> Tensor:
+        """[R, K] from the tensors of `_state`."""
+        rest = iter(others)
+        cache = SelfCache(keys, values, None if self.cache.seen is None else next(rest))
+        groups = [CaptionMemory([next(rest) for _ in group.keys], [next(rest) for _ in group.values],
+                                None if group.seen is None else next(rest), group.captions, group.images)
+                  for group in self.groups]
+        return self.decoder.traceable(previous, positions, groups, cache)[:, 0]
 
     def _draw(self, logits: Tensor, asks: bool) -> None:
         at, logits = self.positions[: self.pictures], logits.float()
@@ -103,11 +115,12 @@ class StaticStep:
     def _trace(self) -> None:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing is old and says so; what torch offers instead needs a C++ compiler
-            traced = torch.jit.trace(self._logits, (self.previous, self.positions), check_trace=False)
+            traced = torch.jit.trace(self._logits, self._state(), check_trace=False)
+        state = self._state()
 
         @torch.inference_mode()
         def replay() -> None:
-            self._draw(traced(self.previous, self.positions), asks=True)
+            self._draw(traced(*state), asks=True)
 
         self._replay = replay
 
