@@ -37,39 +37,45 @@ def padded(pictures: int) -> int:
 
 
 class StaticStep:
-    """Buffers for P pictures in one or two branches, and the step on them."""
+    """Buffers for P pictures in one or two branches, and the step on them; of `width` positions a row for Jacobi's windows,
+    which draw for themselves."""
 
-    def __init__(self, decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams) -> None:
+    def __init__(self, decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams, width: int = 1) -> None:
         self.decoder, self.pictures, self.branches, self.params = decoder, pictures, branches, params
         rows, device, total = pictures * branches, decoder.device, decoder.config.num_tokens
         self.cache = decoder.rows_cache(rows)
         self.groups = [decoder.empty_memory(pictures) for _ in range(branches)]
-        self.previous = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.previous = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self.keys = torch.zeros(pictures, total, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(pictures, total, dtype=torch.int64, device=device)
         self.scales = torch.tensor([guidance_at(params, at, total) for at in range(total)], device=device)
         self._replay: Callable[[], object] = self._step
+        self._traced: Callable[..., Tensor] = self._logits
 
     def load(self, groups: list[CaptionMemory], cache: SelfCache, keys: Tensor, previous: Tensor, position: int) -> None:
         """A request's state, rows in order of branches; rows beyond its B pictures repeat its last one.
 
         previous [B]: the tokens before `position`. keys [B, N].
         """
-        count = len(keys)
-        take = torch.arange(self.pictures, device=keys.device).clamp(max=count - 1)
+        take = torch.arange(self.pictures, device=keys.device).clamp(max=len(keys) - 1)
+        self.load_caches(groups, cache, take, position)
+        self.keys.copy_(keys[take])
+        self.previous.copy_(previous[take].repeat(self.branches)[:, None])
+        self.positions.fill_(position)
+
+    def load_caches(self, groups: list[CaptionMemory], cache: SelfCache, take: Tensor, position: int) -> None:
+        """What the rows `take` [P] of each branch keep, up to `position`."""
+        count = cache.row_count // len(groups)
         for branch, group in enumerate(groups):
             caption = take // group.images  # which caption each picture reads
             _copy_memory(group, self.groups[branch], caption)
             part = slice(branch * self.pictures, (branch + 1) * self.pictures)
-            filled = self.decoder.model.prefix_slots + position  # slots that hold something
+            filled = min(self.decoder.model.prefix_slots + position, self.decoder.slots)  # slots that hold something
             for target, source in ((self.cache.keys, cache.keys), (self.cache.values, cache.values)):
                 target[:, part, :, :filled] = source[:, branch * count + take, :, :filled]
             if self.cache.seen is not None and cache.seen is not None:
                 self.cache.seen[part] = cache.seen[branch * count + take]
-        self.keys.copy_(keys[take])
-        self.previous.copy_(previous[take].repeat(self.branches)[:, None])
-        self.positions.fill_(position)
 
     def __call__(self) -> None:
         """Draw the token at `positions` of every picture into `tokens`, and move on."""
@@ -77,7 +83,14 @@ class StaticStep:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        self._draw(self._logits(*self._state()), asks=False)
+        self._draw(self._logits(*self._state())[:, 0], asks=False)
+
+    @torch.inference_mode()
+    def window(self, previous: Tensor, positions: Tensor) -> Tensor:
+        """`CachedDecoder.decode_at` on these buffers: logits [R, width, K]."""
+        self.previous.copy_(previous)
+        self.positions.copy_(positions)
+        return self._traced(*self._state())
 
     def _state(self) -> tuple[Tensor, ...]:
         """Every tensor that changes from step to step or request to request; what is not here a trace takes for constant."""
@@ -87,13 +100,13 @@ class StaticStep:
         return tuple(part for part in parts if part is not None)
 
     def _logits(self, previous: Tensor, positions: Tensor, keys: Tensor, values: Tensor, *others: Tensor) -> Tensor:
-        """[R, K] from the tensors of `_state`."""
+        """[R, width, K] from the tensors of `_state`."""
         rest = iter(others)
         cache = SelfCache(keys, values, None if self.cache.seen is None else next(rest))
         groups = [CaptionMemory([next(rest) for _ in group.keys], [next(rest) for _ in group.values],
                                 None if group.seen is None else next(rest), group.captions, group.images)
                   for group in self.groups]
-        return self.decoder.traceable(previous, positions, groups, cache)[:, 0]
+        return self.decoder.traceable(previous, positions, groups, cache)
 
     def _draw(self, logits: Tensor, asks: bool) -> None:
         at, logits = self.positions[: self.pictures], logits.float()
@@ -116,11 +129,11 @@ class StaticStep:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing is old and says so; what torch offers instead needs a C++ compiler
             traced = torch.jit.trace(self._logits, self._state(), check_trace=False)
-        state = self._state()
+        self._traced, state = traced, self._state()
 
         @torch.inference_mode()
         def replay() -> None:
-            self._draw(traced(*state), asks=True)
+            self._draw(traced(*state)[:, 0], asks=True)
 
         self._replay = replay
 
@@ -152,7 +165,7 @@ def _copy_memory(source: CaptionMemory, target: CaptionMemory, caption: Tensor) 
     target.seen[:, :length] = True if source.seen is None else source.seen[caption]
 
 
-def suits(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams) -> bool:
+def suits(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams, width: int = 1) -> bool:
     """Whether steps of this size should be static: always on CUDA; on the CPU for few rows, from the second time on."""
     if decoder.device.type == "cuda":
         return True
@@ -160,7 +173,7 @@ def suits(decoder: CachedDecoder, pictures: int, branches: int, params: Sampling
     large = decoder.matrix_bytes >= LEAST_MATRICES  # with less, nothing is swept from the caches
     if decoder.device.type != "cpu" or not large or extra > MOST_EXTRA * decoder.matrix_bytes:
         return False
-    key = _key(decoder, padded(pictures), branches, params)
+    key = _key(decoder, padded(pictures), branches, params, width)
     came = key in _seen
     _seen[key] = None
     _seen.move_to_end(key)
@@ -169,16 +182,16 @@ def suits(decoder: CachedDecoder, pictures: int, branches: int, params: Sampling
     return came
 
 
-def _key(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams) -> tuple:
-    return id(decoder), pictures, branches, params
+def _key(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams, width: int) -> tuple:
+    return id(decoder), pictures, branches, params, width
 
 
-def _kept_step(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams) -> StaticStep:
+def kept_step(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams, width: int = 1) -> StaticStep:
     """A recorded step of these sizes; the last few are kept."""
-    key = _key(decoder, pictures, branches, params)
+    key = _key(decoder, pictures, branches, params, width)
     step = _kept.pop(key, None)
     if step is None or step.decoder is not decoder:
-        step = StaticStep(decoder, pictures, branches, params)
+        step = StaticStep(decoder, pictures, branches, params, width)
         step.record()
     _kept[key] = step
     while len(_kept) > KEPT:
@@ -200,7 +213,7 @@ def static_steps(generation: Generation) -> Iterator[Tensor]:
         if step is None or position == generation.guided_steps:
             if position >= generation.guided_steps:
                 groups, cache = generation.without_guidance(groups, step_cache(step, cache, count))
-            step = _kept_step(decoder, padded(count), len(groups), request.params)
+            step = kept_step(decoder, padded(count), len(groups), request.params)
             step.load(groups, cache, generation.token_keys, previous, position)
         step()
         generation.forwards += 1

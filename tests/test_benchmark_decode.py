@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import decode, decode_subject, harness
+from benchmarks import decode, decode_chart, decode_subject, harness
 from benchmarks.decode import GUIDANCE, Bench
 from benchmarks.decode_engines import Mode, OurEngine, our_case
 from benchmarks.decode_limits import Limits, StepCost, measure_limits, step_cost
@@ -170,3 +171,28 @@ def test_defaults_are_the_issues_batches_and_peers():
     assert decode.parse(["--model", "dalle-mini", "--threads", "1"])[0].peers == ["min-dalle"]
     with pytest.raises(UserError, match="expected whole numbers"):
         decode.parse(["--jacobi", "x"])
+
+
+def document(rows) -> dict:
+    keys = ("engine", "batch", "guidance", "ms_per_token")
+    return {"results": [dict(zip(keys, row, strict=True)) for row in rows]}
+
+
+def test_the_chart_takes_the_fastest_variant_and_shows_every_engine(tmp_path, capsys):
+    rows = [("ours", 1, 1.0, 2.0), ("transformers", 1, 1.0, 5.0), ("transformers, static cache", 1, 1.0, 4.0),
+            ("ours", 8, 3.0, 9.0), ("ours jacobi 8", 1, 1.0, 1.0)]
+    assert decode_chart.rows_of([document(rows)]) == {
+        (1.0, 1, "ours"): 2.0, (1.0, 1, "transformers"): 4.0, (3.0, 8, "ours"): 9.0}
+    (tmp_path / "a.json").write_text(json.dumps(document(rows)))
+    assert decode_chart.main([str(tmp_path / "a.json"), str(tmp_path / "c.png")]) == 0
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.size[0] > picture.size[1]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "usage"), (["a.json", "b.json"], "usage"), (["nowhere.json", "c.png"], "cannot be read"),
+    (["EMPTY", "c.png"], "hold no results")])
+def test_a_wrong_chart_is_refused(tmp_path, arguments, words):
+    (tmp_path / "e.json").write_text(json.dumps(document([])))
+    with pytest.raises(UserError, match=words):
+        decode_chart.main([str(tmp_path / "e.json") if name == "EMPTY" else name for name in arguments])
