@@ -22,7 +22,7 @@ from inference.generate import Generation
 from inference.kv_cache import CaptionMemory, SelfCache
 from inference.sampling import SamplingParams, guidance_at, guide, sample
 
-KEPT = 4
+KEPT = 8
 MOST_EXTRA = 0.15
 """On the CPU a static step also reads cache slots that hold nothing yet: at most this share of the weights, or steps are not
 static."""
