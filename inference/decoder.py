@@ -10,6 +10,9 @@ positions of their own, one or several a row, and `decode_layout` those of a lay
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +56,8 @@ class CachedDecoder:
         self._positions = None if learned is None else learned.detach()  # [N, D]
         angles = model.rotary_angles()
         self._turns = None if angles is None else torch.polar(torch.ones_like(angles[0, :, ::2]), angles[0, :, ::2])  # [S, d/2]
+        self.recorded_steps: OrderedDict[tuple, Any] = OrderedDict()  # `inference.static_step` keeps them here
+        self.sizes_seen: OrderedDict[tuple, None] = OrderedDict()
         self.hides_text = bool(model.text_slots) and config.text_padding == "masked"
 
     @property

@@ -11,7 +11,6 @@ as it gains on one picture, so that it is made when a size comes for the second 
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,8 +26,6 @@ MOST_EXTRA = 0.15
 """On the CPU a static step also reads cache slots that hold nothing yet: at most this share of the weights, or steps are not
 static."""
 LEAST_MATRICES = 32 * 1024 * 1024  # bytes
-_kept: OrderedDict[tuple, StaticStep] = OrderedDict()
-_seen: OrderedDict[tuple, None] = OrderedDict()  # sizes that came before
 
 
 def padded(pictures: int) -> int:
@@ -173,29 +170,25 @@ def suits(decoder: CachedDecoder, pictures: int, branches: int, params: Sampling
     large = decoder.matrix_bytes >= LEAST_MATRICES  # with less, nothing is swept from the caches
     if decoder.device.type != "cpu" or not large or extra > MOST_EXTRA * decoder.matrix_bytes:
         return False
-    key = _key(decoder, padded(pictures), branches, params, width)
-    came = key in _seen
-    _seen[key] = None
-    _seen.move_to_end(key)
-    while len(_seen) > 8 * KEPT:
-        _seen.popitem(last=False)
+    key, seen = (padded(pictures), branches, params, width), decoder.sizes_seen
+    came = key in seen
+    seen[key] = None
+    seen.move_to_end(key)
+    while len(seen) > 8 * KEPT:
+        seen.popitem(last=False)
     return came
 
 
-def _key(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams, width: int) -> tuple:
-    return id(decoder), pictures, branches, params, width
-
-
 def kept_step(decoder: CachedDecoder, pictures: int, branches: int, params: SamplingParams, width: int = 1) -> StaticStep:
-    """A recorded step of these sizes; the last few are kept."""
-    key = _key(decoder, pictures, branches, params, width)
-    step = _kept.pop(key, None)
-    if step is None or step.decoder is not decoder:
+    """A recorded step of these sizes; the decoder keeps the last few."""
+    key, kept = (pictures, branches, params, width), decoder.recorded_steps
+    step = kept.pop(key, None)
+    if step is None:
         step = StaticStep(decoder, pictures, branches, params, width)
         step.record()
-    _kept[key] = step
-    while len(_kept) > KEPT:
-        _kept.popitem(last=False)
+    kept[key] = step
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
     return step
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -22,12 +24,6 @@ def plainly(decoder, asked) -> torch.Tensor:
     return torch.stack(list(Generation(decoder, asked).steps()), dim=1)
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    static_step._kept.clear()
-    static_step._seen.clear()
-
-
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("images", [1, 3])
 def test_tokens_equal_plain_decoding(params, images):
@@ -44,11 +40,11 @@ def test_tokens_equal_plain_decoding_in_every_family(shape):
 def test_another_request_of_the_size_uses_the_same_buffers_and_gets_its_own_tokens():
     decoder, asked = request("encoder-decoder default", PARAMS["guided"], images=3)  # 6 pictures, padded to 8
     first = drawn(decoder, asked)
-    made = len(static_step._kept)
+    made = len(decoder.recorded_steps)
     other = dataclasses.replace(asked, seeds=[seed + 50 for seed in asked.seeds[:5]],
                                 captions=asked.unguided, images=5)
     second = drawn(decoder, other)
-    assert len(static_step._kept) == made
+    assert len(decoder.recorded_steps) == made
     assert torch.equal(second, plainly(decoder, other))
     assert torch.equal(drawn(decoder, asked), first)
     assert not torch.equal(first[:5], second)
@@ -58,7 +54,7 @@ def test_few_steps_are_kept():
     decoder, asked = request("encoder-decoder default", PARAMS["plain"])
     for k in range(1, static_step.KEPT + 3):
         drawn(decoder, dataclasses.replace(asked, params=asked.params.model_copy(update={"top_k": k})))
-    assert len(static_step._kept) == static_step.KEPT
+    assert len(decoder.recorded_steps) == static_step.KEPT
 
 
 def test_the_step_asks_nothing_of_its_tensors():
@@ -95,7 +91,7 @@ def test_on_the_cpu_rows_whose_empty_slots_weigh_too_much_are_not_recorded(monke
     for most, expected in ((share * 1.01, True), (share * 0.99, False)):
         monkeypatch.setattr(static_step, "MOST_EXTRA", most)
         monkeypatch.setattr(static_step, "LEAST_MATRICES", decoder.matrix_bytes)
-        static_step._seen.clear()
+        decoder.sizes_seen.clear()
         assert not static_step.suits(decoder, 4, 1, asked.params)
         assert static_step.suits(decoder, 4, 1, asked.params) is expected
     monkeypatch.setattr(static_step, "LEAST_MATRICES", decoder.matrix_bytes + 1)
@@ -108,3 +104,13 @@ def test_on_the_cpu_rows_whose_empty_slots_weigh_too_much_are_not_recorded(monke
 
 def test_batches_are_padded_to_few_sizes():
     assert [padded(count) for count in (1, 2, 3, 5, 8, 9, 16, 17, 33)] == [1, 2, 4, 8, 8, 16, 16, 24, 40]
+
+
+def test_recorded_steps_end_with_their_decoder():
+    decoder, asked = request("encoder-decoder default", PARAMS["guided"])
+    drawn(decoder, asked)
+    assert len(decoder.recorded_steps) == 1
+    gone = weakref.ref(decoder)
+    del decoder
+    gc.collect()
+    assert gone() is None
