@@ -195,7 +195,7 @@ def check_sampling(config: TransformerConfig, tokenizer: ImageTokenizerConfig | 
 def remedy(fit: int, work: Workload) -> str:
     """What to do instead, where `fit` pictures at a time fit."""
     if fit:
-        how = f"num_images={fit}" if work.streamed else f"--batch-size {fit} (batch_size={fit})"
+        how = f"num_images={fit}" if work.streamed and work.kept is None else f"--batch-size {fit} (batch_size={fit})"
         return f"{fit:,} at a time would fit: {how}"
     smaller = {"float32": "bfloat16 or int8 weights, ", "bfloat16": "int8 weights, "}.get(work.weights, "")
     return f"not even one at a time fits; use {smaller}a smaller model, or more memory"

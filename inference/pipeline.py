@@ -31,6 +31,7 @@ from inference.picture_job import PictureJob
 from inference.previews import PreviewBudget
 from inference.projection import Precision, Way
 from inference.sampling import SamplingParams
+from inference.scheduler import KEPT_UNGUIDED
 from inference.scorer import Scorer, check_rerank, keep_best
 from seq2seq import ImageTransformer, TextBatch
 from tokenizer_image.grid import tokens_to_codes
@@ -207,7 +208,8 @@ class TextToImage:
         The tokens are those of `generate`. UserError for a batch size below 1, and for a wrong request when it is read.
         """
         check_counts(1, batch_size, 0)
-        work = self._workload(batch_size, batch_size, False, kept=1, decoded=1, streamed=True)
+        captions = batch_size + 1 + KEPT_UNGUIDED  # the rows' own, the one that is coming, and texts that guidance leads from
+        work = self._workload(batch_size, captions, False, kept=1, decoded=1, streamed=True)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
         return generate_many(self, requests, batch_size)
 

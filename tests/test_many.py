@@ -140,3 +140,14 @@ def test_what_cannot_fit_is_refused_with_its_bytes_before_anything_is_allocated(
     monkeypatch.setattr(type(model.decoder), "prefill", lambda *_: pytest.fail("sampled"))
     with pytest.raises(UserError, match=r"needs [\d,]+ bytes .* of memory, and 2\d,\d+ bytes .* are there"):
         list(call(model))
+
+
+@pytest.mark.parametrize(("call", "remedy"), [
+    (lambda model: model.stream("a heart", num_images=4), "num_images=1"),
+    (lambda model: model.generate_many([PromptRequest("a heart")], 4), "--batch-size 1 (batch_size=1)")])
+def test_the_remedy_is_the_option_that_the_call_has(model, monkeypatch, call, remedy):
+    monkeypatch.setattr(memory, "largest_batch", lambda *_, **__: 1)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 30_000)
+    with pytest.raises(UserError) as refused:
+        list(call(model))
+    assert str(refused.value).endswith(f"1 at a time would fit: {remedy}")
