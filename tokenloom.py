@@ -28,7 +28,7 @@ COMMANDS = {
     "info": ("inference.cli", "info", "say what a model folder holds"),
     "estimate": ("inference.estimate_cli", "main", "say how much memory sampling needs"),
     "data": ("training.data.cli", "main", "build and check captioned image data"),
-    "evaluate": ("training.evaluation.cli", "main", "measure an image tokenizer"),
+    "evaluate": ("training.evaluation.cli", "main", "measure an image tokenizer or a text-to-image model"),
 }
 """Command -> module, function taking argv, one line of help."""
 

@@ -13,7 +13,6 @@ Axes: B batch, H heads, n slots (prefix and image), d head width.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from benchmarks import harness
 from benchmarks.harness import SEED, Case, peak_memory, speed_ratio, time_alternating
 from seq2seq.attention import PATTERNS, Pattern
 from seq2seq.layers import PatternAttend
-from tokenloom_common.errors import OneLineParser, UserError
+from tokenloom_common.errors import UserError
 
 PEER_NAME = "scaled_dot_product_attention with a dense mask"
 THIS = "benchmarks.attention"
@@ -252,9 +251,7 @@ def show(document: dict[str, Any]) -> None:
 
 def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     """Options and --out. UserError for what cannot be measured."""
-    parser = OneLineParser(prog="python -m benchmarks attention", description=(__doc__ or "").split("\n\n")[0],
-                           epilog="\n\n".join((__doc__ or "").split("\n\n")[1:3]), allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.command_parser("attention", __doc__)
     parser.add_argument("--quick", action="store_true",
                         help="other defaults: 64 text slots, batch 1, 2 heads of width 32; memory of forward+backward alone")
     parser.add_argument("--grid", type=int, help="rows and columns of the code grid (default 32)")
@@ -263,11 +260,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     parser.add_argument("--heads", type=int, help="attention heads (default 8)")
     parser.add_argument("--head-dim", type=int, help="width of a head (default 64)")
     parser.add_argument("--convolution", type=int, default=11, help="side of the convolution's neighbourhood (default 11)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--repeats", type=int, help="rounds of each timing (default 5; quick 9)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=tuple(harness.DTYPES), default="float32")
-    parser.add_argument("--out", help="also write the JSON document to this file")
+    harness.add_common_options(parser, "default 5; quick 9")
     args = parser.parse_args(argv)
     defaults: dict[str, Any] = {"grid": 32, "prefix": 256, "batch": "4", "heads": 8, "head_dim": 64, "repeats": 5}
     if args.quick:

@@ -15,7 +15,6 @@ Axes: B pictures, R rows (B, or 2B with guidance), s tokens drawn.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from benchmarks.decode_reference import Work
 from benchmarks.decode_subject import Subject, subject_of
 from benchmarks.harness import Case, Timing, speed_ratio, time_alternating
 from inference.memory import Workload, estimate
-from tokenloom_common.errors import OneLineParser, RunFailedError, UserError, choose
+from tokenloom_common.errors import RunFailedError, UserError, choose
 
 GUIDANCE = {"on": (3.0,), "off": (1.0,), "both": (1.0, 3.0)}
 RATIOS = {"ratio_vs_xtransformers": "x-transformers", "ratio_vs_transformers": "transformers",
@@ -112,7 +111,7 @@ class Bench:
                 continue  # min-dalle always guides
             if name == UNCACHED and pictures > 1:
                 continue  # a picture says enough, and takes long
-            cases[name] = partial(peer.sample, self.subject.peer_work(name, work))
+            cases[name] = partial(peer.sample, work)
         return cases
 
 
@@ -240,10 +239,8 @@ def show(document: dict[str, Any]) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
-    """Options and the name of the JSON file. UserError for what cannot be measured."""
-    parser = OneLineParser(prog="python -m benchmarks decode", description=(__doc__ or "").split("\n\n")[0],
-                           epilog="\n\n".join((__doc__ or "").split("\n\n")[1:3]), allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Options and --out (or --json). UserError for what cannot be measured."""
+    parser = harness.command_parser("decode", __doc__)
     parser.add_argument("--quick", action="store_true", help="a small model, batch 1 and 2, 64 tokens, 3 rounds")
     parser.add_argument("--model", default="reference", help="a model folder, a preset's name, or reference: 57M decoder, 12 "
                         "layers of width 512, 16x16 tokens of 8,192 codes (default)")
@@ -255,11 +252,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     parser.add_argument("--jacobi", help="also ours with Jacobi decoding of these windows, for example 8,16 (default: none; it "
                         "needs a trained model to say anything)")
     parser.add_argument("--no-int8", action="store_true", help="leave our 8-bit weights out")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--repeats", type=int, help="rounds of each timing (default 3)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=tuple(harness.DTYPES), default="float32")
-    parser.add_argument("--json", "--out", dest="json", help="also write the JSON document to this file")
+    harness.add_common_options(parser, "default 3")
     args = parser.parse_args(argv)
     batches = harness.whole_numbers(args.batch or ("1,2" if args.quick else "1,2,4,8,16,32"), "--batch")
     windows = [] if args.jacobi is None else harness.whole_numbers(args.jacobi, "--jacobi")
@@ -271,7 +264,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     tokens = 64 if args.quick and args.tokens is None else args.tokens
     options = Options(args.quick, args.model, batches, tokens, args.guidance, _peers(args.peers, args.model), windows,
                       not args.no_int8, args.repeats or 3, args.device, args.dtype, torch.get_num_threads())
-    return options, args.json
+    return options, args.out
 
 
 def _peers(given: str | None, model: str) -> list[str]:

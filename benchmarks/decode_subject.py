@@ -62,10 +62,6 @@ class Subject:
         config = {**self.model.config.model_dump(), "rotary": "1d"}
         return make_model(config, self.model.to_logits.weight.device.type, self.dtype)
 
-    def peer_work(self, name: str, work: Work) -> Work:
-        """The same work, as a peer's weights read it."""
-        return work
-
     def caption_slots(self, pictures: int) -> int:
         """Text slots that a row reads across: the longest caption's."""
         return int(self.work(pictures, 1, 1.0, False).captions.text_mask.sum(dim=1).max())

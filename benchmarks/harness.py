@@ -14,6 +14,7 @@ understates where building the case needed more than running it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenloom_common.errors import RunFailedError, UserError
+from tokenloom_common.errors import OneLineParser, RunFailedError, UserError
 from tokenloom_common.files import write_json_atomic
 
 SEED = 0
@@ -192,6 +193,22 @@ def start(device: str, threads: int | None) -> None:
             raise UserError(f"--threads {threads} must be at least 1")
         torch.set_num_threads(threads)
     torch.manual_seed(SEED)
+
+
+def command_parser(name: str, doc: str | None) -> OneLineParser:
+    """The parser of `python -m benchmarks NAME`, with the module's docstring: its first paragraph, then the examples."""
+    first, *rest = (doc or "").split("\n\n")
+    return OneLineParser(prog=f"python -m benchmarks {name}", description=first, epilog="\n\n".join(rest[:2]),
+                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_common_options(parser: OneLineParser, repeats: str) -> None:
+    """What every benchmark takes. repeats: what the default number of rounds is, for people."""
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--repeats", type=int, help=f"rounds of each timing ({repeats})")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--out", "--json", dest="out", help="also write the JSON document to this file")
 
 
 def check_output(name: str | None) -> Path | None:

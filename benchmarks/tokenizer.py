@@ -11,7 +11,6 @@ Axes: B batch, S pixels of a side, h w code grid, K codebook size.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from benchmarks.harness import SEED, Case, Timing, peak_memory, speed_ratio, tim
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import VQGAN_PRESETS
 from tokenizer_image.tiling import decode_tiled, encode_tiled
-from tokenloom_common.errors import OneLineParser, UserError, choose
+from tokenloom_common.errors import UserError, choose
 
 PEER_NAME = "diffusers VQModel"
 THIS = "benchmarks.tokenizer"
@@ -299,18 +298,12 @@ def show(document: dict[str, Any]) -> None:
 
 def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     """Options and --out. UserError for what cannot be measured."""
-    parser = OneLineParser(prog="python -m benchmarks tokenizer", description=(__doc__ or "").split("\n\n")[0],
-                           epilog="\n\n".join((__doc__ or "").split("\n\n")[1:3]), allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.command_parser("tokenizer", __doc__)
     parser.add_argument("--quick", action="store_true", help="other defaults: debug preset, batch 2, 32 px")
     parser.add_argument("--preset", help=f"one of {', '.join(VQGAN_PRESETS)} (default vqgan-f16-1024)")
     parser.add_argument("--batch", help="batch sizes (default 1,8)")
     parser.add_argument("--resolution", help="pixels of a side (default 128,256)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--repeats", type=int, help="rounds of each timing (default 5; quick 9)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=tuple(harness.DTYPES), default="float32")
-    parser.add_argument("--out", help="also write the JSON document to this file")
+    harness.add_common_options(parser, "default 5; quick 9")
     args = parser.parse_args(argv)
     preset, batch, resolution, repeats = ("debug", "2", "32", 9) if args.quick else ("vqgan-f16-1024", "1,8", "128,256", 5)
     repeats = repeats if args.repeats is None else args.repeats

@@ -6,7 +6,7 @@ far as the guesses were right the new tokens are what plain decoding would draw,
 are better guesses for the next step. Nearly equal distributions draw the same token under the same noise, so guesses settle
 long before everything before them has: this is speculative Jacobi decoding (Teng et al. 2024, https://arxiv.org/abs/2410.01699)
 with its drafts Gumbel-coupled (So et al. 2025, https://arxiv.org/abs/2510.24211), accepted where equal, so that not the
-distribution alone but every token is that of plain decoding (but for rounding, see docs/performance.md).
+distribution alone but every token is that of plain decoding (but for rounding: docs/sampling.md, Seeds).
 """
 
 # Axes: B pictures, w positions of the window, N image tokens, K codebook size

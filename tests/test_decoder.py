@@ -82,14 +82,23 @@ def caption(text: TextBatch, rows: slice) -> TextBatch:
 
 
 def cached_logits(model, text, image_tokens, images: int = 1, layout=None) -> torch.Tensor:
-    decoder = CachedDecoder(model)
+    return cached_with(CachedDecoder(model), text, image_tokens, layout, images)
+
+
+def cached_with(decoder, text, image_tokens, layout=None, images: int = 1) -> torch.Tensor:
+    groups, cache = begun(decoder, text, layout, images)
+    steps = [decoder.decode_one(None if i == 0 else image_tokens[:, i - 1], i, groups, cache)
+             for i in range(image_tokens.shape[1])]
+    return torch.stack(steps, dim=1)
+
+
+def begun(decoder, text, layout, images: int = 1):
+    """Caption memories and a cache, the layout in it."""
     groups = [decoder.prefill(text, images)]
     cache = decoder.new_cache(groups)
     if layout is not None:
         decoder.decode_layout(layout, 0, groups, cache)
-    steps = [decoder.decode_one(None if i == 0 else image_tokens[:, i - 1], i, groups, cache)
-             for i in range(model.config.num_tokens)]
-    return torch.stack(steps, dim=1)
+    return groups, cache
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -285,10 +294,7 @@ def test_rows_at_positions_of_their_own_equal_the_training_graph(shape):
     with torch.no_grad():
         expected = model(*text, image_tokens, layout).image
     decoder = CachedDecoder(model)
-    groups = [decoder.prefill(text, 1)]
-    cache = decoder.new_cache(groups)
-    if layout is not None:
-        decoder.decode_layout(layout, 0, groups, cache)
+    groups, cache = begun(decoder, text, layout)
     before = torch.cat([torch.full((4, 1), decoder.begin), image_tokens], dim=1)
     total, first = model.config.num_tokens, decoder.first_position
     if first == 1:
@@ -337,15 +343,6 @@ def test_the_model_computes_the_same_after_the_decoder_took_its_weights_over(sha
     model.save_pretrained(tmp_path / "m")
     with torch.no_grad():
         assert (load_transformer(tmp_path / "m")(*text, image_tokens, layout).image - before).abs().max() < 1e-5
-
-
-def cached_with(decoder, text, image_tokens, layout) -> torch.Tensor:
-    groups = [decoder.prefill(text, 1)]
-    cache = decoder.new_cache(groups)
-    if layout is not None:
-        decoder.decode_layout(layout, 0, groups, cache)
-    return torch.stack([decoder.decode_one(None if i == 0 else image_tokens[:, i - 1], i, groups, cache)
-                        for i in range(image_tokens.shape[1])], dim=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
