@@ -11,6 +11,7 @@ positions of their own, one or several a row, and `decode_layout` those of a lay
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class CachedDecoder:
     way: how float matrices lie in memory and are multiplied; `inference.calibration` says what is fastest here.
     """
 
-    def __init__(self, model: ImageTransformer, int8: bool = False, way: Way = Way()) -> None:  # noqa: B008  (a tuple)
+    def __init__(self, model: ImageTransformer, int8: bool = False, way: Way = Way("rows", False, 0, 64)) -> None:  # noqa: B008  (a tuple)
         self.model = model.requires_grad_(False)
         self.config = config = model.config
         self.kv_heads = config.kv_heads or config.heads
@@ -55,10 +56,16 @@ class CachedDecoder:
         learned = model.learned_image_positions()
         self._positions = None if learned is None else learned.detach()  # [N, D]
         angles = model.rotary_angles()
-        self._turns = None if angles is None else torch.polar(torch.ones_like(angles[0, :, ::2]), angles[0, :, ::2])  # [S, d/2]
+        self.turns = None if angles is None else torch.polar(torch.ones_like(angles[0, :, ::2]), angles[0, :, ::2])  # [S, d/2]
         self.recorded_steps: OrderedDict[tuple, Any] = OrderedDict()  # `inference.static_step` keeps them here
         self.sizes_seen: OrderedDict[tuple, None] = OrderedDict()
         self.hides_text = bool(model.text_slots) and config.text_padding == "masked"
+        self._native_to = way.native_to
+        self._native: Callable[[Tensor, list[CaptionMemory], Slots], Tensor] | None = None
+        if way.native_to:
+            from inference.native.step import NativeStep  # compiles, or loads what it compiled before
+
+            self._native = NativeStep(self)
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +98,7 @@ class CachedDecoder:
         cache = self._empty_cache(captions, model.text_slots)
         shown = model.prefix_mask(text.text_mask)
         cache.seen = None if shown is None else shown[:, : model.text_slots]
-        out = self._run(hidden.flatten(0, 1), [], SharedSlots(cache, 0, model.text_slots, self._turns))
+        out = self._run(hidden.flatten(0, 1), [], SharedSlots(cache, 0, model.text_slots, self.turns))
         return CaptionMemory(list(cache.keys), list(cache.values), cache.seen, captions, images,
                              out.unflatten(0, (captions, -1))[:, -1])
 
@@ -168,8 +175,8 @@ class CachedDecoder:
         hidden = F.embedding(previous, self._embedding)
         if self._positions is not None:
             hidden = hidden + self._positions[image_slot]
-        slots = SharedSlots(cache, self.model.prefix_slots + image_slot, 1, self._turns)
-        return self.to_logits(self._run(self.model.normed(hidden), groups, slots))
+        slots = SharedSlots(cache, self.model.prefix_slots + image_slot, 1, self.turns)
+        return self._logits(self.model.normed(hidden), groups, slots)
 
     @torch.inference_mode()
     def decode_at(self, previous: Tensor, positions: Tensor, groups: list[CaptionMemory], cache: SelfCache,
@@ -189,9 +196,8 @@ class CachedDecoder:
         if self._positions is not None:
             hidden = hidden + F.embedding(image_slots, self._positions)
         last = self.slots if end is None else self.model.prefix_slots + end - self.first_position
-        slots = RowSlots(cache, image_slots + self.model.prefix_slots, last, self._turns)
-        out = self._run(self.model.normed(hidden).flatten(0, 1), groups, slots)
-        return self.to_logits(out).unflatten(0, previous.shape)
+        slots = RowSlots(cache, image_slots + self.model.prefix_slots, last, self.turns)
+        return self._logits(self.model.normed(hidden).flatten(0, 1), groups, slots).unflatten(0, previous.shape)
 
     @torch.inference_mode()
     def decode_layout(self, tokens: Tensor, first: int, groups: list[CaptionMemory], cache: SelfCache) -> Tensor:
@@ -200,9 +206,15 @@ class CachedDecoder:
         model = self.model
         hidden = model.embed_layout(F.pad(tokens, (first, 0)))  # [R, first + s + 1, D]; what is before `first` is not used
         start = 0 if first == 0 else first + 1
-        slots = SharedSlots(cache, model.text_slots + start, hidden.shape[1] - start, self._turns)
+        slots = SharedSlots(cache, model.text_slots + start, hidden.shape[1] - start, self.turns)
         out = self._run(hidden[:, start:].flatten(0, 1), groups, slots)
         return model.to_layout_logits(out.unflatten(0, (len(tokens), -1))[:, -1])
+
+    def _logits(self, hidden: Tensor, groups: list[CaptionMemory], slots: Slots) -> Tensor:
+        """Inputs [R * s, D], which may be written over, -> logits [R * s, K]; their keys and values go into the cache."""
+        if self._native is not None and len(hidden) <= self._native_to:
+            return self._native(hidden, groups, slots)
+        return self.to_logits(self._run(hidden, groups, slots))
 
     def _run(self, hidden: Tensor, groups: list[CaptionMemory], slots: Slots) -> Tensor:
         """Inputs [R * s, D] -> normed outputs [R * s, D]; their keys and values go into the cache."""

@@ -26,6 +26,15 @@ Precision = Literal["float32", "bfloat16", "int8"]
 class Projection(Protocol):
     """x [M, I] -> [M, O]."""
 
+    bias: Tensor | None
+    scale_127: Tensor | None
+    """Of each output, divided by 127; None for matrices in float."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """[O, I], as it is stored."""
+        ...
+
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
@@ -42,12 +51,14 @@ class Way(NamedTuple):
     """How float matrices lie in memory, and how few rows are multiplied with them; `inference.calibration` measures it.
 
     With storage `rows`: vector, whether one row is a product of the matrix and a vector; flipped_from, the number of rows from
-    which W x^T is computed in the place of x W^T (0 = never).
+    which W x^T is computed in the place of x W^T (0 = never); native_to, the number of rows up to which a step is compiled code
+    of our own (`inference.native`; 0 = never).
     """
 
     storage: Storage = "rows"
     vector: bool = False
     flipped_from: int = 0
+    native_to: int = 0
 
 
 class Plan(NamedTuple):
@@ -60,6 +71,8 @@ class Plan(NamedTuple):
 
 class FloatProjection:
     """One matrix for one or more `nn.Linear` with the same inputs, outputs one after another."""
+
+    scale_127 = None
 
     def __init__(self, sources: Sequence[nn.Linear], plan: Plan) -> None:
         fused = _fused([source.weight.detach() for source in sources])  # [O, I]
@@ -83,6 +96,11 @@ class FloatProjection:
         out = self._special(x)
         out = torch.addmm(residual, x, self.weight_t) if out is None else out.add_(residual)
         return out if self.bias is None else out.add_(self.bias)
+
+    @property
+    def matrix(self) -> Tensor:
+        """[O, I]."""
+        return self.weight_t.t()
 
     def _special(self, x: Tensor) -> Tensor | None:
         if self._way.vector and len(x) == 1:
@@ -129,13 +147,13 @@ class Int8Projection:
     def __init__(self, sources: Sequence[nn.Linear], plan: Plan) -> None:
         whole = _fused([source.weight.detach() for source in sources])
         scale = whole.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny).float() / 127  # [O]
-        self.weight = plan.pages.moved((whole.float() / scale[:, None]).round_().to(torch.int8))  # [O, I]
+        self.matrix = plan.pages.moved((whole.float() / scale[:, None]).round_().to(torch.int8))  # [O, I]
         self.scale = scale.to(whole.dtype)
-        self._scale_127 = self.scale / 127
+        self.scale_127 = self.scale / 127
         self.bias = _fused_bias(sources)
         self._integers = whole.device.type == "cpu"
-        self._weight_t = self.weight.t()
-        self.parts = list(zip(self.weight.split([source.out_features for source in sources]),
+        self._matrix_t = self.matrix.t()
+        self.parts = list(zip(self.matrix.split([source.out_features for source in sources]),
                               self.scale.split([source.out_features for source in sources]), strict=True))
 
     def replacements(self, sources: Sequence[nn.Linear]) -> list[Int8Linear]:
@@ -146,14 +164,14 @@ class Int8Projection:
         if self._integers:
             largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-30)  # [M, 1]
             integers = x.mul(127 / largest).round_().to(torch.int8)
-            out = torch._int_mm(integers, self._weight_t).mul(self._scale_127).mul_(largest)
+            out = torch._int_mm(integers, self._matrix_t).mul(self.scale_127).mul_(largest)
         else:
-            out = torch.mm(x, self._weight_t.to(x.dtype)).mul_(self.scale)
+            out = torch.mm(x, self._matrix_t.to(x.dtype)).mul_(self.scale)
         return out if self.bias is None else out.add_(self.bias)
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.weight.numel(), self.weight.nbytes + self.scale.nbytes
+        return self.matrix.numel(), self.matrix.nbytes + self.scale.nbytes
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         return self(x).add_(residual)

@@ -369,7 +369,7 @@ def test_an_eight_bit_row_does_not_depend_on_its_neighbours():
     together = projection(x)
     assert torch.equal(together, torch.cat([projection(row[None]) for row in x]))
     assert torch.isfinite(together).all()
-    weights = decoder.layers[0][0].qkv.weight * decoder.layers[0][0].qkv.scale[:, None]
+    weights = decoder.layers[0][0].qkv.matrix * decoder.layers[0][0].qkv.scale[:, None]
     assert (together - x @ weights.t()).abs().amax(dim=1).le(0.02 * x.abs().amax(dim=1) * weights.abs().sum(dim=1).max()).all()
 
 
