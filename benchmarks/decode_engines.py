@@ -13,10 +13,9 @@ from torch import Tensor
 
 from benchmarks.decode_reference import TOP_K, Work, are_codes, forced_logits, make_model, make_work, verdict
 from benchmarks.harness import SEED, Case
-from inference.calibration import fastest_way
+from inference.calibration import way_for
 from inference.decoder import CachedDecoder
 from inference.generate import Generation, Request, token_steps
-from inference.projection import Way
 from inference.sampling import SamplingParams
 from seq2seq import EncoderDecoder
 
@@ -41,11 +40,7 @@ class OurEngine:
 
     def __init__(self, model: EncoderDecoder, int8: bool = False) -> None:
         model = copy.deepcopy(model)
-        on_cpu = model.to_logits.weight.device.type == "cpu"
-        width = model.config.width
-        float32 = model.to_logits.weight.dtype == torch.float32
-        measured = on_cpu and float32 and not int8
-        self.way = fastest_way(width, 4 * width, torch.get_num_threads()) if measured else Way()
+        self.way = way_for(model, int8)
         self.decoder = CachedDecoder(model, int8=int8, way=self.way)
         self.int8 = int8
         self.forwards = 0

@@ -66,14 +66,12 @@ class StepCost(NamedTuple):
 def step_cost(decoder: CachedDecoder, rows: int, tokens: int, text_slots: int) -> StepCost:
     """Of `rows` rows that draw `tokens` tokens and read `text_slots` slots of a caption across (0 where they do not)."""
     config = decoder.config
-    matrices, stored = 0, 0
+    projections = [decoder.to_logits]
     for attend, cross, feed in decoder.layers:
-        projections = [attend.qkv, attend.out, feed.up, feed.out, *([] if cross is None else [cross.query, cross.out])]
-        for projection in projections:
-            numbers, size = projection.size
-            matrices, stored = matrices + numbers, stored + size
-    numbers, size = decoder.to_logits.size
-    matrices, stored = matrices + numbers, stored + size
+        projections += [attend.qkv, attend.out, feed.up, feed.out, *([] if cross is None else [cross.query, cross.out])]
+    matrices = sum(projection.matrix.numel() for projection in projections)
+    stored = sum(part.nbytes for projection in projections for part in (projection.matrix, projection.scale_127)
+                 if part is not None)
     slots = decoder.model.prefix_slots + (tokens + 1) / 2 + text_slots  # that a row reads, on average
     per_slot = 2 * len(decoder.layers) * decoder.kv_heads * config.head_dim
     attention = 4 * len(decoder.layers) * config.heads * config.head_dim * slots  # scores, and their sum of values

@@ -34,7 +34,7 @@ class CachedDecoder:
     way: how float matrices lie in memory and are multiplied; `inference.calibration` says what is fastest here.
     """
 
-    def __init__(self, model: ImageTransformer, int8: bool = False, way: Way = Way("rows", False, 0, 64)) -> None:  # noqa: B008  (a tuple)
+    def __init__(self, model: ImageTransformer, int8: bool = False, way: Way = Way()) -> None:  # noqa: B008  (a tuple)
         self.model = model.requires_grad_(False)
         self.config = config = model.config
         self.kv_heads = config.kv_heads or config.heads
@@ -58,7 +58,6 @@ class CachedDecoder:
         angles = model.rotary_angles()
         self.turns = None if angles is None else torch.polar(torch.ones_like(angles[0, :, ::2]), angles[0, :, ::2])  # [S, d/2]
         self.recorded_steps: OrderedDict[tuple, Any] = OrderedDict()  # `inference.static_step` keeps them here
-        self.sizes_seen: OrderedDict[tuple, None] = OrderedDict()
         self.hides_text = bool(model.text_slots) and config.text_padding == "masked"
         self._native_to = way.native_to
         self._native: Callable[[Tensor, list[CaptionMemory], Slots], Tensor] | None = None
@@ -104,18 +103,6 @@ class CachedDecoder:
 
     def _empty_cache(self, rows: int, slots: int, hides: bool = False) -> SelfCache:
         return SelfCache.empty(len(self.layers), rows, self.kv_heads, slots, self.config.head_dim, self._embedding, hides)
-
-    @property
-    def slot_bytes(self) -> int:
-        """Keys and values of one slot of a row, in all layers."""
-        return 2 * len(self.layers) * self.kv_heads * self.config.head_dim * self._embedding.element_size()
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Of the matrices that a step reads."""
-        parts = [part for attend, cross, feed in self.layers for part in (
-            attend.qkv, attend.out, feed.up, feed.out, *(() if cross is None else (cross.query, cross.out)))]
-        return sum(part.size[1] for part in [*parts, self.to_logits])
 
     @property
     def slots(self) -> int:
@@ -186,11 +173,6 @@ class CachedDecoder:
 
         end: a position above all of these, where the caller knows one; slots from it on are not looked at.
         """
-        return self.traceable(previous, positions, groups, cache, end)
-
-    def traceable(self, previous: Tensor, positions: Tensor, groups: list[CaptionMemory], cache: SelfCache,
-                  end: int | None = None) -> Tensor:
-        """`decode_at` in whatever mode torch is in, so that it can be recorded."""
         image_slots = positions - self.first_position  # [R, s]
         hidden = F.embedding(previous, self._embedding)
         if self._positions is not None:

@@ -130,10 +130,8 @@ def generate_tokens(decoder: CachedDecoder, request: Request) -> tuple[Tensor, T
 def token_steps(generation: Generation) -> Iterator[Tensor]:
     """Yield the next ids [B] for each of the N positions, in the way that suits request and device; the tokens are the same."""
     from inference.jacobi import jacobi_steps
-    from inference.static_step import static_steps, suits
+    from inference.static_step import static_steps
 
-    request = generation.request
-    if request.window > 1:
+    if generation.request.window > 1:
         return jacobi_steps(generation)
-    return static_steps(generation) if suits(generation.decoder, request.rows, generation.branches, request.params) \
-        else generation.steps()
+    return static_steps(generation) if generation.decoder.device.type == "cuda" else generation.steps()

@@ -21,7 +21,6 @@ from torch import Tensor
 from inference.generate import Generation
 from inference.kv_cache import CaptionMemory, SelfCache
 from inference.sampling import guidance_at, guide, sample
-from inference.static_step import StaticStep, kept_step, padded, step_cache, suits
 
 
 def jacobi_steps(generation: Generation) -> Iterator[Tensor]:
@@ -39,7 +38,6 @@ def jacobi_steps(generation: Generation) -> Iterator[Tensor]:
     if generation.decoder.first_position == 1:
         tokens[:, 1] = generation.draw(generation.decoder.first_logits(groups), 0)
         known += 1
-    decode = _Windows(generation, groups, cache, width)
     while yielded < total:
         least = int(known.min())  # one wait for the device a step
         for position in range(yielded, least):
@@ -47,44 +45,19 @@ def jacobi_steps(generation: Generation) -> Iterator[Tensor]:
         yielded = least
         if least == total:
             return
-        if least >= generation.guided_steps and decode.branches == 2:
-            decode = decode.without_guidance(generation)
-        known = _step(generation, tokens, known, width, decode)
+        if least >= generation.guided_steps and len(groups) == 2:
+            groups, cache = generation.without_guidance(groups, cache)
+        known = _step(generation, tokens, known, width, groups, cache)
 
 
-class _Windows:
-    """The decoder on a window, with the caches of a request; recorded (`inference.static_step`) where that suits."""
-
-    def __init__(self, generation: Generation, groups: list[CaptionMemory], cache: SelfCache, width: int,
-                 position: int = 0) -> None:
-        decoder, pictures, params = generation.decoder, generation.request.rows, generation.request.params
-        self.groups, self.cache, self.width, self.branches = groups, cache, width, len(groups)
-        self.static: StaticStep | None = None
-        on_cpu = decoder.device.type == "cpu"
-        if on_cpu and padded(pictures) == pictures and suits(decoder, pictures, len(groups), params, width):
-            self.static = kept_step(decoder, pictures, len(groups), params, width)
-            self.static.load_caches(groups, cache, torch.arange(pictures), position)
-        self.decoder = decoder
-
-    def __call__(self, previous: Tensor, positions: Tensor) -> Tensor:
-        """Logits [R, w, K] after previous [B, w] at positions [B, w], in all branches."""
-        previous, positions = previous.repeat(self.branches, 1), positions.repeat(self.branches, 1)
-        if self.static is not None:
-            return self.static.window(previous, positions)
-        return self.decoder.decode_at(previous, positions, self.groups, self.cache)
-
-    def without_guidance(self, generation: Generation) -> _Windows:
-        """The first branch alone."""
-        cache = step_cache(self.static, self.cache, generation.request.rows)
-        return _Windows(generation, *generation.without_guidance(self.groups, cache), self.width, generation.total)
-
-
-def _step(generation: Generation, tokens: Tensor, known: Tensor, width: int, decode: _Windows) -> Tensor:
+def _step(generation: Generation, tokens: Tensor, known: Tensor, width: int, groups: list[CaptionMemory],
+          cache: SelfCache) -> Tensor:
     """Draw a window of `width` tokens of each picture again, into `tokens` -> how many are known now [B]."""
     first = known.clamp(max=generation.total - width)  # near the end a window reaches back over tokens that are known
     positions = first[:, None] + torch.arange(width, device=known.device)  # [B, w]
     before = _guessed(tokens, known, positions, generation)  # [B, w]: what stands before each position
-    logits = decode(before, positions)
+    both, at = before.repeat(len(groups), 1), positions.repeat(len(groups), 1)  # of every branch
+    logits = generation.decoder.decode_at(both, at, groups, cache)
     generation.forwards += 1
     drawn = _draw(generation, logits, positions)
     # a token is right if everything before it was: known, or guessed as it came out

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from inference.attention_maps import attention_to_text, overlay, word_positions
-from inference.calibration import fastest_way
+from inference.calibration import way_for
 from inference.decoder import CachedDecoder
 from inference.generate import Generation, Request, generate_tokens, token_steps
 from inference.layouts import read_layout
@@ -29,7 +29,7 @@ from inference.memory import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder
 from inference.picture_job import PictureJob
 from inference.previews import PreviewBudget
-from inference.projection import Precision, Way
+from inference.projection import Precision
 from inference.sampling import SamplingParams
 from inference.scheduler import KEPT_UNGUIDED
 from inference.scorer import Scorer, check_rerank, keep_best
@@ -325,12 +325,7 @@ def _decoder(model: ImageTransformer, weights: Precision | None) -> CachedDecode
         model.bfloat16()
     elif weights is not None:
         model.float()
-    if weights == "int8":
-        return CachedDecoder(model, int8=True)
-    is_float32 = model.image_embedding.weight.dtype == torch.float32
-    width = model.config.width
-    way = fastest_way(width, 4 * width, torch.get_num_threads()) if on_cpu and is_float32 else Way()
-    return CachedDecoder(model, way=way)
+    return CachedDecoder(model, int8=weights == "int8", way=way_for(model, weights == "int8"))
 
 
 def check_precision(name: object) -> None:

@@ -41,11 +41,6 @@ class Projection(Protocol):
         """residual [M, O] + self(x), a new tensor."""
         ...
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(numbers in the matrix, bytes of it and of its scales)."""
-        ...
-
 
 class Way(NamedTuple):
     """How float matrices lie in memory, and how few rows are multiplied with them; `inference.calibration` measures it.
@@ -72,12 +67,12 @@ class Plan(NamedTuple):
 class FloatProjection:
     """One matrix for one or more `nn.Linear` with the same inputs, outputs one after another."""
 
-    scale_127 = None
+    scale_127: Tensor | None = None
 
     def __init__(self, sources: Sequence[nn.Linear], plan: Plan) -> None:
         fused = _fused([source.weight.detach() for source in sources])  # [O, I]
         rows = plan.way.storage == "rows"
-        self.weight_t = plan.pages.moved(fused).t() if rows else plan.pages.moved(fused.t().contiguous())  # [I, O]
+        self.weight_t = plan.pages.moved(fused.contiguous()).t() if rows else plan.pages.moved(fused.t().contiguous())  # [I, O]
         self.bias = _fused_bias(sources)
         self._way = plan.way
         start = 0
@@ -108,10 +103,6 @@ class FloatProjection:
         if self._way.flipped_from and len(x) >= self._way.flipped_from:
             return torch.mm(self.weight_t.t(), x.t()).t().contiguous()
         return None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.weight_t.numel(), self.weight_t.nbytes
 
 
 class Int8Linear(nn.Module):
@@ -147,9 +138,10 @@ class Int8Projection:
     def __init__(self, sources: Sequence[nn.Linear], plan: Plan) -> None:
         whole = _fused([source.weight.detach() for source in sources])
         scale = whole.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny).float() / 127  # [O]
-        self.matrix = plan.pages.moved((whole.float() / scale[:, None]).round_().to(torch.int8))  # [O, I]
+        self.matrix = plan.pages.moved((whole.float().contiguous() / scale[:, None]).round_().to(torch.int8))  # [O, I]
         self.scale = scale.to(whole.dtype)
-        self.scale_127 = self.scale / 127
+        self._scale_127 = self.scale / 127
+        self.scale_127: Tensor | None = self._scale_127
         self.bias = _fused_bias(sources)
         self._integers = whole.device.type == "cpu"
         self._matrix_t = self.matrix.t()
@@ -164,14 +156,10 @@ class Int8Projection:
         if self._integers:
             largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-30)  # [M, 1]
             integers = x.mul(127 / largest).round_().to(torch.int8)
-            out = torch._int_mm(integers, self._matrix_t).mul(self.scale_127).mul_(largest)
+            out = torch._int_mm(integers, self._matrix_t).mul(self._scale_127).mul_(largest)
         else:
             out = torch.mm(x, self._matrix_t.to(x.dtype)).mul_(self.scale)
         return out if self.bias is None else out.add_(self.bias)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.matrix.numel(), self.matrix.nbytes + self.scale.nbytes
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         return self(x).add_(residual)

@@ -7,6 +7,7 @@ import torch
 
 from inference import calibration
 from inference.calibration import fastest, fastest_threads, fastest_way
+from inference.native import threads
 from inference.projection import Way
 
 
@@ -39,20 +40,55 @@ def test_the_least_median_wins_and_the_warm_up_does_not_count():
 @pytest.mark.parametrize(("slow", "expected"), [
     ((), Way("rows")), (("rows",), Way("columns")), (("rows", "columns"), Way("rows", True, 16)), (("columns",), Way("rows")),
     (("rows", "vector", "flipped"), Way("columns")), (("rows", "columns", "flipped"), Way("rows", True))])
-def test_what_multiplies_faster_is_chosen(monkeypatch, slow, expected):
-    seen = []
+def test_what_torch_multiplies_faster_is_chosen_without_compiled_steps(monkeypatch, slow, expected):
+    monkeypatch.setattr(threads, "library", lambda: None)
+    seen = turns(monkeypatch, lambda names: {name: 2.0 if name in slow else 1.0 for name in names})
+    assert fastest_way.__wrapped__(512, 600, 1) == expected
+    assert seen == [["columns", "rows", "vector"], ["columns", "rows"], ["columns", "rows"], ["columns", "flipped", "rows"]]
+
+
+def turns(monkeypatch, times) -> list[list[str]]:
+    """Candidates run once and take what `times` says of their names; what was measured."""
+    seen: list[list[str]] = []
 
     def measured(candidates, repeats=5):
         for candidate in candidates.values():
             candidate()
         seen.append(sorted(candidates))
-        times = {name: 2.0 if name in slow else 1.0 for name in candidates}
-        return min(times, key=times.get), times
+        taken = times(candidates)
+        return min(taken, key=taken.get), taken
 
     monkeypatch.setattr(calibration, "fastest", measured)
     monkeypatch.setattr(calibration, "MEASURED_BYTES", 1)
-    assert fastest_way.__wrapped__(512, 600, 1) == expected
-    assert seen == [["columns", "rows", "vector"], ["columns", "rows"], ["columns", "rows"], ["columns", "flipped", "rows"]]
+    return seen
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("wins", "expected"), [(1, 8), (3, 32), (4, 64)])
+def test_compiled_steps_are_taken_up_to_the_most_rows_that_they_win(monkeypatch, int8, wins, expected):
+    others = ["rounded"] if int8 else ["flipped", "rows"]
+    seen = turns(monkeypatch, lambda names: {name: 1.0 if name != "native" or len(seen) <= wins else 2.0 for name in names}
+                 | {"native": 0.5 if len(seen) <= wins else 2.0})
+    way = fastest_way.__wrapped__(512, 600, 1, int8)
+    assert way.native_to == expected
+    assert (way.storage, way.vector) == ("rows", False)
+    assert seen == [sorted(["native", *others])] * min(wins + 1, 4)
+
+
+def test_where_torch_wins_at_once_its_own_ways_are_measured(monkeypatch):
+    seen = turns(monkeypatch, lambda names: {name: 2.0 if name in ("native", "columns") else 1.0 for name in names})
+    assert fastest_way.__wrapped__(512, 600, 1) == Way("rows")
+    assert seen[0] == ["flipped", "native", "rows"]
+    assert len(seen) == 5
+    assert fastest_way.__wrapped__(512, 600, 1, True) == Way()
+    assert len(seen) == 6
+
+
+def test_flipped_products_are_used_where_compiled_steps_end(monkeypatch):
+    turns(monkeypatch, lambda names: {"native": 1.0, "flipped": 0.5, "rows": 2.0} if compiled.pop() else
+          {"native": 0.5, "flipped": 1.0, "rows": 2.0})
+    compiled = [True, False, False]
+    assert fastest_way.__wrapped__(512, 600, 1) == Way("rows", False, 32, 16)
 
 
 def test_small_matrices_are_not_measured(monkeypatch):

@@ -81,8 +81,11 @@ def caption(text: TextBatch, rows: slice) -> TextBatch:
     return TextBatch(text.text_input[rows], text.text_mask[rows])
 
 
-def cached_logits(model, text, image_tokens, images: int = 1, layout=None) -> torch.Tensor:
-    return cached_with(CachedDecoder(model), text, image_tokens, layout, images)
+WAYS = {"torch": Way(), "native": Way(native_to=64)}
+
+
+def cached_logits(model, text, image_tokens, images: int = 1, layout=None, way: str = "torch") -> torch.Tensor:
+    return cached_with(CachedDecoder(model, way=WAYS[way]), text, image_tokens, layout, images)
 
 
 def cached_with(decoder, text, image_tokens, layout=None, images: int = 1) -> torch.Tensor:
@@ -101,14 +104,15 @@ def begun(decoder, text, layout, images: int = 1):
     return groups, cache
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cached_logits_equal_uncached_at_every_step(shape):
+def test_cached_logits_equal_uncached_at_every_step(shape, way):
     model, text, layout = build(shape)
     image_tokens = tokens(model, 4)
     with torch.no_grad():
         expected = model(*text, image_tokens, layout).image
     assert expected.shape == (4, model.config.num_tokens, model.config.codebook_size)
-    assert (cached_logits(model, text, image_tokens, layout=layout) - expected).abs().max() < 1e-4
+    assert (cached_logits(model, text, image_tokens, layout=layout, way=way) - expected).abs().max() < 1e-4
     assert expected.std() > 0.1
 
 
@@ -286,14 +290,15 @@ def test_an_impossible_code_cannot_be_sampled(text):
     assert len(drawn.unique()) > 20
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_at_positions_of_their_own_equal_the_training_graph(shape):
+def test_rows_at_positions_of_their_own_equal_the_training_graph(shape, way):
     """Windows of two tokens; row r is r tokens behind the others' place, as in a queue."""
     model, text, layout = build(shape)
     image_tokens = tokens(model, 4)
     with torch.no_grad():
         expected = model(*text, image_tokens, layout).image
-    decoder = CachedDecoder(model)
+    decoder = CachedDecoder(model, way=WAYS[way])
     groups, cache = begun(decoder, text, layout)
     before = torch.cat([torch.full((4, 1), decoder.begin), image_tokens], dim=1)
     total, first = model.config.num_tokens, decoder.first_position
@@ -307,10 +312,11 @@ def test_rows_at_positions_of_their_own_equal_the_training_graph(shape):
         assert (logits - wanted).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", ["encoder-decoder default", "decoder-only dalle"])
-def test_what_later_slots_of_the_cache_hold_is_not_seen(shape):
+def test_what_later_slots_of_the_cache_hold_is_not_seen(shape, way):
     model, text, _ = build(shape)
-    decoder = CachedDecoder(model)
+    decoder = CachedDecoder(model, way=WAYS[way])
     groups = [decoder.prefill(text, 1)]
     cache = decoder.new_cache(groups)
     cache.keys[:, :, :, model.prefix_slots:] = 1e9
@@ -329,7 +335,7 @@ def test_the_model_computes_the_same_after_the_decoder_took_its_weights_over(sha
     names = [name for name, _ in model.named_parameters()]
     with torch.no_grad():
         before = model(*text, image_tokens, layout).image
-        for way in (Way("columns"), Way("rows", True), Way("rows", False, 3)):
+        for way in (Way("columns"), Way("rows", True), Way("rows", False, 3), WAYS["native"]):
             decoder = CachedDecoder(model, way=way)
             assert (model(*text, image_tokens, layout).image - before).abs().max() < 1e-5
             model.decoder.layers[0][1].to_q.weight.mul_(1.5)  # shared, not copied

@@ -9,12 +9,10 @@ import pytest
 import scipy.stats
 import torch
 
-from inference import static_step
 from inference.decoder import CachedDecoder
 from inference.generate import Generation, Request, generate_tokens
 from inference.jacobi import jacobi_steps
 from inference.sampling import SamplingParams, filtered_probabilities, guidance_at, guide
-from inference.static_step import StaticStep
 from seq2seq import TextBatch
 from tests import tiny
 from tests.test_decoder import SHAPES, build
@@ -48,24 +46,6 @@ def test_tokens_equal_plain_decoding(params, window):
 def test_tokens_equal_plain_decoding_in_every_family(shape):
     decoder, plain = request(shape, PARAMS["ends-early"])
     assert torch.equal(generate_tokens(decoder, dataclasses.replace(plain, window=4))[0], generate_tokens(decoder, plain)[0])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_recorded_windows_give_the_same_tokens(shape, monkeypatch):
-    monkeypatch.setattr(static_step, "MOST_EXTRA", 100.0)
-    monkeypatch.setattr(static_step, "LEAST_MATRICES", 0)
-    decoder, asked = request(shape, PARAMS["ends-early"])
-    asked = dataclasses.replace(asked, window=4)
-    unrecorded = generate_tokens(decoder, asked)[0]
-    used = []
-    real = StaticStep.window
-    monkeypatch.setattr(StaticStep, "window", lambda self, *inputs: used.append(self.branches) or real(self, *inputs))
-    assert torch.equal(generate_tokens(decoder, asked)[0], unrecorded)
-    assert set(used) <= {1, 2}
-    assert 2 in used
-    other = dataclasses.replace(asked, seeds=[9, 8, 7, 6])
-    assert torch.equal(generate_tokens(decoder, other)[0],
-                       torch.stack(list(Generation(decoder, dataclasses.replace(other, window=1)).steps()), dim=1))
 
 
 def test_a_sampled_layout_is_the_same_too():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from inference import static_step
-from inference.generate import Generation, generate_tokens
+from inference.generate import Generation
 from inference.static_step import StaticStep, padded, static_steps
 from tests.test_decoder import SHAPES
 from tests.test_jacobi import PARAMS, request
@@ -68,38 +68,6 @@ def test_the_step_asks_nothing_of_its_tensors():
     assert step.positions.unique().tolist() == [2]
     graph = torch.fx.experimental.proxy_tensor.make_fx(lambda: step._step())()  # traces tensor operations alone
     assert not any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
-
-
-def test_on_the_cpu_a_size_is_recorded_when_it_comes_again(monkeypatch):
-    monkeypatch.setattr(static_step, "MOST_EXTRA", 10.0)
-    monkeypatch.setattr(static_step, "LEAST_MATRICES", 0)
-    recorded = []
-    monkeypatch.setattr(StaticStep, "record", lambda self: recorded.append(self.pictures))
-    decoder, asked = request("encoder-decoder default", PARAMS["guided"])
-    first = generate_tokens(decoder, asked)[0]
-    assert recorded == []
-    assert torch.equal(generate_tokens(decoder, asked)[0], first)
-    assert torch.equal(generate_tokens(decoder, dataclasses.replace(asked, seeds=[9, 8, 7, 6]))[0][0], first[0]) is False
-    assert recorded == [4]
-    generate_tokens(decoder, dataclasses.replace(asked, params=PARAMS["plain"]))
-    assert recorded == [4]
-
-
-def test_on_the_cpu_rows_whose_empty_slots_weigh_too_much_are_not_recorded(monkeypatch):
-    decoder, asked = request("encoder-decoder default", PARAMS["plain"])
-    share = 4 * decoder.slots // 2 * decoder.slot_bytes / decoder.matrix_bytes  # of 4 pictures
-    for most, expected in ((share * 1.01, True), (share * 0.99, False)):
-        monkeypatch.setattr(static_step, "MOST_EXTRA", most)
-        monkeypatch.setattr(static_step, "LEAST_MATRICES", decoder.matrix_bytes)
-        decoder.sizes_seen.clear()
-        assert not static_step.suits(decoder, 4, 1, asked.params)
-        assert static_step.suits(decoder, 4, 1, asked.params) is expected
-    monkeypatch.setattr(static_step, "LEAST_MATRICES", decoder.matrix_bytes + 1)
-    assert not static_step.suits(decoder, 4, 1, asked.params)
-    bytes_read = sum(p.nbytes for name, p in decoder.model.named_parameters()
-                     if p.ndim == 2 and ("decoder." in name or "to_logits" in name))
-    crossed = 2 * 2 * 32 * 32 * 4  # keys and values across are computed once a caption
-    assert decoder.matrix_bytes == bytes_read - crossed
 
 
 def test_batches_are_padded_to_few_sizes():

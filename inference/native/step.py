@@ -29,7 +29,8 @@ class NativeStep:
     """Steps of one decoder, float32 or int8. It holds addresses of the decoder's matrices, and belongs to it."""
 
     def __init__(self, decoder: CachedDecoder) -> None:
-        self._decoder, config = decoder, decoder.config
+        self._config = config = decoder.config
+        self._crosses, self._kv_heads, self._slots = decoder.crosses, decoder.kv_heads, decoder.slots
         self._kept: list[Any] = []  # what only addresses point to
         self._patterns: dict[Any, Tensor] = {}
         rows = np.stack([self._layer(*layer) for layer in decoder.layers])
@@ -51,17 +52,17 @@ class NativeStep:
 
     def __call__(self, hidden: Tensor, groups: list[CaptionMemory], slots: Slots) -> Tensor:
         """Inputs [M, D], which are written over, and where they are -> logits [M, K]; keys and values go into the cache."""
-        step, cache, config = self._step.copy(), slots.cache, self._decoder.config
+        step, cache, config = self._step.copy(), slots.cache, self._config
         at = torch.full((len(hidden),), slots.first) if isinstance(slots, SharedSlots) else slots.slots.flatten()
         step[tables.ROWS], step[tables.AT_ONCE], step[tables.AT] = len(hidden), len(hidden) // cache.row_count, at.data_ptr()
         step[tables.KEYS], step[tables.VALUES] = cache.keys.data_ptr(), cache.values.data_ptr()
         step[tables.LAYER_STRIDE], step[tables.ROW_STRIDE], step[tables.SLOTS] = *cache.keys.stride()[:2], cache.slots
         step[tables.SEEN] = 0 if cache.seen is None else cache.seen.data_ptr()
-        text = _Text(groups) if self._decoder.crosses else None
+        text = _Text(groups) if self._crosses else None
         if text is not None:
             step[tables.TEXT: tables.TEXT_SEEN + 1] = text.addresses
         count, logits = len(hidden), hidden.new_empty(len(hidden), config.codebook_size)
-        heads, each = config.heads * config.head_dim, (config.heads + 2 * self._decoder.kv_heads) * config.head_dim
+        heads, each = config.heads * config.head_dim, (config.heads + 2 * self._kv_heads) * config.head_dim
         sizes = [count * each, count * heads, count * self._inner, count * config.width]
         threads, private = torch.get_num_threads(), self._private_numbers(count, max(cache.slots, config.text_length))
         buffer = hidden.new_empty(sum(sizes) + threads * private)
@@ -122,7 +123,7 @@ class NativeStep:
         if pattern.name == "full":
             return 0
         if pattern not in self._patterns:
-            self._patterns[pattern] = pattern.mask(self._decoder.slots)
+            self._patterns[pattern] = pattern.mask(self._slots)
         return self._address(self._patterns[pattern])
 
 

@@ -7,12 +7,13 @@ on the pool that is there, and a step of a hundred parts pays for one start and 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import llvmlite.binding
 import torch
-from numba import types
+from numba import cfunc, types
 
 LIBRARY = "libgomp.so.1"  # by this name the loader gives what PyTorch has already loaded
 _NAMES = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
@@ -37,6 +38,18 @@ def library() -> Any | None:
     except (OSError, AttributeError):
         return None
     return found
+
+
+def compiled(function: Callable[[Any], None]) -> Any:
+    """A C function of the address of a table of int64; kept on disk where there is a place for it, so that only the first call
+    on a machine takes seconds."""
+    library()
+    options: Any = {"error_model": "numpy", "nogil": True}
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        return cfunc(signature, cache=True, **options)(function)
+    except RuntimeError:  # no folder that can be written to
+        return cfunc(signature, **options)(function)
 
 
 def run(function: int, arguments: Any, threads: int) -> None:
