@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,8 +103,8 @@ class GenerationStep:
         missing = self.total - self.image_tokens.shape[1]
         filled = torch.cat([self.image_tokens, self.image_tokens[:, -1:].expand(-1, missing)], dim=1)
         if self._budget is None:
-            return self._model.decode_tokens(filled)
-        return self._budget.spent_on(lambda: self._model.decode_tokens(filled))
+            return self._model.decode_step(filled)
+        return self._budget.spent_on(lambda: self._model.decode_step(filled))
 
     @property
     def preview(self) -> Image.Image:
@@ -128,6 +129,7 @@ class TextToImage:
         self.device = self.seq2seq.image_embedding.weight.device
         self.weights = weights
         self.decoder = _decoder(self.seq2seq, weights)
+        self._preview_seconds: dict[int, float] = {}  # how long so many pictures took to decode, lately
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None, revision: str | None = None,
@@ -188,7 +190,8 @@ class TextToImage:
         """Yield a GenerationStep now and then, and after the last token; `step.preview` is a picture that grows.
 
         every: yield after so many tokens. None: whenever a preview of every step yielded keeps all previews within 5 % of the
-        time. Leaving the loop, or closing the iterator, frees the cache at once. UserError for `every` below 1.
+        time (a model's first stream of so many pictures finds out what one costs, by one at half the tokens). Leaving the loop,
+        or closing the iterator, frees the cache at once. UserError for `every` below 1.
         """
         texts = check_prompts(prompt)
         check_counts(num_images, num_images, seed)
@@ -224,7 +227,7 @@ class TextToImage:
 
     def _stream(self, generation: Generation, every: int | None) -> Iterator[GenerationStep]:
         drawn: list[Tensor] = []
-        budget = PreviewBudget()
+        budget = PreviewBudget(self._preview_seconds.get(generation.request.rows, 0.0))
         for ids in token_steps(generation):
             drawn.append(ids)
             last = len(drawn) == generation.total
@@ -316,6 +319,13 @@ class TextToImage:
             raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
         codes = tokens_to_codes(image_tokens.to(self.device), self.image_tokenizer.grid)
         return pixels_to_images(float_to_pixels(self.image_tokenizer.decode(codes)))
+
+    def decode_step(self, image_tokens: Tensor) -> list[Image.Image]:
+        """`decode_tokens`, remembering how long it took, for the budget of the next stream's previews."""
+        start = time.perf_counter()
+        images = self.decode_tokens(image_tokens)
+        self._preview_seconds[len(images)] = time.perf_counter() - start
+        return images
 
 
 def _decoder(model: ImageTransformer, weights: Precision | None) -> CachedDecoder:

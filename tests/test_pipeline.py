@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from inference import model_folder as folders
 from inference.decoder import CachedDecoder
-from inference.previews import PreviewBudget
+from inference.previews import SHARE, PreviewBudget
 from tests import tiny
 from tokenloom import SamplingParams, TextToImage
 from tokenloom_common.errors import MissingFileError, UserError
@@ -137,9 +138,29 @@ def test_previews_take_at_most_their_share_of_the_time(caller):
                 clock.wait(caller)
             asked.append(done)
     assert asked[0] == 500
-    assert len(asked) == 16  # 5 % of 10 s, at 0.03 s each
-    assert budget.preview_seconds <= 0.05 * budget.decoding_seconds
+    assert len(asked) == 11  # 3.5 % of 10 s, at 0.03 s each
+    assert budget.preview_seconds <= SHARE * budget.decoding_seconds
     assert budget.decoding_seconds == pytest.approx(10)
+
+
+def test_a_preview_that_is_known_to_take_long_is_not_made(monkeypatch, folder):
+    model, seconds = TextToImage.from_pretrained(folder, device="cpu"), {"now": 0.0}
+    monkeypatch.setattr("inference.pipeline.PreviewBudget", partial(PreviewBudget, clock=lambda: seconds["now"]))
+    monkeypatch.setattr("inference.pipeline.time.perf_counter", lambda: seconds["now"])
+
+    def decoded(tokens):
+        seconds["now"] += 10.0
+        return [None] * len(tokens)
+
+    monkeypatch.setattr(model, "decode_tokens", decoded)
+    yielded = []
+    for _ in range(2):
+        steps = []
+        for step in model.stream("octopus"):
+            steps.append(step.position)
+            assert len(step.previews) == 1
+        yielded.append(steps)
+    assert yielded == [[7, 15], [15]]  # the first stream finds out at half the tokens
 
 
 def test_jacobi_decoding_gives_the_same_pictures(model):
