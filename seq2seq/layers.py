@@ -8,10 +8,12 @@ own `Attend`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from x_transformers import Decoder, Encoder
 from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import FeedForward
@@ -67,6 +69,34 @@ def image_stack(config: TransformerConfig, layers: int, prefix: int, cross_atten
     return _adjusted(stack, config)
 
 
+class _Recomputed:
+    """Mixed into the classes of blocks: their activations can be computed again in the backward pass instead of kept.
+
+    The call is what is repeated, and not `forward`, so that hooks which fetch weights (ZeRO-3) run again too.
+    """
+
+    recomputed = False
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        call = super().__call__  # type: ignore[misc]  # of the module that this is mixed into
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(call, *inputs, use_reentrant=False, **options)
+        return call(*inputs, **options)
+
+
+@lru_cache(maxsize=8)
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Recomputed, kind), {})
+
+
+def recompute_activations(model: nn.Module, on: bool) -> None:
+    """Gradient checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174): keep the inputs of each block alone and
+    compute its activations again in the backward pass; a third more time, the same numbers. For every stack in `model`."""
+    for module in model.modules():
+        if isinstance(module, _Recomputed):
+            module.recomputed = on
+
+
 class Block:
     """One block of a layer: `norm` before it, `block` itself, `norm_after` it (identity where there is none)."""
 
@@ -108,6 +138,9 @@ def _layer_options(config: LayersConfig) -> dict[str, Any]:
 
 def _adjusted(stack: nn.Module, config: LayersConfig) -> nn.Module:
     """What x-transformers has no option for."""
+    for _, block, _ in stack.layers:  # type: ignore[union-attr]
+        kind: Any = type(block)
+        block.__class__ = _recomputed(kind)
     for module in stack.modules():
         if config.attention_bias and hasattr(module, "to_q"):
             for name in ("to_q", "to_k", "to_v", "to_out"):

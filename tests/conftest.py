@@ -12,6 +12,11 @@ from training.engine import processes
 from training.process_group import Processes
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--kills 100`: how often tests/test_killed.py kills a training."""
+    parser.addoption("--kills", type=int, default=25)
+
+
 @pytest.fixture(scope="session")
 def only_process_group() -> Iterator[tuple[Processes, dict[str, str]]]:
     """DeepSpeed keeps global state of the first process group it sees: there is one for all tests, with its environment."""

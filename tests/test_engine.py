@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tests import tiny
 from tokenloom_common.errors import RunFailedError, UserError
 from training.config import RunConfig
-from training.engine import Engine, deepspeed_json, resolve_precision
+from training.deepspeed_json import deepspeed_json
+from training.engine import Engine, resolve_precision
 from training.optim import build_optimizer, lr_at
 from training.optim_config import OptimConfig
 from training.process_group import Processes
@@ -336,6 +337,85 @@ def test_an_engine_that_starts_later_has_its_own_schedule_and_folder(group, tmp_
     engine.save(tmp_path)
     engine_for(small(), run, group).save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"deepspeed", "deepspeed-discriminator"}
+
+
+# ---- offload, float16, compiled ----
+
+def with_deepspeed(stage: int, **changes) -> RunConfig:
+    run = config(stage).plain()
+    return RunConfig.parse({**run, "deepspeed": run["deepspeed"] | changes.pop("deepspeed", {}),
+                            "train": run["train"] | changes.pop("train", {})}, "test")
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")])
+def test_what_is_kept_in_main_memory_changes_no_number(group, stage, offload):
+    plain, run = config(stage), with_deepspeed(stage, deepspeed={"offload": offload})
+    expected = train(engine_for(small(), plain, group), plain, group, range(6))
+    engine = engine_for(small(), run, group)
+    assert engine._engine.zero_offload_optimizer() is not None
+    assert (engine._engine.zero_offload_param() is not None) == (offload == "parameters")
+    assert train(engine, run, group, range(6)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_compiled_module_computes_the_same_and_keeps_its_names(group):
+    plain, run = config(1), with_deepspeed(1, train={"compile": True})
+    expected = train(engine_for(small(), plain, group), plain, group, range(3))
+    engine = engine_for(small(), run, group)
+    assert engine.module._compiled_call_impl is not None
+    engine.module._compiled_call_impl = None  # compiling takes a minute and a compiler; that it was asked for is seen above
+    assert train(engine, run, group, range(3)) == pytest.approx(expected, abs=1e-5)
+    assert set(engine.full_state()) == set(small().state_dict())
+
+
+needs_float16 = pytest.mark.skipif(not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+                                   reason="this machine has no float16")
+
+
+@needs_float16
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_float16_finds_its_scale_trains_and_counts_no_incident(group, stage):
+    run = with_deepspeed(stage)
+    engine = engine_for(small(), run, group, "float16")
+    applied, losses = [], []
+    for step in range(10):
+        engine.set_lr(0.02)
+        ids, target = batch(step % 2, group.device)
+        loss = squared_error(engine(ids), target)
+        engine.backward(loss, step + 1)
+        engine.step(step + 1)
+        applied.append(engine.window_applied)
+        losses.append(float(loss.detach()))
+    assert applied[-1]
+    assert losses[-1] < 0.9 * losses[1]
+    assert engine.skipped == 0
+    assert math.isfinite(engine.grad_norm)
+    assert all(value.isfinite().all() for value in engine.full_state().values())
+
+
+@needs_float16
+def test_a_loss_that_is_not_finite_is_counted_in_float16_too(group):
+    run = with_deepspeed(1)
+    engine = engine_for(small(), run, group, "float16")
+    for step in range(6):
+        ids, target = batch(step, group.device)
+        loss = squared_error(engine(ids), target)
+        engine.backward(loss * (math.nan if step == 4 else 1.0), step + 1)
+        engine.step(step + 1)
+        assert engine.window_applied or step in (0, 1, 2, 4)
+    assert engine.skipped == 1
+
+
+@pytest.mark.parametrize(("train_options", "stage", "words"), [
+    ({"precision": "float16"}, 0, "float16 with deepspeed.zero_stage 0"), ({"compile": True}, 3, "train.compile with")])
+def test_combinations_that_do_not_work_are_refused(train_options, stage, words):
+    with pytest.raises(UserError, match=words):
+        with_deepspeed(stage, train=train_options)
+
+
+def test_float16_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    with pytest.raises(UserError, match="no instructions for it; use float32"):
+        resolve_precision(with_deepspeed(1, train={"precision": "float16"}), torch.device("cpu"))
 
 
 # ---- DeepSpeed's JSON ----

@@ -19,7 +19,8 @@ from tests import tiny
 from tokenloom_common.errors import UserError
 from training.config import RunConfig, TokenizerRunConfig
 from training.config_loading import dump_config, load_config
-from training.engine import Engine, deepspeed_json
+from training.deepspeed_json import deepspeed_json
+from training.engine import Engine
 from training.optim import OPTIMIZERS, SCHEDULES, Adafactor, build_optimizer, lr_at
 from training.optim_config import OptimConfig
 from training.process_group import Processes

@@ -8,6 +8,7 @@ from x_transformers import XTransformer
 from x_transformers.x_transformers import RotaryEmbedding, apply_rotary_pos_emb
 
 from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
+from seq2seq.layers import recompute_activations
 from seq2seq.losses import image_token_loss
 from seq2seq.positions import apply_rotary, flat_positions, grid_positions, rotary_angles
 from seq2seq.text_tokenizer import END, NULL, PAD
@@ -192,3 +193,27 @@ def test_a_bfloat16_model_reads_float32_features(family):
         rounded = model.bfloat16()(features, mask, tokens).image
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("family", ["seq2seq", "decoder_only"])
+def test_recomputed_activations_give_the_same_gradients_with_dropout_and_keep_less(family):
+    made = getattr(tiny, family)
+    kept, gradients = {}, {}
+    for on in (False, True):
+        model = made(dropout=0.2).train()
+        recompute_activations(model, on)
+        config = model.config
+        text = torch.randint(4, config.text_vocab_size, (2, config.text_length), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(text, dtype=torch.bool)
+        tokens = torch.randint(0, config.codebook_size, (2, config.num_tokens), generator=torch.Generator().manual_seed(1))
+        held = []
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, held=held: held.append(tensor.numel()) or tensor,
+                                                      lambda tensor: tensor):
+            out = model(text, mask, tokens).image
+        out.square().mean().backward()
+        kept[on], gradients[on] = sum(held), {name: p.grad for name, p in model.named_parameters()}
+    assert kept[True] < 0.5 * kept[False]
+    assert gradients[True].keys() == gradients[False].keys()
+    for name, gradient in gradients[False].items():
+        assert torch.equal(gradient, gradients[True][name]), name

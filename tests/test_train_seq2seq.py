@@ -14,11 +14,9 @@ from inference import SamplingParams, TextToImage
 from seq2seq import DecoderOnly
 from seq2seq.losses import token_loss
 from tests import tiny
-from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import merge
 from tokenloom_common.errors import ResumeError, UserError
 from training.data.batches import ItemId
-from training.data.token_shards import LayoutIndex, SplitIndex, TokenIndex, write_index, write_shard
 from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes
@@ -35,21 +33,8 @@ DECODER_ONLY = {"preset": "debug-decoder", **SMALL}
 def made(tmp_path_factory) -> Path:
     """An image tokenizer, token shards of it with layouts, and a frozen text encoder's folder."""
     folder = tmp_path_factory.mktemp("made")
-    tokenizer = tiny.vqgan()
-    tokenizer.save_pretrained(folder / "tokenizer")
+    tiny.token_shards(folder, ROWS, LAYOUT_GRID)
     tiny.bert_folder(folder / "bert")
-    (folder / "tokens").mkdir()
-    generator = numpy.random.default_rng(0)
-    for split in ("train", "held_out"):
-        tokens = generator.integers(0, 32, (ROWS, 16)).astype(numpy.uint16)
-        captions = [[tiny.CAPTIONS[row % 5], tiny.CAPTIONS[row % 5 + 20]] for row in range(ROWS)]
-        layouts = generator.integers(0, 27, (ROWS, 4)).astype(numpy.uint16)
-        keys = [f"k{i}" for i in range(ROWS)]
-        write_shard(folder / "tokens" / f"{split}-00000-of-00001.parquet", captions, tokens, keys, layouts)
-    write_index(folder / "tokens", TokenIndex(
-        tokenizer_fingerprint=code_fingerprint(tokenizer), codebook_size=32, grid=(4, 4),
-        layout=LayoutIndex(kind="colors", classes=27, grid=LAYOUT_GRID),
-        splits={split: SplitIndex(rows=ROWS, files=[f"{split}-00000-of-00001.parquet"]) for split in ("train", "held_out")}))
     return folder
 
 

@@ -14,6 +14,7 @@ from inference.matcher_folder import save_matcher_folder
 from seq2seq import DecoderOnly, DecoderOnlyConfig, EncoderDecoder, ImageTransformer, Seq2SeqConfig, TextTokenizer
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.fingerprint import code_fingerprint
+from training.data.token_shards import LayoutIndex, SplitIndex, TokenIndex, write_index, write_shard
 
 CAPTIONS = [f"a {size}{color} {thing}" for size in ("", "large ", "small ") for color in ("red", "green", "blue", "yellow")
             for thing in ("heart", "circle", "square", "octopus", "apple tree")]
@@ -100,3 +101,23 @@ def pictures(count: int, side: int = 16, seed: int = 0) -> list[Image.Image]:
     """Noise."""
     noise = numpy.random.default_rng(seed).integers(0, 256, (count, side, side, 3)).astype(numpy.uint8)
     return [Image.fromarray(pixels) for pixels in noise]
+
+
+def token_shards(folder: Path, rows: int = 12, layout_grid: tuple[int, int] = (2, 2)) -> None:
+    """`tokenizer`, the image tokenizer of `vqgan`, and `tokens`, shards of random tokens of it with captions and layouts, in
+    splits train and held_out."""
+    tokenizer = vqgan()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "tokens").mkdir()
+    generator = numpy.random.default_rng(0)
+    splits = {}
+    for split in ("train", "held_out"):
+        tokens = generator.integers(0, 32, (rows, 16)).astype(numpy.uint16)
+        captions = [[CAPTIONS[row % 5], CAPTIONS[row % 5 + 20]] for row in range(rows)]
+        layouts = generator.integers(0, 27, (rows, layout_grid[0] * layout_grid[1])).astype(numpy.uint16)
+        name = f"{split}-00000-of-00001.parquet"
+        write_shard(folder / "tokens" / name, captions, tokens, [f"k{i}" for i in range(rows)], layouts)
+        splits[split] = SplitIndex(rows=rows, files=[name])
+    write_index(folder / "tokens", TokenIndex(
+        tokenizer_fingerprint=code_fingerprint(tokenizer), codebook_size=32, grid=(4, 4),
+        layout=LayoutIndex(kind="colors", classes=27, grid=layout_grid), splits=splits))

@@ -43,11 +43,17 @@ class TrainConfig(StrictConfig):
     steps: int = Field(1000, ge=1, description="optimizer steps")
     batch_size: int = Field(32, ge=1, description="items per optimizer step over all processes")
     accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step and process")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, float32 on CPU")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, float32 on CPU; float16 scales the loss, for GPUs without bfloat16")
+    gradient_checkpointing: bool = Field(False, description="keep fewer activations and compute them again: less memory, "
+                                         "about a third more time")
+    compile: bool = Field(False, description="torch.compile the model: minutes at the start, a C++ compiler, faster steps")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(500, ge=0, description="steps between sample grids; 0 = none")
     max_skipped_steps: int = Field(20, ge=0, description="steps skipped because a loss term or gradient was not finite, above "
                                    "which the run saves a checkpoint and ends")
+    stall_seconds: float = Field(600.0, ge=0, description="without a finished step for so long, every process writes its "
+                                 "stacks and the run says where each one is; after twice as long it ends; 0 = wait for ever")
     weight_ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then what is "
                               "sampled, measured and exported (in bfloat16: of the rounded weights); 0 = none")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0 = cores / processes of this machine")
@@ -67,6 +73,19 @@ class DeepSpeedConfig(StrictConfig):
 
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what is sharded over the processes: 0 nothing, 1 optimizer "
                                             "state, 2 and gradients, 3 and parameters")
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="what is kept in main memory instead of the GPU's: optimizer state (zero_stage 1 to 3), and "
+        "parameters (3)")
+    config: str | None = Field(None, description="a DeepSpeed JSON of your own: what it sets beyond these keys is used, "
+                               "\"auto\" is what they say, and another value than theirs is refused")
+
+    @model_validator(mode="after")
+    def _offload_possible(self) -> Self:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload '{self.offload}' needs zero_stage {least} or more, not {self.zero_stage}; raise it, or "
+                             "leave offload at none")
+        return self
 
 
 class RunConfig(StrictConfig):
@@ -84,6 +103,12 @@ class RunConfig(StrictConfig):
         for section, optim in self:
             if isinstance(optim, OptimConfig):
                 optim.check_in_run(section, self.train.steps, self.deepspeed.zero_stage)
+        if self.train.precision == "float16" and self.deepspeed.zero_stage == 0:
+            raise ValueError("train.precision float16 with deepspeed.zero_stage 0: gradients carry a scale there that nothing "
+                             "tells about; use zero_stage 1, 2 or 3, or bfloat16")
+        if self.train.compile and self.deepspeed.zero_stage == 3:
+            raise ValueError("train.compile with deepspeed.zero_stage 3: weights are fetched between the compiled parts, which "
+                             "breaks them up; use zero_stage 0, 1 or 2, or leave train.compile out")
         return self
 
 
@@ -93,8 +118,6 @@ class TokenizerTrainConfig(TrainConfig):
     trained_part: Literal["all", "decoder"] = Field("all", description="decoder: codes stay as train.start_from has them, "
                                                     "only the way from codes to pixels learns")
     start_from: str | None = Field(None, description="folder of a trained image tokenizer whose weights are taken over")
-    gradient_checkpointing: bool = Field(False, description="keep fewer activations and compute them again: less memory, "
-                                         "about a third more time")
 
 
 class CodebookHealthConfig(StrictConfig):
@@ -149,6 +172,11 @@ class TokenizerRunConfig(RunConfig):
         if self.deepspeed.zero_stage == 3:
             raise ValueError("deepspeed.zero_stage 3 shards parameters, and an image tokenizer is too small for that; "
                              "use 0, 1 or 2")
+        if self.train.precision == "float16":
+            raise ValueError("train.precision float16 is too narrow for distances to codes; use bfloat16 or float32")
+        if self.train.compile:
+            raise ValueError("train.compile: the codebook of an image tokenizer changes itself inside a step, which breaks "
+                             "compiled code up; leave it out")
         if self.train.trained_part == "decoder" and not self.train.start_from:
             raise ValueError("train.trained_part 'decoder' needs train.start_from, the tokenizer whose codes are kept")
         own = getattr(self.model, "output", None) == "logit_laplace" and self.train.trained_part != "decoder"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,14 +23,18 @@ from torch import Tensor, nn
 
 from tokenloom_common.errors import RunFailedError, UserError
 from training.config import RunConfig
+from training.deepspeed_json import deepspeed_json
 from training.optim import lr_at
 from training.optim_config import OptimConfig
 from training.process_group import Processes
+from training.stopping import STARTED_ALONE
+from training.universal import INFO, to_universal
 
 log = logging.getLogger(__name__)
 
-LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's default
 DEEPSPEED_TAG = "deepspeed"  # folder inside a checkpoint that holds what DeepSpeed itself writes
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of what a module computes in, by precision."""
 MODEL = "model"  # name of the engine that a run is about; a further one (a discriminator) has its own
 
 
@@ -42,6 +47,7 @@ def processes(threads: int = 0) -> Iterator[Processes]:
     deepspeed = _import_deepspeed()
     alone = "RANK" not in os.environ
     if alone:
+        os.environ[STARTED_ALONE] = "1"
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
                             ("MASTER_PORT", str(_free_port()))):
             os.environ[name] = value
@@ -83,32 +89,10 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameters: int,
-                   optim: OptimConfig | None = None) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from ours. UserError if the batch cannot be divided over processes and accumulation.
-
-    parameters: how many the module has; DeepSpeed's own buckets of 500 million would take 2 GB beside the smallest model.
-    optim: of this engine, where it is not the run's.
-    """
-    train = config.train
-    parts = world_size * train.accumulation
-    if train.batch_size % parts:
-        raise UserError(f"train.batch_size {train.batch_size} is not divisible by {world_size} processes x "
-                        f"train.accumulation {train.accumulation} = {parts}")
-    return {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.batch_size // parts,
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": (optim or config.optim).gradient_clipping,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": min(LARGEST_BUCKET, parameters)},
-        "bf16": {"enabled": precision == "bfloat16"},
-        "steps_per_print": 1 << 62,  # our log speaks
-        "wall_clock_breakdown": False,
-    }
-
-
 def resolve_precision(config: RunConfig, device: torch.device) -> str:
     """`auto` is bfloat16 on CUDA and float32 on the CPU."""
+    if config.train.precision == "float16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise UserError("train.precision float16: this CPU has no instructions for it; use float32")
     if config.train.precision != "auto":
         return config.train.precision
     return "bfloat16" if device.type == "cuda" else "float32"
@@ -132,11 +116,15 @@ class Engine:
         """Steps skipped since the run began, because a term or gradient was not finite."""
         self.window_closed = False
         """Whether the last micro-batch ended an accumulation window."""
+        self.window_applied = False
+        """Whether it did, and the optimizer's step changed the weights."""
         self._not_finite: set[str] = set()  # in this accumulation window
         self._stage = config.deepspeed.zero_stage
         module = module.to(group.device)
         frozen = [(parameter, parameter.data) for parameter in module.parameters() if not parameter.requires_grad]
         parameters = sum(p.numel() for p in module.parameters())
+        if config.train.compile:
+            module.compile()  # in place: names in checkpoints stay as they are
         # At stage 0 in bfloat16 DeepSpeed takes a step with gradients of 0, which would count, and decay the weights.
         with _without_steps(optimizer) if self._stage == 0 else nullcontext():
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -184,12 +172,16 @@ class Engine:
         before = int(self._engine.skipped_steps)
         with self._nothing_applied() if norm is not None and not math.isfinite(norm) else nullcontext():
             self._engine.step()
+        self.window_applied = False
         if boundary:
             if norm is None:
                 found = self._engine.get_global_grad_norm()
                 norm = math.nan if found is None else float(found)
             self.grad_norm = norm
-            if int(self._engine.skipped_steps) > before or self._not_finite or not math.isfinite(norm):
+            left_out = int(self._engine.skipped_steps) > before
+            self.window_applied = not (left_out or self._not_finite or not math.isfinite(norm))
+            # float16 finds its loss scale by steps that overflow, which are no incident
+            if not self.window_applied and (self._not_finite or self.precision != "float16"):
                 self._count_skip(step)
         return self.grad_norm, self.skipped
 
@@ -248,14 +240,33 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's part of a checkpoint below `folder`. All processes must call it."""
-        self._engine.save_checkpoint(str(folder), tag=self._tag, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=self._tag, client_state=dict(INFO), save_latest=False)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, strictly. All processes must call it."""
+    def load(self, folder: Path, resharded: bool = False) -> None:
+        """Read what `save` wrote, strictly. All processes must call it.
+
+        resharded: another number of processes wrote it, so that shards are cut anew.
+        """
         if self.group.any(not (folder / self._tag).is_dir()):  # DeepSpeed would assert without a message
             raise RunFailedError(f"{folder / self._tag}: not there for every process; all processes and machines must see "
                                  "the same run folder")
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=self._tag)
+        if resharded and self._stage:  # without sharding, one file holds all
+            self._load_resharded(folder)
+            return
+        self._check_loaded(folder, self._engine.load_checkpoint(str(folder), tag=self._tag)[0])
+
+    def _load_resharded(self, folder: Path) -> None:
+        universal = folder.parent / f".universal-{folder.name}.tmp"
+        try:
+            self.group.first_does(lambda: to_universal(folder / self._tag, universal / self._tag))
+            self._engine._config.load_universal_checkpoint = True
+            self._check_loaded(folder, self._engine.load_checkpoint(str(universal), tag=self._tag)[0])
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+            self.group.barrier()
+            self.group.first_does(lambda: shutil.rmtree(universal, ignore_errors=True))
+
+    def _check_loaded(self, folder: Path, loaded: Any) -> None:
         if self.group.any(loaded is None):
             raise RunFailedError(f"{folder}: DeepSpeed could not read its part of the checkpoint")
 

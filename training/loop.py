@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from training.engine import Engine
 from training.log import RunLog
 from training.process_group import Processes, shared
 from training.run_state import RunState
+from training.stopping import stop_flag
+from training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-SAME_REQUEST_SECONDS = 1.0
-
 
 @dataclass
 class Task:
@@ -45,10 +43,10 @@ class Task:
         for engine in self.engines:
             engine.save(folder)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+    def load(self, folder: Path, resharded: bool = False) -> None:
+        """Read what `save` wrote; resharded: on another number of processes."""
         for engine in self.engines:
-            engine.load(folder)
+            engine.load(folder, resharded)
 
     @property
     def skipped(self) -> int:
@@ -70,20 +68,23 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
     run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step)
     batches = iter(task.batches(first_step))
     skipped_before = task.skipped
+    watchdog = Watchdog(run_state.run_dir, group, config.train.stall_seconds)
     try:
-        with _stop_flag() as stop:
+        with stop_flag() as stop, watchdog.watching():
             for step in range(first_step, total):
                 _one_step(task, config, batches, step, window)
                 run_log.step_done()
                 done = step + 1
+                watchdog.beat(done)
                 if done % config.train.log_every == 0 or done in (1, total):
                     window.write(run_log, group, done, task)
                 group.raise_together(task.problem())
-                stopping = int(group.maximum(float(stop["signal"])))
+                stopping = int(group.maximum(float(stop.signal)))
                 skipped = task.skipped - skipped_before
                 too_many = skipped > config.train.max_skipped_steps
                 if stopping or too_many or done == total or _due(done, config.checkpoint.every_steps):
-                    run_state.save(task, done, task.state() | window.state() | _skips(task))
+                    with watchdog.paused():
+                        run_state.save(task, done, task.state() | window.state() | _skips(task))
                 if too_many:
                     raise shared(RunFailedError(
                         f"{skipped} steps were skipped because a loss term or gradient, named above, was not finite "
@@ -92,13 +93,22 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
                 if stopping:
                     raise StoppedBySignalError(stopping)
                 if _due(done, config.train.sample_every) or (config.train.sample_every and done == total):
-                    with _random_state_kept(group):
+                    with _random_state_kept(group), watchdog.paused():
                         task.sample(done)
+    except RuntimeError as error:
+        if group.world_size > 1 and any(word in str(error) for word in PEER_IS_GONE):
+            reason = str(error).strip().splitlines()[0]
+            raise RunFailedError(f"another process of this run is gone ({reason[:160]}); its own message says why, if it had "
+                                 "time for one; the same command goes on from the last checkpoint") from None
+        raise
     finally:
         run_log.close()
     return True
 
 
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "remote process exited", "NCCL error",
+                "Timed out waiting", "gloo")
+"""What PyTorch's back ends say when a process does not answer any more."""
 SKIPPED = "skipped."
 
 
@@ -121,7 +131,8 @@ def _resume(task: Task, run_state: RunState, window: _Window) -> int:
         log.info("%s: starting fresh in %s", task.name, run_state.run_dir)
         return 0
     step, tensors = run_state.load(task, checkpoint)
-    window.restore(tensors)
+    if not run_state.resharded:  # sums between two log lines are each process's own: a new line begins
+        window.restore(tensors)
     for engine in task.engines:
         engine.skipped = int(tensors[f"{SKIPPED}{engine.name}"])
     own = (_Window.PREFIX, SKIPPED)
@@ -187,28 +198,3 @@ class _Window:
             values |= {f"{engine.name}.lr": engine.lr_of(step - 1), f"{engine.name}.grad_norm": engine.grad_norm}
         run_log.metrics(step, values | task.metrics())
         self._clear()
-
-
-@contextmanager
-def _stop_flag() -> Iterator[dict[str, int]]:
-    """SIGTERM and SIGINT set the flag; a second one, a second later, ends the program at once.
-
-    Ctrl-C under a launcher arrives twice: from the terminal, and as the launcher's SIGTERM right behind it.
-    """
-    flag = {"signal": 0}
-    first_at = 0.0
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal first_at
-        if not flag["signal"]:
-            flag["signal"], first_at = number, time.monotonic()
-        elif time.monotonic() - first_at > SAME_REQUEST_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

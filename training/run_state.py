@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
 OUTPUTS = ("config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "latest.json", "model", "validation.json",
-           "curves.png", "codebook.png", "text_tokenizer")
+           "curves.png", "codebook.png", "text_tokenizer", "incidents")
 RANKS = "ranks"  # folder with one file a process: random state and what the task keeps
 TASK = "task."
 PACKAGES = ("torch", "deepspeed", "x-transformers", "vector-quantize-pytorch", "sentencepiece", "datasets", "numpy",
@@ -62,7 +62,7 @@ class Saved(Protocol):
     """What writes its own part of a checkpoint below a folder, on every process: one engine, or all of a task."""
 
     def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path, resharded: bool = False) -> None: ...
 
 
 class RunState:
@@ -76,6 +76,8 @@ class RunState:
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         self.resume_from: Path | None = None
+        self.resharded = False
+        """Whether the checkpoint that was loaded is of another number of processes."""
 
     def prepare(self) -> None:
         """Decide where to continue, then create the folder and write config.yaml and env.json (first process).
@@ -139,12 +141,12 @@ class RunState:
         self.group.first_does(clear)
         engines.save(aside)
         tensors = _rng_state(self.group.device) | {f"{TASK}{k}": v.contiguous() for k, v in task_state.items()}
-        save_file(tensors, self._rank_file(aside))
+        save_file(tensors, self._rank_file(aside, self.group.rank))
         self.group.barrier()
         self.group.first_does(lambda: self._publish(aside, name, step))
 
-    def _rank_file(self, folder: Path) -> Path:
-        return folder / RANKS / f"rank{self.group.rank}.safetensors"
+    def _rank_file(self, folder: Path, rank: int) -> Path:
+        return folder / RANKS / f"rank{rank}.safetensors"
 
     def _publish(self, aside: Path, name: str, step: int) -> None:
         files = [{"name": str(p.relative_to(aside)), "size": p.stat().st_size, "blake2b": _hash(p)}
@@ -204,7 +206,7 @@ class RunState:
         return None
 
     def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
-        now = {"world_size": self.group.world_size, "zero_stage": self.config.deepspeed.zero_stage,
+        now = {"zero_stage": self.config.deepspeed.zero_stage,
                "batch_size": self.config.train.batch_size, "accumulation": self.config.train.accumulation,
                "seed": self.config.seed}
         then = {**manifest, **_flat(manifest.get("facts", {}))}
@@ -216,11 +218,20 @@ class RunState:
 
     def load(self, engines: Saved, folder: Path) -> tuple[int, dict[str, Tensor]]:
         """Restore engines and random state on every process -> the number of finished steps and the task's tensors."""
-        engines.load(folder)
-        tensors = load_file(self._rank_file(folder))
-        _restore_rng(tensors, self.group.device)
-        step = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]
-        return int(step), {k.removeprefix(TASK): v for k, v in tensors.items() if k.startswith(TASK)}
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        step, then = int(manifest["step"]), int(manifest["world_size"])
+        self.resharded = then != self.group.world_size
+        if self.resharded:
+            log.info("%s was written by %d processes, and %d go on: shards are cut anew; the order of the data stays as it was",
+                     folder, then, self.group.world_size)
+        engines.load(folder, self.resharded)
+        known = self.group.rank < then
+        tensors = load_file(self._rank_file(folder, self.group.rank if known else 0))
+        if known:
+            _restore_rng(tensors, self.group.device)
+        else:
+            seed_everything(self.config.seed + step, self.group.rank)  # a process that was not there draws its own numbers
+        return step, {k.removeprefix(TASK): v for k, v in tensors.items() if k.startswith(TASK)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from inference.matcher import Matcher, MatcherConfig
 from inference.matcher_folder import MatcherScorer, save_matcher_folder
 from seq2seq import FrozenTextEncoder, TextSource
+from seq2seq.layers import recompute_activations
 from seq2seq.losses import masked_text_loss
 from tokenloom_common.errors import DataError, UserError, run_command
 from tokenloom_common.files import write_json_atomic
@@ -29,7 +30,8 @@ from training.data.captioned_visits import CaptionedBatch, CaptionedVisits, Coll
 from training.data.drops import DropCounter, in_words
 from training.data.sources import CaptionedImages, open_dataset
 from training.data.training_sets import Captions
-from training.engine import Engine, deepspeed_json, resolve_precision
+from training.deepspeed_json import deepspeed_json
+from training.engine import DTYPES, Engine, resolve_precision
 from training.evaluation.pictures import plot_curves
 from training.evaluation.retrieval import evaluate_retrieval
 from training.log import read_metrics
@@ -77,11 +79,12 @@ class MatcherTraining:
                                         self.text_source.vocab_size if config.loss.mlm_weight else None)
         seed_everything(config.seed, 0)  # the same weights on every process
         self.objective = MatcherObjective(Matcher(model_config), config.loss)
+        recompute_activations(self.objective, config.train.gradient_checkpointing)
         self.average = (weight_average(self.objective, config.train.weight_ema, group.device)
                         if config.train.weight_ema and group.is_first else None)
         self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), config, group, precision)
         seed_everything(config.seed, group.rank)
-        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.dtype = DTYPES[precision]
 
     def _check_batch(self, precision: str) -> None:
         """A batch that cannot be divided, or leaves nothing to tell a caption from: refused before anything is touched."""
@@ -149,11 +152,10 @@ class MatcherTraining:
             terms["words"] = masked_text_loss(outputs.text_logits, text[masked[1]])
             total = total + loss.mlm_weight * terms["words"]
         self.engine.backward(total, step + 1, terms)
-        skipped = self.engine.skipped
         self.engine.step(step + 1)
         if self.engine.window_closed and self.objective.matcher.clamp_scale():
             self.engine.take_over([self.objective.matcher.logit_scale])
-        if self.average is not None and self.engine.skipped == skipped and self.engine.window_closed:
+        if self.average is not None and self.engine.window_applied:
             self.average.update_parameters(self.objective)
         return {"loss": total.detach(), **{name: term.detach() for name, term in terms.items()},
                 "accuracy": batch_accuracy(outputs.embeddings, same), "scale": outputs.scale.detach()}

@@ -27,6 +27,7 @@ from seq2seq import (
     TextSource,
     TransformerConfig,
 )
+from seq2seq.layers import recompute_activations
 from seq2seq.losses import loss_parts, region_token_weights
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
@@ -36,7 +37,8 @@ from tokenloom_common.files import write_json_atomic
 from training.data.batches import MicroBatches, batch_loader
 from training.data.token_shards import TokenShards, check_same_tokenizer
 from training.data.training_sets import Captions, CollateTokens, TokenBatch, TokenVisits
-from training.engine import Engine, deepspeed_json, resolve_precision
+from training.deepspeed_json import deepspeed_json
+from training.engine import Engine, resolve_precision
 from training.evaluation.pictures import plot_positions
 from training.loop import Task
 from training.model_card import model_card
@@ -87,6 +89,7 @@ class Seq2SeqTraining:
         self.collate = CollateTokens(self._captions())
         seed_everything(config.seed, 0)  # the same weights on every process
         self.model = KINDS[config.model.kind](model_config)
+        recompute_activations(self.model, config.train.gradient_checkpointing)
         if start_from and self.run_state.resume_from is None:
             if kept is not None:
                 raise UserError(f"{config.run_dir}: none of its checkpoints is whole, and its text tokenizer need not be "
@@ -169,9 +172,8 @@ class Seq2SeqTraining:
         total = torch.stack([term * weight for term, weight in parts.values()]).sum()
         terms = {name: term.detach() for name, (term, _) in parts.items()}
         self.engine.backward(total, step + 1, terms)
-        skipped = self.engine.skipped
         self.engine.step(step + 1)
-        if self.average is not None and self.engine.skipped == skipped and self.engine.window_closed:
+        if self.average is not None and self.engine.window_applied:
             self.average.update_parameters(self.model)
         return {"loss": total.detach(), **(terms if len(terms) > 1 or loss.image_weight != 1 else {})}
 

@@ -29,7 +29,8 @@ from training.data.batches import ItemId, MicroBatches, batch_loader
 from training.data.drops import DropCounter, in_words
 from training.data.sources import CaptionedImages, open_dataset
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
-from training.engine import Engine, deepspeed_json, resolve_precision
+from training.deepspeed_json import deepspeed_json
+from training.engine import DTYPES, Engine, resolve_precision
 from training.evaluation.pictures import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.log import read_metrics
@@ -72,7 +73,7 @@ class TokenizerTraining:
         self.engine = Engine(self.tokenizer, build_optimizer(self.tokenizer, config.optim), config, group, precision)
         self.adversary = Adversary(config, group) if config.adversarial.weight else None
         seed_everything(config.seed, group.rank)
-        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.dtype = DTYPES[precision]
         self.health = CodebookHealth(config, group, len(source))
 
     def _open(self, split: str | None) -> CaptionedImages:
@@ -170,11 +171,10 @@ class TokenizerTraining:
             term, more = self.adversary.generator_term(result.reconstruction, total, self.tokenizer.last_layer, step)
             total, terms = total + term, terms | more
         self.engine.backward(total, step + 1, {name: term for name, term in terms.items() if not name.startswith("weighted.")})
-        skipped = self.engine.skipped
         self.engine.step(step + 1)
         if self.adversary:
             terms |= self.adversary.train(image, result.reconstruction, step)
-        if self.average is not None and self.engine.skipped == skipped and self.engine.window_closed:
+        if self.average is not None and self.engine.window_applied:
             self.average.update_parameters(self.tokenizer)
         return {"loss": total.detach(), **terms, **{name: torch.tensor(value) for name, value in schedules.items()}}
 
