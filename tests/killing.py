@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from training import loop, train_seq2seq
 from training.engine import _import_deepspeed
 
-LONGEST_SECONDS = 2.5  # that a child lives; starting takes about one
+LONGEST_SECONDS = 2.0  # that a child lives; starting takes about one
 
 
 def child(log: Path, arguments: list[str]) -> None:

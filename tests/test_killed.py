@@ -11,7 +11,7 @@ from tests import launching, tiny
 from training.log import read_metrics
 
 EVERY = 6  # steps between checkpoints
-STEPS_A_KILL = 30
+STEPS_A_KILL = 20
 
 
 @pytest.mark.timeout(1800)

@@ -260,11 +260,25 @@ class Engine:
         try:
             self.group.first_does(lambda: to_universal(folder / self._tag, universal / self._tag))
             self._engine._config.load_universal_checkpoint = True
-            self._check_loaded(folder, self._engine.load_checkpoint(str(universal), tag=self._tag)[0])
+            with self._groups_kept():
+                self._check_loaded(folder, self._engine.load_checkpoint(str(universal), tag=self._tag)[0])
         finally:
             self._engine._config.load_universal_checkpoint = False
             self.group.barrier()
             self.group.first_does(lambda: shutil.rmtree(universal, ignore_errors=True))
+
+    @contextmanager
+    def _groups_kept(self) -> Iterator[None]:
+        """At stage 3 DeepSpeed's universal loading gives all groups the first one's options (weight decay!), and all their
+        states one count of steps, which each of them then raises."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        kept = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        yield
+        for group, options in zip(optimizer.param_groups, kept, strict=True):
+            group.update(options)
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
     def _check_loaded(self, folder: Path, loaded: Any) -> None:
         if self.group.any(loaded is None):
