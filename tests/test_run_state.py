@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -15,7 +17,7 @@ import torch
 import yaml
 
 from tokenloom_common import files
-from tokenloom_common.errors import ResumeError, UserError
+from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from training import run_state as run_state_module
 from training.config import RunConfig
 from training.log import RunLog, read_metrics
@@ -187,6 +189,33 @@ def _newer(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 99}))
 
 
+def _changed(folder: Path, **values: int) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | values))
+
+
+def _forbid(path: Path) -> None:
+    """Root may read everything: what the system says to others is said by the reader here."""
+    FORBIDDEN.add(path)
+
+
+FORBIDDEN: set[Path] = set()
+
+
+@pytest.fixture(autouse=True)
+def _forbidden_files_are_not_read(monkeypatch):
+    real = run_state_module._hash
+
+    def hashed(path: Path) -> str:
+        if path in FORBIDDEN:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(run_state_module, "_hash", hashed)
+    yield
+    FORBIDDEN.clear()
+
+
 DAMAGE = {
     "truncated file": (_truncate, "deepspeed/states.pt is damaged"),
     "flipped bit": (_flip, "ranks/rank0.safetensors is damaged"),
@@ -199,6 +228,10 @@ DAMAGE = {
     "noise as manifest": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe\x00"), "MANIFEST.json cannot be read"),
     "newer schema": (_newer, "its schema 99 is newer than this release reads (1)"),
     "empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), "MANIFEST.json cannot be read"),
+    "older schema": (partial(_changed, schema_version=0), "its schema 0 is older than this release reads (1)"),
+    "wrong world size": (partial(_changed, world_size=2), "it is of 2 processes and holds the state of 1"),
+    "zero length": (lambda f: (f / "deepspeed/states.pt").write_bytes(b""), "deepspeed/states.pt is damaged"),
+    "no permission": (lambda f: _forbid(f / "deepspeed/states.pt"), "deepspeed/states.pt cannot be read (permission denied)"),
 }
 
 
@@ -212,6 +245,40 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
     assert "step-00000010 is not usable" in warning
     assert words in warning
     assert "trying the one before" in warning
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"step": 3}'])
+def test_what_latest_says_decides_nothing(tmp_path, content):
+    it = saved(tmp_path, 5, 10)
+    (tmp_path / "latest.json").write_bytes(content)
+    assert step_of(it.find()) == 10
+    (tmp_path / "latest.json").unlink()
+    assert step_of(it.find()) == 10
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path, monkeypatch):
+    it = saved(tmp_path, 5)
+    monkeypatch.setattr(run_state_module, "save_file", lambda *_: (_ for _ in ()).throw(
+        OSError(errno.ENOSPC, "No space left on device")))
+    words = r"no space left .* step 10 was not written; step-00000005 is whole; free some"
+    with pytest.raises(RunFailedError, match=words) as full:
+        it.save(FakeEngine(10), 10, {})
+    assert full.value.exit_code == 1
+    assert step_of(state(tmp_path).find()) == 5
+    monkeypatch.undo()
+    again = state(tmp_path)
+    again.prepare()
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
+    it = state(tmp_path, checkpoint={"keep_last": 1, "every_steps": 5, "keep_every_steps": 10})
+    it.prepare()
+    for step in (5, 10, 15, 20, 25):
+        it.save(FakeEngine(step), step, {})
+    assert names(tmp_path) == ["step-00000010", "step-00000020", "step-00000025"]
+    with pytest.raises(UserError, match="keep_every_steps 7 must be a multiple of every_steps 5"):
+        state(tmp_path, checkpoint={"every_steps": 5, "keep_every_steps": 7})
 
 
 @pytest.mark.parametrize("resume", ["auto", "required"])
@@ -284,7 +351,7 @@ class BrokenEngine(FakeEngine):
 
 def test_a_save_that_fails_leaves_the_checkpoint_before_and_latest_as_they_were(tmp_path):
     it = saved(tmp_path, 5)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunFailedError, match="no space left"):
         it.save(BrokenEngine(9), 10, {})
     assert names(tmp_path) == ["step-00000005"]
     assert latest(tmp_path)["step"] == 5

@@ -64,8 +64,16 @@ class CheckpointConfig(StrictConfig):
 
     every_steps: int = Field(500, ge=0, description="steps between checkpoints; 0 = only at the end and on a signal")
     keep_last: int = Field(2, ge=1, description="older ones are deleted")
+    keep_every_steps: int = Field(0, ge=0, description="those of a multiple of so many steps are never deleted; 0 = none")
     resume: Literal["auto", "never", "required"] = Field(
         "auto", description="auto: continue the run folder's newest whole checkpoint, or start fresh and say so")
+
+    @model_validator(mode="after")
+    def _kept_ones_exist(self) -> Self:
+        if self.keep_every_steps and (not self.every_steps or self.keep_every_steps % self.every_steps):
+            raise ValueError(f"keep_every_steps {self.keep_every_steps} must be a multiple of every_steps {self.every_steps}, "
+                             "or there is nothing to keep at most of these steps")
+        return self
 
 
 class DeepSpeedConfig(StrictConfig):

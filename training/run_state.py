@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenloom_common.errors import ResumeError, UserError
+from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from tokenloom_common.files import publish_folder, sync_path, write_json_atomic, write_text_atomic
 from training.config import RunConfig
 from training.config_loading import dump_config
@@ -32,10 +33,11 @@ from training.process_group import Processes
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = OLDEST_SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 OUTPUTS = ("config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "latest.json", "model", "validation.json",
            "curves.png", "codebook.png", "text_tokenizer", "incidents")
+FULL_BYTES = 1 << 20  # free space below which a failed write is one for lack of space
 RANKS = "ranks"  # folder with one file a process: random state and what the task keeps
 TASK = "task."
 PACKAGES = ("torch", "deepspeed", "x-transformers", "vector-quantize-pytorch", "sentencepiece", "datasets", "numpy",
@@ -131,6 +133,18 @@ class RunState:
         task_state: this process's tensors beyond the engines'. Called on every process, at the end of an accumulation
         window only.
         """
+        try:
+            self._save(engines, step, task_state)
+        except Exception as error:  # safetensors and torch.save have exceptions of their own for a full disk
+            if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(self.run_dir).free > FULL_BYTES:
+                raise
+            shutil.rmtree(self.checkpoints / f".step-{step:08d}.tmp", ignore_errors=True)  # it fills what little is left
+            kept = self._whole_names()
+            earlier = f"{kept[-1]} is whole" if kept else "there is no earlier one"
+            raise RunFailedError(f"{self.run_dir}: no space left on the device, so that the checkpoint of step {step} was not "
+                                 f"written; {earlier}; free some space, and start the same command again") from None
+
+    def _save(self, engines: Saved, step: int, task_state: dict[str, Tensor]) -> None:
         name = f"step-{step:08d}"
         aside = self.checkpoints / f".{name}.tmp"
 
@@ -159,7 +173,8 @@ class RunState:
         sync_path(self.checkpoints)
         write_json_atomic(self.run_dir / "latest.json", {"step": step, "checkpoint": f"checkpoints/{name}"})
         # a later one is a damaged one that was passed over: it must not push out what was just saved
-        upto = [n for n in self._whole_names() if n <= name]
+        every = self.config.checkpoint.keep_every_steps
+        upto = [n for n in self._whole_names() if n <= name and not (every and int(n.removeprefix("step-")) % every == 0)]
         for old in upto[: -self.config.checkpoint.keep_last]:
             shutil.rmtree(self.checkpoints / old, ignore_errors=True)
 
@@ -192,14 +207,17 @@ class RunState:
     def _problem(self, folder: Path) -> str | None:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["schema_version"] > SCHEMA_VERSION:
-                return f"its schema {manifest['schema_version']} is newer than this release reads ({SCHEMA_VERSION})"
+            schema = manifest["schema_version"]
+            if not OLDEST_SCHEMA <= schema <= SCHEMA_VERSION:
+                age = "newer" if schema > SCHEMA_VERSION else "older"
+                return f"its schema {schema} is {age} than this release reads ({SCHEMA_VERSION})"
+            ranks = sum(entry["name"].startswith(f"{RANKS}/") for entry in manifest["files"])
+            if ranks != manifest["world_size"]:
+                return f"it is of {manifest['world_size']} processes and holds the state of {ranks}"
             for entry in manifest["files"]:
-                path = folder / entry["name"]
-                if not path.is_file():
-                    return f"{entry['name']} is missing"
-                if path.stat().st_size != entry["size"] or _hash(path) != entry["blake2b"]:
-                    return f"{entry['name']} is damaged"
+                problem = _file_problem(folder / entry["name"], entry)
+                if problem is not None:
+                    return f"{entry['name']} {problem}"
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{MANIFEST} cannot be read ({type(error).__name__})"
         self._check_same_run(folder, manifest)
@@ -240,6 +258,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
     return flat
+
+
+def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    try:
+        whole = path.stat().st_size == entry["size"] and _hash(path) == entry["blake2b"]
+    except OSError as error:
+        return f"cannot be read ({str(error.strerror).lower()})"
+    return None if whole else "is damaged"
 
 
 def _hash(path: Path) -> str:
