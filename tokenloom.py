@@ -29,6 +29,8 @@ COMMANDS = {
     "estimate": ("inference.estimate_cli", "main", "say how much memory sampling needs"),
     "data": ("training.data.cli", "main", "build and check captioned image data"),
     "evaluate": ("training.evaluation.cli", "main", "measure an image tokenizer or a text-to-image model"),
+    "runs": ("training.runs_cli", "runs", "compare training runs in a table"),
+    "report": ("training.runs_cli", "report", "write one HTML page about a training run"),
 }
 """Command -> module, function taking argv, one line of help."""
 

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = OLDEST_SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 OUTPUTS = ("config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "latest.json", "model", "validation.json",
-           "curves.png", "codebook.png", "text_tokenizer", "incidents")
+           "curves.png", "codebook.png", "text_tokenizer", "incidents", "report.html")
 FULL_BYTES = 1 << 20  # free space below which a failed write is one for lack of space
 RANKS = "ranks"  # folder with one file a process: random state and what the task keeps
 TASK = "task."
