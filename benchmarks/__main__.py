@@ -11,6 +11,7 @@ from tokenloom_common.errors import UserError, nearest_name, run_command
 BENCHMARKS = {
     "tokenizer": ("benchmarks.tokenizer", "main", "image tokenizers: speed and memory beside diffusers, cost of our options"),
     "decode": ("benchmarks.decode", "main", "drawing image tokens: ours beside x-transformers, transformers and min-dalle"),
+    "training": ("benchmarks.training", "main", "a training step: ours beside plain PyTorch and x-transformers"),
     "attention": ("benchmarks.attention", "main", "sparse attention patterns: speed and memory beside a dense mask"),
 }
 """Name -> module, function taking argv, one line of help."""
