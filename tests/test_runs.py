@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import yaml
 from PIL import Image
 
 from tokenloom import main
+from tokenloom_common.errors import UserError
 from training.run_facts import find_runs, read_run
 from training.run_page import duration, page
 
@@ -105,6 +107,12 @@ def test_a_page_of_a_run_that_has_only_begun(tmp_path):
     text = page(read_run(folder))
     assert "nothing was logged yet" in text
     assert "none yet" in text
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"need matplotlib .* pip install 'tokenloom\[train\]'"):
+        page(read_run(make_run(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (61, "1 min 1 s"), (4000, "1 h 6 min"), (90000, "25 h 0 min")])

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from tokenloom_common.errors import UserError
 from training.run_facts import RunFacts
 
 CURVES = {"loss": "loss", "learning rate": "lr", "gradient norm": "grad_norm", "samples a second": "samples_per_s",
@@ -56,8 +57,10 @@ def _curves(run: RunFacts) -> str:
 
 def _curve(title: str, rows: list[dict[str, Any]], name: str) -> str:
     """One panel as SVG."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"the page's curves need matplotlib ({error}): pip install 'tokenloom[train]'") from None
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
     axis = figure.subplots()
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
