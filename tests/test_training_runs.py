@@ -166,6 +166,7 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(work, tmp_path):
             b["loss"].hex(), b["grad_norm"].hex(), b["codebook_perplexity"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_the_launcher_leaves_a_checkpoint(work, tmp_path):
     run = tmp_path / "run"
     arguments = [*tokenizer_arguments(work, run, "--train.steps", 5000, "--checkpoint.every_steps", 0)]
@@ -195,7 +196,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(work, t
     assert losses(run) == losses(work / "tokenizer")  # the repeated steps came out the same
 
 
-@pytest.mark.parametrize("kind", ["seq2seq", "tokenizer"])
+@pytest.mark.parametrize("kind", ["seq2seq", pytest.param("tokenizer", marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on_with_the_same_data_and_losses(work, tmp_path, kind):
     """Two networks at stage 2 for the tokenizer; two processes before, one after. A tokenizer restarts dead codes by chance and
     weighs its adversary by the pictures of each process, so that its losses are near, not equal."""
