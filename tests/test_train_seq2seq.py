@@ -17,6 +17,7 @@ from tests import tiny
 from tokenloom_common.config import merge
 from tokenloom_common.errors import ResumeError, UserError
 from training.data.batches import ItemId
+from training.incidents import read_incidents
 from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes
@@ -218,3 +219,27 @@ def test_a_text_encoder_that_does_not_fit_is_refused_before_anything_is_written(
 def test_start_from_brings_its_own_text_tokenizer(made, tmp_path, text):
     with pytest.raises(UserError, match=r"text\.start_from .*leave"):
         config(made, tmp_path / "run", text={"start_from": "m", **text})
+
+
+def test_a_skipped_step_and_a_spike_are_noted_with_the_keys_of_their_rows(made, tmp_path, group, monkeypatch):
+    monkeypatch.setattr("training.incidents.LEAST", 2)
+    run = config(made, tmp_path / "run", train={"steps": 5, "max_skipped_steps": 3}, optim={"lr": 1e-5, "warmup_steps": 0})
+    training = Seq2SeqTraining(run, group)
+    task = training.task()
+    real, factor = task.train, {1: float("nan"), 4: 3.0}
+
+    def broken(batch, step):
+        backward = training.engine.backward
+        monkeypatch.setattr(training.engine, "backward", lambda loss, *rest: backward(loss * factor.get(step, 1.0), *rest))
+        terms = real(batch, step)
+        monkeypatch.setattr(training.engine, "backward", backward)
+        return terms | {"loss": terms["loss"] * factor.get(step, 1.0)}
+
+    task.train = broken
+    run_training(task, run, group, training.run_state)
+    skipped, spike = read_incidents(tmp_path / "run")
+    assert (skipped["step"], skipped["what"], spike["step"], spike["what"]) == (2, "skipped", 5, "spike")
+    for line in (skipped, spike):
+        assert len(line["keys"]) == 6
+        assert set(line["keys"]) <= {f"k{row}" for row in range(ROWS)}
+    assert len(set(skipped["keys"]) | set(spike["keys"])) > 6

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenloom_common.errors import RunFailedError, StoppedBySignalError
 from training.config import RunConfig
 from training.engine import Engine
+from training.incidents import Incidents
 from training.log import RunLog
 from training.process_group import Processes, shared
 from training.run_state import RunState
@@ -37,6 +38,8 @@ class Task:
     problem: Callable[[], Exception | None]  # what this process met that must end the run on all of them
     state: Callable[[], dict[str, Tensor]]  # this process's state beyond the engines'
     restore: Callable[[dict[str, Tensor]], None]
+    items: int  # of the data
+    key: Callable[[int], str]  # index of an item -> its key, for messages
 
     def save(self, folder: Path) -> None:
         """Every engine's part of a checkpoint."""
@@ -68,11 +71,16 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
     run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step)
     batches = iter(task.batches(first_step))
     skipped_before = task.skipped
+    incidents = Incidents(run_state.run_dir, config.seed, config.train.batch_size, task.items, task.key, group.is_first,
+                          first_step)
     watchdog = Watchdog(run_state.run_dir, group, config.train.stall_seconds)
     try:
         with stop_flag() as stop, watchdog.watching():
             for step in range(first_step, total):
-                _one_step(task, config, batches, step, window)
+                before, loss = task.skipped, _one_step(task, config, batches, step, window)
+                if task.skipped > before:
+                    incidents.skipped(step)
+                incidents.loss(step, group.maximum(loss))
                 run_log.step_done()
                 done = step + 1
                 watchdog.beat(done)
@@ -141,15 +149,20 @@ def _resume(task: Task, run_state: RunState, window: _Window) -> int:
     return step
 
 
-def _one_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, window: _Window) -> None:
+def _one_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, window: _Window) -> float:
+    """All micro-batches of a step -> the largest of their losses; NaN if one is no number."""
+    losses = []
     for engine in task.engines:
         engine.set_lr(engine.lr_of(step))
     for _ in range(config.train.accumulation):
         waited = time.perf_counter()
         batch = next(batches)
         window.data_seconds += time.perf_counter() - waited
-        window.add(task.train(batch, step))
+        terms = task.train(batch, step)
+        window.add(terms)
+        losses.append(terms["loss"])
     window.steps += 1
+    return float(torch.stack(losses).max())
 
 
 class _Window:

@@ -13,6 +13,7 @@ import yaml
 
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
+from training.incidents import NAMED, read_incidents
 from training.log import read_metrics
 
 RECENT = 120.0  # seconds since the last line within which a run may still be running
@@ -94,6 +95,10 @@ class RunFacts:
     def incidents(self) -> list[str]:
         """What went wrong or was interrupted, in words."""
         found = [f"{self.skipped} steps were skipped because a loss or gradient was not finite"] if self.skipped else []
+        for line in read_incidents(self.path):
+            loss = f", loss {line['loss']:.4g} where {line['median']:.4g} was usual" if line["what"] == "spike" else ""
+            found.append(f"step {line['step']:,}: {line['what']}{loss}; made of {', '.join(line['keys'][:NAMED])}"
+                         + (f" and {len(line['keys']) - NAMED} more" if len(line["keys"]) > NAMED else ""))
         starts = sum(later.get("elapsed_s", 0) < earlier.get("elapsed_s", 0)
                      for earlier, later in zip(self.rows, self.rows[1:], strict=False))
         found += [f"started again {starts} times after a stop"] if starts else []

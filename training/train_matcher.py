@@ -128,7 +128,7 @@ class MatcherTraining:
         """This run as the training loop sees it."""
         return Task("train matcher", [self.engine], self.batches, self.train, self.metrics, self.sample,
                     problem=lambda: self._problem, state=lambda: average_state(self.average),
-                    restore=lambda state: restore_average(self.average, state))
+                    restore=lambda state: restore_average(self.average, state), items=len(self.visits), key=self.source.key)
 
     def batches(self, first_step: int) -> Iterable[CaptionedBatch]:
         """This process's micro-batches from `first_step` on."""

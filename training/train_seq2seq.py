@@ -145,7 +145,7 @@ class Seq2SeqTraining:
         """This run as the training loop sees it."""
         return Task("train seq2seq", [self.engine], self.batches, self.train, metrics=dict, sample=self.sample,
                     problem=lambda: None, state=lambda: average_state(self.average),
-                    restore=lambda state: restore_average(self.average, state))
+                    restore=lambda state: restore_average(self.average, state), items=len(self.visits), key=self.shards.key)
 
     def batches(self, first_step: int) -> Iterable[TokenBatch]:
         """This process's micro-batches from `first_step` on."""

@@ -126,7 +126,8 @@ class TokenizerTraining:
         """This run as the training loop sees it."""
         engines = [self.engine, *([self.adversary.engine] if self.adversary else [])]
         return Task("train tokenizer", engines, self.batches, self.train, self.metrics, self.sample,
-                    problem=lambda: self._problem, state=self._state, restore=self._restore)
+                    problem=lambda: self._problem, state=self._state, restore=self._restore, items=len(self.visits),
+                    key=self.visits.source.key)
 
     def _kept(self) -> dict[str, torch.nn.Module]:
         """Modules beside the engines' whose state belongs to a checkpoint."""
