@@ -19,7 +19,8 @@ COLUMNS = ("run", "kind", "status", "steps", "loss", "held-out", "samples/s", "s
 def runs(argv: Sequence[str] | None = None) -> int:
     """`tokenloom runs DIR`: every run at or below a folder, a line each."""
     parser = OneLineParser(prog="tokenloom runs", description="Compare the runs at or below a folder.",
-                           epilog="example: tokenloom runs runs --sort held-out", formatter_class=argparse.RawTextHelpFormatter)
+                           epilog="examples:\n  tokenloom runs runs\n  tokenloom runs runs --sort held-out --json",
+                           formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder with run folders in it, or one run folder")
     parser.add_argument("--sort", choices=COLUMNS, default="run", help="column to sort by (default run: its path)")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
@@ -58,7 +59,9 @@ def _shown(name: str, line: dict[str, Any]) -> str:
 def report(argv: Sequence[str] | None = None) -> int:
     """`tokenloom report RUN`: one self-contained HTML page."""
     parser = OneLineParser(prog="tokenloom report", description="Write one HTML page about a run, with everything in it.",
-                           epilog="example: tokenloom report runs/seq2seq", formatter_class=argparse.RawTextHelpFormatter)
+                           epilog="examples:\n  tokenloom report runs/seq2seq\n"
+                                  "  tokenloom report runs/seq2seq --out seq2seq.html",
+                           formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
     args = parser.parse_args(argv)
