@@ -27,9 +27,10 @@ def child(log: Path, arguments: list[str]) -> None:
     one_step = loop._one_step
 
     def noted(task, config, batches, step, window):
-        one_step(task, config, batches, step, window)
+        loss = one_step(task, config, batches, step, window)
         with log.open("a", encoding="utf-8") as file:
             file.write(f"step {step}\n")
+        return loss
 
     loop._one_step = noted
     os._exit(train_seq2seq.main(arguments))
