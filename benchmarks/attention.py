@@ -265,12 +265,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     defaults: dict[str, Any] = {"grid": 32, "prefix": 256, "batch": "4", "heads": 8, "head_dim": 64, "repeats": 5}
     if args.quick:
         defaults = {"grid": 32, "prefix": 64, "batch": "1", "heads": 2, "head_dim": 32, "repeats": 9}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, least in {"grid": 1, "prefix": 0, "heads": 1, "head_dim": 1, "convolution": 3, "repeats": 1}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    harness.fill_in(args, defaults, {"grid": 1, "prefix": 0, "heads": 1, "head_dim": 1, "convolution": 3, "repeats": 1})
     batches = harness.whole_numbers(args.batch, "--batch")
     harness.start(args.device, args.threads)
     options = Options(args.quick, args.grid, args.prefix, batches, args.heads, args.head_dim, args.convolution, args.repeats,

@@ -211,6 +211,16 @@ def add_common_options(parser: OneLineParser, repeats: str) -> None:
     parser.add_argument("--out", "--json", dest="out", help="also write the JSON document to this file")
 
 
+def fill_in(args: argparse.Namespace, defaults: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """Give options that were left out their defaults. UserError for a number below its least one."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, lowest in least.items():
+        if getattr(args, name) < lowest:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {lowest}")
+
+
 def check_output(name: str | None) -> Path | None:
     """The path of --out. UserError, before anything is measured, if no file can be written there."""
     if name is None:

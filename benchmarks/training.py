@@ -306,12 +306,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
                                 "repeats": 5}
     if args.quick:
         defaults = {"width": 64, "layers": 2, "grid": 8, "batch": 4, "steps": 6, "stages": "", "repeats": 2}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, least in {"width": 64, "layers": 1, "grid": 2, "batch": 1, "steps": 3, "repeats": 1}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
+    harness.fill_in(args, defaults, {"width": 64, "layers": 1, "grid": 2, "batch": 1, "steps": 3, "repeats": 1})
     if args.width % 64:
         raise UserError(f"--width {args.width} must be a multiple of 64, the width of a head")
     wanted = [part.strip() for part in args.stages.split(",") if part.strip()]

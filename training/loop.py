@@ -25,6 +25,7 @@ from training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+
 @dataclass
 class Task:
     """What a training script gives the loop."""
