@@ -79,10 +79,10 @@ def make_data(folder: Path, options: Options) -> None:
     generator, rows = numpy.random.default_rng(SEED), options.batch * options.steps
     tokens = generator.integers(0, 1024, (rows, options.grid**2)).astype(numpy.uint16)
     captions = [[" ".join(generator.choice(WORDS, 6))] for _ in range(rows)]
-    write_shard(folder / "tokens/train-00000-of-00001.parquet", captions, tokens, [f"k{row}" for row in range(rows)])
+    file = write_shard(folder / "tokens/train-00000-of-00001.arrow", captions, tokens, [f"k{row}" for row in range(rows)])
     write_index(folder / "tokens", TokenIndex(
         tokenizer_fingerprint=code_fingerprint(tokenizer), codebook_size=1024, grid=(options.grid, options.grid),
-        splits={"train": SplitIndex(rows=rows, files=["train-00000-of-00001.parquet"])}))
+        splits={"train": SplitIndex(rows=rows, files=[file])}))
 
 
 def run_config(folder: Path, options: Options, stage: int = 0) -> Seq2SeqRunConfig:

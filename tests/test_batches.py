@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 
 import numpy
 import pytest
 import torch
 
-from tests import tiny
-from tokenloom_common.errors import DataError, MissingFileError, UserError
-from training.data.batches import ItemId, MicroBatches, batch_items, batch_loader, item_random
-from training.data.token_shards import (
-    SplitIndex,
-    TokenIndex,
-    TokenShards,
-    check_same_tokenizer,
-    token_dtype,
-    write_index,
-    write_shard,
-)
-from training.data.training_sets import CollateTokens, TokenVisits
+from tokenloom_common.errors import DataError
+from training.data.batches import DataOrder, ItemId, MicroBatches, batch_loader, item_random, uniform, visit_bits
 
 
 def test_every_item_once_an_epoch_and_another_order_in_the_next():
-    items = [item for step in range(10) for item in batch_items(3, step, 7, 35)]
+    items = [item for step in range(10) for item in DataOrder(35, 3).batch(step, 7)]
     for epoch in (0, 1):
         assert Counter(i.index for i in items if i.epoch == epoch) == Counter(range(35))
     assert [i.index for i in items[:35]] != [i.index for i in items[35:]]
@@ -32,7 +22,7 @@ def test_every_item_once_an_epoch_and_another_order_in_the_next():
 
 def micro(world: int, accumulation: int, first: int = 0, last: int = 4) -> list[list[ItemId]]:
     """Global batches put together again from the processes' micro-batches."""
-    ranks = [list(MicroBatches(50, 8, accumulation, 1, rank, world, first, last)) for rank in range(world)]
+    ranks = [list(MicroBatches(DataOrder(50, 1), 8, accumulation, rank, world, first, last)) for rank in range(world)]
     steps = []
     for step in range(last - first):
         parts = [ranks[rank][step * accumulation + part] for part in range(accumulation) for rank in range(world)]
@@ -59,7 +49,7 @@ class Echo(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_do_not_change_the_order(workers):
-    loader = batch_loader(Echo(), MicroBatches(50, 8, 1, 1, 0, 1, 0, 3), workers, list)
+    loader = batch_loader(Echo(), MicroBatches(DataOrder(50, 1), 8, 1, 0, 1, 0, 3), workers, list)
     assert list(loader) == micro(1, 1, last=3)
 
 
@@ -72,103 +62,65 @@ def test_a_visits_random_numbers_depend_on_seed_epoch_index_and_purpose_only():
     assert draw(0, 0, 0, "a") == numbers[0]
 
 
-@pytest.fixture
-def shards(tmp_path):
-    tokens = numpy.arange(24, dtype=numpy.uint16).reshape(6, 4)
-    captions = [[f"caption {i}", f"other {i}"] for i in range(6)]
-    write_shard(tmp_path / "train-00000-of-00002.parquet", captions[:4], tokens[:4], [f"k{i}" for i in range(4)])
-    write_shard(tmp_path / "train-00001-of-00002.parquet", captions[4:], tokens[4:], ["k4", "k5"])
-    files = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
-    write_index(tmp_path, TokenIndex(tokenizer_fingerprint="f", codebook_size=32, grid=(2, 2),
-                                     splits={"train": SplitIndex(rows=6, files=files), "none": SplitIndex(rows=0, files=[])}))
-    return tmp_path
+def test_many_visits_random_numbers_are_even_and_each_visits_own():
+    items = [ItemId(epoch, index) for epoch in range(5) for index in range(4000)]
+    draws = uniform(visit_bits(3, items, "caption"))
+    assert draws.min() >= 0 and draws.max() < 1
+    assert numpy.histogram(draws, 20, (0, 1))[0] == pytest.approx(1000, abs=150)  # 4.9 standard deviations
+    one = uniform(visit_bits(3, [ItemId(2, 17)], "caption"))
+    assert one == draws[2 * 4000 + 17]
+    others = [uniform(visit_bits(seed, items, purpose)) for seed, purpose in ((4, "caption"), (3, "dropout"))]
+    neighbours = [draws[1:], draws[4000:]]  # the next item, the next epoch
+    for other in (*others, *neighbours):
+        assert abs(numpy.corrcoef(draws[: len(other)], other)[0, 1]) < 0.03
 
 
-def test_token_shards_give_back_what_was_written(shards):
-    read = TokenShards(shards, "train")
-    assert len(read) == 6
-    assert read.image_tokens(5).tolist() == [20, 21, 22, 23]
-    assert read.captions(4) == ["caption 4", "other 4"]
-    assert read.key(3) == "k3"
-    assert len(read.all_captions()) == 12
+RUNS = [0, 30, 37, 100, 130, 200]
 
 
-def test_token_shards_are_read_by_datasets(shards):
-    import datasets
-
-    rows = datasets.Dataset.from_parquet([str(p) for p in sorted(shards.glob("*.parquet"))],
-                                         cache_dir=str(shards / "cache"))
-    assert rows[5]["tokens"] == [20, 21, 22, 23]
-    assert rows.column_names == ["captions", "tokens", "key"]
-
-
-def test_caption_dropout_gives_the_null_caption_at_its_rate(shards):
-    visits = TokenVisits(TokenShards(shards, "train"), seed=0, caption_dropout=0.25)
-    seen = [visits[ItemId(epoch, index)].caption for epoch in range(200) for index in range(6)]
-    assert sum(c == "" for c in seen) / len(seen) == pytest.approx(0.25, abs=0.04)
-    assert {c for c in seen if c.endswith("3")} == {"caption 3", "other 3"}
-    batch = CollateTokens(tiny.text_tokenizer())([visits[ItemId(0, i)] for i in range(3)])
-    assert batch.image_tokens.shape == (3, 4)
-    assert batch.image_tokens.dtype == torch.int64
-    assert batch.text.text_input.shape == (3, tiny.TEXT_LENGTH)
+@pytest.mark.parametrize("runs", [None, RUNS])
+def test_buckets_visit_every_item_once_an_epoch_in_any_piece(runs):
+    order = DataOrder(200, 7, 48, runs)
+    epochs = [[item.index for item in order.items(epoch * 200, 200)] for epoch in range(3)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(epoch) == list(range(200))
+        assert {item.epoch for item in order.items(number * 200, 200)} == {number}
+    assert epochs[0] != epochs[1]
+    whole = order.items(0, 600)
+    for size in (7, 64, 250):
+        pieces = [item for start in range(0, 600, size) for item in DataOrder(200, 7, 48, runs).items(start, size)]
+        assert pieces[:600] == whole
 
 
-def test_token_corruption_replaces_its_share_of_the_inputs_and_never_a_target(shards):
-    read = TokenShards(shards, "train")
-    visits = TokenVisits(read, seed=0, caption_dropout=0.0, token_corruption=0.3)
-    changed = []
-    for epoch in range(300):
-        for index in range(6):
-            item = visits[ItemId(epoch, index)]
-            assert item.image_tokens.tolist() == read.image_tokens(index).tolist()
-            assert item.input_tokens.min() >= 0
-            assert item.input_tokens.max() < 32
-            changed.append((item.input_tokens != item.image_tokens).mean())
-    assert numpy.mean(changed) == pytest.approx(0.3 * 31 / 32, abs=0.02)  # a random code is the right one now and then
-    again = visits[ItemId(7, 3)]
-    assert visits[ItemId(7, 3)].input_tokens.tolist() == again.input_tokens.tolist()
-    plain = TokenVisits(read, seed=0, caption_dropout=0.0)[ItemId(0, 0)]
-    assert plain.input_tokens.tolist() == plain.image_tokens.tolist()
+def test_rows_of_a_run_are_visited_near_one_another_and_shuffled():
+    run_of = numpy.searchsorted(RUNS, numpy.arange(200), side="right") - 1
+    order = DataOrder(200, 7, 48, RUNS)
+    for epoch in range(6):
+        rows = numpy.array([item.index for item in order.items(epoch * 200, 200)])
+        for run in range(5):
+            places = numpy.flatnonzero(run_of[rows] == run)
+            assert places.max() - places.min() < 48 + 63 + 30  # a bucket: 48 rows and what its last run has beyond them
+            assert rows[places].tolist() != sorted(rows[places])
+        assert any(len(set(run_of[rows[start: start + 20]])) > 1 for start in range(0, 180, 20))  # runs are mixed
+    assert len({tuple(item.index for item in order.items(epoch * 200, 48)) for epoch in range(6)}) == 6
+    spread = numpy.argsort([item.index for item in DataOrder(200, 7).items(0, 200)])[:30]
+    assert spread.max() - spread.min() > 150  # a whole permutation has no such neighbourhood
 
 
-def test_large_codebooks_get_wider_tokens():
-    assert token_dtype(1 << 16) == numpy.uint16
-    assert token_dtype((1 << 16) + 1) == numpy.uint32
+def test_an_order_is_the_same_after_it_was_sent_to_a_worker():
+    order = DataOrder(200, 7, 48, RUNS)
+    before = order.items(150, 100)
+    assert pickle.loads(pickle.dumps(order)).items(150, 100) == before
+    assert order.facts() == {"data.shuffle_rows": 48}
+    assert DataOrder(200, 7, 200).facts() == {}
 
 
-@pytest.mark.parametrize(("damage", "error", "words"), [
-    (lambda f: (f / "tokens.json").unlink(), MissingFileError, "tokens.json is missing"),
-    (lambda f: (f / "tokens.json").write_text("{}"), UserError, "missing key"),
-    (lambda f: (f / "train-00001-of-00002.parquet").unlink(), MissingFileError, "00001-of-00002"),
-    (lambda f: (f / "train-00001-of-00002.parquet").write_bytes(b"PAR1"), UserError, "not a whole token shard"),
-    (lambda f: write_shard(f / "train-00001-of-00002.parquet", [["a"]], numpy.zeros((1, 4), numpy.uint16), ["x"]),
-     UserError, "holds 5 rows"),
-    (lambda f: write_shard(f / "train-00001-of-00002.parquet", [["a"]] * 2, numpy.full((2, 4), 32, numpy.uint16), ["x"] * 2),
-     UserError, "outside the codebook of 32"),
-    (lambda f: write_shard(f / "train-00001-of-00002.parquet", [["a"]] * 2, numpy.zeros((2, 5), numpy.uint16), ["x"] * 2),
-     UserError, "do not fill a grid"),
-])
-def test_damaged_token_shards_are_named(shards, damage, error, words):
-    damage(shards)
-    with pytest.raises(error, match=words) as caught:
-        TokenShards(shards, "train")
-    assert str(shards) in str(caught.value)
+class Unreadable(Echo):
+    def __getitem__(self, item):
+        raise DataError(f"item {item.index} is gone; look for it")
 
 
-def test_unknown_and_empty_splits_are_refused(shards):
-    with pytest.raises(UserError, match="did you mean 'train'"):
-        TokenShards(shards, "trian")
-    with pytest.raises(DataError, match="no rows"):
-        TokenShards(shards, "none")
-    with pytest.raises(MissingFileError, match="encode_dataset"):
-        TokenShards(shards / "nowhere", "train")
-
-
-@pytest.mark.parametrize(("codebook", "grid", "fingerprint", "words"), [
-    (64, (2, 2), "f", "codebook size 32"), (32, (4, 4), "f", "grid"), (32, (2, 2), "g", "fingerprint f")])
-def test_tokens_of_another_tokenizer_are_refused(shards, codebook, grid, fingerprint, words):
-    index = TokenShards(shards, "train").index
-    check_same_tokenizer(index, shards, 32, (2, 2), "f", "tok")
-    with pytest.raises(UserError, match=words) as caught:
-        check_same_tokenizer(index, shards, codebook, grid, fingerprint, "tok")
-    assert "encode_dataset" in str(caught.value)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_ours_comes_out_of_a_worker_as_it_was(workers):
+    with pytest.raises(DataError, match=r"^item \d+ is gone; look for it$"):
+        next(iter(batch_loader(Unreadable(), MicroBatches(DataOrder(50, 1), 8, 1, 0, 1, 0, 3), workers, list)))

@@ -7,16 +7,16 @@ import math
 
 import pytest
 
-from training.data.batches import batch_items
+from training.data.batches import DataOrder
 from training.incidents import LEAST, Incidents, read_incidents
 
 
 def watched(folder, batch_size: int = 3, writes: bool = True) -> Incidents:
-    return Incidents(folder, seed=5, batch_size=batch_size, items=50, key=lambda index: f"picture {index}", writes=writes)
+    return Incidents(folder, batch_size, DataOrder(50, 5), key=lambda index: f"picture {index}", writes=writes)
 
 
 def keys_of(step: int, batch_size: int = 3) -> list[str]:
-    return [f"picture {item.index}" for item in batch_items(5, step, batch_size, 50)]
+    return [f"picture {item.index}" for item in DataOrder(50, 5).batch(step, batch_size)]
 
 
 def quiet(step: int) -> float:
@@ -66,9 +66,10 @@ def test_only_the_first_process_notes(tmp_path, caplog):
 
 def test_what_was_noted_of_steps_that_come_again_is_dropped(tmp_path):
     for step in (2, 6):
-        watched(tmp_path).skipped(step) if step == 2 else Incidents(tmp_path, 5, 3, 50, str, True, first_step=5).skipped(step)
+        later = Incidents(tmp_path, 3, DataOrder(50, 5), str, True, first_step=5) if step != 2 else watched(tmp_path)
+        later.skipped(step)
     assert [line["step"] for line in read_incidents(tmp_path)] == [3, 7]
-    Incidents(tmp_path, 5, 3, 50, str, True, first_step=5)
+    Incidents(tmp_path, 3, DataOrder(50, 5), str, True, first_step=5)
     assert [line["step"] for line in read_incidents(tmp_path)] == [3]
 
 

@@ -111,18 +111,18 @@ def test_a_layout_for_a_model_without_or_of_another_kind_is_refused():
 def test_token_shards_keep_layouts(tmp_path):
     tokens = numpy.zeros((2, 16), dtype=numpy.uint16)
     layouts = numpy.arange(12, dtype=numpy.uint16).reshape(2, 6)
-    write_shard(tmp_path / "train-00000-of-00001.parquet", [["a"], ["b"]], tokens, ["k0", "k1"], layouts)
+    file = write_shard(tmp_path / "train-00000-of-00001.arrow", [["a"], ["b"]], tokens, ["k0", "k1"], layouts)
 
     def index(classes: int) -> None:
         write_index(tmp_path, TokenIndex(
             tokenizer_fingerprint="f", codebook_size=32, grid=(4, 4), layout=LayoutIndex(kind="colors", classes=classes,
                                                                                          grid=GRID),
-            splits={"train": SplitIndex(rows=2, files=["train-00000-of-00001.parquet"])}))
+            splits={"train": SplitIndex(rows=2, files=[file])}))
 
     index(27)
     assert TokenShards(tmp_path, "train").layout(1).tolist() == [6, 7, 8, 9, 10, 11]
     index(11)
-    with pytest.raises(UserError, match="layout token 11 is outside the layout of 11"):
+    with pytest.raises(UserError, match="layout hold 11, which is outside the classes of 11"):
         TokenShards(tmp_path, "train")
 
 

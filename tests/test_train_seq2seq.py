@@ -108,7 +108,7 @@ def test_every_variant_trains_exports_and_samples(name, made, tmp_path, group):
 def test_the_loss_is_the_weighted_sum_of_its_parts(name, made, tmp_path, group):
     run = variant(name, made, tmp_path / "run")
     training = Seq2SeqTraining(run, group)
-    batch = training.collate([training.visits[ItemId(0, row)] for row in range(6)])
+    batch = training.collate(training.visits.__getitems__([ItemId(0, row) for row in range(6)]))
     model = training.full_model()
     layout = batch.layout if run.use_layout else None
     with torch.no_grad():

@@ -115,9 +115,9 @@ def token_shards(folder: Path, rows: int = 12, layout_grid: tuple[int, int] = (2
         tokens = generator.integers(0, 32, (rows, 16)).astype(numpy.uint16)
         captions = [[CAPTIONS[row % 5], CAPTIONS[row % 5 + 20]] for row in range(rows)]
         layouts = generator.integers(0, 27, (rows, layout_grid[0] * layout_grid[1])).astype(numpy.uint16)
-        name = f"{split}-00000-of-00001.parquet"
-        write_shard(folder / "tokens" / name, captions, tokens, [f"k{i}" for i in range(rows)], layouts)
-        splits[split] = SplitIndex(rows=rows, files=[name])
+        name = f"{split}-00000-of-00001.arrow"
+        file = write_shard(folder / "tokens" / name, captions, tokens, [f"k{i}" for i in range(rows)], layouts)
+        splits[split] = SplitIndex(rows=rows, files=[file])
     write_index(folder / "tokens", TokenIndex(
         tokenizer_fingerprint=code_fingerprint(tokenizer), codebook_size=32, grid=(4, 4),
         layout=LayoutIndex(kind="colors", classes=27, grid=layout_grid), splits=splits))

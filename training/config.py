@@ -26,6 +26,8 @@ class PicturesConfig(StrictConfig):
     caption_column: str | None = Field(None, description="column with the caption; found by name when not given")
     image_column: str | None = Field(None, description="column with the picture; found by name when not given")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable items above which the run stops")
+    streaming: bool = Field(False, description="read parquet and tar shards where they lie, without a copy in the cache of "
+                            "`datasets`: for data that is larger than the disk has room for twice")
 
 
 class DataConfig(PicturesConfig):
@@ -35,6 +37,14 @@ class DataConfig(PicturesConfig):
     validation_split: str | None = Field(None, description="held-out split that is measured at the end")
     workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
     horizontal_flip: float = Field(0.0, ge=0, le=1, description="chance that a picture is mirrored")
+    shuffle_rows: int | None = Field(None, ge=1, description="rows shuffled together, of shards that are read one after "
+                                     "another; each loader process keeps so many in memory (parquet); none = 4096")
+
+    @model_validator(mode="after")
+    def _shuffled_streams(self) -> Self:
+        if self.shuffle_rows is not None and not self.streaming:
+            raise ValueError("data.shuffle_rows is for data.streaming true; without it all rows are shuffled together")
+        return self
 
 
 class TrainConfig(StrictConfig):

@@ -1,138 +1,197 @@
 """Turn captioned pictures into token shards with a trained image tokenizer.
 
+A run that was stopped is started again with the same command, also on another number of processes, and goes on after its last
+whole shard.
+
 CPU:  python training/encode_dataset.py --image_tokenizer RUN/model --data.path DIR --out TOKENS
 real: deepspeed training/encode_dataset.py --image_tokenizer RUN/model --data.path DIR --out TOKENS
 """
 
+# Axes: B pictures, V views, S side in pixels, N image tokens, L layout tokens
+
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy
 import torch
+from torch.utils.data import Dataset
 
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.grid import codes_to_tokens
-from tokenizer_image.images import image_to_pixels, pixels_to_float
+from tokenizer_image.images import pixels_to_float
 from tokenloom_common.errors import DataError, run_command
 from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
 from training.config_loading import load_config
+from training.data.batches import careful_loader
 from training.data.drops import DropCounter, in_words
+from training.data.encoding_plan import DoneShard, Shard, cut, find_done, mark_done, prepare, reasons, remove_notes
 from training.data.layouts import Layouts
-from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages, list_splits, open_dataset
-from training.data.token_shards import INDEX_NAME, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
+from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages, list_splits
+from training.data.token_shards import INDEX_NAME, SUFFIX, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
+from training.data.views import picture_views, view_names
 from training.engine import processes
 from training.log import setup_console
+from training.pictures import open_pictures
 from training.process_group import Processes
 from training.token_config import EncodeRunConfig
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
+OWN_FILES = (INDEX_NAME, f"*-?????-of-?????{SUFFIX}", "*-?????-of-?????.parquet")
+
+
+class EncodedRow(NamedTuple):
+    """A picture, read: its views [V, S, S, 3] uint8 and layouts [V, L]; views none and a reason if it cannot be used."""
+
+    key: str
+    captions: list[str]
+    views: numpy.ndarray | None
+    layouts: numpy.ndarray | None
+    reason: str = ""
+
+
+class Rows(Dataset):
+    """Pictures of a split by row, ready to be encoded."""
+
+    def __init__(self, source: CaptionedImages, resolution: int, config: EncodeRunConfig) -> None:
+        self.source, self.resolution, self.config = source, resolution, config
+        self.layouts = Layouts(config.layout) if config.layout.kind != "none" else None
+
+    def __getitem__(self, row: int) -> EncodedRow:
+        try:
+            item = self.source[row]
+            views = picture_views(item.image, self.resolution, self.config.views)
+            layouts = None if self.layouts is None else self.layouts.of_views(
+                self.source, row, views, mirror=self.config.views.flip)
+        except BAD_ITEM_ERRORS as error:
+            return EncodedRow(self.source.key(row), [], None, None, error.reason)
+        return EncodedRow(item.key, list(item.captions), views, layouts)
+
 
 class DatasetEncoder:
-    """Encodes splits; each process writes every world_size-th shard."""
+    """Encodes splits; each process writes every world_size-th shard of those that are not done."""
 
     def __init__(self, config: EncodeRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
         self.tokenizer = load_tokenizer(config.image_tokenizer, group.device)
+        self.fingerprint = code_fingerprint(self.tokenizer)
         self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
-        self.layouts = Layouts(config.layout) if config.layout.kind != "none" else None
+        self.out = Path(config.out)
+        self.aside = self.out.with_name(f".{self.out.name}.tmp")
 
     def run(self) -> None:
         """Encode every split into `out`, which appears whole at the end."""
-        out = Path(self.config.out)
-        aside = out.with_name(f".{out.name}.tmp")
-        splits = self.group.first_does(lambda: self._prepare(out, aside))
-        index = {split: self._encode_split(split, aside) for split in splits}
-        reasons: Counter[str] = sum(self.group.gather(self.drops.reasons), Counter())
-        self.group.first_does(lambda: self._publish(index, reasons, aside, out))
+        splits = self.group.first_does(self._splits)
+        sources = {split: self._open(split) for split in splits}
+        shard_rows = self.group.first_does(lambda: prepare(self.aside, self._facts(sources)))
+        shards = {split: cut(split, len(source), shard_rows) for split, source in sources.items()}
+        done = self.group.first_does(lambda: {
+            shard.name: found for part in shards.values() for shard in part if (found := find_done(self.aside, shard))})
+        for split, part in shards.items():
+            done |= self._encode_split(sources[split], part, done)
+        self.group.first_does(lambda: self._publish(shards, done))
 
-    def _prepare(self, out: Path, aside: Path) -> list[str]:
-        refuse_others(out, (INDEX_NAME, "*-?????-of-?????.parquet"))
-        if out.is_dir() and any(out.iterdir()):
-            log.warning("%s: the token shards there will be replaced", out)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        if self.config.splits is not None:
-            return list(self.config.splits)
-        return list_splits(self.config.data.path)
-
-    def _encode_split(self, split: str, aside: Path) -> SplitIndex:
-        data = self.config.data
-        source = self.group.first_then_others(lambda: open_dataset(
-            data.path, split=split, caption_column=data.caption_column, image_column=data.image_column))
+    def _open(self, split: str) -> CaptionedImages:
+        source = self.group.first_then_others(lambda: open_pictures(self.config.data, split))
         self.group.first_does(lambda: self.drops.record_opened(source))
-        size = min(self.config.shard_rows, -(-len(source) // self.group.world_size))  # every process has a shard to write
-        shards = [range(start, min(len(source), start + size)) for start in range(0, len(source), size)]
-        mine = range(self.group.rank, len(shards), self.group.world_size)
+        return source
+
+    def _splits(self) -> list[str]:
+        refuse_others(self.out, OWN_FILES)
+        if self.out.is_dir() and any(self.out.iterdir()):
+            log.warning("%s: the token shards there will be replaced", self.out)
+        return list(self.config.splits) if self.config.splits is not None else list_splits(self.config.data.path)
+
+    def _facts(self, sources: dict[str, CaptionedImages]) -> dict[str, Any]:
+        """What an earlier run must share with this one, whose shards are kept."""
+        config = self.config
+        longest = max(len(source) for source in sources.values())
+        rows = {split: [len(source), source.identity()] for split, source in sources.items()}
+        return {"image tokenizer": self.fingerprint, "data": config.data.plain(), "layout": config.layout.plain(),
+                "views": config.views.plain(), "rows": rows,
+                "wanted shard_rows": config.shard_rows,
+                # every process has a shard to write
+                "shard_rows": min(config.shard_rows, -(-longest // self.group.world_size))}
+
+    def _encode_split(self, source: CaptionedImages, shards: list[Shard], done: dict[str, DoneShard]) -> dict[str, DoneShard]:
+        """Encode what is not done -> the shards that every process wrote, by name."""
+        missing = [shard for shard in shards if shard.name not in done]
+        mine = missing[self.group.rank:: self.group.world_size]
+        if not self.group.rank:
+            for shard in shards:
+                if shard.name in done:
+                    self._count(done[shard.name].dropped)
         problem: Exception | None = None
-        with progress(None, f"encode {split}", total=sum(len(shards[number]) for number in mine), unit="picture",
+        wrote: dict[str, DoneShard] = {}
+        with progress(None, f"encode {shards[0].split}", total=sum(len(shard.rows) for shard in mine), unit="picture",
                       quiet=not self.group.is_first) as bar:
             try:
-                for number in mine:
-                    name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
-                    self._encode_shard(source, shards[number], aside / name, bar)
+                for shard in mine:
+                    wrote[shard.name] = self._encode_shard(source, shard, bar)
             except Exception as error:
                 problem = error
         self.group.raise_together(problem)
-        return self.group.first_does(lambda: _split_index(aside, split))
+        return {name: one for part in self.group.gather(wrote) for name, one in part.items()}
 
-    def _encode_shard(self, source: CaptionedImages, rows: range, path: Path, bar) -> None:
-        captions: list[list[str]] = []
-        keys: list[str] = []
+    def _encode_shard(self, source: CaptionedImages, shard: Shard, bar: Any) -> DoneShard:
+        rows: list[EncodedRow] = []
         tokens: list[numpy.ndarray] = []
-        layouts: list[numpy.ndarray] = []
-        for start in range(rows.start, rows.stop, self.config.batch_size):
-            pixels = []
-            for row in range(start, min(start + self.config.batch_size, rows.stop)):
-                try:
-                    item = source[row]
-                    square = image_to_pixels(item.image, self.tokenizer.config.resolution)
-                    if self.layouts is not None:
-                        layouts.append(self.layouts.of(source, row, square))
-                    pixels.append(square)
-                except BAD_ITEM_ERRORS as error:
-                    self.drops.record(error.reason, source.key(row))
-                    continue
-                captions.append(list(item.captions))
-                keys.append(item.key)
-            self.drops.record_good(len(pixels))
-            if pixels:
-                tokens.append(self._encode(pixels))
-            bar.update(len(pixels))
-        if tokens:
-            write_shard(path, captions, numpy.concatenate(tokens), keys, numpy.stack(layouts) if layouts else None)
+        dropped: list[tuple[str, str]] = []
+        reader = Rows(source, self.tokenizer.config.resolution, self.config)
+        for batch in careful_loader(reader, list, sampler=shard.rows, batch_size=self.config.batch_size,
+                                    num_workers=self.config.workers):
+            good = [row for row in batch if row.views is not None]
+            bad = [(row.key, row.reason) for row in batch if row.views is None]
+            self._count(bad)
+            dropped += bad
+            if good:
+                tokens.append(self._encode(numpy.stack([row.views for row in good])))
+                rows += [row._replace(views=None) for row in good]
+            bar.update(len(batch))
+        file = None
+        if rows:
+            layouts = [row.layouts.reshape(-1) for row in rows if row.layouts is not None]
+            file = write_shard(self.aside / shard.name, [row.captions for row in rows], numpy.concatenate(tokens),
+                               [row.key for row in rows], numpy.stack(layouts) if layouts else None)
+        done = DoneShard(file, dropped)
+        mark_done(self.aside, shard, done)
+        return done
 
-    def _encode(self, pixels: list[numpy.ndarray]) -> numpy.ndarray:
-        image = pixels_to_float(torch.from_numpy(numpy.stack(pixels))).to(self.group.device)
-        codes = self.tokenizer.encode(image)  # [B, h, w]
-        return codes_to_tokens(codes).cpu().numpy().astype(token_dtype(self.tokenizer.codebook_size))
+    def _count(self, dropped: list[tuple[str, str]]) -> None:
+        for key, reason in dropped:
+            self.drops.record(reason, key, seen_before=True)
 
-    def _publish(self, splits: dict[str, SplitIndex], reasons: Counter[str], aside: Path, out: Path) -> None:
-        rows = sum(split.rows for split in splits.values())
+    def _encode(self, views: numpy.ndarray) -> numpy.ndarray:
+        """Pixels [B, V, S, S, 3] uint8 -> tokens [B, V * N]."""
+        image = pixels_to_float(views.reshape(-1, *views.shape[2:]))
+        codes = torch.cat([self.tokenizer.encode(part.to(self.group.device)).cpu()
+                           for part in image.split(self.config.batch_size)])  # [B * V, h, w]
+        return codes_to_tokens(codes).numpy().astype(token_dtype(self.tokenizer.codebook_size)).reshape(len(views), -1)
+
+    def _publish(self, shards: dict[str, list[Shard]], done: dict[str, DoneShard]) -> None:
+        files = {split: [file for shard in part if (file := done[shard.name].file)] for split, part in shards.items()}
+        rows = sum(file.rows for part in files.values() for file in part)
+        found: Counter[str] = reasons(list(done.values())) + self.drops.opened
         if not rows:
-            raise DataError(f"{self.config.data.path}: not one picture could be encoded ({in_words(reasons)})")
-        write_index(aside, TokenIndex(
-            tokenizer_fingerprint=code_fingerprint(self.tokenizer), codebook_size=self.tokenizer.codebook_size,
-            grid=self.tokenizer.grid, layout=self.layouts and self.layouts.index(), splits=splits, dropped=dict(reasons)))
-        publish_folder(aside, out)
-        if reasons:
-            log.warning("passed over %d unusable pictures (%s)", reasons.total(), in_words(reasons))
-        log.info("token shards: %s (%s rows)", out, f"{rows:,}")
-
-
-def _split_index(folder: Path, split: str) -> SplitIndex:
-    import pyarrow.parquet
-
-    files = sorted(folder.glob(f"{split}-?????-of-?????.parquet"))
-    return SplitIndex(rows=sum(pyarrow.parquet.read_metadata(f).num_rows for f in files), files=[f.name for f in files])
+            raise DataError(f"{self.config.data.path}: not one picture could be encoded ({in_words(found)})")
+        layouts = Layouts(self.config.layout).index() if self.config.layout.kind != "none" else None
+        remove_notes(self.aside)
+        write_index(self.aside, TokenIndex(
+            tokenizer_fingerprint=self.fingerprint, codebook_size=self.tokenizer.codebook_size, grid=self.tokenizer.grid,
+            views=view_names(self.config.views), layout=layouts, dropped=dict(found),
+            splits={split: SplitIndex(rows=sum(file.rows for file in part), files=part) for split, part in files.items()}))
+        publish_folder(self.aside, self.out)
+        if found:
+            log.warning("passed over %d unusable pictures (%s)", found.total(), in_words(found))
+        log.info("token shards: %s (%s rows)", self.out, f"{rows:,}")
 
 
 def run(argv: Sequence[str] | None) -> int:

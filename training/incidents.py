@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.files import write_text_atomic
-from training.data.batches import batch_items
+from training.data.batches import DataOrder
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ FILE = "incidents.jsonl"
 
 
 class Incidents:
-    """Watches the losses of one run. key: index of an item -> its key in the data; items: how many there are."""
+    """Watches the losses of one run. order: of the data; key: index of an item -> its key in the data."""
 
-    def __init__(self, run_dir: Path, seed: int, batch_size: int, items: int, key: Callable[[int], str], writes: bool,
+    def __init__(self, run_dir: Path, batch_size: int, order: DataOrder, key: Callable[[int], str], writes: bool,
                  first_step: int = 0) -> None:
         """first_step: where the run goes on; what was noted of steps after it, which come again, is dropped."""
         self._path = run_dir / "incidents" / FILE
-        self._seed, self._batch_size, self._items, self._key, self._writes = seed, batch_size, items, key, writes
+        self._batch_size, self._order, self._key, self._writes = batch_size, order, key, writes
         self._losses: deque[float] = deque(maxlen=HISTORY)
         if writes and self._path.is_file():
             kept = [line for line in read_incidents(run_dir) if line["step"] <= first_step]
@@ -55,7 +55,7 @@ class Incidents:
     def _note(self, step: int, facts: dict[str, Any], message: str) -> None:
         if not self._writes:
             return
-        keys = [self._key(item.index) for item in batch_items(self._seed, step, self._batch_size, self._items)]
+        keys = [self._key(item.index) for item in self._order.batch(step, self._batch_size)]
         more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
         log.warning("%s %s%s (all in %s)", message, ", ".join(keys[:NAMED]), more, self._path)
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenloom_common.errors import RunFailedError, StoppedBySignalError
 from training.config import RunConfig
+from training.data.batches import DataOrder
 from training.engine import Engine
 from training.incidents import Incidents
 from training.log import RunLog
@@ -39,7 +40,7 @@ class Task:
     problem: Callable[[], Exception | None]  # what this process met that must end the run on all of them
     state: Callable[[], dict[str, Tensor]]  # this process's state beyond the engines'
     restore: Callable[[dict[str, Tensor]], None]
-    items: int  # of the data
+    order: DataOrder  # in which the data is visited
     key: Callable[[int], str]  # index of an item -> its key, for messages
 
     def save(self, folder: Path) -> None:
@@ -72,7 +73,7 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
     run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step)
     batches = iter(task.batches(first_step))
     skipped_before = task.skipped
-    incidents = Incidents(run_state.run_dir, config.seed, config.train.batch_size, task.items, task.key, group.is_first,
+    incidents = Incidents(run_state.run_dir, config.train.batch_size, task.order, task.key, group.is_first,
                           first_step)
     watchdog = Watchdog(run_state.run_dir, group, config.train.stall_seconds)
     try:

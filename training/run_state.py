@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenloom_common.errors import ResumeError, RunFailedError, UserError
-from tokenloom_common.files import publish_folder, sync_path, write_json_atomic, write_text_atomic
+from tokenloom_common.files import file_hash, publish_folder, sync_path, write_json_atomic, write_text_atomic
 from training.config import RunConfig
 from training.config_loading import dump_config
 from training.process_group import Processes
@@ -163,7 +162,7 @@ class RunState:
         return folder / RANKS / f"rank{rank}.safetensors"
 
     def _publish(self, aside: Path, name: str, step: int) -> None:
-        files = [{"name": str(p.relative_to(aside)), "size": p.stat().st_size, "blake2b": _hash(p)}
+        files = [{"name": str(p.relative_to(aside)), "size": p.stat().st_size, "blake2b": file_hash(p)}
                  for p in sorted(aside.rglob("*")) if p.is_file()]
         write_json_atomic(aside / MANIFEST, {
             "schema_version": SCHEMA_VERSION, "step": step, "world_size": self.group.world_size,
@@ -264,18 +263,10 @@ def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
     if not path.is_file():
         return "is missing"
     try:
-        whole = path.stat().st_size == entry["size"] and _hash(path) == entry["blake2b"]
+        whole = path.stat().st_size == entry["size"] and file_hash(path) == entry["blake2b"]
     except OSError as error:
         return f"cannot be read ({str(error.strerror).lower()})"
     return None if whole else "is damaged"
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from seq2seq.losses import TokenLossConfig
 from tokenloom_common.config import StrictConfig
-from training.config import PicturesConfig, RunConfig
+from training.config import DataConfig, PicturesConfig, RunConfig
 from training.model_settings import TransformerSettings, read_settings
 
 
-class TokenDataConfig(StrictConfig):
-    """Token shards made by encode_dataset."""
+class TokenDataConfig(DataConfig):
+    """Token shards made by encode_dataset, or captioned pictures that are encoded while the model trains."""
 
-    path: str = Field(description="folder that encode_dataset wrote")
-    split: str = Field("train", description="which split of the token shards")
-    validation_split: str | None = Field(None, description="held-out split that is measured at the end")
-    workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
+    path: str = Field(description="folder that encode_dataset wrote; captioned pictures with on_the_fly")
+    split: str = Field("train", description="which split of the data")
+    on_the_fly: bool = Field(False, description="path holds captioned pictures: encode them when they are read, with every "
+                             "augmentation anew, instead of once with encode_dataset")
+    shuffle_rows: int | None = Field(None, ge=1, description="rows shuffled together; none = 1048576 of token shards, 4096 of "
+                                     "streams, all of other pictures")
+
+    @model_validator(mode="after")
+    def _shuffled_streams(self) -> Self:
+        """Keys of pictures are for pictures."""
+        if self.on_the_fly:
+            if self.shuffle_rows is not None and not self.streaming:
+                raise ValueError("data.shuffle_rows is for token shards and for data.streaming true; without them all rows are "
+                                 "shuffled together")
+            return self
+        given = [name for name in ("caption_column", "image_column", "max_bad_fraction", "streaming", "horizontal_flip")
+                 if getattr(self, name) != type(self).model_fields[name].default]
+        if given:
+            raise ValueError(f"data.{given[0]} is for pictures, with data.on_the_fly true; token shards have it from "
+                             "encode_dataset")
+        return self
 
 
 class LayoutConfig(StrictConfig):
@@ -41,6 +58,22 @@ class LayoutConfig(StrictConfig):
         return self
 
 
+class ViewsConfig(StrictConfig):
+    """Further encodings of a picture, beside the one as it is: training draws one at each visit."""
+
+    flip: bool = Field(False, description="every view mirrored too; a caption that says left or right is then wrong half the "
+                       "time")
+    corners: bool = Field(False, description="the four corners of a slightly enlarged picture too (LlamaGen, with flip: ten "
+                          "crops)")
+    enlarged: float = Field(1.1, gt=1, le=2, description="by how much, for corners")
+
+    @model_validator(mode="after")
+    def _read(self) -> ViewsConfig:
+        if not self.corners and self.enlarged != type(self).model_fields["enlarged"].default:
+            raise ValueError("views.enlarged is for views.corners true; leave it out")
+        return self
+
+
 class EncodeRunConfig(StrictConfig):
     """training/encode_dataset.py: captioned images + an image tokenizer -> token shards."""
 
@@ -48,10 +81,20 @@ class EncodeRunConfig(StrictConfig):
     data: PicturesConfig
     out: str = Field(description="folder for the token shards")
     layout: LayoutConfig = LayoutConfig()
+    views: ViewsConfig = ViewsConfig()
     splits: list[str] | None = Field(None, description="splits to encode; none = every split of the data")
     batch_size: int = Field(64, ge=1, description="pictures at a time and process")
-    shard_rows: int = Field(50_000, ge=1, description="rows per parquet shard")
+    shard_rows: int = Field(50_000, ge=1, le=1_000_000, description="rows per shard; a run that is started again goes on after "
+                            "the last whole one")
+    workers: int = Field(0, ge=0, le=256, description="processes that read pictures, per rank; 0 = the encoding one")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0 = cores / processes of this machine")
+
+    @model_validator(mode="after")
+    def _layouts_of_views(self) -> EncodeRunConfig:
+        if self.views.corners and self.layout.kind == "classes":
+            raise ValueError("views.corners shows other parts of a picture than the classes of layout.kind classes describe; "
+                             "use layout.kind colors, or views.flip alone")
+        return self
 
 
 class TextConfig(StrictConfig):

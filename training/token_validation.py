@@ -14,8 +14,9 @@ from torch import Tensor
 
 from seq2seq import ImageTransformer, TextBatch
 from training.data.batches import ItemId
+from training.data.picture_tokens import PictureTokens, PictureTokenVisits, with_tokens
 from training.data.token_shards import TokenShards
-from training.data.training_sets import CollateTokens, TokenVisits
+from training.data.training_sets import TokenVisits
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,22 @@ def token_losses(model: ImageTransformer, text: TextBatch, tokens: Tensor, layou
 
 
 @torch.inference_mode()
-def validation_loss(model: ImageTransformer, shards: TokenShards, collate: CollateTokens, seed: int, batch_size: int = 64,
+def validation_loss(model: ImageTransformer, shards: TokenShards | PictureTokens, collate: Any, seed: int, batch_size: int = 64,
                     first_caption: bool = False) -> HeldOut:
-    """Cross entropy in nats over a split's tokens, each row with one of its captions, none dropped, nothing corrupted."""
-    visits = TokenVisits(shards, seed, 0.0, first_caption=first_caption, use_layout=model.config.layout_grid is not None)
+    """Cross entropy in nats over a split's tokens, each row with one of its captions, none dropped, nothing corrupted.
+
+    collate: makes a TokenBatch of what token shards give, or a PictureBatch of what pictures give.
+    """
+    visits: Any = (PictureTokenVisits(shards.source, shards.tokenizer.config.resolution, seed, 0.0, 0.0, first_caption)
+                   if isinstance(shards, PictureTokens) else
+                   TokenVisits(shards, seed, 0.0, first_caption=first_caption, first_view=True,
+                               use_layout=model.config.layout_grid is not None))
     total = torch.zeros(model.config.num_tokens, dtype=torch.float64)
     for start in range(0, len(shards), batch_size):
-        batch = collate([visits[ItemId(0, row)] for row in range(start, min(len(shards), start + batch_size))])
+        rows = range(start, min(len(shards), start + batch_size))
+        batch = collate(visits.__getitems__([ItemId(0, row) for row in rows]))
+        if isinstance(shards, PictureTokens):
+            batch = with_tokens(batch, shards.tokenizer, seed, 0.0)
         total += token_losses(model, batch.text, batch.image_tokens, batch.layout).sum(dim=0)
     by_position = (total / len(shards)).tolist()
     return HeldOut(len(shards), float(numpy.mean(by_position)), by_position)

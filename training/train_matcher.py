@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from inference.matcher_folder import MatcherScorer, save_matcher_folder
 from seq2seq import FrozenTextEncoder, TextSource
 from seq2seq.layers import recompute_activations
 from seq2seq.losses import masked_text_loss
-from tokenloom_common.errors import DataError, UserError, run_command
+from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.data.batches import MicroBatches, batch_loader
 from training.data.captioned_visits import CaptionedBatch, CaptionedVisits, CollateCaptioned
-from training.data.drops import DropCounter, in_words
-from training.data.sources import CaptionedImages, open_dataset
+from training.data.sources import CaptionedImages
 from training.data.training_sets import Captions
 from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
@@ -40,6 +38,7 @@ from training.matcher_card import matcher_card
 from training.matcher_config import MatcherRunConfig
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 from training.optim import build_optimizer
+from training.pictures import PictureDrops, open_training_pictures, picture_order
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
@@ -62,10 +61,8 @@ class MatcherTraining:
         self.source = group.first_then_others(lambda: self._open(config.data.split))
         if config.data.validation_split:
             group.first_does(lambda: len(self._open(config.data.validation_split)))  # exists, before hours of training
-        self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
-        group.first_does(lambda: self.drops.record_opened(self.source))
-        self._known_bad: set[str] = set()
-        self._problem: Exception | None = None
+        self.drops = PictureDrops(config.data, self.source, group)
+        self.order = picture_order(config.data, self.source, config.seed)
         together = group.first_then_others if config.text.kind == FrozenTextEncoder.kind else group.first_does
         self.text_source: TextSource = together(self._text_source)
         model_config = config.model.build({
@@ -94,8 +91,7 @@ class MatcherTraining:
                             "caption is told from those of other pictures; raise it, or lower train.accumulation")
 
     def _open(self, split: str | None) -> CaptionedImages:
-        data = self.config.data
-        return open_dataset(data.path, split=split, caption_column=data.caption_column, image_column=data.image_column)
+        return open_training_pictures(self.config.data, split)
 
     def _text_source(self) -> TextSource:
         run = Path(self.config.run_dir)
@@ -122,24 +118,24 @@ class MatcherTraining:
                                  "precision": precision, "hidden words": bool(self.config.loss.mlm_weight)}
         if self.config.train.weight_ema:
             facts["weight_ema"] = True
-        return facts
+        return facts | self.order.facts()
 
     def task(self) -> Task:
         """This run as the training loop sees it."""
         return Task("train matcher", [self.engine], self.batches, self.train, self.metrics, self.sample,
-                    problem=lambda: self._problem, state=lambda: average_state(self.average),
-                    restore=lambda state: restore_average(self.average, state), items=len(self.visits), key=self.source.key)
+                    problem=lambda: self.drops.problem, state=lambda: average_state(self.average),
+                    restore=lambda state: restore_average(self.average, state), order=self.order, key=self.source.key)
 
     def batches(self, first_step: int) -> Iterable[CaptionedBatch]:
         """This process's micro-batches from `first_step` on."""
         train = self.config.train
-        order = MicroBatches(len(self.visits), train.batch_size, train.accumulation, self.config.seed, self.group.rank,
-                             self.group.world_size, first_step, train.steps)
+        order = MicroBatches(self.order, train.batch_size, train.accumulation, self.group.rank, self.group.world_size,
+                             first_step, train.steps)
         return batch_loader(self.visits, order, self.config.data.workers, self.collate)
 
     def train(self, batch: CaptionedBatch, step: int) -> dict[str, Tensor]:
         """One micro-batch: gradients, and an optimizer step at the end of a window -> the loss, its parts, and how it goes."""
-        self._count(batch)
+        self.drops.count(batch.dropped)
         device, loss = self.group.device, self.config.loss
         text, mask = (part.to(device) for part in batch.text)
         masked = [] if batch.masked is None else [part.to(device) for part in batch.masked]
@@ -160,20 +156,9 @@ class MatcherTraining:
         return {"loss": total.detach(), **{name: term.detach() for name, term in terms.items()},
                 "accuracy": batch_accuracy(outputs.embeddings, same), "scale": outputs.scale.detach()}
 
-    def _count(self, batch: CaptionedBatch) -> None:
-        """Count unusable pictures, each once however often its turn comes."""
-        self.drops.record_good(len(batch.image))
-        try:
-            for dropped in batch.dropped:
-                if dropped.key not in self._known_bad:
-                    self._known_bad.add(dropped.key)
-                    self.drops.record(dropped.reason, dropped.key)
-        except DataError as error:
-            self._problem = error
-
     def metrics(self) -> dict[str, float]:
         """Items skipped, over all processes."""
-        return {"dropped_items": int(self.group.total(torch.tensor(self.drops.dropped)))}
+        return {"dropped_items": self.drops.total()}
 
     def full_model(self) -> Matcher:
         """A float32 copy on the CPU with the whole current weights, or their average. All processes must call it."""
@@ -198,12 +183,10 @@ class MatcherTraining:
     def finish(self) -> None:
         """Measure the held-out split and export run_dir/model."""
         model = self.full_model()
-        reasons: Counter[str] = sum(self.group.gather(self.drops.reasons), Counter())
+        self.drops.say()
         if not self.group.is_first:
             return
         self.sample(self.config.train.steps)
-        if reasons:
-            log.warning("passed over %d unusable pictures (%s)", reasons.total(), in_words(reasons))
         report = None
         if self.config.data.validation_split:
             scorer = MatcherScorer(model.to(self.group.device), self.text_source)

@@ -35,6 +35,7 @@ from tokenizer_image.images import image_grid
 from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.data.batches import MicroBatches, batch_loader
+from training.data.picture_tokens import CollatePictures, PictureBatch, PictureTokens, PictureTokenVisits, with_tokens
 from training.data.token_shards import TokenShards, check_same_tokenizer
 from training.data.training_sets import Captions, CollateTokens, TokenBatch, TokenVisits
 from training.deepspeed_json import deepspeed_json
@@ -43,6 +44,7 @@ from training.evaluation.pictures import plot_positions
 from training.loop import Task
 from training.model_card import model_card
 from training.optim import build_optimizer
+from training.pictures import PictureDrops, open_training_pictures, token_order
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
@@ -66,12 +68,11 @@ class Seq2SeqTraining:
         precision = resolve_precision(config, group.device)
         deepspeed_json(config, group.world_size, precision, parameters=1)  # a batch that cannot be divided is refused now
         self.image_tokenizer = load_tokenizer(config.image_tokenizer)
-        self.shards = TokenShards(config.data.path, config.data.split)
-        self.held_out = (TokenShards(config.data.path, config.data.validation_split)
-                         if config.data.validation_split else None)
         self.fingerprint = code_fingerprint(self.image_tokenizer)
-        check_same_tokenizer(self.shards.index, config.data.path, self.image_tokenizer.codebook_size,
-                             self.image_tokenizer.grid, self.fingerprint, config.image_tokenizer)
+        self.shards = self._open(config.data.split)
+        self.held_out = self._open(config.data.validation_split) if config.data.validation_split else None
+        self.order = token_order(config.data, self.shards, config.seed)
+        self.drops = (PictureDrops(config.data, self.shards.source, group) if isinstance(self.shards, PictureTokens) else None)
         together = group.first_then_others if config.text.kind == FrozenTextEncoder.kind else group.first_does
         kept = self._kept_text()
         self.text_source: TextSource = together(lambda: text_source_of_run(config.text, self.shards, kept))
@@ -83,10 +84,7 @@ class Seq2SeqTraining:
         self.run_state = RunState(config, group, self._facts(model_config))
         self.run_state.prepare()
         group.first_does(self._keep_text_source)
-        class_names = config.text.kind == ClassLabels.kind
-        self.visits = TokenVisits(self.shards, config.seed, config.caption_dropout, config.token_corruption, class_names,
-                                  config.use_layout)
-        self.collate = CollateTokens(self._captions())
+        self.visits, self.collate = self._visits(config.text.kind == ClassLabels.kind)
         seed_everything(config.seed, 0)  # the same weights on every process
         self.model = KINDS[config.model.kind](model_config)
         recompute_activations(self.model, config.train.gradient_checkpointing)
@@ -100,6 +98,27 @@ class Seq2SeqTraining:
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), config, group, precision)
         seed_everything(config.seed, group.rank)
 
+    def _open(self, split: str) -> TokenShards | PictureTokens:
+        data = self.config.data
+        if data.on_the_fly:
+            source = self.group.first_then_others(lambda: open_training_pictures(data, split))
+            return PictureTokens(source, self.image_tokenizer, self.fingerprint)
+        shards = TokenShards(data.path, split)
+        check_same_tokenizer(shards.index, data.path, self.image_tokenizer.codebook_size, self.image_tokenizer.grid,
+                             self.fingerprint, self.config.image_tokenizer)
+        return shards
+
+    def _visits(self, first_caption: bool) -> tuple[Any, CollateTokens | CollatePictures]:
+        """The data as a loader reads it, and what makes its batches."""
+        config = self.config
+        if isinstance(self.shards, PictureTokens):
+            self.image_tokenizer = self.image_tokenizer.to(self.group.device)
+            return (PictureTokenVisits(self.shards.source, self.image_tokenizer.config.resolution, config.seed,
+                                       config.data.horizontal_flip, config.caption_dropout, first_caption),
+                    CollatePictures(self._captions()))
+        return (TokenVisits(self.shards, config.seed, config.caption_dropout, config.token_corruption, first_caption,
+                            config.use_layout), CollateTokens(self._captions()))
+
     def _facts(self, model: TransformerConfig) -> dict[str, Any]:
         """What a checkpoint must share with the run that continues it."""
         facts: dict[str, Any] = {"model": {"kind": model.kind, **model.plain()}, "data rows": len(self.shards)}
@@ -109,7 +128,7 @@ class Seq2SeqTraining:
             facts["text.start_from"] = self.config.text.start_from
         if self.config.optim.name != "adamw":
             facts["optim.name"] = self.config.optim.name
-        return facts
+        return facts | self.order.facts()
 
     def _kept_text(self) -> Path | None:
         """The text tokenizer of the run that is continued."""
@@ -143,19 +162,31 @@ class Seq2SeqTraining:
 
     def task(self) -> Task:
         """This run as the training loop sees it."""
-        return Task("train seq2seq", [self.engine], self.batches, self.train, metrics=dict, sample=self.sample,
-                    problem=lambda: None, state=lambda: average_state(self.average),
-                    restore=lambda state: restore_average(self.average, state), items=len(self.visits), key=self.shards.key)
+        return Task("train seq2seq", [self.engine], self.batches, self.train, metrics=self.metrics, sample=self.sample,
+                    problem=lambda: self.drops.problem if self.drops else None, state=lambda: average_state(self.average),
+                    restore=lambda state: restore_average(self.average, state), order=self.order, key=self.shards.key)
 
-    def batches(self, first_step: int) -> Iterable[TokenBatch]:
+    def metrics(self) -> dict[str, float]:
+        """Unusable pictures, where there are pictures."""
+        return {"dropped_items": self.drops.total()} if self.drops else {}
+
+    def batches(self, first_step: int) -> Iterable[TokenBatch | PictureBatch]:
         """This process's micro-batches from `first_step` on."""
         train = self.config.train
-        order = MicroBatches(len(self.visits), train.batch_size, train.accumulation, self.config.seed, self.group.rank,
-                             self.group.world_size, first_step, train.steps)
+        order = MicroBatches(self.order, train.batch_size, train.accumulation, self.group.rank, self.group.world_size,
+                             first_step, train.steps)
         return batch_loader(self.visits, order, self.config.data.workers, self.collate)
 
-    def train(self, batch: TokenBatch, step: int) -> dict[str, Tensor]:
+    def _with_tokens(self, batch: TokenBatch | PictureBatch) -> TokenBatch:
+        if isinstance(batch, TokenBatch):
+            return batch
+        assert self.drops is not None
+        self.drops.count(batch.dropped)
+        return with_tokens(batch, self.image_tokenizer, self.config.seed, self.config.token_corruption)
+
+    def train(self, visits: TokenBatch | PictureBatch, step: int) -> dict[str, Tensor]:
         """One micro-batch: gradients, and an optimizer step at the end of a window -> the loss, and its parts by name."""
+        batch = self._with_tokens(visits)
         device, loss = self.group.device, self.config.loss
         text, mask = (part.to(device) for part in batch.text)
         tokens = batch.image_tokens.to(device)
@@ -213,6 +244,8 @@ class Seq2SeqTraining:
     def finish(self) -> None:
         """Measure the held-out split and export run_dir/model."""
         model = self.full_model()
+        if self.drops:
+            self.drops.say()
         if not self.group.is_first:
             return
         held_out = None

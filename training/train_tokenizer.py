@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from torch.optim.swa_utils import AveragedModel
 from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer, tokenizer_loss
 from tokenizer_image.discriminators import build_discriminator
 from tokenizer_image.images import float_to_pixels, image_grid, pixels_to_images
-from tokenloom_common.errors import DataError, run_command
+from tokenloom_common.errors import run_command
 from tokenloom_common.files import write_json_atomic
 from training.adversary import Adversary
 from training.codebook_health import CodebookHealth
 from training.config import TokenizerRunConfig
 from training.data.batches import ItemId, MicroBatches, batch_loader
-from training.data.drops import DropCounter, in_words
-from training.data.sources import CaptionedImages, open_dataset
+from training.data.sources import CaptionedImages
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
 from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
@@ -36,6 +34,7 @@ from training.evaluation.reconstruction import evaluate_reconstruction
 from training.log import read_metrics
 from training.loop import Task
 from training.optim import build_optimizer
+from training.pictures import PictureDrops, open_training_pictures, picture_order
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
@@ -60,11 +59,9 @@ class TokenizerTraining:
         source = group.first_then_others(lambda: self._open(config.data.split))
         if config.data.validation_split:
             group.first_does(lambda: len(self._open(config.data.validation_split)))  # exists, before hours of training
-        self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
-        group.first_does(lambda: self.drops.record_opened(source))
-        self._known_bad: set[str] = set()
-        self._problem: Exception | None = None
+        self.drops = PictureDrops(config.data, source, group)
         self.visits = ImageVisits(source, config.model.resolution, config.seed, config.data.horizontal_flip)
+        self.order = picture_order(config.data, source, config.seed)
         seed_everything(config.seed, 0)  # the same weights on every process
         self.tokenizer = self._build()
         self.run_state = RunState(config, group, self._facts(precision, len(source)))
@@ -77,8 +74,7 @@ class TokenizerTraining:
         self.health = CodebookHealth(config, group, len(source))
 
     def _open(self, split: str | None) -> CaptionedImages:
-        data = self.config.data
-        return open_dataset(data.path, split=split, caption_column=data.caption_column, image_column=data.image_column)
+        return open_training_pictures(self.config.data, split)
 
     def _perceptual(self) -> LPIPS | None:
         if self.config.loss.perceptual_weight == 0:
@@ -94,6 +90,7 @@ class TokenizerTraining:
             facts["discriminator"] = adversarial.discriminator.plain()
         if train.weight_ema:
             facts["weight_ema"] = True
+        facts |= self.order.facts()
         names = {"optim.name": self.config.optim.name, "discriminator_optim.name": self.config.discriminator_optim.name}
         facts |= {key: name for key, name in names.items() if name != "adamw"}
         return facts
@@ -126,7 +123,7 @@ class TokenizerTraining:
         """This run as the training loop sees it."""
         engines = [self.engine, *([self.adversary.engine] if self.adversary else [])]
         return Task("train tokenizer", engines, self.batches, self.train, self.metrics, self.sample,
-                    problem=lambda: self._problem, state=self._state, restore=self._restore, items=len(self.visits),
+                    problem=lambda: self.drops.problem, state=self._state, restore=self._restore, order=self.order,
                     key=self.visits.source.key)
 
     def _kept(self) -> dict[str, torch.nn.Module]:
@@ -152,13 +149,13 @@ class TokenizerTraining:
     def batches(self, first_step: int) -> Iterable[PixelBatch]:
         """This process's micro-batches from `first_step` on."""
         train = self.config.train
-        order = MicroBatches(len(self.visits), train.batch_size, train.accumulation, self.config.seed, self.group.rank,
-                             self.group.world_size, first_step, train.steps)
+        order = MicroBatches(self.order, train.batch_size, train.accumulation, self.group.rank, self.group.world_size,
+                             first_step, train.steps)
         return batch_loader(self.visits, order, self.config.data.workers, collate_pixels)
 
     def train(self, batch: PixelBatch, step: int) -> dict[str, Tensor]:
         """One micro-batch: gradients and, at the end of a window, optimizer steps of both networks -> terms to log."""
-        self._count(batch)
+        self.drops.count(batch.dropped)
         # channels-last pictures make every convolution run so; the weights stay as ZeRO can flatten them
         image = batch.image.to(self.group.device, memory_format=torch.channels_last)
         schedules = self.tokenizer.set_step(step, self.config.train.steps)
@@ -179,20 +176,9 @@ class TokenizerTraining:
             self.average.update_parameters(self.tokenizer)
         return {"loss": total.detach(), **terms, **{name: torch.tensor(value) for name, value in schedules.items()}}
 
-    def _count(self, batch: PixelBatch) -> None:
-        """Count unusable pictures, each once however often its turn comes."""
-        self.drops.record_good(len(batch.image))
-        try:
-            for dropped in batch.dropped:
-                if dropped.key not in self._known_bad:
-                    self._known_bad.add(dropped.key)
-                    self.drops.record(dropped.reason, dropped.key)
-        except DataError as error:
-            self._problem = error
-
     def metrics(self) -> dict[str, float]:
         """Windowed codebook usage and perplexity, and items skipped, over all processes."""
-        return {**self.health.report(), "dropped_items": int(self.group.total(torch.tensor(self.drops.dropped)))}
+        return {**self.health.report(), "dropped_items": self.drops.total()}
 
     def full_model(self) -> ImageTokenizer:
         """A float32 copy on the CPU with the whole current weights, or their average. All processes must call it."""
@@ -231,13 +217,11 @@ class TokenizerTraining:
         """Export run_dir/model and measure the held-out split."""
         model = self.full_model()
         counts = self.health.counts()
-        reasons: Counter[str] = sum(self.group.gather(self.drops.reasons), Counter())
+        self.drops.say()
         if not self.group.is_first:
             return
         folder = model.save_pretrained(self.run_state.run_dir / "model")
         self._draw(counts)
-        if reasons:
-            log.warning("passed over %d unusable pictures (%s)", reasons.total(), in_words(reasons))
         if self.config.data.validation_split:
             held_out = self._open(self.config.data.validation_split)
             report = evaluate_reconstruction(model.to(self.group.device), held_out)

@@ -48,6 +48,8 @@ class DropCounter:
         self.seen = 0
         self.reasons: Counter = Counter()
         self.items: list[BadItem] = []
+        self.opened: Counter = Counter()
+        """Those of `reasons` that were found when the source was opened."""
 
     @property
     def dropped(self) -> int:
@@ -58,9 +60,12 @@ class DropCounter:
         """Count usable items."""
         self.seen += count
 
-    def record(self, reason: str, key: str = "") -> None:
-        """Count one dropped item. DataError above the limit, naming the reasons and the last item."""
-        self.seen += 1
+    def record(self, reason: str, key: str = "", seen_before: bool = False) -> None:
+        """Count one dropped item. DataError above the limit, naming the reasons and the last item.
+
+        seen_before: it was counted as usable when its source was opened.
+        """
+        self.seen += not seen_before
         self.reasons[reason] += 1
         self.items.append(BadItem(key, reason))
         if self.dropped > max(ALWAYS_TOLERATED, self.max_bad_fraction * self.seen):
@@ -71,6 +76,7 @@ class DropCounter:
         """Count what a source (CaptionedImages) found when it was opened: its items, and those it could not use."""
         self.record_good(len(source))
         for item in source.bad_items:
+            self.opened[item.reason] += 1
             self.record(item.reason, item.key)
 
     def summary(self) -> str:

@@ -143,3 +143,15 @@ def read_sidecars(root: Path, caption_column: str | None) -> Collector:
         if text not in used:
             found.drop(text.relative_to(root).as_posix(), "no picture for the caption file")
     return found
+
+
+def as_dataset(found: Collector, in_tar: bool) -> Any:
+    """What a reader of folders or tar shards found, as a Dataset in memory that says where each picture is."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    picture = ({"shard": Value("string"), "offset": Value("int64"), "size": Value("int64")} if in_tar
+               else {"image": ImageFeature(decode=False)})
+    features = Features({"key": Value("string"), "captions": List(Value("string")), "metadata": Value("string"),
+                         **picture})
+    return Dataset.from_dict({name: [row[name] for row in found.rows] for name in features}, features=features)

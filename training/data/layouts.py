@@ -13,6 +13,7 @@ from inference.layouts import COLOR_CLASSES, color_layout
 from tokenloom_common.errors import DataError
 from training.data.sources import CaptionedImages
 from training.data.token_shards import LayoutIndex
+from training.data.views import mirrored
 from training.token_config import LayoutConfig
 
 
@@ -27,6 +28,13 @@ class Layouts:
         if self.config.kind == "colors":
             return LayoutIndex(kind="colors", classes=COLOR_CLASSES, grid=self.config.grid)
         return LayoutIndex(kind="classes", classes=self.config.classes or 0, grid=self.config.grid)
+
+    def of_views(self, source: CaptionedImages, row: int, views: numpy.ndarray, mirror: bool) -> numpy.ndarray:
+        """The layouts [V, L] of a picture's views [V, S, S, 3], the second half of which are mirrored where `mirror`."""
+        if self.config.kind == "colors":
+            return numpy.stack([self.of(source, row, view) for view in views])
+        one = self.of(source, row, views[0])
+        return numpy.stack([one, mirrored(one, self.config.grid)] if mirror else [one])
 
     def of(self, source: CaptionedImages, row: int, pixels: numpy.ndarray) -> numpy.ndarray:
         """The layout of a row whose square picture is `pixels` [S, S, 3] uint8. DataError for a row without usable classes."""

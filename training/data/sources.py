@@ -4,6 +4,7 @@ Hugging Face `datasets`, each picture decoded by our own guarded reader when it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 from collections import Counter
@@ -15,13 +16,14 @@ from typing import Any
 from PIL import Image
 
 from tokenizer_image.images import BadImageError, open_image
-from tokenloom_common.errors import DataError
+from tokenloom_common.errors import DataError, UserError
 from training.data.captions import clean_captions
 from training.data.dataset_folder import require_extra
 from training.data.drops import BadItem, BadItemError, in_words
-from training.data.folder_source import Collector, read_metadata, read_sidecars
+from training.data.folder_source import Collector, as_dataset, read_metadata, read_sidecars
+from training.data.in_place import RowGroups, indexed_tars
 from training.data.layout import Layout, below, find_layout
-from training.data.table_source import hub_splits, read_hub, read_parquet
+from training.data.table_source import hub_splits, read_hub, read_parquet, whole_files
 from training.data.tar_source import read_member, read_tars
 
 BAD_ITEM_ERRORS = (BadImageError, BadItemError)  # what asking for one item may raise: catch, count by .reason, go on
@@ -43,19 +45,22 @@ class _Options:
     split: str | None
     caption_column: str | None
     image_column: str | None
+    streamed_rows: int
 
 
 class CaptionedImages:
     """A sequence of captioned pictures over a `datasets.Dataset`; can be pickled for loader workers.
 
     `dropped` counts by reason what was unusable when it was opened and `bad_items` names each; `caption_repairs`
-    counts what had to be done to captions. `dataset` has one row an item; `columns` are those `metadata` returns.
+    counts what had to be done to captions. `dataset` has one row an item; `columns` are those `metadata` returns. `runs`: where
+    rows that lie together begin, of shards that are read in place.
     """
 
     def __init__(self, dataset: Any, *, path: str, image_column: str | None, caption_column: str,
                  bad_items: list[BadItem], caption_repairs: Counter, root: Path | None,
-                 packed_columns: list[str] | None = None) -> None:
+                 packed_columns: list[str] | None = None, runs: list[int] | None = None) -> None:
         self.dataset = dataset
+        self.runs = runs
         self.path = path
         self.bad_items = bad_items
         self.caption_repairs = caption_repairs
@@ -77,7 +82,21 @@ class CaptionedImages:
         row = self._row(index)
         key = self._key(row, index)
         captions = clean_captions(_caption_value(row[self._caption_column]))
+        if not captions:  # of shards that are read in place, whose captions nobody looked at before
+            raise BadItemError(key, "no caption", f"column {self._caption_column} holds none that can be used")
         return CaptionedImage(open_image(self._picture(row, key), name=key), captions, key)
+
+    def identity(self) -> str:
+        """Tells this data from other data of as many rows, without reading a picture: its files, or a thousand rows' keys
+        and captions."""
+        digest = hashlib.blake2b(digest_size=16)
+        if isinstance(self.dataset, RowGroups):
+            for path in self.dataset.files:
+                digest.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
+            return digest.hexdigest()
+        for index in range(0, len(self), max(1, len(self) // 1000)):
+            digest.update(repr((self.key(index), self.captions(index))).encode())
+        return digest.hexdigest()
 
     def captions(self, index: int) -> list[str]:
         """The captions of an item, without touching its picture."""
@@ -85,7 +104,10 @@ class CaptionedImages:
 
     def all_captions(self) -> list[str]:
         """Every caption of every item."""
-        return [caption for index in range(len(self)) for caption in self.captions(index)]
+        rows = self.dataset.select_columns([self._caption_column]).with_format("arrow")
+        return [caption for start in range(0, len(rows), _SCAN_ROWS)
+                for value in _caption_values(rows[start:start + _SCAN_ROWS][self._caption_column])
+                for caption in clean_captions(value)]
 
     def metadata(self, index: int) -> dict[str, Any]:
         """The other columns of an item."""
@@ -96,7 +118,10 @@ class CaptionedImages:
 
     def key(self, index: int) -> str:
         """The name of an item."""
-        return self._key(self._row(index), index)
+        try:
+            return self._key(self._row(index), index)
+        except BadItemError:  # not even that can be read
+            return f"{Path(self.path).name} row {index}"
 
     def _row(self, index: int) -> Any:
         number = operator.index(index)
@@ -132,13 +157,15 @@ class CaptionedImages:
 
 
 def open_dataset(path: str | Path, *, split: str | None = None, caption_column: str | None = None,
-                 image_column: str | None = None) -> CaptionedImages:
+                 image_column: str | None = None, streamed_rows: int = 0) -> CaptionedImages:
     """Open captioned pictures at a local path or hub id.
 
     `split` None is train (or the only split). `caption_column` None is the first of text, captions, caption, prompt.
+    `streamed_rows`: parquet and tar shards are read where they lie, and so many rows are kept; 0 = through a cache.
     MissingFileError for a missing path, UserError for an unknown split or column, DataError if nothing is usable.
     """
-    data = load_source(path, split=split, caption_column=caption_column, image_column=image_column)
+    data = load_source(path, split=split, caption_column=caption_column, image_column=image_column,
+                       streamed_rows=streamed_rows)
     if not len(data):
         reasons = in_words(data.dropped) or "it is empty"
         first = f"; first: {data.bad_items[0].key}" if data.bad_items else ""
@@ -153,11 +180,17 @@ def list_splits(path: str | Path) -> list[str]:
 
 
 def load_source(path: str | Path, *, split: str | None = None, caption_column: str | None = None,
-                image_column: str | None = None) -> CaptionedImages:
+                image_column: str | None = None, streamed_rows: int = 0) -> CaptionedImages:
     """`open_dataset` that returns an empty sequence, with its reasons, where nothing is usable."""
     layout = find_layout(path)
     require_extra("datasets")
-    return _KINDS[layout.kind](str(path), _Options(layout, split, caption_column, image_column))
+    options = _Options(layout, split, caption_column, image_column, streamed_rows)
+    if not streamed_rows:
+        return _KINDS[layout.kind](str(path), options)
+    if layout.kind not in _IN_PLACE:
+        raise UserError(f"{path}: streaming reads parquet and tar shards where they lie; this is another kind of data "
+                        f"({layout.kind}), so leave data.streaming out")
+    return _IN_PLACE[layout.kind](str(path), options)
 
 
 def _from_metadata(path: str, options: _Options) -> CaptionedImages:
@@ -176,18 +209,17 @@ def _from_tars(path: str, options: _Options) -> CaptionedImages:
                       in_tar=True)
 
 
+def _from_indexed_tars(path: str, options: _Options) -> CaptionedImages:
+    shards = options.layout.choose(options.split)
+    found = indexed_tars(shards, options.layout.root, options.caption_column, options.image_column)
+    return CaptionedImages(found.dataset, path=path, image_column=None, caption_column="captions", bad_items=found.bad,
+                           caption_repairs=found.repairs, root=None, packed_columns=found.columns, runs=found.runs)
+
+
 def _in_memory(path: str, found: Collector, in_tar: bool = False) -> CaptionedImages:
     """References and captions as a Dataset held in memory: nothing is cached, so nothing can be stale."""
-    from datasets import Dataset, Features, List, Value
-    from datasets import Image as ImageFeature
-
-    picture = ({"shard": Value("string"), "offset": Value("int64"), "size": Value("int64")} if in_tar
-               else {"image": ImageFeature(decode=False)})
-    features = Features({"key": Value("string"), "captions": List(Value("string")), "metadata": Value("string"),
-                         **picture})
-    dataset = Dataset.from_dict({name: [row[name] for row in found.rows] for name in features}, features=features)
-    return CaptionedImages(dataset, path=path, image_column=None if in_tar else "image", caption_column="captions",
-                           bad_items=found.bad, caption_repairs=found.repairs, root=None,
+    return CaptionedImages(as_dataset(found, in_tar), path=path, image_column=None if in_tar else "image",
+                           caption_column="captions", bad_items=found.bad, caption_repairs=found.repairs, root=None,
                            packed_columns=sorted(found.columns))
 
 
@@ -195,6 +227,15 @@ def _from_parquet(path: str, options: _Options) -> CaptionedImages:
     files = options.layout.choose(options.split)
     table = read_parquet(files, options.layout.root, options.caption_column, options.image_column)
     return _scanned(path, table, options.layout.root)
+
+
+def _from_row_groups(path: str, options: _Options) -> CaptionedImages:
+    root = options.layout.root
+    files, image, caption, bad = whole_files(options.layout.choose(options.split), root, options.caption_column,
+                                             options.image_column)
+    rows = RowGroups(files, options.streamed_rows)
+    return CaptionedImages(rows, path=path, image_column=image, caption_column=caption, bad_items=bad,
+                           caption_repairs=Counter(), root=root, runs=rows.runs)
 
 
 def _from_hub(path: str, options: _Options) -> CaptionedImages:
@@ -245,3 +286,4 @@ def _caption_value(column: Any) -> Any:
 _KINDS: dict[str, Callable[[str, _Options], CaptionedImages]] = {
     "metadata": _from_metadata, "sidecar": _from_sidecars, "parquet": _from_parquet, "tar": _from_tars,
     "hub": _from_hub}
+_IN_PLACE: dict[str, Callable[[str, _Options], CaptionedImages]] = {"parquet": _from_row_groups, "tar": _from_indexed_tars}

@@ -37,8 +37,17 @@ def pick_column(name: str | None, usual: tuple[str, ...], columns: list[str], wh
                     f"name it with {what}_column")
 
 
-def read_parquet(files: list[Path], root: Path, caption_column: str | None, image_column: str | None) -> Table:
-    """Parquet files as one table. A file without a readable footer is left out and counted; DataError if all are."""
+class Files(NamedTuple):
+    """Parquet files that can be read, the columns to use, and the files that cannot be read."""
+
+    good: list[Path]
+    image_column: str
+    caption_column: str
+    bad: list[BadItem]
+
+
+def whole_files(files: list[Path], root: Path, caption_column: str | None, image_column: str | None) -> Files:
+    """Those with a readable footer and rows; the others are counted. DataError if there is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -57,8 +66,13 @@ def read_parquet(files: list[Path], root: Path, caption_column: str | None, imag
     if not good:
         raise DataError(f"{root}: none of its {len(files):,} parquet files can be read (first: {bad[0].key}); "
                         "copy or download them again")
-    image_column = pick_column(image_column, IMAGE_COLUMNS, columns, "image", str(root))
-    caption_column = pick_column(caption_column, CAPTION_COLUMNS, columns, "caption", str(root))
+    return Files(good, pick_column(image_column, IMAGE_COLUMNS, columns, "image", str(root)),
+                 pick_column(caption_column, CAPTION_COLUMNS, columns, "caption", str(root)), bad)
+
+
+def read_parquet(files: list[Path], root: Path, caption_column: str | None, image_column: str | None) -> Table:
+    """Parquet files as one table. A file without a readable footer is left out and counted; DataError if all are."""
+    good, image_column, caption_column, bad = whole_files(files, root, caption_column, image_column)
     dataset = _load("parquet", f"{root}: its parquet files cannot be read", name=_identity(good),
                     data_files={"train": [str(path) for path in good]}, split="train")
     return Table(_undecoded(dataset, image_column), image_column, caption_column, bad)

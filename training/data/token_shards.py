@@ -1,34 +1,57 @@
-"""Token shards: pictures as code sequences with their captions, in parquet files that `datasets` reads.
+"""Token shards: pictures as code sequences with their captions, in Arrow files that are mapped into memory.
 
-    OUT/tokens.json                 what they are: tokenizer fingerprint, codebook size, grid, rows and files per split
-    OUT/train-00000-of-00002.parquet   columns captions: list<string>, tokens: list<uint16|uint32>, key: string,
-                                    and layout: list<uint16> where tokens.json describes one
+    OUT/tokens.json                 what they are: tokenizer fingerprint, codebook size, grid; per split the files with their
+                                    rows, sizes and hashes
+    OUT/train-00000-of-00002.arrow  columns captions: list<string>, tokens: uint16|uint32 [views * N], key: string, and
+                                    layout: uint16 [views * L] where tokens.json describes one
+
+`datasets.Dataset.from_file` reads them too. Opening maps files; a page is read from disk when a row of it is asked for. A
+file's hash is compared, and its tokens checked, when its first row is asked for, or at once where all are small.
 """
 
-# Axes: N image tokens, L layout tokens, R rows
+# Axes: N image tokens, L layout tokens, R rows, V views (encodings) of a picture
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tokenloom_common.config import StrictConfig, read_mapping
 from tokenloom_common.errors import DataError, MissingFileError, UserError, nearest_name
-from tokenloom_common.files import write_json_atomic
+from tokenloom_common.files import file_hash, sync_path, write_json_atomic
+from training.data.token_file import AGAIN, TokenFile, open_token_file, require_pyarrow
 
 INDEX_NAME = "tokens.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+SUFFIX = ".arrow"
+CHECKED_AT_ONCE = 64 << 20  # bytes of a split up to which all of it is checked when it is opened: a tenth of a second
+
+
+class ShardFile(StrictConfig):
+    """One file of a split. Those of schema version 1 are parquet, without size and hash."""
+
+    name: str
+    rows: int = Field(0, ge=0)
+    size: int | None = Field(None, ge=0)
+    blake2b: str | None = None
 
 
 class SplitIndex(StrictConfig):
     """One split's rows and files."""
 
     rows: int = Field(ge=0)
-    files: list[str]
+    files: list[ShardFile]
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _names_alone(cls, files: Any) -> Any:
+        """Schema version 1 has names."""
+        return [{"name": one} if isinstance(one, str) else one for one in files] if isinstance(files, list) else files
 
 
 class LayoutIndex(StrictConfig):
@@ -46,19 +69,10 @@ class TokenIndex(StrictConfig):
     tokenizer_fingerprint: str
     codebook_size: int = Field(ge=2)
     grid: tuple[int, int]
+    views: list[str] = Field(default_factory=lambda: ["plain"], min_length=1)
     layout: LayoutIndex | None = None
     splits: dict[str, SplitIndex]
     dropped: dict[str, int] = Field(default_factory=dict)
-
-
-def _pyarrow() -> Any:
-    """pyarrow, with its parquet part; UserError that names the extra when it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"token shards need pyarrow ({error}): pip install 'tokenloom[train]'") from None
-    return pyarrow
 
 
 def token_dtype(codebook_size: int) -> numpy.dtype:
@@ -67,20 +81,31 @@ def token_dtype(codebook_size: int) -> numpy.dtype:
 
 
 def write_shard(path: Path, captions: Sequence[Sequence[str]], tokens: numpy.ndarray, keys: Sequence[str],
-                layouts: numpy.ndarray | None = None) -> None:
-    """One parquet file: captions of R rows, tokens [R, N] of the dtype of `token_dtype`, keys, layouts [R, L] uint16."""
-    pyarrow = _pyarrow()
+                layouts: numpy.ndarray | None = None) -> ShardFile:
+    """One file that appears whole: captions of R rows, tokens [R, V * N] of the dtype of `token_dtype`, keys, layouts
+    [R, V * L] uint16 -> what the index says of it."""
+    pyarrow = require_pyarrow()
 
     def lists(rows: numpy.ndarray) -> Any:
-        offsets = pyarrow.array(numpy.arange(len(rows) + 1, dtype=numpy.int32) * rows.shape[1])
         flat = pyarrow.array(rows.reshape(-1), type=pyarrow.from_numpy_dtype(rows.dtype))
-        return pyarrow.ListArray.from_arrays(offsets, flat)
+        return pyarrow.FixedSizeListArray.from_arrays(flat, rows.shape[1])
 
+    if not len(keys):
+        raise ValueError(f"{path}: a token shard needs at least one row")
     columns = {"captions": pyarrow.array(captions, type=pyarrow.list_(pyarrow.string())), "tokens": lists(tokens),
                "key": pyarrow.array(keys, type=pyarrow.string())}
     if layouts is not None:
         columns["layout"] = lists(layouts)
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    batch = pyarrow.record_batch(columns)  # one batch, so that each column lies in one piece
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with pyarrow.ipc.new_stream(str(aside), batch.schema) as writer:
+            writer.write_batch(batch)
+        sync_path(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return ShardFile(name=path.name, rows=len(keys), size=path.stat().st_size, blake2b=file_hash(path))
 
 
 def write_index(folder: Path, index: TokenIndex) -> None:
@@ -103,75 +128,101 @@ def read_index(folder: str | Path) -> TokenIndex:
 
 
 class TokenShards:
-    """One split in memory: `captions(i)`, `image_tokens(i)` [N], `layout(i)` [L] or None, `key(i)`."""
+    """One split: `captions(i)`, `image_tokens(i)` [N], `layout(i)` [L] or None, `key(i)`; `gather` for many rows at once."""
 
     def __init__(self, folder: str | Path, split: str) -> None:
         """UserError for an unknown split, damaged files or impossible tokens; DataError when there is no row."""
-        self.folder = Path(folder)
+        self.folder, self.split = Path(folder), split
         self.index = read_index(folder)
         if split not in self.index.splits:
             raise UserError(f"{folder}: no split '{split}'{nearest_name(split, self.index.splits)}")
         entry = self.index.splits[split]
-        pyarrow = _pyarrow()
-        table = pyarrow.concat_tables([self._read(name) for name in entry.files]) if entry.files else None
-        if table is None or table.num_rows == 0:
+        if not entry.files or not entry.rows:
             raise DataError(f"{folder}: split '{split}' holds no rows")
-        if table.num_rows != entry.rows:
-            raise UserError(f"{folder}: split '{split}' holds {table.num_rows:,} rows, {INDEX_NAME} says {entry.rows:,}; "
-                            "run training/encode_dataset.py again")
-        self._captions = table.column("captions")
-        self._keys = table.column("key")
-        self._tokens = self._as_array(table.column("tokens"), "token", self.index.grid, self.index.codebook_size)
+        rows = sum(len(file) for file in self._files)
+        if rows != entry.rows:
+            raise UserError(f"{folder}: split '{split}' holds {rows:,} rows, {INDEX_NAME} says {entry.rows:,}; {AGAIN}")
+        if sum(file.path.stat().st_size for file in self._files) <= CHECKED_AT_ONCE:
+            self.check()
+
+    @cached_property
+    def _files(self) -> list[TokenFile]:
         layout = self.index.layout
-        self._layouts = None
+        shapes = {"tokens": (len(self.index.views), self.index.grid, self.index.codebook_size)}
         if layout is not None:
-            self._layouts = self._as_array(table.column("layout"), "layout token", layout.grid, layout.classes)
+            shapes["layout"] = (len(self.index.views), layout.grid, layout.classes)
+        return [open_token_file(self.folder, file.name, file.size, file.blake2b, shapes)
+                for file in self.index.splits[self.split].files]
 
-    def _read(self, name: str) -> Any:
-        pyarrow = _pyarrow()
-        path = self.folder / name
-        if Path(name).name != name or not path.is_file():
-            raise MissingFileError(f"{path}: a token shard is missing; run training/encode_dataset.py again")
-        try:
-            return pyarrow.parquet.read_table(path, columns=["captions", "tokens", "key",
-                                                             *(["layout"] if self.index.layout else [])])
-        except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: not a whole token shard ({' '.join(str(error).split())[:200]}); "
-                            "run training/encode_dataset.py again") from None
+    @cached_property
+    def _starts(self) -> numpy.ndarray:
+        return numpy.cumsum([0, *(len(file) for file in self._files)])
 
-    def _as_array(self, column: Any, what: str, grid: tuple[int, int], classes: int) -> numpy.ndarray:
-        """[R, N] in the dtype that the column has."""
-        rows, height, width = len(column), *grid
-        flat = numpy.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
-        if flat.size != rows * height * width:
-            raise UserError(f"{self.folder}: {flat.size:,} {what}s in {rows:,} rows do not fill a grid of {height} x {width}")
-        if flat.size and int(flat.max()) >= classes:
-            table = "codebook" if what == "token" else "layout"
-            raise UserError(f"{self.folder}: {what} {int(flat.max())} is outside the {table} of {classes}")
-        return flat.reshape(rows, height * width)
+    def __getstate__(self) -> dict[str, Any]:  # files are mapped anew by a loader worker, and not sent to it
+        return {name: value for name, value in vars(self).items() if name not in ("_files", "_starts")}
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return self.index.splits[self.split].rows
+
+    def check(self) -> None:
+        """Compare every file's hash and check its tokens. UserError naming the file."""
+        for file in self._files:
+            file.check()
+
+    def _locate(self, row: int) -> tuple[TokenFile, int]:
+        number = int(numpy.searchsorted(self._starts, row, side="right")) - 1
+        file = self._files[number]
+        file.check_once()
+        return file, row - int(self._starts[number])
 
     def captions(self, row: int) -> list[str]:
         """All captions of a row."""
-        return self._captions[row].as_py()
+        file, local = self._locate(row)
+        return file.captions(local)
 
-    def image_tokens(self, row: int) -> numpy.ndarray:
+    def image_tokens(self, row: int, view: int = 0) -> numpy.ndarray:
         """Tokens [N] of a row in raster order."""
-        return self._tokens[row]
+        file, local = self._locate(row)
+        return file.columns["tokens"][local, view]
 
-    def layout(self, row: int) -> numpy.ndarray | None:
+    def layout(self, row: int, view: int = 0) -> numpy.ndarray | None:
         """Layout [L] of a row in raster order; None where the shards have none."""
-        return None if self._layouts is None else self._layouts[row]
+        file, local = self._locate(row)
+        return file.columns["layout"][local, view] if "layout" in file.columns else None
 
     def key(self, row: int) -> str:
         """The row's key in the data it was made from."""
-        return self._keys[row].as_py()
+        file, local = self._locate(row)
+        return file.keys[local].as_py()
 
     def all_captions(self) -> list[str]:
         """Every caption of the split."""
-        return [caption for row in self._captions.to_pylist() for caption in row]
+        return [caption for file in self._files for caption in file.all_captions()]
+
+    def gather(self, rows: numpy.ndarray, views: numpy.ndarray, choice: numpy.ndarray | None,
+               names: Sequence[str] = ("tokens",)) -> tuple[list[str], dict[str, numpy.ndarray]]:
+        """Of rows [B] int64: one caption each, and the named columns [B, N] or [B, L] of `views` [B].
+
+        choice: [B] in [0, 1), which of its captions; None = the first.
+        """
+        numbers = numpy.searchsorted(self._starts, rows, side="right") - 1
+        order = numpy.argsort(numbers, kind="stable")  # file after file
+        used, first = numpy.unique(numbers[order], return_index=True)
+        captions: list[str] = [""] * len(rows)
+        columns: dict[str, numpy.ndarray] = {}
+        for number, begin, end in zip(used.tolist(), first.tolist(), [*first[1:].tolist(), len(rows)], strict=True):
+            file, here = self._files[number], order[begin:end]
+            file.check_once()
+            local = rows[here] - self._starts[number]
+            found = file.one_caption(local, None if choice is None else choice[here])
+            for place, caption in zip(here.tolist(), found, strict=True):
+                captions[place] = caption
+            for name in names:
+                column = file.columns[name]
+                if name not in columns:
+                    columns[name] = numpy.empty((len(rows), column.shape[2]), column.dtype)
+                columns[name][here] = column[local, views[here]]
+        return captions, columns
 
 
 def check_same_tokenizer(index: TokenIndex, folder: str | Path, codebook_size: int, grid: tuple[int, int],

@@ -1,0 +1,259 @@
+"""Encoding pictures: views, restart after a stop, damage to what an earlier run left, and training on pictures themselves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+from tokenizer_image import load_tokenizer
+from tokenizer_image.images import image_to_pixels, pixels_to_float
+from tokenloom_common.config import merge
+from tokenloom_common.errors import DataError, UserError
+from training import encode_dataset
+from training.data.batches import ItemId
+from training.data.sources import open_dataset
+from training.data.token_shards import TokenShards
+from training.data.views import picture_views, view_names
+from training.encode_dataset import DatasetEncoder
+from training.log import read_metrics
+from training.loop import run_training
+from training.process_group import Processes
+from training.token_config import EncodeRunConfig, Seq2SeqRunConfig, ViewsConfig
+from training.train_seq2seq import Seq2SeqTraining
+
+ROWS = 21
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A tokenizer of 16 px, and a folder of 21 pictures with two captions each, one of them damaged, in two splits."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny.vqgan().save_pretrained(folder / "tokenizer")
+    for split, rows in (("train", ROWS), ("validation", 5)):
+        (folder / "data" / split).mkdir(parents=True)
+        for row, picture in enumerate(tiny.pictures(rows, side=20, seed=rows)):
+            picture.save(folder / "data" / split / f"{row:02d}.png")
+            (folder / "data" / split / f"{row:02d}.txt").write_text(f"{tiny.CAPTIONS[row]}\nnumber {row}\n")
+    (folder / "data/train/07.png").write_bytes(b"no picture")
+    return folder
+
+
+def encode(made: Path, out: Path, group: Processes, **changes: Any) -> TokenShards:
+    """Encode the train split into `out`."""
+    base = {"image_tokenizer": str(made / "tokenizer"), "data": {"path": str(made / "data")}, "out": str(out),
+            "splits": ["train"], "batch_size": 4, "shard_rows": 6}
+    DatasetEncoder(EncodeRunConfig.parse(merge(base, changes), "test"), group).run()
+    return TokenShards(out, "train")
+
+
+def content(shards: TokenShards) -> list[tuple]:
+    return [(shards.key(row), shards.captions(row), shards.image_tokens(row).tolist()) for row in range(len(shards))]
+
+
+def test_shards_hold_the_tokens_of_every_usable_picture(made, tmp_path, group):
+    shards = encode(made, tmp_path / "tokens", group)
+    source = open_dataset(made / "data", split="train")
+    usable = [row for row in range(ROWS) if row != 7]
+    assert [shards.key(row) for row in range(len(shards))] == [source.key(row) for row in usable]
+    tokenizer = load_tokenizer(made / "tokenizer")
+    pixels = numpy.stack([image_to_pixels(source[row].image, 16) for row in usable])
+    expected = tokenizer.encode(pixels_to_float(pixels)).flatten(1).tolist()
+    assert [shards.image_tokens(row).tolist() for row in range(20)] == expected
+    assert shards.captions(10) == source.captions(11)
+    files = shards.index.splits["train"].files
+    assert [file.rows for file in files] == [6, 5, 6, 3]
+    assert shards.index.dropped == {"not an image": 1}
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == [
+        "tokens.json", *(file.name for file in files)]
+    assert not (tmp_path / ".tokens.tmp").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_and_batches_change_nothing(workers, made, tmp_path, group):
+    one = content(encode(made, tmp_path / "a", group))
+    assert content(encode(made, tmp_path / "b", group, workers=workers, batch_size=5, shard_rows=100)) == one
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def stop_after(shards: int, monkeypatch) -> list[str]:
+    """Let so many shards be written and end then -> the names of those that are written, as they come."""
+    wrote: list[str] = []
+    write = encode_dataset.write_shard
+
+    def counted(path: Path, *rest: Any) -> Any:
+        if len(wrote) == shards:
+            raise Stopped
+        wrote.append(path.name)
+        return write(path, *rest)
+
+    monkeypatch.setattr(encode_dataset, "write_shard", counted)
+    return wrote
+
+
+def stopped(made: Path, out: Path, group: Processes, monkeypatch, **changes: Any) -> None:
+    """A run that ended after two shards."""
+    with monkeypatch.context() as patch:
+        wrote = stop_after(2, patch)
+        with pytest.raises(Stopped):
+            encode(made, out, group, **changes)
+    assert len(wrote) == 2
+    assert not out.exists()
+
+
+def test_a_stopped_run_goes_on_after_its_last_whole_shard(made, tmp_path, group, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "training")
+    whole = content(encode(made, tmp_path / "whole", group))
+    stopped(made, tmp_path / "tokens", group, monkeypatch)
+    wrote = stop_after(99, monkeypatch)
+    shards = encode(made, tmp_path / "tokens", group)
+    assert wrote == ["train-00002-of-00004.arrow", "train-00003-of-00004.arrow"]
+    assert content(shards) == whole
+    assert shards.index == TokenShards(tmp_path / "whole", "train").index  # hashes, and what the first run passed over
+    assert "going on with what an earlier run encoded" in caplog.text
+
+
+@pytest.mark.parametrize(("damage", "again"), [
+    (lambda aside: (aside / "train-00001-of-00004.arrow").unlink(), [1, 2, 3]),
+    (lambda aside: (aside / "train-00000-of-00004.arrow").write_bytes(b"ARROW"), [0, 2, 3]),
+    (lambda aside: (aside / "train-00001-of-00004.json").write_text('{"fi'), [1, 2, 3]),
+    (lambda aside: (aside / "train-00001-of-00004.json").unlink(), [1, 2, 3]),
+    (lambda aside: (aside / ".train-00002-of-00004.arrow.tmp").write_bytes(b"half"), [2, 3]),
+    (lambda aside: (aside / "plan.json").write_text("{"), [0, 1, 2, 3]),
+    (lambda aside: (aside / "plan.json").unlink(), [0, 1, 2, 3])])
+def test_what_is_damaged_of_an_earlier_run_is_encoded_again(damage, again, made, tmp_path, group, monkeypatch):
+    stopped(made, tmp_path / "tokens", group, monkeypatch)
+    damage(tmp_path / ".tokens.tmp")
+    wrote = stop_after(99, monkeypatch)
+    shards = encode(made, tmp_path / "tokens", group)
+    assert wrote == [f"train-0000{number}-of-00004.arrow" for number in again]
+    assert len(shards) == 20
+    assert not list((tmp_path / "tokens").glob(".*"))
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"views": {"flip": True}}, "another views"), ({"shard_rows": 7}, "another wanted shard_rows"),
+    ({"data": {"image_column": None, "max_bad_fraction": 0.5}}, "another data"),
+    ({"layout": {"kind": "colors", "grid": [2, 2]}}, "another layout")])
+def test_another_run_in_the_same_folder_starts_over(changes, words, made, tmp_path, group, monkeypatch, caplog):
+    stopped(made, tmp_path / "tokens", group, monkeypatch)
+    encode(made, tmp_path / "tokens", group, **changes)
+    assert words in caplog.text and "starting over" in caplog.text
+
+
+def test_views_are_the_corners_and_mirrors_of_a_picture():
+    ramp = numpy.zeros((40, 60, 3), numpy.uint8)
+    ramp[..., 0] = numpy.arange(60) * 4
+    ramp[..., 1] = numpy.arange(40)[:, None] * 6
+    config = ViewsConfig(flip=True, corners=True, enlarged=1.25)
+    names, views = view_names(config), picture_views(Image.fromarray(ramp), 32, config)
+    assert names[:5] == ["plain", "top-left", "top-right", "bottom-left", "bottom-right"]
+    assert names[5:] == [f"{name} mirrored" for name in names[:5]]
+    assert views.shape == (10, 32, 32, 3)
+    assert (views[0] == image_to_pixels(Image.fromarray(ramp), 32)).all()
+    assert (views[5:] == views[:5, :, ::-1]).all()
+    # the square is columns 10 to 50; a corner's cut is 32 wide, so its pixels are the picture's own
+    for number, (top, left) in enumerate(((0, 10), (0, 18), (8, 10), (8, 18)), 1):
+        assert (views[number] == ramp[top:top + 32, left:left + 32]).all()
+    assert len(picture_views(Image.fromarray(ramp), 32, ViewsConfig())) == 1 == len(view_names(ViewsConfig()))
+
+
+def test_several_encodings_are_kept_and_the_first_is_the_plain_one(made, tmp_path, group):
+    plain = encode(made, tmp_path / "plain", group, layout={"kind": "colors", "grid": [2, 2]})
+    shards = encode(made, tmp_path / "tokens", group, views={"flip": True, "corners": True},
+                    layout={"kind": "colors", "grid": [2, 2]})
+    assert shards.index.views == view_names(ViewsConfig(flip=True, corners=True))
+    assert content(shards) == content(plain)
+    source, tokenizer = open_dataset(made / "data", split="train"), load_tokenizer(made / "tokenizer")
+    views = picture_views(source[3].image, 16, ViewsConfig(flip=True, corners=True))
+    expected = tokenizer.encode(pixels_to_float(views)).flatten(1).tolist()
+    assert [shards.image_tokens(3, view).tolist() for view in range(10)] == expected
+    grids = [shards.layout(3, view).reshape(2, 2).tolist() for view in range(10)]
+    assert grids[0] == plain.layout(3).reshape(2, 2).tolist()
+    assert grids[5] == [row[::-1] for row in grids[0]]
+
+
+def test_views_that_cannot_be_are_refused(made):
+    for changes, words in (({"views": {"corners": True}, "layout": {"kind": "classes", "classes": 3}}, "views.corners shows"),
+                           ({"views": {"enlarged": 1.5}}, "views.enlarged is for views.corners"),
+                           ({"views": {"corners": True, "enlarged": 1.0}}, "greater than 1")):
+        with pytest.raises(UserError, match=words):
+            EncodeRunConfig.parse(merge({"image_tokenizer": "t", "data": {"path": "d"}, "out": "o"}, changes), "test")
+
+
+def test_too_many_unusable_pictures_end_the_run_and_a_new_start_meets_them_again(made, tmp_path, group):
+    for row in range(ROWS):
+        folder = tmp_path / "bad"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{row:02d}.png").write_bytes(b"" if row % 2 else (made / "data/train/01.png").read_bytes())
+        (folder / f"{row:02d}.txt").write_text("x")
+    (folder / "extra.png").write_bytes(b"")
+    (folder / "extra.txt").write_text("x")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"dropped 11 of 22 .*max_bad_fraction"):
+            encode(made, tmp_path / "tokens", group, data={"path": str(folder)})
+
+
+# Training on pictures, encoded on the fly
+
+def trained(made: Path, run_dir: Path, group: Processes, data: dict[str, Any], **changes: Any) -> Seq2SeqTraining:
+    base = {"data": {"validation_split": "validation", **data}, "image_tokenizer": str(made / "tokenizer"),
+            "run_dir": str(run_dir), "model": {"preset": "debug", "width": 32, "heads": 2, "head_dim": 16},
+            "text": {"vocab_size": 300, "text_length": 12},
+            "train": {"steps": 5, "batch_size": 6, "precision": "float32", "log_every": 1, "sample_every": 5},
+            "optim": {"lr": 0.003, "warmup_steps": 0}, "token_corruption": 0.2, "caption_dropout": 0.3}
+    run = Seq2SeqRunConfig.parse(merge(base, changes), "test")
+    training = Seq2SeqTraining(run, group)
+    run_training(training.task(), run, group, training.run_state)
+    training.finish()
+    return training
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tokens_made_on_the_fly_train_as_stored_ones_do(workers, made, tmp_path, group):
+    encode(made, tmp_path / "tokens", group, splits=["train", "validation"])
+    clean = tmp_path / "clean"
+    for split in ("train", "validation"):  # the damaged picture is not in the shards, so that rows would not be the same
+        (clean / split).mkdir(parents=True)
+        for path in (made / "data" / split).iterdir():
+            if path.stem != "07" or split == "validation":
+                (clean / split / path.name).write_bytes(path.read_bytes())
+    trained(made, tmp_path / "stored", group, {"path": str(tmp_path / "tokens")})
+    trained(made, tmp_path / "made", group, {"path": str(clean), "on_the_fly": True, "workers": workers})
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("stored", "made")]
+    assert [row["loss"].hex() for row in rows[0]] == [row["loss"].hex() for row in rows[1]]
+    assert len(rows[0]) == 5
+    held_out = [json.loads((tmp_path / name / "validation.json").read_text())["loss"] for name in ("stored", "made")]
+    assert held_out[0] == held_out[1]
+    assert (tmp_path / "made/model").is_dir() and list((tmp_path / "made/samples").glob("*.png"))
+
+
+def test_unusable_pictures_are_counted_and_augmentation_is_drawn_anew(made, tmp_path, group, caplog):
+    training = trained(made, tmp_path / "run", group, {"path": str(made / "data"), "on_the_fly": True, "horizontal_flip": 0.5},
+                       train={"steps": 8})
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["dropped_items"] == 1
+    assert "passed over 1 unusable pictures (1 not an image)" in caplog.text
+    pixels = [training.visits[ItemId(epoch, 3)].pixels[0] for epoch in range(12)]
+    assert {bool((one == pixels[0]).all()) for one in pixels} == {True, False}
+    assert any((one == pixels[0][:, ::-1]).all() for one in pixels)
+    assert not torch.is_grad_enabled() or all(p.grad is None for p in training.image_tokenizer.parameters())
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    ({"horizontal_flip": 0.5}, "data.horizontal_flip is for pictures, with data.on_the_fly true"),
+    ({"streaming": True}, "data.streaming is for pictures"), ({"caption_column": "x"}, "data.caption_column is for pictures"),
+    ({"on_the_fly": True, "shuffle_rows": 5}, "data.shuffle_rows is for token shards and for data.streaming"),
+    ({"shuffle_rows": 0}, "greater than or equal to 1")])
+def test_keys_of_pictures_are_refused_for_token_shards(data, words, made, tmp_path):
+    with pytest.raises(UserError, match=words):
+        Seq2SeqRunConfig.parse({"data": {"path": "d", **data}, "image_tokenizer": "t", "run_dir": "r"}, "test")

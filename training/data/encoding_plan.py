@@ -1,0 +1,118 @@
+"""What an encoding run has to do, and what of it is done: so that a run that was stopped goes on after its last whole shard.
+
+    .OUT.tmp/plan.json                what is encoded with what, and how rows are cut into shards
+    .OUT.tmp/train-00003-of-00010.arrow   a whole shard (written aside and renamed)
+    .OUT.tmp/train-00003-of-00010.json    its rows, size and hash, and what was passed over for it: written after it
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenloom_common.files import file_hash, write_json_atomic
+from training.data.token_shards import SUFFIX, ShardFile
+
+log = logging.getLogger(__name__)
+
+PLAN = "plan.json"
+
+
+class Shard(NamedTuple):
+    """Rows of a split that become one file. number, of: of the split's shards."""
+
+    split: str
+    number: int
+    of: int
+    rows: range
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return f"{self.split}-{self.number:05d}-of-{self.of:05d}{SUFFIX}"
+
+
+class DoneShard(NamedTuple):
+    """A shard that is written, none if not one of its pictures could be used; `dropped`: [key, reason] of those."""
+
+    file: ShardFile | None
+    dropped: list[tuple[str, str]]
+
+
+def cut(split: str, rows: int, shard_rows: int) -> list[Shard]:
+    """The shards of a split."""
+    starts = range(0, rows, shard_rows)
+    return [Shard(split, number, len(starts), range(start, min(rows, start + shard_rows)))
+            for number, start in enumerate(starts)]
+
+
+def prepare(aside: Path, facts: dict[str, Any]) -> int:
+    """Make the folder, or keep what an earlier run with the same facts left in it -> rows per shard.
+
+    facts["shard_rows"] is what the first run chose; a run on another number of processes keeps to it.
+    """
+    try:
+        earlier = json.loads((aside / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = None
+    if isinstance(earlier, dict):
+        theirs, ours = ({name: value for name, value in one.items() if name != "shard_rows"}
+                        for one in (earlier, _plain(facts)))
+        if theirs == ours and isinstance(earlier.get("shard_rows"), int):
+            log.info("%s: going on with what an earlier run encoded", aside)
+            return earlier["shard_rows"]
+        changed = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+        log.warning("%s: what an earlier run encoded is not of this one (another %s); starting over", aside,
+                    ", ".join(changed) or "shard_rows")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write_json_atomic(aside / PLAN, facts)
+    return facts["shard_rows"]
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(facts))
+
+
+def mark_done(aside: Path, shard: Shard, done: DoneShard) -> None:
+    """Write down that a shard is whole."""
+    write_json_atomic(_beside(aside, shard), {"file": done.file and done.file.plain(), "dropped": done.dropped})
+
+
+def find_done(aside: Path, shard: Shard) -> DoneShard | None:
+    """What is known of a shard that is done; None, with a warning, when its file is damaged, and where there is none."""
+    path = _beside(aside, shard)
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        file = None if facts["file"] is None else ShardFile.parse(facts["file"], str(path))
+        done = DoneShard(file, [(key, reason) for key, reason in facts["dropped"]])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        log.warning("%s: cannot be read; encoding its shard again", path)
+        return None
+    if file is not None:
+        found = aside / file.name
+        if not found.is_file() or found.stat().st_size != file.size or file_hash(found) != file.blake2b:
+            log.warning("%s: missing or damaged; encoding it again", found)
+            return None
+    return done
+
+
+def _beside(aside: Path, shard: Shard) -> Path:
+    return aside / f"{Path(shard.name).stem}.json"
+
+
+def remove_notes(aside: Path) -> None:
+    """Leave only what token shards are made of."""
+    for path in aside.glob("*.json"):
+        path.unlink()
+
+
+def reasons(done: list[DoneShard]) -> Counter[str]:
+    """Why pictures were passed over, and how often."""
+    return Counter(reason for one in done for _, reason in one.dropped)
