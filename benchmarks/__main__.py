@@ -12,6 +12,7 @@ BENCHMARKS = {
     "tokenizer": ("benchmarks.tokenizer", "main", "image tokenizers: speed and memory beside diffusers, cost of our options"),
     "decode": ("benchmarks.decode", "main", "drawing image tokens: ours beside x-transformers, transformers and min-dalle"),
     "training": ("benchmarks.training", "main", "a training step: ours beside plain PyTorch and x-transformers"),
+    "data": ("benchmarks.data", "main", "reading data: our readers beside datasets and webdataset"),
     "attention": ("benchmarks.attention", "main", "sparse attention patterns: speed and memory beside a dense mask"),
 }
 """Name -> module, function taking argv, one line of help."""

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -116,10 +117,9 @@ def _unidentified(head: bytes, name: str) -> BadImageError:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except _DECODE_ERRORS:  # broken EXIF around whole pixels: viewers show such a picture unrotated, so do we
-        return image
+    with suppress(*_DECODE_ERRORS):  # broken EXIF around whole pixels: viewers show such a picture unrotated, so do we
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies those that are upright
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -70,10 +70,10 @@ class PictureTokenVisits(torch.utils.data.Dataset):
 
     def __getitems__(self, items: Sequence[ItemId]) -> PictureRows:
         """Visits of a whole batch, which torch's loaders ask for."""
-        pictures = [self.pictures[item] for item in items]
         choice = uniform(visit_bits(self.seed, items, "caption"))
-        captions = []
-        for item, picture, draw in zip(items, pictures, choice, strict=True):
+        pictures, captions = [], []
+        for item, draw in zip(items, choice, strict=True):
+            pictures.append(picture := self.pictures[item])
             # each one passed over is one further
             given = self.source.captions((item.index + len(picture.dropped)) % len(self.source))
             captions.append(given[0] if self.first_caption else given[int(draw * len(given))])

@@ -66,6 +66,7 @@ class CaptionedImages:
         self.caption_repairs = caption_repairs
         self.dropped = Counter(item.reason for item in bad_items)
         self._rows = dataset.with_format("arrow")
+        self._last: tuple[int, Any] | None = None
         self._image_column = image_column  # None: in a tar shard
         self._caption_column = caption_column
         self._root = root  # pictures given by path must lie below it; None: the paths are our own
@@ -73,6 +74,9 @@ class CaptionedImages:
         own = (image_column, caption_column)
         self.columns = packed_columns if packed_columns is not None else [
             name for name in dataset.column_names if name not in own]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_last": None}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -127,7 +131,10 @@ class CaptionedImages:
         number = operator.index(index)
         if not -len(self) <= number < len(self):
             raise IndexError(f"{self.path}: no item {number}, it has {len(self):,}")
-        return self._rows[number % len(self)]
+        number %= len(self)
+        if self._last is None or self._last[0] != number:  # picture, captions and key of a row are asked for one by one
+            self._last = number, self._rows[number]
+        return self._last[1]
 
     def _key(self, row: Any, index: int) -> str:
         if "key" in row.column_names:
@@ -280,7 +287,10 @@ def _caption_values(column: Any) -> list[Any]:
 
 
 def _caption_value(column: Any) -> Any:
-    return _caption_values(column)[0]
+    try:
+        return column[0].as_py()
+    except UnicodeDecodeError:
+        return _caption_values(column)[0]
 
 
 _KINDS: dict[str, Callable[[str, _Options], CaptionedImages]] = {
