@@ -19,6 +19,7 @@ from tokenloom_common.config import merge
 from tokenloom_common.errors import DataError, UserError
 from training import encode_dataset
 from training.data.batches import ItemId
+from training.data.encoding_plan import prepare
 from training.data.sources import open_dataset
 from training.data.token_shards import TokenShards
 from training.data.views import picture_views, view_names
@@ -149,6 +150,15 @@ def test_another_run_in_the_same_folder_starts_over(changes, words, made, tmp_pa
     stopped(made, tmp_path / "tokens", group, monkeypatch)
     encode(made, tmp_path / "tokens", group, **changes)
     assert words in caplog.text and "starting over" in caplog.text
+
+
+def test_another_number_of_processes_keeps_to_the_shards_of_the_first_run(tmp_path):
+    assert prepare(tmp_path / "aside", {"rows": [21], "shard_rows": 6}) == 6
+    (tmp_path / "aside/train-00000-of-00004.json").write_text("{}")
+    assert prepare(tmp_path / "aside", {"rows": [21], "shard_rows": 11}) == 6
+    assert len(list((tmp_path / "aside").iterdir())) == 2
+    assert prepare(tmp_path / "aside", {"rows": [22], "shard_rows": 11}) == 11
+    assert [path.name for path in (tmp_path / "aside").iterdir()] == ["plan.json"]
 
 
 def test_views_are_the_corners_and_mirrors_of_a_picture():

@@ -15,6 +15,7 @@ from tests import tiny
 from tokenloom_common.errors import DataError, MissingFileError, UserError
 from training.data import token_shards
 from training.data.batches import ItemId
+from training.data.cli import main as data_command
 from training.data.token_shards import (
     SplitIndex,
     TokenIndex,
@@ -215,3 +216,21 @@ def test_tokens_of_another_tokenizer_are_refused(shards, codebook, grid, fingerp
     with pytest.raises(UserError, match=words) as caught:
         check_same_tokenizer(found, shards, codebook, grid, fingerprint, "tok")
     assert "encode_dataset" in str(caught.value)
+
+
+def test_check_reports_what_shards_hold_and_what_is_damaged(shards, capsys):
+    assert data_command(["check", str(shards), "--json", str(shards / "report.json")]) == 0
+    assert "train: 6 rows in 2 whole file(s), 12 captions of 7 to 9 characters (median 8); 75.0 % of the codes in use, " \
+           "perplexity 24.0" in capsys.readouterr().out
+    report = json.loads((shards / "report.json").read_text())
+    assert (report["usable"], report["items"], report["damaged"]) == (6, 6, [])
+    _flip(shards / NAMES[1])
+    assert data_command(["check", str(shards)]) == 1
+    assert "train: damaged: " in capsys.readouterr().out
+
+
+def test_check_refuses_what_token_shards_do_not_have(shards):
+    with pytest.raises(UserError, match="did you mean 'train'"):
+        data_command(["check", str(shards), "--split", "trian"])
+    with pytest.raises(UserError, match="fixed names"):
+        data_command(["check", str(shards), "--caption-column", "text"])

@@ -16,11 +16,12 @@ EXAMPLES = """examples:
   tokenloom data emoji --out data/emoji32 --size 32 --num_concepts 400 --styles noto,twemoji,fluent-flat,fluent-3d
   tokenloom data shapes --out data/shapes --num_scenes 5000
   tokenloom data check data/emoji --split train --json report.json
+  tokenloom data check runs/tokens
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns 0, or 1 where `check` finds nothing usable. Raises UserError and its kin."""
+    """Run one subcommand; returns 0, or 1 where `check` finds nothing usable, or damage. Raises UserError and its kin."""
     arguments = _parser().parse_args(argv)
     return arguments.run(arguments)
 
@@ -50,8 +51,9 @@ def _parser() -> OneLineParser:
     shapes.add_argument("--max_objects", "--max-objects", type=int, default=2, metavar="N", help="1 to 4 (default 2)")
     shapes.add_argument("--seed", type=int, default=0, help="default 0")
 
-    check = _command(commands, "check", _check, "counts, sizes, captions, duplicates and every unusable item")
-    check.add_argument("path", help="folder, parquet file, tar shards such as 'data/{000..012}.tar', or hub id")
+    check = _command(commands, "check", _check, "counts, sizes, captions, duplicates and every unusable item; hashes of token shards")
+    check.add_argument("path", help="folder, parquet file, tar shards such as 'data/{000..012}.tar', hub id; or token "
+                       "shards")
     check.add_argument("--split", help="default: train, or the only one")
     check.add_argument("--caption_column", "--caption-column", help="default: text, captions, caption or prompt")
     check.add_argument("--image_column", "--image-column", help="default: image")
@@ -101,16 +103,23 @@ def _is_report(path: Path) -> bool:
 
 def _check(arguments: argparse.Namespace) -> int:
     from training.data.check import check_data, format_report
+    from training.data.token_check import check_tokens, format_token_report, is_token_folder
 
     if arguments.json and arguments.json.exists() and not _is_report(arguments.json):
         raise UserError(f"--json {arguments.json}: exists and is not a report of this command; give another file")
     try:
-        report = check_data(arguments.path, split=arguments.split, caption_column=arguments.caption_column,
-                            image_column=arguments.image_column)
+        if is_token_folder(arguments.path):
+            if arguments.caption_column or arguments.image_column:
+                raise UserError(f"{arguments.path}: token shards, whose columns have fixed names; leave --caption-column and "
+                                "--image-column out")
+            report = check_tokens(arguments.path, arguments.split)
+        else:
+            report = check_data(arguments.path, split=arguments.split, caption_column=arguments.caption_column,
+                                image_column=arguments.image_column)
     except DataError as error:  # nothing usable is this command's finding, not its failure to work
         print(error)
         return 1
-    print(format_report(report))
+    print(format_token_report(report) if "damaged" in report else format_report(report))
     if arguments.json:
         write_json_atomic(arguments.json, report)
-    return 0 if report["usable"] else 1
+    return 0 if report["usable"] and not report.get("damaged") else 1

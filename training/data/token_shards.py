@@ -169,6 +169,13 @@ class TokenShards:
         for file in self._files:
             file.check()
 
+    def token_counts(self) -> numpy.ndarray:
+        """How often each code occurs, [codebook_size] int64."""
+        counts = numpy.zeros(self.index.codebook_size, dtype=numpy.int64)
+        for file in self._files:
+            counts += numpy.bincount(file.columns["tokens"].reshape(-1), minlength=len(counts))
+        return counts
+
     def _locate(self, row: int) -> tuple[TokenFile, int]:
         number = int(numpy.searchsorted(self._starts, row, side="right")) - 1
         file = self._files[number]
