@@ -51,7 +51,7 @@ def _parser() -> OneLineParser:
     shapes.add_argument("--max_objects", "--max-objects", type=int, default=2, metavar="N", help="1 to 4 (default 2)")
     shapes.add_argument("--seed", type=int, default=0, help="default 0")
 
-    check = _command(commands, "check", _check, "counts, sizes, captions, duplicates, every unusable item; token shards' hashes")
+    check = _command(commands, "check", _check, "counts, sizes, captions, doubles, every unusable item; token shards' hashes")
     check.add_argument("path", help="folder, parquet file, tar shards such as 'data/{000..012}.tar', hub id; or token "
                        "shards")
     check.add_argument("--split", help="default: train, or the only one")
