@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import re
@@ -106,6 +107,37 @@ def test_two_engines_equal_a_plain_loop_with_two_optimizers(group, data, tmp_pat
     assert_close(training.engine.full_state(), model.state_dict(), 2e-5)
     assert_close(discriminator_state(training), judge.state_dict(), 2e-5)
     assert any(not torch.equal(start[name], value) for name, value in judge.state_dict().items())
+
+
+def digest(module: nn.Module) -> str:
+    """Of every weight, buffer and gradient."""
+    parts = [*module.state_dict().values(), *(p.grad for p in module.parameters() if p.grad is not None)]
+    return hashlib.sha256(b"".join(part.detach().numpy().tobytes() for part in parts)).hexdigest()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_generators_step_leaves_the_discriminator_as_it_is(group, data, tmp_path, stage, monkeypatch):
+    run = config(data, tmp_path / "run", adversarial=ADVERSARIAL, deepspeed={"zero_stage": stage})
+    training = TokenizerTraining(run, group)
+    judge, seen = training.adversary.engine.module, []
+    whole, judges = training.train, training.adversary.train
+
+    def tokenizers_half(batch, step):
+        seen.append([digest(judge)])
+        return whole(batch, step)
+
+    def judges_half(image, reconstruction, step):
+        seen[-1].append(digest(judge))
+        terms = judges(image, reconstruction, step)
+        seen[-1].append(digest(judge))
+        return terms
+
+    monkeypatch.setattr(training, "train", tokenizers_half)
+    monkeypatch.setattr(training.adversary, "train", judges_half)
+    run_training(training.task(), run, group, training.run_state)
+    assert len(seen) == run.train.steps
+    assert all(before == between for before, between, _ in seen)
+    assert sum(between != after for _, between, after in seen) == run.train.steps - run.adversarial.start_step
 
 
 def test_accumulation_is_right_for_both_networks(group, data, tmp_path):
