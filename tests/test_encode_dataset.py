@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +18,7 @@ from tests import tiny
 from tokenizer_image import load_tokenizer
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.config import merge
-from tokenloom_common.errors import DataError, UserError
+from tokenloom_common.errors import DataError, ResumeError, UserError
 from training import encode_dataset
 from training.data.batches import ItemId
 from training.data.encoding_plan import prepare
@@ -218,8 +220,9 @@ def test_too_many_unusable_pictures_end_the_run_and_a_new_start_meets_them_again
 
 def trained(made: Path, run_dir: Path, group: Processes, data: dict[str, Any], **changes: Any) -> Seq2SeqTraining:
     base = {"data": {"validation_split": "validation", **data}, "image_tokenizer": str(made / "tokenizer"),
-            "run_dir": str(run_dir), "model": {"preset": "debug", "width": 32, "heads": 2, "head_dim": 16},
-            "text": {"vocab_size": 300, "text_length": 12},
+            "run_dir": str(run_dir),
+            **({} if "model" in changes else {"model": {"preset": "debug", "width": 32, "heads": 2, "head_dim": 16}}),
+            **({} if "text" in changes else {"text": {"vocab_size": 300, "text_length": 12}}),
             "train": {"steps": 5, "batch_size": 6, "precision": "float32", "log_every": 1, "sample_every": 5},
             "optim": {"lr": 0.003, "warmup_steps": 0}, "token_corruption": 0.2, "caption_dropout": 0.3}
     run = Seq2SeqRunConfig.parse(merge(base, changes), "test")
@@ -257,6 +260,25 @@ def test_unusable_pictures_are_counted_and_augmentation_is_drawn_anew(made, tmp_
     assert {bool((one == pixels[0]).all()) for one in pixels} == {True, False}
     assert any((one == pixels[0][:, ::-1]).all() for one in pixels)
     assert not torch.is_grad_enabled() or all(p.grad is None for p in training.image_tokenizer.parameters())
+
+
+@pytest.mark.parametrize("text", [{"vocab_size": 300, "text_length": 12}, {"kind": "classes"}])
+def test_streams_are_trained_on_and_rows_without_a_caption_passed_over(text, made, tmp_path, group):
+    pictures = [(made / f"data/train/{row:02d}.png").read_bytes() for row in range(ROWS) if row != 7]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for split in ("train", "validation"):
+        pq.write_table(pa.table({"image": pa.array([{"bytes": picture, "path": None} for picture in pictures], kind),
+                                 "text": ["  " if row in (0, 5) else f"thing {row % 4}" for row in range(20)]}),
+                       tmp_path / f"{split}.parquet", row_group_size=4)
+    data = {"path": str(tmp_path), "on_the_fly": True, "streaming": True, "shuffle_rows": 8, "workers": 2,
+            "max_bad_fraction": 0.5}
+    run = {"text": text, "model": {"preset": "debug-decoder", "width": 32, "heads": 2, "head_dim": 16}}
+    training = trained(made, tmp_path / "run", group, data, **run)
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["dropped_items"] == 2
+    assert len(training.order._plan(0)[2]) > 1
+    assert not any(tmp_path.glob("run/**/*.arrow"))
+    with pytest.raises(ResumeError, match=r"data\.shuffle_rows"):
+        trained(made, tmp_path / "run", group, {**data, "shuffle_rows": 12}, train={"steps": 7}, **run)
 
 
 @pytest.mark.parametrize(("data", "words"), [

@@ -56,7 +56,8 @@ def choose_text_source(text: TextConfig, data: CaptionRows, kept: Path | None) -
                                         or found.config.text_length == (text.text_length or DEFAULT_TEXT_LENGTH)):
             return found  # else the model's config differs too, and resuming is refused for that
     if text.kind == ClassLabels.kind:
-        return ClassLabels.collect(data.captions(row)[0] for row in range(len(data)))
+        rows = (data.captions(row) for row in range(len(data)))
+        return ClassLabels.collect(captions[0] for captions in rows if captions)
     return TextTokenizer.train(data.all_captions(), text.vocab_size or DEFAULT_VOCAB_SIZE,
                                text.text_length or DEFAULT_TEXT_LENGTH)
 

@@ -235,7 +235,8 @@ class Seq2SeqTraining:
         if not self.group.is_first:
             return
         stride = max(1, len(self.shards) // SAMPLE_PICTURES)
-        captions = [self.shards.captions(row)[0] for row in range(0, len(self.shards), stride)][:SAMPLE_PICTURES]
+        given = [self.shards.captions(row) for row in range(0, len(self.shards), stride)][:SAMPLE_PICTURES]
+        captions = [several[0] for several in given if several]  # a row of a stream may have none that can be used
         result = self.pipeline(model).generate(captions, seed=0)
         folder = self.run_state.run_dir / "samples"
         image_grid(result.images, columns=len(captions)).save(folder / f"step-{step:08d}.png")
