@@ -18,6 +18,7 @@ from training.config import RunConfig
 from training.engine import Engine
 from training.incidents import Incidents
 from training.log import RunLog
+from training.log_window import Window
 from training.process_group import Processes, shared
 from training.run_state import RunState
 from training.stopping import stop_flag
@@ -63,7 +64,7 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
 
     StoppedBySignalError after a signal; RunFailedError, after a checkpoint, when too many steps were not finite.
     """
-    window = _Window(config)
+    window = Window(config)
     first_step = _resume(task, run_state, window)
     total = config.train.steps
     if first_step >= total:
@@ -86,7 +87,7 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
                 done = step + 1
                 watchdog.beat(done)
                 if done % config.train.log_every == 0 or done in (1, total):
-                    window.write(run_log, group, done, task)
+                    _write_line(run_log, window, group, done, task)
                 group.raise_together(task.problem())
                 stopping = int(group.maximum(float(stop.signal)))
                 skipped = task.skipped - skipped_before
@@ -134,7 +135,7 @@ def _random_state_kept(group: Processes) -> AbstractContextManager:
     return torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else [])
 
 
-def _resume(task: Task, run_state: RunState, window: _Window) -> int:
+def _resume(task: Task, run_state: RunState, window: Window) -> int:
     checkpoint = run_state.resume_from
     if checkpoint is None:
         log.info("%s: starting fresh in %s", task.name, run_state.run_dir)
@@ -144,13 +145,13 @@ def _resume(task: Task, run_state: RunState, window: _Window) -> int:
         window.restore(tensors)
     for engine in task.engines:
         engine.skipped = int(tensors[f"{SKIPPED}{engine.name}"])
-    own = (_Window.PREFIX, SKIPPED)
+    own = (Window.PREFIX, SKIPPED)
     task.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(own)})
     log.info("%s: continuing from %s", task.name, checkpoint)
     return step
 
 
-def _one_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, window: _Window) -> float:
+def _one_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, window: Window) -> float:
     """All micro-batches of a step -> the largest of their losses; NaN if one is no number."""
     losses = []
     for engine in task.engines:
@@ -166,49 +167,13 @@ def _one_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, 
     return float(torch.stack(losses).max())
 
 
-class _Window:
-    """Sums between two log lines; tensors stay on the device until the line is written. Part of a checkpoint."""
-
-    PREFIX = "window."
-
-    def __init__(self, config: RunConfig) -> None:
-        self.batch_size = config.train.batch_size
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.resumed_steps = 0
-        self.data_seconds = 0.0
-        self.started = time.perf_counter()
-
-    def state(self) -> dict[str, Tensor]:
-        """The sums so far, for a checkpoint between two log lines."""
-        sums = {f"{self.PREFIX}sum.{name}": total for name, total in self.sums.items()}
-        return {**sums, f"{self.PREFIX}counts": torch.tensor([self.steps])}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on with the sums of a checkpoint; the time between is not counted."""
-        start = f"{self.PREFIX}sum."
-        self.sums = {name.removeprefix(start): total for name, total in tensors.items() if name.startswith(start)}
-        self.steps = int(tensors[f"{self.PREFIX}counts"])
-        self.resumed_steps = self.steps
-
-    def add(self, terms: dict[str, Tensor]) -> None:
-        """A term that is there in some steps only (R1) is averaged over those."""
-        for name, value in terms.items():
-            before = self.sums.get(name)
-            now = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])  # sum and count
-            self.sums[name] = now if before is None else before.to(value.device) + now
-
-    def write(self, run_log: RunLog, group: Processes, step: int, task: Task) -> None:
-        seconds = time.perf_counter() - self.started
-        values: dict[str, Any] = {name: group.mean(float(total[0] / total[1])) for name, total in self.sums.items()}
-        timed = self.steps - self.resumed_steps
-        first, *others = task.engines
-        values |= {"lr": first.lr_of(step - 1), "samples_per_s": timed * self.batch_size / seconds,
-                   "grad_norm": first.grad_norm, "skipped_steps": task.skipped, "data_wait": self.data_seconds / seconds}
-        for engine in others:
-            values |= {f"{engine.name}.lr": engine.lr_of(step - 1), f"{engine.name}.grad_norm": engine.grad_norm}
-        run_log.metrics(step, values | task.metrics())
-        self._clear()
+def _write_line(run_log: RunLog, window: Window, group: Processes, step: int, task: Task) -> None:
+    """What was learned since the last line, how fast, and what the optimizers did."""
+    first, *others = task.engines
+    speed = window.speed()  # before the processes wait for one another
+    values: dict[str, Any] = {**window.means(group), **speed, "lr": first.lr_of(step - 1),
+                              "grad_norm": first.grad_norm, "skipped_steps": task.skipped}
+    for engine in others:
+        values |= {f"{engine.name}.lr": engine.lr_of(step - 1), f"{engine.name}.grad_norm": engine.grad_norm}
+    run_log.metrics(step, values | task.metrics())
+    window.clear()
