@@ -16,12 +16,15 @@ from torch import Tensor
 from tokenloom_common.errors import RunFailedError, StoppedBySignalError
 from training.config import RunConfig
 from training.engine import Engine
+from training.flops import peak_flops, training_flops
 from training.incidents import Incidents
 from training.log import RunLog
-from training.log_window import Window
+from training.log_window import Window, memory
+from training.log_writers import LogWriter, open_writers
 from training.process_group import Processes, shared
 from training.run_state import RunState
 from training.stopping import stop_flag
+from training.validation import Measured
 from training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,9 @@ class Task:
     restore: Callable[[dict[str, Tensor]], None]
     items: int  # of the data
     key: Callable[[int], str]  # index of an item -> its key, for messages
+    validate: Callable[[int], Measured]  # measure the held-out split, which train.validate_every needs; called on every process
+    tokens_per_item: int = 0  # image tokens that are learned from one item; 0 = the task has none
+    forward_flops: Callable[[], int] | None = None  # of one item; counted only where it is known what the device can do
 
     def save(self, folder: Path) -> None:
         """Every engine's part of a checkpoint."""
@@ -64,13 +70,15 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
 
     StoppedBySignalError after a signal; RunFailedError, after a checkpoint, when too many steps were not finite.
     """
-    window = Window(config)
+    window = Window(config.train.batch_size, task.tokens_per_item, _peak_share(task, group))
     first_step = _resume(task, run_state, window)
     total = config.train.steps
     if first_step >= total:
         log.info("%s: already trained to step %d of %d; nothing to do", task.name, first_step, total)
         return False
-    run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step)
+    writers: dict[str, LogWriter] = {}
+    group.first_does(lambda: writers.update(open_writers(config, first_step)))
+    run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step, writers)
     batches = iter(task.batches(first_step))
     skipped_before = task.skipped
     incidents = Incidents(run_state.run_dir, config.seed, config.train.batch_size, task.items, task.key, group.is_first,
@@ -92,9 +100,15 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
                 stopping = int(group.maximum(float(stop.signal)))
                 skipped = task.skipped - skipped_before
                 too_many = skipped > config.train.max_skipped_steps
-                if stopping or too_many or done == total or _due(done, config.checkpoint.every_steps):
-                    with watchdog.paused():
-                        run_state.save(task, done, task.state() | window.state() | _skips(task))
+                ending = stopping or too_many
+                measured = None
+                if not ending and _due(done, config.train.validate_every, total):
+                    with _random_state_kept(group), watchdog.paused(), window.apart():
+                        measured = task.validate(done)
+                    run_log.metrics(done, {measured.name: measured.value})
+                if ending or done == total or _due(done, config.checkpoint.every_steps, total):
+                    with watchdog.paused(), window.apart():
+                        run_state.save(task, done, task.state() | window.state() | _skips(task), measured)
                 if too_many:
                     raise shared(RunFailedError(
                         f"{skipped} steps were skipped because a loss term or gradient, named above, was not finite "
@@ -102,9 +116,10 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
                         "Lower optim.lr, lengthen optim.warmup_steps, or look at the data"))
                 if stopping:
                     raise StoppedBySignalError(stopping)
-                if _due(done, config.train.sample_every) or (config.train.sample_every and done == total):
-                    with _random_state_kept(group), watchdog.paused():
+                if _due(done, config.train.sample_every, total):
+                    with _random_state_kept(group), watchdog.paused(), window.apart():
                         task.sample(done)
+                    run_log.sampled(done)
     except RuntimeError as error:
         if group.world_size > 1 and any(word in str(error) for word in PEER_IS_GONE):
             reason = str(error).strip().splitlines()[0]
@@ -126,13 +141,23 @@ def _skips(task: Task) -> dict[str, Tensor]:
     return {f"{SKIPPED}{engine.name}": torch.tensor(engine.skipped) for engine in task.engines}
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, every: int, total: int) -> bool:
+    return every > 0 and (step % every == 0 or step == total)
 
 
 def _random_state_kept(group: Processes) -> AbstractContextManager:
     """A look at the model must not change what a resumed run, which does not repeat it, would draw next."""
     return torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else [])
+
+
+def _peak_share(task: Task, group: Processes) -> float | None:
+    """What one item a second takes of all that the devices can compute; None where that or the task's FLOPs are not known."""
+    name = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else group.device.type
+    peak = peak_flops(name, task.engines[0].precision)
+    if peak is None or task.forward_flops is None or not group.is_first:
+        return None
+    with _random_state_kept(group):
+        return training_flops(task.forward_flops()) / (peak * group.world_size)
 
 
 def _resume(task: Task, run_state: RunState, window: Window) -> int:
@@ -171,7 +196,7 @@ def _write_line(run_log: RunLog, window: Window, group: Processes, step: int, ta
     """What was learned since the last line, how fast, and what the optimizers did."""
     first, *others = task.engines
     speed = window.speed()  # before the processes wait for one another
-    values: dict[str, Any] = {**window.means(group), **speed, "lr": first.lr_of(step - 1),
+    values: dict[str, Any] = {**window.means(group), **speed, **memory(group), "lr": first.lr_of(step - 1),
                               "grad_norm": first.grad_norm, "skipped_steps": task.skipped}
     for engine in others:
         values |= {f"{engine.name}.lr": engine.lr_of(step - 1), f"{engine.name}.grad_norm": engine.grad_norm}

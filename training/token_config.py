@@ -17,7 +17,8 @@ class TokenDataConfig(StrictConfig):
 
     path: str = Field(description="folder that encode_dataset wrote")
     split: str = Field("train", description="which split of the token shards")
-    validation_split: str | None = Field(None, description="held-out split that is measured at the end")
+    validation_split: str | None = Field(None, description="held-out split that is measured at the end, and every "
+                                         "train.validate_every steps")
     workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
 
 
