@@ -71,3 +71,11 @@ def test_memory_on_the_cpu_is_what_this_process_holds():
 def test_without_proc_memory_is_left_out(monkeypatch):
     monkeypatch.setattr(log_window, "_resident", lambda: 0)
     assert memory(ALONE) == {}
+
+
+def test_memory_on_cuda_is_the_peak_since_the_line_before(monkeypatch):
+    peak = [7 << 30]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 1 << 30))
+    gpu = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cuda", 0))
+    assert [memory(gpu), memory(gpu)] == [{"memory_bytes": 7 << 30}, {"memory_bytes": 1 << 30}]

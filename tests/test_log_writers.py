@@ -23,7 +23,7 @@ from tokenloom_common.errors import UserError
 from training import script, train_seq2seq
 from training.config import LogConfig, RunConfig
 from training.log import RunLog, in_short, read_metrics, sample_path
-from training.log_writers import GROUPS, KINDS, check_writers, grouped, open_writers
+from training.log_writers import GROUPS, KINDS, TensorBoardWriter, check_writers, grouped, open_writers
 from training.loop import run_training
 from training.process_group import Processes
 from training.token_config import Seq2SeqRunConfig
@@ -90,6 +90,19 @@ def test_tensorboard_has_the_numbers_and_grids_of_a_stopped_and_resumed_run_once
     for grid in grids:
         with Image.open(sample_path(tmp_path, grid.step)) as drawn, Image.open(io.BytesIO(grid.encoded_image_string)) as sent:
             assert numpy.array_equal(numpy.asarray(drawn.convert("RGB")), numpy.asarray(sent))
+
+
+def test_what_was_logged_is_in_the_file_at_once(tmp_path):
+    """A killed run goes on from its last checkpoint: what it had logged before that is not logged again."""
+    writer = TensorBoardWriter(RunConfig.parse({"run_dir": str(tmp_path)}, "test"), 0)
+    writer.metrics(7, {"loss": 0.5})
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "grid.png")
+    writer.picture(7, "samples", tmp_path / "grid.png")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss/loss")] == [(7, 0.5)]
+    assert [(event.step, event.width, event.height) for event in events.Images("samples")] == [(7, 3, 2)]
+    writer.close()
 
 
 def test_without_the_key_nothing_is_written_for_tensorboard_or_wandb(made, tmp_path, group):

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,21 @@ def test_measuring_changes_nothing_of_the_training(made, tmp_path, group, change
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert measured(tmp_path / "0") == {}
     assert list(measured(tmp_path / "1")) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("work", ["validate", "save", "sample"])
+def test_the_time_of_other_work_is_not_the_trainings(made, tmp_path, group, monkeypatch, work):
+    """A clock that goes a second at each look, and a thousand while the work is done."""
+    now = [0.0]
+    monkeypatch.setattr("training.log_window.time", SimpleNamespace(perf_counter=lambda: now.append(now[-1] + 1) or now[-1]))
+    training = Seq2SeqTraining(config(made, tmp_path, train={"log_every": 1, "sample_every": 2}), group)
+    task = training.task()
+    owner = training.run_state if work == "save" else task
+    real = getattr(owner, work)
+    monkeypatch.setattr(owner, work, lambda *args: now.append(now[-1] + 1000) or real(*args))
+    run_training(task, training.config, group, training.run_state)
+    assert now[-1] > 3000
+    assert all(row["samples_per_s"] >= 4 / 10 for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row)
 
 
 def test_the_last_measurement_is_the_one_that_is_exported_and_is_not_made_again(made, tmp_path, group, monkeypatch):
