@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,7 @@ import numpy
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tests import tiny
 from tokenloom_common.config import merge
@@ -92,17 +94,25 @@ def test_tensorboard_has_the_numbers_and_grids_of_a_stopped_and_resumed_run_once
             assert numpy.array_equal(numpy.asarray(drawn.convert("RGB")), numpy.asarray(sent))
 
 
-def test_what_was_logged_is_in_the_file_at_once(tmp_path):
-    """A killed run goes on from its last checkpoint: what it had logged before that is not logged again."""
+def test_what_was_logged_is_in_the_file_at_once(tmp_path, monkeypatch):
+    """A killed run goes on from its last checkpoint: what it had logged before that is not logged again. A slow disk."""
+    write = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", lambda self, data: time.sleep(0.02) or write(self, data))
     writer = TensorBoardWriter(RunConfig.parse({"run_dir": str(tmp_path)}, "test"), 0)
-    writer.metrics(7, {"loss": 0.5})
-    Image.new("RGB", (3, 2), "red").save(tmp_path / "grid.png")
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "grid.png")
+    writer.metrics(7, {f"term{number}": 0.5 for number in range(8)})
+    sizes = [file.stat().st_size]
     writer.picture(7, "samples", tmp_path / "grid.png")
+    sizes.append(file.stat().st_size)
+    writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss/loss")] == [(7, 0.5)]
-    assert [(event.step, event.width, event.height) for event in events.Images("samples")] == [(7, 3, 2)]
-    writer.close()
+    assert len(events.Tags()["scalars"]) == 8
+    (grid,) = events.Images("samples")
+    assert (grid.step, grid.width, grid.height) == (7, 300, 200)
+    assert file.stat().st_size == sizes[1]
+    assert sizes[1] - sizes[0] == pytest.approx(len(grid.encoded_image_string), abs=100)
 
 
 def test_without_the_key_nothing_is_written_for_tensorboard_or_wandb(made, tmp_path, group):

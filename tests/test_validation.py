@@ -172,6 +172,10 @@ def test_the_best_checkpoint_outlives_the_last_ones_and_a_stop(made, tmp_path, g
     assert kept(tmp_path) == [4, 6]
     assert json.loads((tmp_path / "best.json").read_text()) == {
         "step": 4, "checkpoint": "checkpoints/step-00000004", "validation_loss": 2.0}
+    keep_best(made, tmp_path, group, monkeypatch, losses, train={"steps": 8})
+    manifests = {step: json.loads((tmp_path / f"checkpoints/step-{step:08d}/MANIFEST.json").read_text()) for step in (4, 8)}
+    assert manifests[4]["measured"] == {"name": "validation_loss", "value": 2.0}
+    assert "measured" not in manifests[8]  # JSON has no NaN
     keep_best(made, tmp_path, group, monkeypatch, losses, train={"steps": 10})
     assert kept(tmp_path) == [4, 10]  # an equal one and one that is no number are not better
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 4
