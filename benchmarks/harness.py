@@ -118,12 +118,22 @@ def _case(build: str, arguments: dict[str, Any]) -> Case:
 
 
 def _cuda_peak(case: Case) -> int:
+    """Also of a case that starts counting anew in between, as each line of a training's log does."""
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    case()
+    before, peaks, start_anew = torch.cuda.memory_allocated(), [], torch.cuda.reset_peak_memory_stats
+    start_anew()
+
+    def noted(device: Any = None) -> None:
+        peaks.append(torch.cuda.max_memory_allocated(device))
+        start_anew(device)
+
+    torch.cuda.reset_peak_memory_stats = noted
+    try:
+        case()
+    finally:
+        torch.cuda.reset_peak_memory_stats = start_anew
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return max([*peaks, torch.cuda.max_memory_allocated()]) - before
 
 
 def _cpu_peak(case: Case) -> int:

@@ -23,11 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from inference.meta_device import build_on_meta
 from seq2seq import KINDS, TransformerConfig
 from tokenizer_image.config import ImageTokenizerConfig
 from tokenizer_image.images import float_to_pixels
 from tokenizer_image.kinds import build_tokenizer
-from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import UserError, choose
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -304,18 +304,9 @@ class _Sizes:
         return (self.matrices + self.others) * WEIGHT_BYTES[weights]
 
 
-def _built(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
-    """The model of a config on the meta device. UserError for one that no machine could hold."""
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    except (RuntimeError, OverflowError, MemoryError) as error:
-        raise UserError(f"no model can be built from this config ({' '.join(str(error).split())[:120]})") from None
-
-
 @lru_cache(maxsize=32)
 def _sizes(config: TransformerConfig) -> _Sizes:
-    model = _built(KINDS[config.kind], config)
+    model = build_on_meta(KINDS[config.kind], config)
     linear = [m for part in (model.decoder, model.to_logits) for m in part.modules() if isinstance(m, nn.Linear)]
     matrices = sum(layer.weight.numel() for layer in linear)
     return _Sizes(matrices, sum(layer.out_features for layer in linear), sum(p.numel() for p in model.parameters()) - matrices,
@@ -351,14 +342,14 @@ def _working(config: TransformerConfig, sizes: _Sizes, work: Workload) -> int:
 @lru_cache(maxsize=32)
 def _tokenizer_bytes(config: ImageTokenizerConfig) -> int:
     """Parameters and buffers of both halves; an image tokenizer is float32 whatever the transformer is."""
-    model = _built(build_tokenizer, config)
+    model = build_on_meta(build_tokenizer, config)
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 @lru_cache(maxsize=32)
 def picture_bytes(config: ImageTokenizerConfig) -> tuple[int, int]:
     """(bytes however many, bytes a picture) at the peak of decoding codes to pixels uint8."""
-    model = _built(build_tokenizer, config).eval()
+    model = build_on_meta(build_tokenizer, config).eval()
     family: Any = config
     (rows, columns), length = config.grid, family.embed_dim
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from benchmarks import training
+from benchmarks import harness, training
 from benchmarks.__main__ import main
 from tests import launching
 
@@ -33,6 +34,23 @@ def test_loops_that_differ_are_not_timed(monkeypatch):
     runs = {"ours": training.Run([1.0, 2.0], [1.0]), "plain": training.Run([1.0, 2.1], [1.0])}
     assert not training._verdict("plain", runs["plain"], runs["ours"])["ok"]
     assert training._verdict("x-transformers", runs["plain"], runs["ours"])["ok"]  # the first step alone
+
+
+def test_the_peak_on_cuda_is_that_of_all_lines_of_a_log(monkeypatch):
+    """A log line starts the count anew; the largest part is the peak of the case."""
+    now = {"used": 100, "peak": 100}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: now["used"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: now["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: now.update(peak=now["used"]))
+
+    def case() -> None:
+        for peak in (150, 900, 200):
+            now["peak"] = peak
+            torch.cuda.reset_peak_memory_stats()
+
+    assert harness._cuda_peak(case) == 800
+    assert harness._cuda_peak(lambda: now.update(peak=130)) == 30
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

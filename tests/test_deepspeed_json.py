@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from tokenloom_common.config import dotted_names
 from tokenloom_common.errors import UserError
 from training.config import RunConfig
 from training.deepspeed_json import AUTO, ELSEWHERE, KEYS, OURS, deepspeed_json
@@ -82,6 +84,13 @@ def test_a_misspelt_key_is_refused_with_the_nearest_one(tmp_path, path, typo):
 def test_a_key_that_means_nothing_here_says_what_does(tmp_path, key):
     with pytest.raises(UserError, match=f"'{key}' means nothing here: "):
         derived(tmp_path, {key: {}})
+
+
+def test_what_is_said_instead_is_a_key_of_our_config():
+    texts = [text for text in ELSEWHERE.values() if text.startswith("say ")]
+    said = {name for text in texts for name in re.findall(r"[a-z_]+\.[a-z_]+|seed", text)}
+    assert {"log.tensorboard", "log.wandb", "optim.lr", "seed"} <= said
+    assert said <= set(dotted_names(RunConfig))
 
 
 CONTRADICTIONS = [

@@ -54,6 +54,8 @@ def test_adversarial_training_in_bfloat16_on_the_gpu(tmp_path):
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert rows[-1]["l1"] < 0.75 * rows[0]["l1"]
     assert rows[-1]["skipped_steps"] == 0
+    assert all(1 << 20 < row["memory_bytes"] <= torch.cuda.get_device_properties(0).total_memory for row in rows)
+    assert all("mfu" not in row for row in rows)  # the discriminator's work is not counted
     picture = torch.rand(2, 3, 16, 16) * 2 - 1
     codes = [load_tokenizer(tmp_path / "run/model", device).encode(picture.to(device)).cpu() for device in ("cpu", "cuda")]
     assert (codes[0] == codes[1]).float().mean() > 0.98

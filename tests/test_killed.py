@@ -12,6 +12,7 @@ from training.log import read_metrics
 
 EVERY = 6  # steps between checkpoints
 STEPS_A_KILL = 20
+TIMING = {"samples_per_s", "tokens_per_s", "data_wait", "memory_bytes", "elapsed_s"}
 
 
 @pytest.mark.timeout(1800)
@@ -20,7 +21,9 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
     arguments = ["--config", "debug_seq2seq.yaml", "--data.path", tmp_path / "tokens", "--image_tokenizer",
                  tmp_path / "tokenizer", "--text.vocab_size", 300, "--use_layout", False, "--train.steps", STEPS_A_KILL * kills,
                  "--train.batch_size", 4, "--train.log_every", 1, "--train.sample_every", 0, "--train.weight_ema", 0.9,
-                 "--model.dropout", 0.1, "--checkpoint.every_steps", EVERY, "--optim.warmup_steps", 5, "--train.threads", 1]
+                 "--model.dropout", 0.1, "--checkpoint.every_steps", EVERY, "--data.validation_split", "held_out",
+                 "--train.validate_every", 2 * EVERY, "--checkpoint.keep_best", True, "--optim.warmup_steps", 5,
+                 "--train.threads", 1]
     whole = launching.python("training/train_seq2seq.py", *arguments, "--run_dir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr[-2000:]
     log, run = tmp_path / "log.txt", tmp_path / "killed"
@@ -28,10 +31,12 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
     result = subprocess.run(list(map(str, command)), cwd=launching.REPOSITORY, env=launching.environment(), capture_output=True,
                             text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    rows = {name: [(row["step"], row["loss"].hex(), row["grad_norm"].hex())
+    rows = {name: [{key: number for key, number in row.items() if key not in TIMING}
                    for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")}
     assert rows["killed"] == rows["whole"]
-    assert len(rows["whole"]) == STEPS_A_KILL * kills
+    assert sum("loss" in row for row in rows["whole"]) == STEPS_A_KILL * kills
+    assert sum("validation_loss" in row for row in rows["whole"]) == -(-STEPS_A_KILL * kills // (2 * EVERY))
+    assert (run / "best.json").read_bytes() == (tmp_path / "whole/best.json").read_bytes()
     models = [{path.relative_to(folder): path.read_bytes() for path in (folder / "model").rglob("*.safetensors")}
               for folder in (tmp_path / "whole", run)]
     assert len(models[0]) == 2

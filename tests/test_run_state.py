@@ -204,14 +204,14 @@ FORBIDDEN: set[Path] = set()
 
 @pytest.fixture(autouse=True)
 def _forbidden_files_are_not_read(monkeypatch):
-    real = run_state_module._hash
+    real = run_state_module.file_hash
 
     def hashed(path: Path) -> str:
         if path in FORBIDDEN:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(run_state_module, "_hash", hashed)
+    monkeypatch.setattr(run_state_module, "file_hash", hashed)
     yield
     FORBIDDEN.clear()
 

@@ -57,6 +57,52 @@ def test_runs_below_a_folder_are_compared_by_any_column(tmp_path, capsys):
     assert document["runs"][0]["skipped"] == 1
 
 
+def add_lines(folder: Path, *rows: dict) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measured_run(folder: Path) -> Path:
+    """A run that also knows speed, memory and, at its end, the held-out split."""
+    make_run(folder)
+    add_lines(folder, {"step": 40, "tokens_per_s": 12345.6, "mfu": 0.412, "memory_bytes": 3 << 29},
+              {"step": 40, "tokens_per_s": 99999.9, "mfu": 0.5, "memory_bytes": 1 << 30},
+              {"step": 40, "tokens_per_s": 12345.6, "mfu": 0.412, "memory_bytes": 1 << 30},
+              {"step": 10, "validation_loss": 3.5}, {"step": 20, "validation_loss": 2.5}, {"step": 30, "validation_loss": None},
+              {"step": 40, "validation_loss": 2.75})
+    return folder
+
+
+def test_runs_that_know_more_have_more_columns(tmp_path, capsys):
+    make_run(tmp_path / "a")
+    measured_run(tmp_path / "b")
+    tokenizer = make_run(tmp_path / "c", codebook={})
+    add_lines(tokenizer, {"step": 20, "validation_psnr": 21.5}, {"step": 40, "validation_psnr": 20.5})
+    assert main(["runs", str(tmp_path)]) == 0
+    header, *lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    table = [dict(zip(header, line, strict=True)) for line in lines]
+    assert header == ["run", "kind", "status", "steps", "loss", "held-out", "best", "samples/s", "tokens/s", "MFU", "memory",
+                      "skipped", "time"]
+    assert [[line[name] for name in ("best", "tokens/s", "MFU", "memory")] for line in table] == [
+        ["-", "-", "-", "-"], ["2.5 @ 20", "12,346", "41.2 %", "1.50 GiB"], ["21.5 @ 20", "-", "-", "-"]]
+    assert [line["skipped"] for line in table] == ["1", "1", "1"]  # the last line that says it
+    assert main(["runs", str(tmp_path), "--json", "--sort", "best"]) == 0
+    found = json.loads(capsys.readouterr().out)["runs"]
+    assert [(run["run"], run["best"], run["best of"], run["best step"]) for run in found] == [
+        ("b", 2.5, "validation_loss", 20), ("c", 21.5, "validation_psnr", 20), ("a", None, None, None)]
+    assert (found[0]["tokens/s"], found[0]["MFU"], found[0]["memory"]) == (12345.6, 0.412, 3 << 29)
+
+
+def test_the_page_of_a_run_that_knows_more(tmp_path):
+    text = page(read_run(measured_run(tmp_path / "run")))
+    for words in ("best on the held-out split</th><td>2.5 (loss), step 20<", "image tokens a second</th><td>12,346<",
+                  "model FLOPs utilization</th><td>41.2 %<", "memory</th><td>1.50 GiB<"):
+        assert words in text, words
+    assert text.count("<svg") == 5 + 4
+    panels = re.findall(r"<!-- (.*?) -->", text)
+    assert {"held-out loss", "image tokens a second", "model FLOPs utilization", "memory, bytes"} <= set(panels)
+
+
 def test_one_run_folder_is_a_table_of_one_line(tmp_path, capsys):
     make_run(tmp_path / "mine")
     assert main(["runs", str(tmp_path / "mine")]) == 0

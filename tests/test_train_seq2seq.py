@@ -17,6 +17,7 @@ from tests import tiny
 from tokenloom_common.config import merge
 from tokenloom_common.errors import ResumeError, UserError
 from training.data.batches import ItemId
+from training.flops import forward_flops, training_flops
 from training.incidents import read_incidents
 from training.log import read_metrics
 from training.loop import run_training
@@ -243,3 +244,20 @@ def test_a_skipped_step_and_a_spike_are_noted_with_the_keys_of_their_rows(made, 
         assert len(line["keys"]) == 6
         assert set(line["keys"]) <= {f"k{row}" for row in range(ROWS)}
     assert len(set(skipped["keys"]) | set(spike["keys"])) > 6
+
+
+# ---- speed ----
+
+def test_a_line_says_tokens_a_second_memory_and_mfu_where_the_peak_is_known(made, tmp_path, group, monkeypatch):
+    asked = []
+    for name, peak in (("cpu", None), ("gpu", 1e9)):
+        monkeypatch.setattr("training.loop.peak_flops", lambda *device, peak=peak: asked.append(device) or peak)
+        training = train(config(made, tmp_path / name, train={"steps": 2}), group)
+        for row in read_metrics(tmp_path / name / "metrics.jsonl"):
+            assert row["tokens_per_s"] == pytest.approx(16 * row["samples_per_s"])
+            assert row["memory_bytes"] > 50 << 20
+            assert ("mfu" in row) == (peak is not None)
+            if peak:
+                work = training_flops(forward_flops(training.model.config))
+                assert row["mfu"] == pytest.approx(work * row["samples_per_s"] / peak)
+    assert asked == [("cpu", "float32")] * 2

@@ -40,7 +40,8 @@ def work(tmp_path_factory) -> Path:
     results["seq2seq"] = launching.deepspeed(
         2, SEQ2SEQ, "--config", launching.RECIPES / "debug_seq2seq.yaml", "--data.path", folder / "tokens",
         "--image_tokenizer", folder / "tokenizer/model", "--run_dir", folder / "seq2seq",
-        "--data.validation_split", "unseen_combination", "--deepspeed.zero_stage", 2)
+        "--data.validation_split", "unseen_combination", "--deepspeed.zero_stage", 2, "--train.validate_every", 20,
+        "--log.tensorboard", True)
     results["alone"] = launching.python(
         TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", folder / "data", "--run_dir", folder / "alone",
         "--train.steps", 2, "--train.precision", "bfloat16", "--deepspeed.zero_stage", 0, "--train.sample_every", 1)
@@ -53,8 +54,13 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
+def lines(run: Path) -> list[dict]:
+    """Of the training, without those of the held-out split."""
+    return [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+
+
 def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+    return [row["loss"] for row in lines(run)]
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "seq2seq"])
@@ -68,9 +74,11 @@ def test_two_deepspeed_processes_train_and_the_loss_falls(work, stage):
 @pytest.mark.parametrize("stage", ["tokenizer", "seq2seq"])
 def test_a_run_folder_holds_what_it_promises(work, stage):
     run = work / stage
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = lines(run)
     assert [row["step"] for row in rows] == [1, *range(5, 61, 5)]
-    assert all({"step", "loss", "lr", "samples_per_s", "grad_norm", "data_wait"} <= row.keys() for row in rows)
+    expected = {"step", "loss", "lr", "samples_per_s", "grad_norm", "data_wait", "memory_bytes"}
+    assert all(expected <= row.keys() and "mfu" not in row for row in rows)
+    assert all(("tokens_per_s" in row) == (stage == "seq2seq") for row in rows)
     assert rows[0]["lr"] < max(row["lr"] for row in rows) == pytest.approx(0.003 if stage == "seq2seq" else 0.002, rel=0.01)
     assert json.loads((run / "latest.json").read_text()) == {"step": 60, "checkpoint": "checkpoints/step-00000060"}
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000040", "step-00000060"]
@@ -78,6 +86,14 @@ def test_a_run_folder_holds_what_it_promises(work, stage):
     assert json.loads((run / "env.json").read_text())["packages"]["deepspeed"][0].isdigit()
     assert f"run_dir: {run}" in (run / "config.yaml").read_text()
     assert json.loads((run / "validation.json").read_text())
+
+
+def test_two_processes_measure_the_held_out_split_and_one_of_them_writes(work):
+    run = work / "seq2seq"
+    found = {row["step"]: row["validation_loss"] for row in read_metrics(run / "metrics.jsonl") if "validation_loss" in row}
+    assert list(found) == [20, 40, 60]
+    assert found[60] == json.loads((run / "validation.json").read_text())["loss"] < found[20]
+    assert len(list((run / "tensorboard").iterdir())) == 1
 
 
 def test_two_processes_train_two_networks(work):

@@ -29,5 +29,5 @@ def progress(items: Iterable[Item] | None, what: str, *, total: int | None = Non
     terminal = sys.stderr.isatty()
     return tqdm(items, desc=what, total=total, initial=initial, unit=unit, disable=quiet,
                 file=sys.stderr if terminal else _Lines(),
-                dynamic_ncols=terminal, ncols=None if terminal else 100, ascii=not terminal,
+                dynamic_ncols=terminal, ascii=not terminal,
                 mininterval=0.2 if terminal else 10.0, maxinterval=1.0 if terminal else 10.0)

@@ -34,7 +34,8 @@ class DataConfig(PicturesConfig):
     """Captioned images to train on."""
 
     split: str | None = Field(None, description="which split of the data; none = train, or the only one")
-    validation_split: str | None = Field(None, description="held-out split that is measured at the end")
+    validation_split: str | None = Field(None, description="held-out split that is measured at the end, and every "
+                                         "train.validate_every steps")
     workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
     horizontal_flip: float = Field(0.0, ge=0, le=1, description="chance that a picture is mirrored")
     shuffle_rows: int | None = Field(None, ge=1, description="rows shuffled together, of shards that are read one after "
@@ -60,6 +61,8 @@ class TrainConfig(StrictConfig):
     compile: bool = Field(False, description="torch.compile the model: minutes at the start, a C++ compiler, faster steps")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(500, ge=0, description="steps between sample grids; 0 = none")
+    validate_every: int = Field(0, ge=0, description="steps between measurements of data.validation_split; 0 = only when the "
+                                "run is done")
     max_skipped_steps: int = Field(20, ge=0, description="steps skipped because a loss term or gradient was not finite, above "
                                    "which the run saves a checkpoint and ends")
     stall_seconds: float = Field(600.0, ge=0, description="without a finished step for so long, every process writes its "
@@ -75,6 +78,8 @@ class CheckpointConfig(StrictConfig):
     every_steps: int = Field(500, ge=0, description="steps between checkpoints; 0 = only at the end and on a signal")
     keep_last: int = Field(2, ge=1, description="older ones are deleted")
     keep_every_steps: int = Field(0, ge=0, description="those of a multiple of so many steps are never deleted; 0 = none")
+    keep_best: bool = Field(False, description="the one that measured best on data.validation_split is not deleted until "
+                            "another is better; RUN/best.json names it")
     resume: Literal["auto", "never", "required"] = Field(
         "auto", description="auto: continue the run folder's newest whole checkpoint, or start fresh and say so")
 
@@ -106,6 +111,23 @@ class DeepSpeedConfig(StrictConfig):
         return self
 
 
+class LogConfig(StrictConfig):
+    """Where numbers and sample grids go beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = Field(False, description="TensorBoard's event files in RUN/tensorboard")
+    wandb: bool = Field(False, description="Weights & Biases, its files in RUN/wandb; its own environment variables hold too")
+    wandb_project: str | None = Field(None, description="project there; none = WANDB_PROJECT, or tokenloom")
+    wandb_mode: Literal["offline", "online"] | None = Field(
+        None, description="offline writes files alone, for `wandb sync`; none = WANDB_MODE, or offline")
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> Self:
+        unread = [name for name in ("wandb_project", "wandb_mode") if getattr(self, name) is not None]
+        if unread and not self.wandb:
+            raise ValueError(f"log.{unread[0]} is for log.wandb, which is off; set log.wandb true, or leave it out")
+        return self
+
+
 class RunConfig(StrictConfig):
     """What every training script shares."""
 
@@ -114,6 +136,7 @@ class RunConfig(StrictConfig):
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @model_validator(mode="after")
@@ -127,6 +150,18 @@ class RunConfig(StrictConfig):
         if self.train.compile and self.deepspeed.zero_stage == 3:
             raise ValueError("train.compile with deepspeed.zero_stage 3: weights are fetched between the compiled parts, which "
                              "breaks them up; use zero_stage 0, 1 or 2, or leave train.compile out")
+        return self
+
+
+    @model_validator(mode="after")
+    def _measured_on_something(self) -> Self:
+        every, saved = self.train.validate_every, self.checkpoint.every_steps
+        if every and getattr(getattr(self, "data", None), "validation_split", None) is None:
+            raise ValueError(f"train.validate_every {every} measures data.validation_split, and none is named; name one, or "
+                             "leave validate_every at 0")
+        if self.checkpoint.keep_best and (not every or not saved or every % saved):
+            raise ValueError(f"checkpoint.keep_best needs train.validate_every, here {every}, to be a multiple of "
+                             f"checkpoint.every_steps, here {saved}, so that every measured step has a checkpoint")
         return self
 
 

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl (always), the console, and curves as a picture."""
+"""What a run says: metrics.jsonl (always), the console, and the places of training/log_writers.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenloom_common.files import write_text_atomic
 from tokenloom_common.progress import progress
+
+if TYPE_CHECKING:
+    from training.log_writers import LogWriter
+
+log = logging.getLogger(__name__)
 
 
 def setup_console(is_first: bool) -> None:
@@ -26,12 +32,17 @@ def setup_console(is_first: bool) -> None:
 
 
 class RunLog:
-    """metrics.jsonl, one object a line, and a progress bar with ETA; silent on all but the first process."""
+    """metrics.jsonl, one object a line, a progress bar with ETA, and writers; silent on all but the first process."""
 
-    def __init__(self, run_dir: Path, is_first: bool, what: str, total_steps: int, first_step: int) -> None:
+    def __init__(self, run_dir: Path, is_first: bool, what: str, total_steps: int, first_step: int,
+                 writers: Mapping[str, LogWriter] | None = None) -> None:
+        """writers: by the key of the `log` section that names them."""
         self.is_first = is_first
+        self.run_dir = run_dir
         self.path = run_dir / "metrics.jsonl"
+        self._writers = dict(writers or {})
         self._bar = progress(None, what, total=total_steps, initial=first_step, unit="step", quiet=not is_first)
+        self._last: dict[str, Any] = {}  # of every number
         self._file = None
         if is_first:
             _keep_lines_before(self.path, first_step)
@@ -50,15 +61,57 @@ class RunLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        names = ("loss", "lr", "samples_per_s", "codebook_usage")
-        shown: dict[str, object] = {name: f"{values[name]:.3g}" for name in names if name in values}
-        self._bar.set_postfix(shown, refresh=False)
+        finite = {name: value for name, value in values.items() if clean[name] is not None}
+        self._tell(lambda writer: writer.metrics(step, finite))
+        self._last |= values
+        self._bar.set_postfix_str(in_short(self._last), refresh=False)
+
+    def sampled(self, step: int) -> None:
+        """Tell the writers of the grid of this step, if there is one."""
+        path = sample_path(self.run_dir, step)
+        if self._file is not None and path.is_file():
+            self._tell(lambda writer: writer.picture(step, path.parent.name, path))
+
+    def _tell(self, what: Callable[[LogWriter], None]) -> None:
+        for name, writer in list(self._writers.items()):
+            try:
+                what(writer)
+            except Exception as error:  # of any package: a place for curves must not end a training
+                log.warning("log.%s failed and is left out from here on (%s: %s); metrics.jsonl goes on", name,
+                            type(error).__name__, error)
+                del self._writers[name]
 
     def close(self) -> None:
-        """Finish bar and file."""
+        """Finish bar, file and writers."""
         self._bar.close()
         if self._file is not None:
             self._file.close()
+        self._tell(lambda writer: writer.close())
+
+
+SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.3g}".format, "validation_loss": "held-out {:.4g}".format,
+    "validation_psnr": "held-out {:.2f} dB".format, "validation_top1": "held-out {:.1%} found".format, "lr": "lr {:.3g}".format,
+    "tokens_per_s": "{:,.0f} tokens/s".format, "samples_per_s": "{:,.3g} samples/s".format, "mfu": "MFU {:.1%}".format,
+    "data_wait": "data wait {:.0%}".format, "memory_bytes": lambda value: f"{value / (1 << 30):.2f} GiB",
+    "codebook_usage": "codebook {:.0%}".format}
+"""Number of metrics.jsonl -> how the progress bar shows it, in this order."""
+
+
+def in_short(values: Mapping[str, float]) -> str:
+    """`loss 4.31, lr 0.0003, 12,345 tokens/s, MFU 41.0%, data wait 2%, 10.21 GiB`: what is there of SHOWN."""
+    named = [name for name in SHOWN if name in values and not (name == "samples_per_s" and "tokens_per_s" in values)]
+    return ", ".join(SHOWN[name](values[name]) for name in named)
+
+
+def sample_path(run_dir: Path, step: int) -> Path:
+    """Where the sample grid of a step lies."""
+    return run_dir / "samples" / f"step-{step:08d}.png"
+
+
+def sample_grids(run_dir: Path) -> dict[int, Path]:
+    """The sample grids that there are, by step."""
+    return {int(path.stem.removeprefix("step-")): path for path in sorted((run_dir / "samples").glob("step-*.png"))}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -17,11 +17,15 @@ from tokenloom_common.errors import RunFailedError, StoppedBySignalError
 from training.config import RunConfig
 from training.data.batches import DataOrder
 from training.engine import Engine
+from training.flops import peak_flops, training_flops
 from training.incidents import Incidents
 from training.log import RunLog
+from training.log_window import Window, memory
+from training.log_writers import LogWriter, open_writers
 from training.process_group import Processes, shared
 from training.run_state import RunState
 from training.stopping import stop_flag
+from training.validation import Measured
 from training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,9 @@ class Task:
     restore: Callable[[dict[str, Tensor]], None]
     order: DataOrder  # in which the data is visited
     key: Callable[[int], str]  # index of an item -> its key, for messages
+    validate: Callable[[int], Measured]  # measure the held-out split, which train.validate_every needs; called on every process
+    tokens_per_item: int = 0  # image tokens that are learned from one item; 0 = the task has none
+    forward_flops: Callable[[], int] | None = None  # of one item; counted only where it is known what the device can do
 
     def save(self, folder: Path) -> None:
         """Every engine's part of a checkpoint."""
@@ -64,13 +71,15 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
 
     StoppedBySignalError after a signal; RunFailedError, after a checkpoint, when too many steps were not finite.
     """
-    window = _Window(config)
+    window = Window(config.train.batch_size, task.tokens_per_item, _peak_share(task, group))
     first_step = _resume(task, run_state, window)
     total = config.train.steps
     if first_step >= total:
         log.info("%s: already trained to step %d of %d; nothing to do", task.name, first_step, total)
         return False
-    run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step)
+    writers: dict[str, LogWriter] = {}
+    group.first_does(lambda: writers.update(open_writers(config, first_step)))
+    run_log = RunLog(run_state.run_dir, group.is_first, task.name, total, first_step, writers)
     batches = iter(task.batches(first_step))
     skipped_before = task.skipped
     incidents = Incidents(run_state.run_dir, config.train.batch_size, task.order, task.key, group.is_first,
@@ -87,14 +96,20 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
                 done = step + 1
                 watchdog.beat(done)
                 if done % config.train.log_every == 0 or done in (1, total):
-                    window.write(run_log, group, done, task)
+                    _write_line(run_log, window, group, done, task)
                 group.raise_together(task.problem())
                 stopping = int(group.maximum(float(stop.signal)))
                 skipped = task.skipped - skipped_before
                 too_many = skipped > config.train.max_skipped_steps
-                if stopping or too_many or done == total or _due(done, config.checkpoint.every_steps):
-                    with watchdog.paused():
-                        run_state.save(task, done, task.state() | window.state() | _skips(task))
+                ending = stopping or too_many
+                measured = None
+                if not ending and _due(done, config.train.validate_every, total):
+                    with _random_state_kept(group), watchdog.paused(), window.apart():
+                        measured = task.validate(done)
+                    run_log.metrics(done, {measured.name: measured.value})
+                if ending or done == total or _due(done, config.checkpoint.every_steps, total):
+                    with watchdog.paused(), window.apart():
+                        run_state.save(task, done, task.state() | window.state() | _skips(task), measured)
                 if too_many:
                     raise shared(RunFailedError(
                         f"{skipped} steps were skipped because a loss term or gradient, named above, was not finite "
@@ -102,9 +117,10 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
                         "Lower optim.lr, lengthen optim.warmup_steps, or look at the data"))
                 if stopping:
                     raise StoppedBySignalError(stopping)
-                if _due(done, config.train.sample_every) or (config.train.sample_every and done == total):
-                    with _random_state_kept(group), watchdog.paused():
+                if _due(done, config.train.sample_every, total):
+                    with _random_state_kept(group), watchdog.paused(), window.apart():
                         task.sample(done)
+                    run_log.sampled(done)
     except RuntimeError as error:
         if group.world_size > 1 and any(word in str(error) for word in PEER_IS_GONE):
             reason = str(error).strip().splitlines()[0]
@@ -126,8 +142,8 @@ def _skips(task: Task) -> dict[str, Tensor]:
     return {f"{SKIPPED}{engine.name}": torch.tensor(engine.skipped) for engine in task.engines}
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, every: int, total: int) -> bool:
+    return every > 0 and (step % every == 0 or step == total)
 
 
 def _random_state_kept(group: Processes) -> AbstractContextManager:
@@ -135,7 +151,17 @@ def _random_state_kept(group: Processes) -> AbstractContextManager:
     return torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else [])
 
 
-def _resume(task: Task, run_state: RunState, window: _Window) -> int:
+def _peak_share(task: Task, group: Processes) -> float | None:
+    """What one item a second takes of all that the devices can compute; None where that or the task's FLOPs are not known."""
+    name = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else group.device.type
+    peak = peak_flops(name, task.engines[0].precision)
+    if peak is None or task.forward_flops is None or not group.is_first:
+        return None
+    with _random_state_kept(group):
+        return training_flops(task.forward_flops()) / (peak * group.world_size)
+
+
+def _resume(task: Task, run_state: RunState, window: Window) -> int:
     checkpoint = run_state.resume_from
     if checkpoint is None:
         log.info("%s: starting fresh in %s", task.name, run_state.run_dir)
@@ -145,13 +171,13 @@ def _resume(task: Task, run_state: RunState, window: _Window) -> int:
         window.restore(tensors)
     for engine in task.engines:
         engine.skipped = int(tensors[f"{SKIPPED}{engine.name}"])
-    own = (_Window.PREFIX, SKIPPED)
+    own = (Window.PREFIX, SKIPPED)
     task.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(own)})
     log.info("%s: continuing from %s", task.name, checkpoint)
     return step
 
 
-def _one_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, window: _Window) -> float:
+def _one_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, window: Window) -> float:
     """All micro-batches of a step -> the largest of their losses; NaN if one is no number."""
     losses = []
     for engine in task.engines:
@@ -167,49 +193,13 @@ def _one_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, 
     return float(torch.stack(losses).max())
 
 
-class _Window:
-    """Sums between two log lines; tensors stay on the device until the line is written. Part of a checkpoint."""
-
-    PREFIX = "window."
-
-    def __init__(self, config: RunConfig) -> None:
-        self.batch_size = config.train.batch_size
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.resumed_steps = 0
-        self.data_seconds = 0.0
-        self.started = time.perf_counter()
-
-    def state(self) -> dict[str, Tensor]:
-        """The sums so far, for a checkpoint between two log lines."""
-        sums = {f"{self.PREFIX}sum.{name}": total for name, total in self.sums.items()}
-        return {**sums, f"{self.PREFIX}counts": torch.tensor([self.steps])}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on with the sums of a checkpoint; the time between is not counted."""
-        start = f"{self.PREFIX}sum."
-        self.sums = {name.removeprefix(start): total for name, total in tensors.items() if name.startswith(start)}
-        self.steps = int(tensors[f"{self.PREFIX}counts"])
-        self.resumed_steps = self.steps
-
-    def add(self, terms: dict[str, Tensor]) -> None:
-        """A term that is there in some steps only (R1) is averaged over those."""
-        for name, value in terms.items():
-            before = self.sums.get(name)
-            now = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])  # sum and count
-            self.sums[name] = now if before is None else before.to(value.device) + now
-
-    def write(self, run_log: RunLog, group: Processes, step: int, task: Task) -> None:
-        seconds = time.perf_counter() - self.started
-        values: dict[str, Any] = {name: group.mean(float(total[0] / total[1])) for name, total in self.sums.items()}
-        timed = self.steps - self.resumed_steps
-        first, *others = task.engines
-        values |= {"lr": first.lr_of(step - 1), "samples_per_s": timed * self.batch_size / seconds,
-                   "grad_norm": first.grad_norm, "skipped_steps": task.skipped, "data_wait": self.data_seconds / seconds}
-        for engine in others:
-            values |= {f"{engine.name}.lr": engine.lr_of(step - 1), f"{engine.name}.grad_norm": engine.grad_norm}
-        run_log.metrics(step, values | task.metrics())
-        self._clear()
+def _write_line(run_log: RunLog, window: Window, group: Processes, step: int, task: Task) -> None:
+    """What was learned since the last line, how fast, and what the optimizers did."""
+    first, *others = task.engines
+    speed = window.speed()  # before the processes wait for one another
+    values: dict[str, Any] = {**window.means(group), **speed, **memory(group), "lr": first.lr_of(step - 1),
+                              "grad_norm": first.grad_norm, "skipped_steps": task.skipped}
+    for engine in others:
+        values |= {f"{engine.name}.lr": engine.lr_of(step - 1), f"{engine.name}.grad_norm": engine.grad_norm}
+    run_log.metrics(step, values | task.metrics())
+    window.clear()

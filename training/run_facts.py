@@ -15,6 +15,7 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 from training.incidents import NAMED, read_incidents
 from training.log import read_metrics
+from training.validation import HIGHER_IS_BETTER, Measured
 
 RECENT = 120.0  # seconds since the last line within which a run may still be running
 
@@ -61,15 +62,35 @@ class RunFacts:
         return None if found is None else float(found)
 
     @property
-    def samples_per_s(self) -> float | None:
-        """The median of the lines: starts and pauses do not count."""
-        values = sorted(row["samples_per_s"] for row in self.rows if row.get("samples_per_s"))
+    def best(self) -> tuple[Measured, int] | None:
+        """The best measurement of the held-out split while the run went on, and its step."""
+        best: tuple[Measured, int] | None = None
+        for row in self.rows:
+            for name in HIGHER_IS_BETTER:
+                if row.get(name) is not None:
+                    measured = Measured(name, float(row[name]))
+                    if measured.better_than(best[0] if best else None):
+                        best = measured, int(row["step"])
+        return best
+
+    def median(self, name: str) -> float | None:
+        """Of a number's lines: the first, which is slow, hardly counts."""
+        values = sorted(row[name] for row in self.rows if row.get(name))
         return values[len(values) // 2] if values else None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The most that any line says."""
+        return max((int(row["memory_bytes"]) for row in self.rows if row.get("memory_bytes")), default=None)
 
     @property
     def skipped(self) -> int:
         """Steps skipped because something was not finite."""
-        return int(self.rows[-1].get("skipped_steps") or 0) if self.rows else 0
+        return int(self._last("skipped_steps") or 0)
+
+    def _last(self, name: str) -> Any:
+        """Of the last line that has it."""
+        return next((row[name] for row in reversed(self.rows) if name in row), None)
 
     @property
     def status(self) -> str:
@@ -102,7 +123,7 @@ class RunFacts:
         starts = sum(later.get("elapsed_s", 0) < earlier.get("elapsed_s", 0)
                      for earlier, later in zip(self.rows, self.rows[1:], strict=False))
         found += [f"started again {starts} times after a stop"] if starts else []
-        dropped = self.rows[-1].get("dropped_items") if self.rows else None
+        dropped = self._last("dropped_items")
         found += [f"{int(dropped)} unusable pictures were left out"] if dropped else []
         found += [f"{path.name}: where a rank stood still" for path in sorted((self.path / "incidents").glob("*.txt"))]
         found += [f"{path.name}: an earlier run in this folder" for path in sorted(self.path.glob("before-*"))]

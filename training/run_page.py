@@ -13,8 +13,10 @@ import yaml
 from tokenloom_common.errors import UserError
 from training.run_facts import RunFacts
 
-CURVES = {"loss": "loss", "learning rate": "lr", "gradient norm": "grad_norm", "samples a second": "samples_per_s",
-          "share of time waiting for data": "data_wait", "codebook in use": "codebook_usage"}
+CURVES = {"loss": "loss", "held-out loss": "validation_loss", "held-out PSNR": "validation_psnr",
+          "held-out captions found": "validation_top1", "learning rate": "lr", "gradient norm": "grad_norm",
+          "samples a second": "samples_per_s", "image tokens a second": "tokens_per_s", "model FLOPs utilization": "mfu",
+          "share of time waiting for data": "data_wait", "memory, bytes": "memory_bytes", "codebook in use": "codebook_usage"}
 """Title -> name in metrics.jsonl; what a run does not log is left out."""
 TERMS_LEFT_OUT = {"step", "elapsed_s", "skipped_steps", "dropped_items"}
 LAST_GRIDS = 4
@@ -40,10 +42,14 @@ def page(run: RunFacts) -> str:
 
 
 def _summary(run: RunFacts) -> list[tuple[str, str]]:
+    measured, step = run.best or (None, 0)
+    best = f"{measured.value:.4g} ({measured.name.removeprefix('validation_')}), step {step:,}" if measured else "-"
     rows = [("kind", run.kind), ("status", f"{run.status}, step {run.steps:,} of {run.total_steps:,}"),
-            ("loss", _number(run.loss)), ("held-out loss", _number(run.validation_loss)),
-            ("samples a second", _number(run.samples_per_s)), ("training time", duration(run.seconds)),
-            ("newest checkpoint", run.latest_checkpoint or "none")]
+            ("loss", _number(run.loss)), ("held-out loss", _number(run.validation_loss)), ("best on the held-out split", best),
+            ("samples a second", _number(run.median("samples_per_s"))),
+            ("image tokens a second", whole(run.median("tokens_per_s"))),
+            ("model FLOPs utilization", percent(run.median("mfu"))), ("memory", gibibytes(run.memory_bytes)),
+            ("training time", duration(run.seconds)), ("newest checkpoint", run.latest_checkpoint or "none")]
     return [(name, value) for name, value in rows if value != "-"]
 
 
@@ -115,6 +121,21 @@ def _list(items: list[str]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def whole(value: float | None) -> str:
+    """ "12,345"."""
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def percent(value: float | None) -> str:
+    """ "41.2 %"."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def gibibytes(count: int | None) -> str:
+    """ "1.50 GiB"."""
+    return "-" if count is None else f"{count / (1 << 30):.2f} GiB"
 
 
 def duration(seconds: float) -> str:

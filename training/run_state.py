@@ -15,6 +15,7 @@ import platform
 import random
 import shutil
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -29,13 +30,14 @@ from tokenloom_common.files import file_hash, publish_folder, sync_path, write_j
 from training.config import RunConfig
 from training.config_loading import dump_config
 from training.process_group import Processes
+from training.retention import BEST, MANIFEST, MEASURED, delete_old
+from training.validation import Measured
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = OLDEST_SCHEMA = 1
-MANIFEST = "MANIFEST.json"
 OUTPUTS = ("config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "latest.json", "model", "validation.json",
-           "curves.png", "codebook.png", "text_tokenizer", "incidents", "report.html")
+           "curves.png", "codebook.png", "text_tokenizer", "incidents", "report.html", BEST, "tensorboard", "wandb", "wandb-id")
 FULL_BYTES = 1 << 20  # free space below which a failed write is one for lack of space
 RANKS = "ranks"  # folder with one file a process: random state and what the task keeps
 TASK = "task."
@@ -126,14 +128,14 @@ class RunState:
             os.rename(path, aside / path.name)
         log.warning("%s: starting over; what was there is now in %s", self.run_dir, aside)
 
-    def save(self, engines: Saved, step: int, task_state: dict[str, Tensor]) -> None:
+    def save(self, engines: Saved, step: int, task_state: dict[str, Tensor], measured: Measured | None = None) -> None:
         """Save `step` finished steps: aside, hashed into a manifest, flushed, renamed, then named by latest.json.
 
-        task_state: this process's tensors beyond the engines'. Called on every process, at the end of an accumulation
-        window only.
+        task_state: this process's tensors beyond the engines'; measured: what the held-out split says of this step. Called on
+        every process, at the end of an accumulation window only.
         """
         try:
-            self._save(engines, step, task_state)
+            self._save(engines, step, task_state, measured)
         except Exception as error:  # safetensors and torch.save have exceptions of their own for a full disk
             if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(self.run_dir).free > FULL_BYTES:
                 raise
@@ -143,7 +145,7 @@ class RunState:
             raise RunFailedError(f"{self.run_dir}: no space left on the device, so that the checkpoint of step {step} was not "
                                  f"written; {earlier}; free some space, and start the same command again") from None
 
-    def _save(self, engines: Saved, step: int, task_state: dict[str, Tensor]) -> None:
+    def _save(self, engines: Saved, step: int, task_state: dict[str, Tensor], measured: Measured | None) -> None:
         name = f"step-{step:08d}"
         aside = self.checkpoints / f".{name}.tmp"
 
@@ -156,26 +158,24 @@ class RunState:
         tensors = _rng_state(self.group.device) | {f"{TASK}{k}": v.contiguous() for k, v in task_state.items()}
         save_file(tensors, self._rank_file(aside, self.group.rank))
         self.group.barrier()
-        self.group.first_does(lambda: self._publish(aside, name, step))
+        self.group.first_does(lambda: self._publish(aside, name, step, measured))
 
     def _rank_file(self, folder: Path, rank: int) -> Path:
         return folder / RANKS / f"rank{rank}.safetensors"
 
-    def _publish(self, aside: Path, name: str, step: int) -> None:
+    def _publish(self, aside: Path, name: str, step: int, measured: Measured | None) -> None:
         files = [{"name": str(p.relative_to(aside)), "size": p.stat().st_size, "blake2b": file_hash(p)}
                  for p in sorted(aside.rglob("*")) if p.is_file()]
         write_json_atomic(aside / MANIFEST, {
             "schema_version": SCHEMA_VERSION, "step": step, "world_size": self.group.world_size,
             "zero_stage": self.config.deepspeed.zero_stage, "batch_size": self.config.train.batch_size,
-            "accumulation": self.config.train.accumulation, "seed": self.config.seed, "facts": self.facts, "files": files})
+            "accumulation": self.config.train.accumulation, "seed": self.config.seed, "facts": self.facts, "files": files,
+            **({MEASURED: asdict(measured)} if measured and math.isfinite(measured.value) else {})})
         publish_folder(aside, self.checkpoints / name)
         sync_path(self.checkpoints)
         write_json_atomic(self.run_dir / "latest.json", {"step": step, "checkpoint": f"checkpoints/{name}"})
         # a later one is a damaged one that was passed over: it must not push out what was just saved
-        every = self.config.checkpoint.keep_every_steps
-        upto = [n for n in self._whole_names() if n <= name and not (every and int(n.removeprefix("step-")) % every == 0)]
-        for old in upto[: -self.config.checkpoint.keep_last]:
-            shutil.rmtree(self.checkpoints / old, ignore_errors=True)
+        delete_old(self.run_dir, self.config.checkpoint, [earlier for earlier in self._whole_names() if earlier <= name])
 
     def _whole_names(self) -> list[str]:
         return sorted(p.parent.name for p in self.checkpoints.glob(f"step-*/{MANIFEST}"))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import OneLineParser, UserError
 from tokenloom_common.files import write_text_atomic
 from training.run_facts import RunFacts, find_runs, read_run
-from training.run_page import duration, page
+from training.run_page import duration, gibibytes, page, percent, whole
 
-COLUMNS = ("run", "kind", "status", "steps", "loss", "held-out", "samples/s", "skipped", "time")
+COLUMNS = ("run", "kind", "status", "steps", "loss", "held-out", "best", "samples/s", "tokens/s", "MFU", "memory", "skipped",
+           "time")
+SOMETIMES = ("best", "tokens/s", "MFU", "memory")
+"""Columns that are left out of the table where no run has them."""
+UNITS: dict[str, Callable[[Any], str]] = {"tokens/s": whole, "MFU": percent, "memory": gibibytes, "time": duration}
 
 
 def runs(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +33,9 @@ def runs(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"folder": str(args.folder), "runs": found}))
         return 0
-    rows = [COLUMNS, *([_shown(name, line) for name in COLUMNS] for line in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    columns = [name for name in COLUMNS if name not in SOMETIMES or any(line[name] is not None for line in found)]
+    rows = [columns, *([_shown(name, line) for name in columns] for line in found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     return 0
@@ -39,8 +44,10 @@ def runs(argv: Sequence[str] | None = None) -> int:
 def _line(run: RunFacts, folder: Path) -> dict[str, Any]:
     name = str(run.path.relative_to(folder)) if run.path != folder else run.path.resolve().name
     return {"run": name, "kind": run.kind, "status": run.status, "steps": run.steps, "of": run.total_steps, "loss": run.loss,
-            "held-out": run.validation_loss, "samples/s": run.samples_per_s, "skipped": run.skipped,
-            "time": round(run.seconds, 1)}
+            "held-out": run.validation_loss, "best": run.best[0].value if run.best else None,
+            "best of": run.best[0].name if run.best else None, "best step": run.best[1] if run.best else None,
+            "samples/s": run.median("samples_per_s"), "tokens/s": run.median("tokens_per_s"), "MFU": run.median("mfu"),
+            "memory": run.memory_bytes, "skipped": run.skipped, "time": round(run.seconds, 1)}
 
 
 def _key(value: Any) -> tuple[bool, Any]:
@@ -51,8 +58,10 @@ def _shown(name: str, line: dict[str, Any]) -> str:
     value = line[name]
     if name == "steps":
         return f"{value:,}/{line['of']:,}"
-    if name == "time":
-        return duration(value)
+    if name == "best" and value is not None:
+        return f"{value:.4g} @ {line['best step']:,}"
+    if name in UNITS:
+        return UNITS[name](value)
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -10,6 +10,7 @@ from training.config import RunConfig
 from training.config_loading import load_config
 from training.engine import processes
 from training.log import setup_console
+from training.log_writers import check_writers
 from training.loop import Task, run_training
 from training.process_group import Processes
 from training.run_state import RunState
@@ -34,6 +35,7 @@ def train_from_command_line(argv: Sequence[str] | None, config_class: type[RunCo
     config = load_config(config_class, sys.argv[1:] if argv is None else argv, script, description)
     with processes(config.train.threads) as group:
         setup_console(group.is_first)
+        group.first_does(lambda: check_writers(config.log))
         training = training_class(config, group)
         trained = run_training(training.task(), config, group, training.run_state)
         if trained or not (training.run_state.run_dir / "model").exists():

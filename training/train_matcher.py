@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
 from training.evaluation.pictures import plot_curves
 from training.evaluation.retrieval import evaluate_retrieval
+from training.flops import matcher_forward_flops
 from training.log import read_metrics
 from training.loop import Task
 from training.matcher_card import matcher_card
@@ -43,6 +44,7 @@ from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
 from training.text_input import cached, choose_text_source
+from training.validation import Measured
 from training.weight_average import average_state, restore_average, weight_average
 
 log = logging.getLogger("training.train_matcher")  # under a launcher __name__ is "__main__"
@@ -59,8 +61,9 @@ class MatcherTraining:
         precision = resolve_precision(config, group.device)
         group.first_does(lambda: self._check_batch(precision))
         self.source = group.first_then_others(lambda: self._open(config.data.split))
+        self.held_out: CaptionedImages | None = None  # on the first process, which measures
         if config.data.validation_split:
-            group.first_does(lambda: len(self._open(config.data.validation_split)))  # exists, before hours of training
+            group.first_does(self._open_held_out)  # exists, before hours of training
         self.drops = PictureDrops(config.data, self.source, group)
         self.order = picture_order(config.data, self.source, config.seed)
         together = group.first_then_others if config.text.kind == FrozenTextEncoder.kind else group.first_does
@@ -81,6 +84,7 @@ class MatcherTraining:
                         if config.train.weight_ema and group.is_first else None)
         self.engine = Engine(self.objective, build_optimizer(self.objective, config.optim), config, group, precision)
         seed_everything(config.seed, group.rank)
+        self._measured_at: dict[int, dict[str, Any]] = {}  # step -> what the held-out split said
         self.dtype = DTYPES[precision]
 
     def _check_batch(self, precision: str) -> None:
@@ -92,6 +96,10 @@ class MatcherTraining:
 
     def _open(self, split: str | None) -> CaptionedImages:
         return open_training_pictures(self.config.data, split)
+
+    def _open_held_out(self) -> None:
+        self.held_out = self._open(self.config.data.validation_split)
+        len(self.held_out)
 
     def _text_source(self) -> TextSource:
         run = Path(self.config.run_dir)
@@ -124,7 +132,13 @@ class MatcherTraining:
         """This run as the training loop sees it."""
         return Task("train matcher", [self.engine], self.batches, self.train, self.metrics, self.sample,
                     problem=lambda: self.drops.problem, state=lambda: average_state(self.average),
-                    restore=lambda state: restore_average(self.average, state), order=self.order, key=self.source.key)
+                    restore=lambda state: restore_average(self.average, state), order=self.order, key=self.source.key,
+                    validate=self.validate, forward_flops=self._forward_flops())
+
+    def _forward_flops(self) -> Callable[[], int] | None:
+        """Of one picture and its caption; hidden words are predicted beside it, and not counted."""
+        config = self.objective.matcher.config
+        return None if self.config.loss.mlm_weight else lambda: matcher_forward_flops(config)
 
     def batches(self, first_step: int) -> Iterable[CaptionedBatch]:
         """This process's micro-batches from `first_step` on."""
@@ -180,6 +194,18 @@ class MatcherTraining:
                      ("caption right, of its batch", rows, ["accuracy"]), ("1 / temperature", rows, ["scale"])],
                     run_dir / "curves.png")
 
+    def validate(self, step: int) -> Measured:
+        """Share of held-out pictures whose caption is found, after a step. All processes must call it."""
+        model = self.full_model()
+        report = self.group.first_does(lambda: self._measure(model))
+        self._measured_at = {step: report}
+        return Measured("validation_top1", report["top1"])
+
+    def _measure(self, model: Matcher) -> dict[str, Any]:
+        assert self.held_out is not None
+        scorer = MatcherScorer(model.to(self.group.device), self.text_source)
+        return {"split": self.config.data.validation_split, **evaluate_retrieval(scorer, self.held_out)}
+
     def finish(self) -> None:
         """Measure the held-out split and export run_dir/model."""
         model = self.full_model()
@@ -188,10 +214,8 @@ class MatcherTraining:
             return
         self.sample(self.config.train.steps)
         report = None
-        if self.config.data.validation_split:
-            scorer = MatcherScorer(model.to(self.group.device), self.text_source)
-            report = evaluate_retrieval(scorer, self._open(self.config.data.validation_split))
-            report = {"split": self.config.data.validation_split, **report}
+        if self.held_out is not None:
+            report = self._measured_at.get(self.config.train.steps) or self._measure(model)
             write_json_atomic(self.run_state.run_dir / "validation.json", report)
             log.info("held-out pictures: of %d captions the right one is first for %.1f %% (chance %.1f %%), among the first "
                      "five for %.1f %%", report["captions"], 100 * report["top1"], 100 * report["chance_top1"],

@@ -41,6 +41,8 @@ from training.data.training_sets import Captions, CollateTokens, TokenBatch, Tok
 from training.deepspeed_json import deepspeed_json
 from training.engine import Engine, resolve_precision
 from training.evaluation.pictures import plot_positions
+from training.flops import forward_flops
+from training.log import sample_path
 from training.loop import Task
 from training.model_card import model_card
 from training.optim import build_optimizer
@@ -51,7 +53,8 @@ from training.script import train_from_command_line
 from training.text_input import cached
 from training.text_start import check_text_start, take_text_encoder, text_source_of_run
 from training.token_config import Seq2SeqRunConfig
-from training.token_validation import validation_loss
+from training.token_validation import HeldOut, validation_loss
+from training.validation import Measured
 from training.weight_average import average_state, restore_average, weight_average
 
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
@@ -96,6 +99,7 @@ class Seq2SeqTraining:
         self.average = (weight_average(self.model, config.train.weight_ema, group.device)
                         if config.train.weight_ema and group.is_first else None)
         self.engine = Engine(self.model, build_optimizer(self.model, config.optim), config, group, precision)
+        self._measured_at: dict[int, HeldOut] = {}  # step -> what the held-out split said
         seed_everything(config.seed, group.rank)
 
     def _open(self, split: str) -> TokenShards | PictureTokens:
@@ -164,7 +168,10 @@ class Seq2SeqTraining:
         """This run as the training loop sees it."""
         return Task("train seq2seq", [self.engine], self.batches, self.train, metrics=self.metrics, sample=self.sample,
                     problem=lambda: self.drops.problem if self.drops else None, state=lambda: average_state(self.average),
-                    restore=lambda state: restore_average(self.average, state), order=self.order, key=self.shards.key)
+                    restore=lambda state: restore_average(self.average, state), order=self.order, key=self.shards.key,
+                    validate=self.validate, tokens_per_item=self.model.config.num_tokens,
+                    # encoding on the fly is computed too, and not counted
+                    forward_flops=None if self.drops else lambda: forward_flops(self.model.config))
 
     def metrics(self) -> dict[str, float]:
         """Unusable pictures, where there are pictures."""
@@ -238,9 +245,21 @@ class Seq2SeqTraining:
         given = [self.shards.captions(row) for row in range(0, len(self.shards), stride)][:SAMPLE_PICTURES]
         captions = [several[0] for several in given if several]  # a row of a stream may have none that can be used
         result = self.pipeline(model).generate(captions, seed=0)
-        folder = self.run_state.run_dir / "samples"
-        image_grid(result.images, columns=len(captions)).save(folder / f"step-{step:08d}.png")
-        write_json_atomic(folder / "captions.json", captions)
+        path = sample_path(self.run_state.run_dir, step)
+        image_grid(result.images, columns=len(captions)).save(path)
+        write_json_atomic(path.with_name("captions.json"), captions)
+
+    def validate(self, step: int) -> Measured:
+        """The held-out loss after a step. All processes must call it."""
+        model = self.full_model()
+        held_out: HeldOut = self.group.first_does(lambda: self._measure(model))
+        self._measured_at = {step: held_out}
+        return Measured("validation_loss", held_out.loss)
+
+    def _measure(self, model: ImageTransformer) -> HeldOut:
+        assert self.held_out is not None
+        return validation_loss(model, self.held_out, self.collate, self.config.seed,
+                               first_caption=self.config.text.kind == ClassLabels.kind)
 
     def finish(self) -> None:
         """Measure the held-out split and export run_dir/model."""
@@ -252,8 +271,7 @@ class Seq2SeqTraining:
         held_out = None
         if self.held_out is not None:
             split, run_dir = self.config.data.validation_split or "", self.run_state.run_dir
-            held_out = validation_loss(model, self.held_out, self.collate, self.config.seed,
-                                       first_caption=self.config.text.kind == ClassLabels.kind)
+            held_out = self._measured_at.get(self.config.train.steps) or self._measure(model)
             write_json_atomic(run_dir / "validation.json", held_out.plain(split, model.config.grid))
             plot_positions(held_out.by_position, model.config.grid, run_dir / "positions.png")
             log.info("held-out loss: %.4f nats a token", held_out.loss)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
 from training.evaluation.pictures import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
-from training.log import read_metrics
+from training.flops import tokenizer_forward_flops
+from training.log import read_metrics, sample_path
 from training.loop import Task
 from training.optim import build_optimizer
 from training.pictures import PictureDrops, open_training_pictures, picture_order
@@ -39,6 +40,7 @@ from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
 from training.tokenizer_start import start_from
+from training.validation import Measured
 from training.weight_average import weight_average
 
 log = logging.getLogger("training.train_tokenizer")  # under a launcher __name__ is "__main__"
@@ -57,8 +59,9 @@ class TokenizerTraining:
         group.first_does(lambda: deepspeed_json(config, group.world_size, precision, parameters=1) and None)
         group.first_does(self._check_discriminator)
         source = group.first_then_others(lambda: self._open(config.data.split))
+        self.held_out: CaptionedImages | None = None  # on the first process, which measures
         if config.data.validation_split:
-            group.first_does(lambda: len(self._open(config.data.validation_split)))  # exists, before hours of training
+            group.first_does(self._open_held_out)  # exists, before hours of training
         self.drops = PictureDrops(config.data, source, group)
         self.visits = ImageVisits(source, config.model.resolution, config.seed, config.data.horizontal_flip)
         self.order = picture_order(config.data, source, config.seed)
@@ -70,11 +73,16 @@ class TokenizerTraining:
         self.engine = Engine(self.tokenizer, build_optimizer(self.tokenizer, config.optim), config, group, precision)
         self.adversary = Adversary(config, group) if config.adversarial.weight else None
         seed_everything(config.seed, group.rank)
+        self._measured_at: dict[int, dict[str, Any]] = {}  # step -> what the held-out split said
         self.dtype = DTYPES[precision]
         self.health = CodebookHealth(config, group, len(source))
 
     def _open(self, split: str | None) -> CaptionedImages:
         return open_training_pictures(self.config.data, split)
+
+    def _open_held_out(self) -> None:
+        self.held_out = self._open(self.config.data.validation_split)
+        len(self.held_out)
 
     def _perceptual(self) -> LPIPS | None:
         if self.config.loss.perceptual_weight == 0:
@@ -124,7 +132,13 @@ class TokenizerTraining:
         engines = [self.engine, *([self.adversary.engine] if self.adversary else [])]
         return Task("train tokenizer", engines, self.batches, self.train, self.metrics, self.sample,
                     problem=lambda: self.drops.problem, state=self._state, restore=self._restore, order=self.order,
-                    key=self.visits.source.key)
+                    key=self.visits.source.key, validate=self.validate, forward_flops=self._forward_flops())
+
+    def _forward_flops(self) -> Callable[[], int] | None:
+        """Of one picture, where the tokenizer is all that a step computes: other networks and frozen parts are not counted."""
+        config = self.config
+        alone = not (config.adversarial.weight or config.loss.perceptual_weight) and config.train.trained_part == "all"
+        return (lambda: tokenizer_forward_flops(config.model)) if alone else None
 
     def _kept(self) -> dict[str, torch.nn.Module]:
         """Modules beside the engines' whose state belongs to a checkpoint."""
@@ -201,7 +215,7 @@ class TokenizerTraining:
         image = collate_pixels([self.visits[ItemId(0, index)] for index in spread]).image
         rows = torch.cat([image, model.decode(model.encode(image))])
         grid = image_grid(pixels_to_images(float_to_pixels(rows)), columns=count)
-        grid.save(self.run_state.run_dir / "samples" / f"step-{step:08d}.png")
+        grid.save(sample_path(self.run_state.run_dir, step))
 
     def _draw(self, counts: Tensor) -> None:
         run_dir = self.run_state.run_dir
@@ -213,6 +227,17 @@ class TokenizerTraining:
         plot_curves(panels, run_dir / "curves.png", small_too=True)
         self.health.draw(counts, run_dir / "metrics.jsonl", run_dir / "codebook.png")
 
+    def validate(self, step: int) -> Measured:
+        """PSNR of the held-out pictures after a step. All processes must call it."""
+        model = self.full_model()
+        report = self.group.first_does(lambda: self._measure(model, quiet=True))
+        self._measured_at = {step: report}
+        return Measured("validation_psnr", report["psnr"])
+
+    def _measure(self, model: ImageTokenizer, quiet: bool = False) -> dict[str, Any]:
+        assert self.held_out is not None
+        return evaluate_reconstruction(model.to(self.group.device), self.held_out, quiet=quiet)
+
     def finish(self) -> None:
         """Export run_dir/model and measure the held-out split."""
         model = self.full_model()
@@ -222,9 +247,8 @@ class TokenizerTraining:
             return
         folder = model.save_pretrained(self.run_state.run_dir / "model")
         self._draw(counts)
-        if self.config.data.validation_split:
-            held_out = self._open(self.config.data.validation_split)
-            report = evaluate_reconstruction(model.to(self.group.device), held_out)
+        if self.held_out is not None:
+            report = self._measured_at.get(self.config.train.steps) or self._measure(model)
             write_json_atomic(self.run_state.run_dir / "validation.json", report)
             log.info("held-out pictures: %.2f dB PSNR, %.1f %% of codes used", report["psnr"], 100 * report["codebook_usage"])
         log.info("image tokenizer: %s", folder)

@@ -124,6 +124,7 @@ def side_by_side(pictures: Sequence[tuple[str, Any, Any]], factor: int = 4, side
 
 def plot_codebook(rows: list[dict[str, Any]], counts: Tensor, codebook_size: int, path: Path) -> None:
     """Health of a codebook as a PNG: shares in use and restarts over the steps; use of each code, counts [K], in order."""
+    rows = [row for row in rows if "codebook_usage" in row]  # lines of a held-out split have none
     figure, (over_time, restarts, histogram) = _subplots(1, 3, figsize=(15, 3.6))
     steps = [row["step"] for row in rows]
     over_time.plot(steps, [row["codebook_usage"] for row in rows], label="share of codes in use")

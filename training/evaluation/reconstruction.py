@@ -60,11 +60,12 @@ def reconstructed_batches(tokenizer: ImageTokenizer, source: CaptionedImages, ro
         yield ReconstructedBatch(kept, original, float_to_pixels(tokenizer.decode(codes)).cpu(), codes)
 
 
-def evaluate_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages, batch_size: int = 64) -> dict[str, Any]:
+def evaluate_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages, batch_size: int = 64,
+                            quiet: bool = False) -> dict[str, Any]:
     """Mean PSNR over pictures (8-bit RGB, at the tokenizer's resolution) and the share of codes that they use."""
     unusable: Counter[str] = Counter()
     counts, values = torch.zeros(tokenizer.codebook_size, dtype=torch.int64), []  # [K]
-    for batch in reconstructed_batches(tokenizer, source, range(len(source)), batch_size, unusable):
+    for batch in reconstructed_batches(tokenizer, source, range(len(source)), batch_size, unusable, quiet):
         counts += torch.bincount(batch.codes.flatten().cpu(), minlength=len(counts))
         values.append(psnr(batch.reconstruction, batch.original))
     if not values:

@@ -1,0 +1,116 @@
+"""How much arithmetic training takes, counted on the model itself, and how much a GPU can do at best.
+
+A model is built without memory (torch's meta device) and run once; torch counts multiplications and additions of its matrix
+products, attention and convolutions. What a causal mask hides counts where it is multiplied all the same, as is usual
+(Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311); row, column and convolutional attention count the blocks
+that `seq2seq.attention.attend` multiplies.
+"""
+
+# Axes: B pictures (= 1), T text ids, F width of text features, N image tokens, L layout tokens, S pixels of a side
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from inference.matcher import Matcher, MatcherConfig
+from inference.meta_device import autocast_on_meta, build_on_meta
+from seq2seq import KINDS, TransformerConfig
+from seq2seq.config import LayersConfig
+from tokenizer_image import ImageTokenizer, ImageTokenizerConfig, build_tokenizer
+from tokenizer_image.quantizers import Quantizer
+
+
+@lru_cache(maxsize=32)
+def forward_flops(config: TransformerConfig) -> int:
+    """Of a training step's forward over one picture and its caption, in either family of transformers."""
+    model = build_on_meta(KINDS[config.kind], config)
+    layout = [_ids(config.layout_tokens)] if config.layout_grid else []
+    return _counted(model, *text_on_meta(config, 1), _ids(config.num_tokens), *layout)
+
+
+@lru_cache(maxsize=32)
+def tokenizer_forward_flops(config: ImageTokenizerConfig) -> int:
+    """Of an image tokenizer's encoder, quantizer and decoder over one picture; without discriminator and perceptual network."""
+    model: ImageTokenizer = build_on_meta(build_tokenizer, config)
+    for part in model.modules():  # a codebook that learns looks at its numbers, and there are none
+        if isinstance(part, Quantizer):
+            part.eval()
+    return _counted(model, torch.empty(1, config.in_channels, config.resolution, config.resolution, device="meta"))
+
+
+@lru_cache(maxsize=32)
+def matcher_forward_flops(config: MatcherConfig) -> int:
+    """Of both towers over one picture and its caption."""
+    side = config.image.resolution
+    return _counted(build_on_meta(Matcher, config), torch.empty(1, 3, side, side, device="meta"), *text_on_meta(config.text, 1))
+
+
+def training_flops(forward: int) -> int:
+    """Of forward and backward: a product a x b has two gradients, each as much work as the product itself.
+
+    Activations that are computed again (gradient checkpointing) do not count: model FLOPs utilisation is about what the model
+    needs, not what a run does (Chowdhery et al. 2022, appendix B).
+    """
+    return 3 * forward
+
+
+def text_on_meta(config: LayersConfig, captions: int) -> tuple[Tensor, Tensor]:
+    """Text ids [B, T] (or features [B, T, F]) and their mask [B, T], as a batch has them."""
+    shape = (captions, config.text_length)
+    mask = torch.empty(shape, dtype=torch.bool, device="meta")
+    if config.text_feature_width is not None:
+        return torch.empty(*shape, config.text_feature_width, device="meta"), mask
+    return torch.empty(shape, dtype=torch.int64, device="meta"), mask
+
+
+def _ids(count: int) -> Tensor:
+    return torch.empty(1, count, dtype=torch.int64, device="meta")
+
+
+def _counted(model: nn.Module, *inputs: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), autocast_on_meta():
+        model(*inputs)
+    return counter.get_total_flops()
+
+
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "B200": {"bfloat16": 2250e12, "float16": 2250e12, "float32": 1125e12},
+    "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12},
+    "H200 NVL": {"bfloat16": 835e12, "float16": 835e12, "float32": 417e12},
+    "H100": {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12},
+    "H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 378e12},
+    "H100 NVL": {"bfloat16": 835e12, "float16": 835e12, "float32": 417e12},
+    "A100": {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12},
+    "L40S": {"bfloat16": 362e12, "float16": 362e12, "float32": 183e12},
+    "L4": {"bfloat16": 121e12, "float16": 121e12, "float32": 60e12},
+    "RTX 4090": {"bfloat16": 165e12, "float16": 165e12, "float32": 82.6e12},
+    "V100": {"float16": 125e12, "float32": 15.7e12},
+    "V100 PCIe": {"float16": 112e12, "float32": 14e12},
+}
+"""GPU -> precision -> dense FLOPs a second, half of what data sheets say "with sparsity": NVIDIA's of each product, HGX B200's
+for B200, the Ada architecture's white paper for RTX 4090 (with float32 sums). float32 is TF32, which the trainings allow,
+and float32 itself on V100, which has neither TF32 nor bfloat16."""
+OTHER_CHIPS = {"nvl", "mig", "laptop", "d", "ti", "max"}
+"""Words that make a name another, slower device, which only an entry with that word stands for."""
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """Dense FLOPs a second of a GPU as torch.cuda.get_device_name() or PEAK_FLOPS names it; None where that is not known."""
+    entry = known_gpu(name)
+    return PEAK_FLOPS[entry].get(precision) if entry else None
+
+
+def known_gpu(name: str) -> str | None:
+    """The entry of PEAK_FLOPS whose words are all in the name, the one with most of them; None for another device."""
+    words = _words(name)
+    entries = [entry for entry in PEAK_FLOPS if _words(entry) <= words and OTHER_CHIPS & words <= _words(entry)]
+    return max(entries, key=lambda entry: len(_words(entry)), default=None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
