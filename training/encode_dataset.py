@@ -23,6 +23,7 @@ from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError, run_command
 from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
+from training.agreement import check_same, check_shared
 from training.config_loading import load_config
 from training.data.drops import DropCounter, in_words
 from training.data.layouts import Layouts
@@ -30,7 +31,7 @@ from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages, list_splits,
 from training.data.token_shards import INDEX_NAME, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
 from training.engine import processes
 from training.log import setup_console
-from training.process_group import Processes
+from training.process_group import Processes, peers_may_go
 from training.token_config import EncodeRunConfig
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
@@ -41,7 +42,7 @@ class DatasetEncoder:
 
     def __init__(self, config: EncodeRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
-        self.tokenizer = load_tokenizer(config.image_tokenizer, group.device)
+        self.tokenizer = group.first_then_others(lambda: load_tokenizer(config.image_tokenizer, group.device))
         self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
         self.layouts = Layouts(config.layout) if config.layout.kind != "none" else None
 
@@ -50,6 +51,7 @@ class DatasetEncoder:
         out = Path(self.config.out)
         aside = out.with_name(f".{out.name}.tmp")
         splits = self.group.first_does(lambda: self._prepare(out, aside))
+        check_shared(self.group, aside, "out")
         index = {split: self._encode_split(split, aside) for split in splits}
         reasons: Counter[str] = sum(self.group.gather(self.drops.reasons), Counter())
         self.group.first_does(lambda: self._publish(index, reasons, aside, out))
@@ -138,8 +140,9 @@ def _split_index(folder: Path, split: str) -> SplitIndex:
 def run(argv: Sequence[str] | None) -> int:
     """Encode from command-line arguments."""
     config = load_config(EncodeRunConfig, sys.argv[1:] if argv is None else argv, "encode_dataset.py", __doc__ or "")
-    with processes(config.threads) as group:
+    with processes(config.threads) as group, peers_may_go(group):
         setup_console(group.is_first)
+        check_same(group, config.plain(), "the config")
         DatasetEncoder(config, group).run()
     return 0
 

@@ -65,10 +65,10 @@ class Seq2SeqTraining:
         self.config, self.group = config, group
         precision = resolve_precision(config, group.device)
         deepspeed_json(config, group.world_size, precision, parameters=1)  # a batch that cannot be divided is refused now
-        self.image_tokenizer = load_tokenizer(config.image_tokenizer)
-        self.shards = TokenShards(config.data.path, config.data.split)
-        self.held_out = (TokenShards(config.data.path, config.data.validation_split)
-                         if config.data.validation_split else None)
+        self.image_tokenizer = group.first_then_others(lambda: load_tokenizer(config.image_tokenizer))
+        self.shards = group.first_then_others(lambda: TokenShards(config.data.path, config.data.split))
+        held_out = config.data.validation_split
+        self.held_out = group.first_then_others(lambda: TokenShards(config.data.path, held_out)) if held_out else None
         self.fingerprint = code_fingerprint(self.image_tokenizer)
         check_same_tokenizer(self.shards.index, config.data.path, self.image_tokenizer.codebook_size,
                              self.image_tokenizer.grid, self.fingerprint, config.image_tokenizer)
