@@ -85,17 +85,17 @@ def test_other_settings_on_one_machine_are_refused_by_key(monkeypatch):
 
 def test_one_folder_for_all_is_left_without_a_trace(tmp_path):
     folder = tmp_path / "runs/run"
-    assert on_every_rank(lambda group: check_shared(group, folder, "run_dir")) == [None] * RANKS
+    assert on_every_rank(lambda group: check_shared(group, folder, f"--run_dir {folder}")) == [None] * RANKS
     assert list(folder.iterdir()) == []
 
 
 def test_a_folder_that_is_another_one_elsewhere_is_refused_and_nothing_is_left(tmp_path):
     def check(group):
-        check_shared(group, tmp_path / f"disk{group.rank > 0}" / "run", "run_dir")
+        check_shared(group, tmp_path / f"disk{group.rank > 0}" / "run", "--run_dir run")
 
     errors = on_every_rank(check)
-    assert str(errors[0]).startswith(f"--run_dir {tmp_path}/diskFalse/run: rank 1 (node-1), rank 2 (node-2) does not see what "
-                                     "rank 0 (node-0) writes there")
+    assert str(errors[0]).startswith("--run_dir run: rank 1 (node-1), rank 2 (node-2) does not see what rank 0 (node-0) "
+                                     "writes there; give a folder that all machines share")
     assert all(isinstance(error, UserError) and error.raised_everywhere for error in errors)
     assert list(tmp_path.iterdir()) == []
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests import launching, tiny
+from training.data.shapes import build_shapes
 from training.log import read_metrics
 
 pytestmark = pytest.mark.slow
+ENCODE = launching.REPOSITORY / "training/encode_dataset.py"
 SCRIPT = launching.REPOSITORY / "training/train_seq2seq.py"
 HOSTS = ("127.0.0.1", "localhost")
 
@@ -93,12 +95,12 @@ def machines(commands: list[list[object]], folder: Path) -> Iterator[list[Machin
             machine.process.wait()
 
 
-def deepspeed(folder: Path, script_arguments: list[list[object]], slots: int = 1) -> list[list[object]]:
+def deepspeed(folder: Path, script_arguments: list[list[object]], slots: int = 1, script: Path = SCRIPT) -> list[list[object]]:
     """What each machine's `deepspeed --no_ssh` is called with."""
     hostfile, port = folder / "hostfile", launching.free_port()
     hostfile.write_text("".join(f"{host} slots={slots}\n" for host in HOSTS))
     return [["deepspeed", "--hostfile", hostfile, "--no_ssh", "--node_rank", number, "--master_addr", "127.0.0.1",
-             "--master_port", port, SCRIPT, *own] for number, own in enumerate(script_arguments)]
+             "--master_port", port, script, *own] for number, own in enumerate(script_arguments)]
 
 
 def torchrun(script_arguments: list[list[object]]) -> list[list[object]]:
@@ -144,6 +146,15 @@ def test_a_run_folder_that_is_not_shared_is_refused_by_all(made, tmp_path):
     message = started[0].said.read_text()
     assert re.search(r"--run_dir run: rank 1 \(\S+\) does not see what rank 0 \(\S+\) writes there; give a folder", message)
     assert "Traceback" not in message + started[1].said.read_text()
+    assert [[path.name for path in (tmp_path / f"machine{number}").iterdir()] for number in range(2)] == [["said.txt"]] * 2
+
+
+def test_token_shards_that_are_not_written_in_one_place_are_refused_by_all(made, tmp_path):
+    build_shapes(tmp_path / "pictures", size=16, num_scenes=12, seed=0)
+    both = [["--image_tokenizer", made / "tokenizer", "--data.path", tmp_path / "pictures", "--out", "tokens"]] * 2
+    with machines(deepspeed(tmp_path, both, script=ENCODE), tmp_path) as started:
+        assert [machine.ended() for machine in started] == [2, 2]
+    assert re.search(r"error: --out tokens: rank 1 \(\S+\) does not see what", started[0].said.read_text())
     assert [[path.name for path in (tmp_path / f"machine{number}").iterdir()] for number in range(2)] == [["said.txt"]] * 2
 
 

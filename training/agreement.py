@@ -38,10 +38,10 @@ def check_same(group: Processes, values: dict[str, Any], what: str) -> None:
                            "start the same command with the same files on every machine"))
 
 
-def check_shared(group: Processes, folder: Path, key: str) -> None:
+def check_shared(group: Processes, folder: Path, named: str) -> None:
     """Create `folder` and see that every process finds there what the first one writes. UserError on every process if not.
 
-    key: which option named the folder.
+    named: how the user named it, for the message.
     """
     if group.world_size == 1:
         return
@@ -57,7 +57,7 @@ def check_shared(group: Processes, folder: Path, key: str) -> None:
             for path in missing:
                 path.rmdir()
     more = f" and {len(blind) - NAMED} more" if len(blind) > NAMED else ""
-    raise shared(UserError(f"--{key} {folder}: {', '.join(blind[:NAMED])}{more} does not see what rank 0 ({everyone[0][0]}) "
+    raise shared(UserError(f"{named}: {', '.join(blind[:NAMED])}{more} does not see what rank 0 ({everyone[0][0]}) "
                            "writes there; give a folder that all machines share, by its whole path"))
 
 

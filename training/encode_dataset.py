@@ -50,8 +50,8 @@ class DatasetEncoder:
         """Encode every split into `out`, which appears whole at the end."""
         out = Path(self.config.out)
         aside = out.with_name(f".{out.name}.tmp")
+        check_shared(self.group, out.parent, f"--out {out}")
         splits = self.group.first_does(lambda: self._prepare(out, aside))
-        check_shared(self.group, aside, "out")
         index = {split: self._encode_split(split, aside) for split in splits}
         reasons: Counter[str] = sum(self.group.gather(self.drops.reasons), Counter())
         self.group.first_does(lambda: self._publish(index, reasons, aside, out))

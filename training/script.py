@@ -38,7 +38,7 @@ def train_from_command_line(argv: Sequence[str] | None, config_class: type[RunCo
         setup_console(group.is_first)
         check_same(group, config.plain(), "the config")
         check_same(group, environment()["packages"], "what is installed")
-        check_shared(group, Path(config.run_dir), "run_dir")
+        check_shared(group, Path(config.run_dir), f"--run_dir {config.run_dir}")
         training = training_class(config, group)
         trained = run_training(training.task(), config, group, training.run_state)
         if trained or not (training.run_state.run_dir / "model").exists():
