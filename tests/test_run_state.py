@@ -28,10 +28,13 @@ ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")
 
 
 class FirstOfTwo(Processes):
-    """The first of two processes, of which the other has nothing to say."""
+    """The first of two processes, of which the other has the same to say."""
 
     def first_does(self, action):
         return action()
+
+    def gather(self, value):
+        return [value, value]
 
 
 TWO = FirstOfTwo(rank=0, world_size=2, local_rank=0, device=torch.device("cpu"))

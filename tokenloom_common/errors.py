@@ -117,6 +117,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         if os.environ.get("TOKENLOOM_DEBUG"):
             raise
         if not (getattr(error, "raised_everywhere", False) and os.environ.get("RANK", "0") != "0"):
-            print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+            where = getattr(error, "raised_on", None)
+            print(f"{prog}: error: {one_line(error)}{f' (on {where})' if where else ''}", file=sys.stderr)
         wrong_path = isinstance(error, OSError) and error.errno in WRONG_PATH
         return int(getattr(error, "exit_code", 2 if wrong_path else 1))

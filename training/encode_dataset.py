@@ -29,6 +29,7 @@ from tokenizer_image.images import pixels_to_float
 from tokenloom_common.errors import DataError, run_command
 from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
+from training.agreement import check_same, check_shared
 from training.config_loading import load_config
 from training.data.batches import careful_loader
 from training.data.drops import DropCounter, in_words
@@ -40,7 +41,7 @@ from training.data.views import picture_views, view_names
 from training.engine import processes
 from training.log import setup_console
 from training.pictures import open_pictures
-from training.process_group import Processes
+from training.process_group import Processes, peers_may_go
 from training.token_config import EncodeRunConfig
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
@@ -81,7 +82,7 @@ class DatasetEncoder:
 
     def __init__(self, config: EncodeRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
-        self.tokenizer = load_tokenizer(config.image_tokenizer, group.device)
+        self.tokenizer = group.first_then_others(lambda: load_tokenizer(config.image_tokenizer, group.device))
         self.fingerprint = code_fingerprint(self.tokenizer)
         self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
         self.out = Path(config.out)
@@ -89,6 +90,7 @@ class DatasetEncoder:
 
     def run(self) -> None:
         """Encode every split into `out`, which appears whole at the end."""
+        check_shared(self.group, self.out.parent, f"--out {self.out}")
         splits = self.group.first_does(self._splits)
         sources = {split: self._open(split) for split in splits}
         shard_rows = self.group.first_does(lambda: prepare(self.aside, self._facts(sources)))
@@ -197,8 +199,9 @@ class DatasetEncoder:
 def run(argv: Sequence[str] | None) -> int:
     """Encode from command-line arguments."""
     config = load_config(EncodeRunConfig, sys.argv[1:] if argv is None else argv, "encode_dataset.py", __doc__ or "")
-    with processes(config.threads) as group:
+    with processes(config.threads) as group, peers_may_go(group):
         setup_console(group.is_first)
+        check_same(group, config.plain(), "the config")
         DatasetEncoder(config, group).run()
     return 0
 

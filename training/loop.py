@@ -121,20 +121,11 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
                     with _random_state_kept(group), watchdog.paused(), window.apart():
                         task.sample(done)
                     run_log.sampled(done)
-    except RuntimeError as error:
-        if group.world_size > 1 and any(word in str(error) for word in PEER_IS_GONE):
-            reason = str(error).strip().splitlines()[0]
-            raise RunFailedError(f"another process of this run is gone ({reason[:160]}); its own message says why, if it had "
-                                 "time for one; the same command goes on from the last checkpoint") from None
-        raise
     finally:
         run_log.close()
     return True
 
 
-PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "remote process exited", "NCCL error",
-                "Timed out waiting", "gloo")
-"""What PyTorch's back ends say when a process does not answer any more."""
 SKIPPED = "skipped."
 
 

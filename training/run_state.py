@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from tokenloom_common.files import file_hash, publish_folder, sync_path, write_json_atomic, write_text_atomic
+from training.agreement import by_dotted_name, check_same
 from training.config import RunConfig
 from training.config_loading import dump_config
 from training.process_group import Processes
@@ -87,6 +88,7 @@ class RunState:
 
         A refused resume changes nothing. A fresh start in a used folder puts what is there into RUN/before-1, before-2, ...
         """
+        check_same(self.group, self.facts, "what is trained")
         self.group.first_does(self._lock)
         self.resume_from = self.find()
 
@@ -226,8 +228,8 @@ class RunState:
         now = {"zero_stage": self.config.deepspeed.zero_stage,
                "batch_size": self.config.train.batch_size, "accumulation": self.config.train.accumulation,
                "seed": self.config.seed}
-        then = {**manifest, **_flat(manifest.get("facts", {}))}
-        now = {**now, **_flat(self.facts)}
+        then = {**manifest, **by_dotted_name(manifest.get("facts", {}))}
+        now = {**now, **by_dotted_name(self.facts)}
         differing = [f"{k} {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v][:3]
         if differing:
             raise ResumeError(f"{folder} was written by another kind of run ({'; '.join(differing)}): use the same settings, "
@@ -249,14 +251,6 @@ class RunState:
         else:
             seed_everything(self.config.seed + step, self.group.rank)  # a process that was not there draws its own numbers
         return step, {k.removeprefix(TASK): v for k, v in tensors.items() if k.startswith(TASK)}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of plain values by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat
 
 
 def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:

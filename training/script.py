@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
+from training.agreement import check_same, check_shared
 from training.config import RunConfig
 from training.config_loading import load_config
 from training.engine import processes
 from training.log import setup_console
 from training.log_writers import check_writers
 from training.loop import Task, run_training
-from training.process_group import Processes
-from training.run_state import RunState
+from training.process_group import Processes, peers_may_go
+from training.run_state import RunState, environment
 
 
 class Training(Protocol):
@@ -33,9 +35,12 @@ def train_from_command_line(argv: Sequence[str] | None, config_class: type[RunCo
                             training_class: Callable[[Any, Processes], Training], script: str, description: str) -> int:
     """Read the config, train, and export; a run that was complete is exported again only if its folder is missing."""
     config = load_config(config_class, sys.argv[1:] if argv is None else argv, script, description)
-    with processes(config.train.threads) as group:
+    with processes(config.train.threads) as group, peers_may_go(group):
         setup_console(group.is_first)
         group.first_does(lambda: check_writers(config.log))
+        check_same(group, config.plain(), "the config")
+        check_same(group, environment()["packages"], "what is installed")
+        check_shared(group, Path(config.run_dir), f"--run_dir {config.run_dir}")
         training = training_class(config, group)
         trained = run_training(training.task(), config, group, training.run_state)
         if trained or not (training.run_state.run_dir / "model").exists():

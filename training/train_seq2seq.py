@@ -70,7 +70,7 @@ class Seq2SeqTraining:
         self.config, self.group = config, group
         precision = resolve_precision(config, group.device)
         deepspeed_json(config, group.world_size, precision, parameters=1)  # a batch that cannot be divided is refused now
-        self.image_tokenizer = load_tokenizer(config.image_tokenizer)
+        self.image_tokenizer = group.first_then_others(lambda: load_tokenizer(config.image_tokenizer))
         self.fingerprint = code_fingerprint(self.image_tokenizer)
         self.shards = self._open(config.data.split)
         self.held_out = self._open(config.data.validation_split) if config.data.validation_split else None
@@ -107,7 +107,7 @@ class Seq2SeqTraining:
         if data.on_the_fly:
             source = self.group.first_then_others(lambda: open_training_pictures(data, split))
             return PictureTokens(source, self.image_tokenizer, self.fingerprint)
-        shards = TokenShards(data.path, split)
+        shards = self.group.first_then_others(lambda: TokenShards(data.path, split))
         check_same_tokenizer(shards.index, data.path, self.image_tokenizer.codebook_size, self.image_tokenizer.grid,
                              self.fingerprint, self.config.image_tokenizer)
         return shards
