@@ -27,7 +27,8 @@ from PIL import Image
 from benchmarks import harness
 from tokenloom_common.errors import UserError
 from training.data.batches import DataOrder, MicroBatches, batch_loader
-from training.data.sources import CaptionedImages, open_dataset
+from training.data.captioned_images import CaptionedImages
+from training.data.sources import open_dataset
 from training.data.token_shards import SplitIndex, TokenIndex, TokenShards, write_index, write_shard
 from training.data.training_sets import ImageVisits, TokenRows, TokenVisits
 

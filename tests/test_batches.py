@@ -111,7 +111,8 @@ def test_an_order_is_the_same_after_it_was_sent_to_a_worker():
     order = DataOrder(200, 7, 48, RUNS)
     before = order.items(150, 100)
     assert pickle.loads(pickle.dumps(order)).items(150, 100) == before
-    assert order.facts() == {"data.shuffle_rows": 48}
+    assert order.facts() == {"data.shuffle_rows": 48, "data.runs": DataOrder(200, 3, 48, RUNS).facts()["data.runs"]}
+    assert order.facts()["data.runs"] != DataOrder(200, 7, 48).facts()["data.runs"]
     assert DataOrder(200, 7, 200).facts() == {}
 
 

@@ -16,10 +16,11 @@ import pytest
 
 from tests.bad_images import ACCEPTED, REFUSED, encode, photo
 from tokenloom_common.errors import DataError, MissingFileError, UserError
+from training.data.captioned_images import BAD_ITEM_ERRORS
 from training.data.captions import MAX_CAPTION_CHARS, clean_caption, clean_captions
 from training.data.drops import BadItemError, DropCounter
 from training.data.layout import expand_braces, split_files
-from training.data.sources import BAD_ITEM_ERRORS, list_splits, load_source, open_dataset
+from training.data.sources import list_splits, load_source, open_dataset
 
 PNG = encode(photo(), "PNG")
 

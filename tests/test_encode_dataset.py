@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from tests import tiny
 from tokenizer_image import load_tokenizer
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.config import merge
-from tokenloom_common.errors import DataError, ResumeError, UserError
+from tokenloom_common.errors import DataError, ResumeError, RunFailedError, UserError
 from training import encode_dataset
 from training.data.batches import ItemId
+from training.data.drops import BadItem, DropCounter
 from training.data.encoding_plan import prepare
 from training.data.sources import open_dataset
 from training.data.token_shards import TokenShards
@@ -145,13 +147,117 @@ def test_what_is_damaged_of_an_earlier_run_is_encoded_again(damage, again, made,
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"views": {"flip": True}}, "another views"), ({"shard_rows": 7}, "another wanted shard_rows"),
-    ({"data": {"image_column": None, "max_bad_fraction": 0.5}}, "another data"),
-    ({"layout": {"kind": "colors", "grid": [2, 2]}}, "another layout")])
-def test_another_run_in_the_same_folder_starts_over(changes, words, made, tmp_path, group, monkeypatch, caplog):
+    ({"views": {"flip": True}}, "views.flip False then, True now"), ({"shard_rows": 7}, "shard_rows asked for 6 then, 7 now"),
+    ({"layout": {"kind": "colors", "grid": [2, 2]}}, "layout.kind none then, colors now")])
+def test_what_was_encoded_with_other_settings_is_not_thrown_away(changes, words, made, tmp_path, group, monkeypatch):
     stopped(made, tmp_path / "tokens", group, monkeypatch)
-    encode(made, tmp_path / "tokens", group, **changes)
-    assert words in caplog.text and "starting over" in caplog.text
+    with pytest.raises(ResumeError, match=rf"holds 2 shards .*{words}.*delete that folder to start over") as caught:
+        encode(made, tmp_path / "tokens", group, **changes)
+    assert caught.value.exit_code == 3
+    wrote = stop_after(99, monkeypatch)
+    encode(made, tmp_path / "tokens", group, data={"max_bad_fraction": 0.5})  # changes no token
+    assert len(wrote) == 2
+
+
+def test_changed_data_is_noticed(made, tmp_path, group, monkeypatch):
+    shutil.copytree(made / "data", tmp_path / "data")
+    data = {"path": str(tmp_path / "data")}
+    stopped(made, tmp_path / "tokens", group, monkeypatch, data=data)
+    (tmp_path / "data/train/12.txt").write_text("another caption")
+    with pytest.raises(ResumeError, match=r"rows\.train"):
+        encode(made, tmp_path / "tokens", group, data=data)
+    shutil.copy(made / "data/train/12.txt", tmp_path / "data/train/12.txt")
+    tiny.pictures(1, side=22)[0].save(tmp_path / "data/train/12.png")
+    with pytest.raises(ResumeError, match=r"rows\.train"):
+        encode(made, tmp_path / "tokens", group, data=data)
+
+
+def test_a_kill_while_it_publishes_loses_nothing(made, tmp_path, group, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_dataset, "publish_folder", lambda aside, out: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            encode(made, tmp_path / "tokens", group)
+    wrote = stop_after(99, monkeypatch)
+    assert len(encode(made, tmp_path / "tokens", group)) == 20
+    assert wrote == []
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_dataset, "remove_notes", lambda out: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            encode(made, tmp_path / "tokens", group)
+    assert len(TokenShards(tmp_path / "tokens", "train")) == 20
+    encode(made, tmp_path / "tokens", group)  # whose folder still has the notes
+    assert not (tmp_path / "tokens/plan.json").exists()
+
+
+def test_two_runs_do_not_encode_into_one_folder(made, tmp_path, group, monkeypatch):
+    write = encode_dataset.write_shard
+
+    def other_run(*rest):
+        with pytest.raises(UserError, match="another run is encoding into it"):
+            encode(made, tmp_path / "tokens", group)
+        return write(*rest)
+
+    monkeypatch.setattr(encode_dataset, "write_shard", other_run)
+    assert len(encode(made, tmp_path / "tokens", group)) == 20
+
+
+def test_a_shard_that_somebody_changed_is_not_published(made, tmp_path, group, monkeypatch):
+    mark = encode_dataset.mark_done
+
+    def changed(aside, shard, done):
+        mark(aside, shard, done)
+        (aside / shard.name).write_bytes(b"other")
+
+    monkeypatch.setattr(encode_dataset, "mark_done", changed)
+    with pytest.raises(RunFailedError, match=r"00000-of-00004\.arrow: changed after it was written"):
+        encode(made, tmp_path / "tokens", group)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_full_disk_is_said_and_the_other_processes_stop(made, tmp_path, group, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_dataset, "write_shard", full)
+        with pytest.raises(RunFailedError, match=r"no space left .*start the same command again"):
+            encode(made, tmp_path / "tokens", group)
+    assert (tmp_path / ".tokens.tmp/.failed-0").exists()
+    assert len(encode(made, tmp_path / "tokens", group)) == 20  # the mark is of the run before
+    reads = []
+    read = encode_dataset.Rows.__getitem__
+
+    def failing_elsewhere(self, row):
+        reads.append(row)
+        (tmp_path / ".tokens.tmp/.failed-1").touch()
+        return read(self, row)
+
+    monkeypatch.setattr(encode_dataset.Rows, "__getitem__", failing_elsewhere)
+    with pytest.raises(KeyError):  # alone, there is nobody to say what happened
+        encode(made, tmp_path / "tokens", group)
+    assert len(reads) == 4  # a batch
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"out": "/"}, "give the path of a folder of its own"), ({"out": "."}, "give the path of a folder of its own"),
+    ({"splits": []}, "splits")])
+def test_a_folder_or_splits_that_cannot_be_are_one_line(changes, words, made, group):
+    base = {"image_tokenizer": str(made / "tokenizer"), "data": {"path": str(made / "data")}, "out": "o"}
+    with pytest.raises(UserError, match=words):
+        DatasetEncoder(EncodeRunConfig.parse(merge(base, changes), "test"), group)
+
+
+def test_every_process_knows_how_many_rows_there_are(made):
+    """A process that only knew its own bad ones would end at the eleventh, however large the data."""
+    source = open_dataset(made / "data", split="train")
+    source.bad_items.append(BadItem("x", "no caption"))
+    counters = [DropCounter("d", 0.9) for _ in range(2)]
+    for counter, first in zip(counters, (True, False), strict=True):
+        counter.record_opened(source, first)
+        for _ in range(12):
+            counter.record("truncated", "y", seen_before=True)
+    assert [counter.seen for counter in counters] == [ROWS + 1] * 2
+    assert [counter.dropped for counter in counters] == [13, 12]
 
 
 def test_another_number_of_processes_keeps_to_the_shards_of_the_first_run(tmp_path):
@@ -159,8 +265,8 @@ def test_another_number_of_processes_keeps_to_the_shards_of_the_first_run(tmp_pa
     (tmp_path / "aside/train-00000-of-00004.json").write_text("{}")
     assert prepare(tmp_path / "aside", {"rows": [21], "shard_rows": 11}) == 6
     assert len(list((tmp_path / "aside").iterdir())) == 2
-    assert prepare(tmp_path / "aside", {"rows": [22], "shard_rows": 11}) == 11
-    assert [path.name for path in (tmp_path / "aside").iterdir()] == ["plan.json"]
+    with pytest.raises(ResumeError, match=r"rows \[21\] then, \[22\] now"):
+        prepare(tmp_path / "aside", {"rows": [22], "shard_rows": 11})
 
 
 def test_views_are_the_corners_and_mirrors_of_a_picture():
@@ -277,8 +383,9 @@ def test_streams_are_trained_on_and_rows_without_a_caption_passed_over(text, mad
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["dropped_items"] == 2
     assert len(training.order._plan(0)[2]) > 1
     assert not any(tmp_path.glob("run/**/*.arrow"))
-    with pytest.raises(ResumeError, match=r"data\.shuffle_rows"):
-        trained(made, tmp_path / "run", group, {**data, "shuffle_rows": 12}, train={"steps": 7}, **run)
+    for other in ({"shuffle_rows": 12}, {"streaming": False, "shuffle_rows": None}):
+        with pytest.raises(ResumeError, match=r"data\.shuffle_rows 8 then"):
+            trained(made, tmp_path / "run", group, {**data, **other}, train={"steps": 7}, **run)
 
 
 @pytest.mark.parametrize(("data", "words"), [

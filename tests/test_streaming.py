@@ -12,7 +12,7 @@ import torch
 
 from tests.bad_images import encode, photo
 from tests.test_data_sources import PNG, SAMPLES, as_bytes, own_cache, write_tar  # noqa: F401 (a fixture for all tests here)
-from tokenloom_common.errors import DataError, UserError
+from tokenloom_common.errors import DataError, RunFailedError, UserError
 from training.data import in_place
 from training.data.batches import DataOrder, MicroBatches, batch_loader
 from training.data.drops import BadItemError
@@ -172,3 +172,56 @@ def test_other_data_has_another_identity(parquet, tmp_path_factory):
     pq.write_table(pa.table({"image": pa.array([as_bytes(PNG)] * ROWS, kind), "text": ["other"] * ROWS}),
                    other / "train.parquet")
     assert open_dataset(other).identity() != cached.identity()
+
+
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for row in range(9):
+        pq.write_table(pa.table({"image": pa.array([as_bytes(PNG)], kind), "text": [f"picture {row}"]}),
+                       tmp_path / f"train-{row}.parquet")
+    monkeypatch.setattr(in_place, "MAX_OPEN", 3)
+    source = open_dataset(tmp_path, streamed_rows=1)
+    for row in (*range(9), 2, 0):
+        assert source[row].captions == [f"picture {row}"]
+        assert len(source.dataset._open) <= 3
+
+
+def test_what_the_machine_lacks_is_no_damaged_picture(parquet, monkeypatch):
+    source = open_dataset(parquet, streamed_rows=1)
+
+    def too_many(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(pq, "ParquetFile", too_many)
+    with pytest.raises(RunFailedError, match=r"train-0\.parquet: cannot be read \(.*Too many open files"):
+        source[3]
+
+
+def test_captions_of_a_damaged_row_group_are_none(parquet):
+    source = open_dataset(parquet, streamed_rows=1)
+    (parquet / "train-1.parquet").write_bytes(b"PAR1" * 40)
+    assert source.captions(22) == []
+    assert len(source.all_captions()) == 2 * (ROWS - 20)
+
+
+@pytest.mark.parametrize("column", [pa.array([["a list"]]), None])
+def test_files_with_other_columns_are_named(parquet, column):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {"image": pa.array([as_bytes(PNG)], kind), "other": ["x"]}
+    pq.write_table(pa.table(columns if column is None else {**columns, "text": ["plain"]}), parquet / "train-9.parquet")
+    words = "is missing" if column is None else "is string"
+    with pytest.raises(DataError, match=rf"train-9\.parquet: column 'text' {words}, and list"):
+        open_dataset(parquet, streamed_rows=1)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda rows: rows.unlink(), lambda rows: rows.write_bytes(rows.read_bytes()[:100]), lambda rows: rows.write_bytes(b""),
+    lambda rows: rows.with_suffix(".json").write_text('{"ro'), lambda rows: rows.with_suffix(".json").write_text("[]"),
+    lambda rows: rows.with_suffix(".json").write_text("{}")])
+def test_a_damaged_index_of_a_tar_is_made_again(tars, damage):
+    import datasets
+
+    expected = open_dataset(tars, streamed_rows=1).all_captions()
+    for rows in (datasets.config.HF_DATASETS_CACHE / "tokenloom-tar").glob("*.arrow"):
+        damage(rows)
+    assert open_dataset(tars, streamed_rows=1).all_captions() == expected

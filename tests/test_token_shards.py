@@ -178,6 +178,45 @@ def test_damaged_token_shards_are_named(shards, damage, error, words):
     assert "\n" not in str(caught.value)
 
 
+U16 = pyarrow.list_(pyarrow.uint16())
+GOOD = {"captions": pyarrow.array([["a"], ["b"]]), "tokens": pyarrow.array([[0, 1, 2, 3]] * 2, U16),
+        "key": pyarrow.array(["x", "y"])}
+
+
+@pytest.mark.parametrize(("columns", "words"), [
+    ({"tokens": pyarrow.array([[0, 1, 2], [3, 4, 5, 6, 7]], U16)}, "rows of tokens have 3 to 5 numbers"),
+    ({"tokens": pyarrow.array([[0, 1, 2, -1]] * 2)}, "column tokens is not as encode_dataset writes it"),
+    ({"tokens": pyarrow.array([[0.5] * 4] * 2)}, "column tokens is not as"),
+    ({"tokens": pyarrow.array([1, 2])}, "column tokens is not as"),
+    ({"tokens": pyarrow.array([[0, 1, 2, 3], None], U16)}, "column tokens .* 1 missing"),
+    ({"captions": pyarrow.array([["a"], None])}, "column captions .* 1 missing"),
+    ({"captions": pyarrow.array([["a"], []], pyarrow.list_(pyarrow.string()))}, "a row has no caption"),
+    ({"captions": pyarrow.array([["a"], ["b"]], pyarrow.large_list(pyarrow.string()))}, "column captions is not as"),
+    ({"captions": pyarrow.array([["a"], ["b"]], pyarrow.list_(pyarrow.large_string()))}, "column captions is not as"),
+    ({"captions": pyarrow.array(["a", "b"])}, "column captions is not as"),
+    ({"key": pyarrow.array([1, 2])}, "column key is not as")])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_files_that_others_wrote_otherwise_are_refused(columns, words, suffix, tmp_path):
+    table = pyarrow.table({**GOOD, **columns})
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    (tmp_path / "tokens.json").write_text(json.dumps({
+        "schema_version": 1, "tokenizer_fingerprint": "f", "codebook_size": 32, "grid": [2, 2],
+        "splits": {"train": {"rows": 2, "files": [f"a.{suffix}"]}}}))
+    with pytest.raises(UserError, match=words):
+        TokenShards(tmp_path, "train")
+
+
+@pytest.mark.parametrize("values", [{"grid": [-2, -2]}, {"grid": [0, 4]}, {"codebook_size": 10**15}])
+def test_an_index_that_cannot_be_is_refused(values, shards):
+    (shards / "tokens.json").write_text(json.dumps({**json.loads((shards / "tokens.json").read_text()), **values}))
+    with pytest.raises(UserError, match=next(iter(values))):
+        TokenShards(shards, "train")
+
+
 def test_large_shards_are_checked_when_their_first_row_is_read(shards, monkeypatch):
     monkeypatch.setattr(token_shards, "CHECKED_AT_ONCE", 0)
     _flip(shards / NAMES[1])

@@ -11,12 +11,15 @@ real: deepspeed training/encode_dataset.py --image_tokenizer RUN/model --data.pa
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy
 import torch
@@ -26,27 +29,47 @@ from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import pixels_to_float
-from tokenloom_common.errors import DataError, run_command
+from tokenloom_common.errors import DataError, RunFailedError, UserError, run_command
 from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
 from training.agreement import check_same, check_shared
 from training.config_loading import load_config
 from training.data.batches import careful_loader
-from training.data.drops import DropCounter, in_words
-from training.data.encoding_plan import DoneShard, Shard, cut, find_done, mark_done, prepare, reasons, remove_notes
+from training.data.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.drops import ALWAYS_TOLERATED, DropCounter, in_words
+from training.data.encoding_plan import (
+    FAILED,
+    NOTES,
+    PLAN,
+    DoneShard,
+    Shard,
+    check_whole,
+    cut,
+    find_done,
+    mark_done,
+    prepare,
+    reasons,
+    remove_notes,
+)
 from training.data.layouts import Layouts
-from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages, list_splits
+from training.data.sources import list_splits
 from training.data.token_shards import INDEX_NAME, SUFFIX, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
 from training.data.views import picture_views, view_names
 from training.engine import processes
 from training.log import setup_console
-from training.pictures import open_pictures
+from training.pictures import count_opened, open_pictures
 from training.process_group import Processes, peers_may_go
 from training.token_config import EncodeRunConfig
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
-OWN_FILES = (INDEX_NAME, f"*-?????-of-?????{SUFFIX}", "*-?????-of-?????.parquet")
+OWN_FILES = (INDEX_NAME, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}", "*-?????-of-?????.parquet")
+PATIENCE = timedelta(days=7)
+"""That processes wait for one another: one may have hours of shards before it when the others are done."""
+
+
+class _OthersFailedError(Exception):
+    """Another process met an error and will say so."""
 
 
 class EncodedRow(NamedTuple):
@@ -85,15 +108,27 @@ class DatasetEncoder:
         self.tokenizer = group.first_then_others(lambda: load_tokenizer(config.image_tokenizer, group.device))
         self.fingerprint = code_fingerprint(self.tokenizer)
         self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
-        self.out = Path(config.out)
+        out = Path(config.out)
+        if not out.name:
+            raise UserError(f"--out {config.out}: give the path of a folder of its own, such as runs/tokens")
+        self.out = out.resolve() if out.is_symlink() else out
+        self._held: IO[str] | None = None
         self.aside = self.out.with_name(f".{self.out.name}.tmp")
 
     def run(self) -> None:
         """Encode every split into `out`, which appears whole at the end."""
         check_shared(self.group, self.out.parent, f"--out {self.out}")
+        try:
+            self.group.first_does(self._hold)
+            self._run()
+        finally:
+            if self._held is not None:
+                self._held.close()
+
+    def _run(self) -> None:
         splits = self.group.first_does(self._splits)
         sources = {split: self._open(split) for split in splits}
-        shard_rows = self.group.first_does(lambda: prepare(self.aside, self._facts(sources)))
+        shard_rows: int = self.group.first_does(lambda: prepare(self.aside, self._facts(sources)))
         shards = {split: cut(split, len(source), shard_rows) for split, source in sources.items()}
         done = self.group.first_does(lambda: {
             shard.name: found for part in shards.values() for shard in part if (found := find_done(self.aside, shard))})
@@ -103,8 +138,19 @@ class DatasetEncoder:
 
     def _open(self, split: str) -> CaptionedImages:
         source = self.group.first_then_others(lambda: open_pictures(self.config.data, split))
-        self.group.first_does(lambda: self.drops.record_opened(source))
+        count_opened(self.drops, source, self.group)
         return source
+
+    def _hold(self) -> None:
+        """Of all runs, one encodes into a folder at a time: the first process's, until it ends."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        file = self.out.with_name(f".{self.out.name}.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.out}: another run is encoding into it; wait for it, stop it, or give another --out"
+                            ) from None
+        self._held = file
 
     def _splits(self) -> list[str]:
         refuse_others(self.out, OWN_FILES)
@@ -117,9 +163,10 @@ class DatasetEncoder:
         config = self.config
         longest = max(len(source) for source in sources.values())
         rows = {split: [len(source), source.identity()] for split, source in sources.items()}
-        return {"image tokenizer": self.fingerprint, "data": config.data.plain(), "layout": config.layout.plain(),
-                "views": config.views.plain(), "rows": rows,
-                "wanted shard_rows": config.shard_rows,
+        columns = {name: getattr(config.data, name) for name in ("caption_column", "image_column")}
+        return {"image tokenizer": self.fingerprint, "data": {"path": str(Path(config.data.path).resolve()), **columns},
+                "layout": config.layout.plain(), "views": config.views.plain(), "rows": rows,
+                "shard_rows asked for": config.shard_rows,
                 # every process has a shard to write
                 "shard_rows": min(config.shard_rows, -(-longest // self.group.world_size))}
 
@@ -138,10 +185,19 @@ class DatasetEncoder:
             try:
                 for shard in mine:
                     wrote[shard.name] = self._encode_shard(source, shard, bar)
+            except _OthersFailedError:
+                pass
             except Exception as error:
-                problem = error
+                problem = self._in_words(error)
+                (self.aside / f"{FAILED}{self.group.rank}").touch()
         self.group.raise_together(problem)
         return {name: one for part in self.group.gather(wrote) for name, one in part.items()}
+
+    def _in_words(self, error: Exception) -> Exception:
+        if getattr(error, "errno", None) != errno.ENOSPC:
+            return error
+        return RunFailedError(f"{self.aside}: no space left on the device; the shards that are whole stay: free some space, "
+                              "and start the same command again")
 
     def _encode_shard(self, source: CaptionedImages, shard: Shard, bar: Any) -> DoneShard:
         rows: list[EncodedRow] = []
@@ -150,6 +206,8 @@ class DatasetEncoder:
         reader = Rows(source, self.tokenizer.config.resolution, self.config)
         for batch in careful_loader(reader, list, sampler=shard.rows, batch_size=self.config.batch_size,
                                     num_workers=self.config.workers):
+            if any(self.aside.glob(f"{FAILED}*")):
+                raise _OthersFailedError
             good = [row for row in batch if row.views is not None]
             bad = [(row.key, row.reason) for row in batch if row.views is None]
             self._count(bad)
@@ -184,13 +242,18 @@ class DatasetEncoder:
         found: Counter[str] = reasons(list(done.values())) + self.drops.opened
         if not rows:
             raise DataError(f"{self.config.data.path}: not one picture could be encoded ({in_words(found)})")
+        limit = max(ALWAYS_TOLERATED, self.config.data.max_bad_fraction * self.drops.seen)
+        if found.total() > limit:  # a process counts its own
+            raise DataError(f"{self.config.data.path}: {found.total():,} of {self.drops.seen:,} are unusable "
+                            f"({in_words(found)}), more than max_bad_fraction {self.config.data.max_bad_fraction:g} allows")
+        check_whole(self.aside, [file for part in files.values() for file in part])
         layouts = Layouts(self.config.layout).index() if self.config.layout.kind != "none" else None
-        remove_notes(self.aside)
         write_index(self.aside, TokenIndex(
             tokenizer_fingerprint=self.fingerprint, codebook_size=self.tokenizer.codebook_size, grid=self.tokenizer.grid,
             views=view_names(self.config.views), layout=layouts, dropped=dict(found),
             splits={split: SplitIndex(rows=sum(file.rows for file in part), files=part) for split, part in files.items()}))
         publish_folder(self.aside, self.out)
+        remove_notes(self.out)
         if found:
             log.warning("passed over %d unusable pictures (%s)", found.total(), in_words(found))
         log.info("token shards: %s (%s rows)", self.out, f"{rows:,}")
@@ -199,7 +262,7 @@ class DatasetEncoder:
 def run(argv: Sequence[str] | None) -> int:
     """Encode from command-line arguments."""
     config = load_config(EncodeRunConfig, sys.argv[1:] if argv is None else argv, "encode_dataset.py", __doc__ or "")
-    with processes(config.threads) as group, peers_may_go(group):
+    with processes(config.threads, PATIENCE) as group, peers_may_go(group):
         setup_console(group.is_first)
         check_same(group, config.plain(), "the config")
         DatasetEncoder(config, group).run()

@@ -14,6 +14,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,16 @@ log = logging.getLogger(__name__)
 DEEPSPEED_TAG = "deepspeed"  # folder inside a checkpoint that holds what DeepSpeed itself writes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Of what a module computes in, by precision."""
+PATIENCE = timedelta(hours=2)
+"""That processes wait for one another: the first one reads the headers of all tar shards alone. (Steps have the watchdog.)"""
 MODEL = "model"  # name of the engine that a run is about; a further one (a discriminator) has its own
 
 
 @contextmanager
-def processes(threads: int = 0) -> Iterator[Processes]:
+def processes(threads: int = 0, patience: timedelta = PATIENCE) -> Iterator[Processes]:
     """Join the launcher's processes, or be the only one when there is no launcher; leave them at the end.
 
-    Sets the global state of this program: threads, TF32, the process group.
+    Sets the global state of this program: threads, TF32, the process group. patience: how long one waits for the others.
     """
     deepspeed = _import_deepspeed()
     alone = "RANK" not in os.environ
@@ -61,7 +64,7 @@ def processes(threads: int = 0) -> Iterator[Processes]:
     local_world = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     with meeting():
-        deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, timeout=patience)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
     finally:

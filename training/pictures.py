@@ -11,9 +11,10 @@ import torch
 from tokenloom_common.errors import DataError
 from training.config import DataConfig, PicturesConfig
 from training.data.batches import DataOrder
+from training.data.captioned_images import CaptionedImages
 from training.data.drops import DropCounter, in_words
 from training.data.picture_tokens import PictureTokens
-from training.data.sources import CaptionedImages, open_dataset
+from training.data.sources import open_dataset
 from training.data.token_shards import TokenShards
 from training.data.training_sets import Dropped
 from training.process_group import Processes
@@ -51,6 +52,17 @@ def picture_order(data: DataConfig, source: CaptionedImages, seed: int) -> DataO
     return DataOrder(len(source), seed, (data.shuffle_rows or SHUFFLE_ROWS) if data.streaming else 0, source.runs)
 
 
+def count_opened(counter: DropCounter, source: CaptionedImages, group: Processes) -> None:
+    """Count what a source found when it was opened: every process knows how many rows there are, the first one counts the
+    unusable ones. DataError on all processes when they are too many."""
+    problem: Exception | None = None
+    try:
+        counter.record_opened(source, group.is_first)
+    except DataError as error:
+        problem = error
+    group.raise_together(problem)
+
+
 class PictureDrops:
     """Unusable pictures that a training meets, each counted once however often its turn comes."""
 
@@ -60,7 +72,7 @@ class PictureDrops:
         self._known: set[str] = set()
         self.problem: Exception | None = None
         """Set when this process met more of them than data.max_bad_fraction allows."""
-        group.first_does(lambda: self._counter.record_opened(source))
+        count_opened(self._counter, source, group)
 
     def count(self, dropped: Iterable[Dropped]) -> None:
         """Those that were passed over for a batch."""

@@ -230,7 +230,8 @@ class RunState:
                "seed": self.config.seed}
         then = {**manifest, **by_dotted_name(manifest.get("facts", {}))}
         now = {**now, **by_dotted_name(self.facts)}
-        differing = [f"{k} {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v][:3]
+        gone = {name: None for name in then if name.startswith("data.") and name not in now}  # another order of the data
+        differing = [f"{k} {then.get(k)} then, {v} now" for k, v in {**now, **gone}.items() if then.get(k) != v][:3]
         if differing:
             raise ResumeError(f"{folder} was written by another kind of run ({'; '.join(differing)}): use the same settings, "
                               "another --run_dir, or --checkpoint.resume never")

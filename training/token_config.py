@@ -82,7 +82,7 @@ class EncodeRunConfig(StrictConfig):
     out: str = Field(description="folder for the token shards")
     layout: LayoutConfig = LayoutConfig()
     views: ViewsConfig = ViewsConfig()
-    splits: list[str] | None = Field(None, description="splits to encode; none = every split of the data")
+    splits: list[str] | None = Field(None, min_length=1, description="splits to encode; none = every split of the data")
     batch_size: int = Field(64, ge=1, description="pictures at a time and process")
     shard_rows: int = Field(50_000, ge=1, le=1_000_000, description="rows per shard; a run that is started again goes on after "
                             "the last whole one")

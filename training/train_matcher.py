@@ -25,8 +25,8 @@ from seq2seq.losses import masked_text_loss
 from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.data.batches import MicroBatches, batch_loader
+from training.data.captioned_images import CaptionedImages
 from training.data.captioned_visits import CaptionedBatch, CaptionedVisits, CollateCaptioned
-from training.data.sources import CaptionedImages
 from training.data.training_sets import Captions
 from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision

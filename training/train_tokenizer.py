@@ -25,7 +25,7 @@ from training.adversary import Adversary
 from training.codebook_health import CodebookHealth
 from training.config import TokenizerRunConfig
 from training.data.batches import ItemId, MicroBatches, batch_loader
-from training.data.sources import CaptionedImages
+from training.data.captioned_images import CaptionedImages
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
 from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision

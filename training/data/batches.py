@@ -158,9 +158,11 @@ class DataOrder:
             position, done = position + len(rows), done + len(rows)
         return Items(epochs, indices)
 
-    def facts(self) -> dict[str, int]:
+    def facts(self) -> dict[str, Any]:
         """What a run that goes on must have alike, beyond length and seed."""
-        return {} if self.shuffle_rows == self.length else {"data.shuffle_rows": self.shuffle_rows}
+        if self.shuffle_rows == self.length:
+            return {}
+        return {"data.shuffle_rows": self.shuffle_rows, "data.runs": f"{_key(repr(self._runs.tolist())):016x}"}
 
     def batch(self, step: int, batch_size: int) -> Items:
         """The items of global batch `step`, in order; a batch may span two epochs."""

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.progress import progress
+from training.data.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.drops import BadItem
-from training.data.sources import BAD_ITEM_ERRORS, CaptionedImages, load_source
+from training.data.sources import load_source
 
 SHOWN = 20  # unusable items listed by name
 
 
 def check_data(path: str | Path, *, split: str | None = None, caption_column: str | None = None,
-               image_column: str | None = None) -> dict[str, Any]:
+               image_column: str | None = None, streaming: bool = False) -> dict[str, Any]:
     """Decode every picture once and report; `usable` 0 means that nothing can be trained on.
 
     UserError, MissingFileError and DataError as from `open_dataset`, except that unusable items are reported.
     """
-    data = load_source(path, split=split, caption_column=caption_column, image_column=image_column)
+    data = load_source(path, split=split, caption_column=caption_column, image_column=image_column,
+                       streamed_rows=int(streaming))
     bad = list(data.bad_items)
     sizes: list[tuple[int, int]] = []
     lengths: list[int] = []

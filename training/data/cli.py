@@ -57,6 +57,8 @@ def _parser() -> OneLineParser:
     check.add_argument("--split", help="default: train, or the only one")
     check.add_argument("--caption_column", "--caption-column", help="default: text, captions, caption or prompt")
     check.add_argument("--image_column", "--image-column", help="default: image")
+    check.add_argument("--streaming", action="store_true", help="read parquet and tar shards where they lie, without a copy in "
+                       "the cache of `datasets`")
     check.add_argument("--json", type=Path, metavar="FILE", help="also write the whole report there")
     return parser
 
@@ -109,13 +111,13 @@ def _check(arguments: argparse.Namespace) -> int:
         raise UserError(f"--json {arguments.json}: exists and is not a report of this command; give another file")
     try:
         if is_token_folder(arguments.path):
-            if arguments.caption_column or arguments.image_column:
-                raise UserError(f"{arguments.path}: token shards, whose columns have fixed names; leave --caption-column and "
-                                "--image-column out")
+            if arguments.caption_column or arguments.image_column or arguments.streaming:
+                raise UserError(f"{arguments.path}: token shards, whose columns have fixed names; leave --caption-column, "
+                                "--image-column and --streaming out")
             report = check_tokens(arguments.path, arguments.split)
         else:
             report = check_data(arguments.path, split=arguments.split, caption_column=arguments.caption_column,
-                                image_column=arguments.image_column)
+                                image_column=arguments.image_column, streaming=arguments.streaming)
     except DataError as error:  # nothing usable is this command's finding, not its failure to work
         print(error)
         return 1

@@ -72,9 +72,15 @@ class DropCounter:
             raise DataError(f"{self.where}: {self.summary()}, more than max_bad_fraction {self.max_bad_fraction:g} "
                             f"allows (last: {key}); look with `tokenloom data check`")
 
-    def record_opened(self, source: Any) -> None:
-        """Count what a source (CaptionedImages) found when it was opened: its items, and those it could not use."""
+    def record_opened(self, source: Any, first: bool = True) -> None:
+        """Count what a source (CaptionedImages) found when it was opened: its items, and those it could not use.
+
+        first: of the processes that opened it, the one that counts the unusable ones.
+        """
         self.record_good(len(source))
+        if not first:
+            self.seen += len(source.bad_items)
+            return
         for item in source.bad_items:
             self.opened[item.reason] += 1
             self.record(item.reason, item.key)

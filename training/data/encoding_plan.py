@@ -14,12 +14,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenloom_common.errors import ResumeError, RunFailedError
 from tokenloom_common.files import file_hash, write_json_atomic
+from training.agreement import by_dotted_name
 from training.data.token_shards import SUFFIX, ShardFile
 
 log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
+NOTES = "*-?????-of-?????.json"
+FAILED = ".failed-"
+"""Beginning of the name of a file that a process leaves which met an error, so that the others do not work on for hours."""
 
 
 class Shard(NamedTuple):
@@ -53,21 +58,27 @@ def cut(split: str, rows: int, shard_rows: int) -> list[Shard]:
 def prepare(aside: Path, facts: dict[str, Any]) -> int:
     """Make the folder, or keep what an earlier run with the same facts left in it -> rows per shard.
 
-    facts["shard_rows"] is what the first run chose; a run on another number of processes keeps to it.
+    facts["shard_rows"] is what the first run chose; a run on another number of processes keeps to it. ResumeError when what is
+    there is of other facts.
     """
+    for mark in aside.glob(f"{FAILED}*"):
+        mark.unlink()
     try:
         earlier = json.loads((aside / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         earlier = None
     if isinstance(earlier, dict):
-        theirs, ours = ({name: value for name, value in one.items() if name != "shard_rows"}
+        theirs, ours = ({name: value for name, value in by_dotted_name(one).items() if name != "shard_rows"}
                         for one in (earlier, _plain(facts)))
-        if theirs == ours and isinstance(earlier.get("shard_rows"), int):
+        changed = [f"{name} {theirs.get(name)} then, {ours.get(name)} now" for name in {**theirs, **ours}
+                   if theirs.get(name) != ours.get(name)][:3]
+        if changed:
+            count = len(list(aside.glob(f"*{SUFFIX}")))
+            raise ResumeError(f"{aside} holds {count:,} shards of an encoding that was stopped and had other settings "
+                              f"({'; '.join(changed)}): use the same, delete that folder to start over, or give another --out")
+        if isinstance(earlier.get("shard_rows"), int):
             log.info("%s: going on with what an earlier run encoded", aside)
             return earlier["shard_rows"]
-        changed = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
-        log.warning("%s: what an earlier run encoded is not of this one (another %s); starting over", aside,
-                    ", ".join(changed) or "shard_rows")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write_json_atomic(aside / PLAN, facts)
@@ -107,10 +118,18 @@ def _beside(aside: Path, shard: Shard) -> Path:
     return aside / f"{Path(shard.name).stem}.json"
 
 
-def remove_notes(aside: Path) -> None:
+def remove_notes(folder: Path) -> None:
     """Leave only what token shards are made of."""
-    for path in aside.glob("*.json"):
-        path.unlink()
+    for path in [folder / PLAN, *folder.glob(NOTES)]:
+        path.unlink(missing_ok=True)
+
+
+def check_whole(aside: Path, files: list[ShardFile]) -> None:
+    """RunFailedError when a file that was written is not there any more as it was."""
+    for file in files:
+        path = aside / file.name
+        if not path.is_file() or path.stat().st_size != file.size:
+            raise RunFailedError(f"{path}: changed after it was written; is another run encoding into the same folder?")
 
 
 def reasons(done: list[DoneShard]) -> Counter[str]:

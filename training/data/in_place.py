@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import json
 import os
@@ -13,12 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from tokenloom_common.errors import one_line
+from tokenloom_common.errors import RunFailedError, one_line
+from tokenloom_common.files import sync_path
 from training.data.dataset_folder import quiet_datasets
 from training.data.drops import BadItem, BadItemError
 from training.data.folder_source import Collector, as_dataset
 from training.data.tar_source import read_tars
 
+MAX_OPEN = 32  # files; a process may often have 1,024, and workers multiply them
+OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM}
+"""What says nothing against a file: no picture is counted as unusable for it."""
 INDEX_FORMAT = 1  # raise it when a tar's index holds something else
 
 
@@ -29,8 +35,8 @@ class RowGroups:
     group's rows begin, ending with the number of all rows. Can be pickled; what is kept is not.
     """
 
-    def __init__(self, files: Sequence[Path], keep_rows: int, columns: Sequence[str] | None = None) -> None:
-        """columns: to be read, none = all. Every file must have a readable footer (`table_source.whole_files`)."""
+    def __init__(self, files: Sequence[Path], keep_rows: int) -> None:
+        """Every file must have a readable footer (`table_source.whole_files`)."""
         import pyarrow.parquet as pq
 
         self.files, self.keep_rows = list(files), keep_rows
@@ -41,11 +47,11 @@ class RowGroups:
             for group in range(metadata.num_row_groups):
                 self._groups.append((number, group))
                 self.runs.append(self.runs[-1] + metadata.row_group(group).num_rows)
-        self.column_names = list(columns) if columns is not None else pq.read_schema(self.files[0]).names
+        self.column_names: list[str] = pq.read_schema(self.files[0]).names
         self._start()
 
     def _start(self) -> None:
-        self._open: dict[int, Any] = {}
+        self._open: OrderedDict[int, Any] = OrderedDict()
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._starts = numpy.array(self.runs)
         self._largest = int(numpy.diff(self._starts).max())
@@ -68,7 +74,10 @@ class RowGroups:
 
     def select_columns(self, names: Sequence[str]) -> RowGroups:
         """The same rows with some of their columns, of which alone is read."""
-        return RowGroups(self.files, self.keep_rows, names)
+        other = copy.copy(self)
+        other.column_names = list(names)
+        other._start()
+        return other
 
     def __getitem__(self, index: int | slice) -> Any:
         import pyarrow as pa
@@ -82,19 +91,28 @@ class RowGroups:
             first = end
         return parts[0] if len(parts) == 1 else pa.concat_tables(parts)
 
+    def _file(self, number: int) -> Any:
+        import pyarrow.parquet as pq
+
+        if number not in self._open:
+            while len(self._open) >= MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+            self._open[number] = pq.ParquetFile(self.files[number], memory_map=True)
+        self._open.move_to_end(number)
+        return self._open[number]
+
     def _group(self, number: int) -> Any:
         if number in self._kept:
             self._kept.move_to_end(number)
             return self._kept[number]
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         file, group = self._groups[number]
         try:
-            if file not in self._open:
-                self._open[file] = pq.ParquetFile(self.files[file], memory_map=True)
-            table = self._open[file].read_row_group(group, columns=self.column_names, use_threads=False)
-        except (pa.ArrowException, OSError, KeyError) as error:
+            table = self._file(file).read_row_group(group, columns=self.column_names, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) in OF_THE_MACHINE:
+                raise RunFailedError(f"{self.files[file]}: cannot be read ({one_line(error)})") from None
             raise BadItemError(f"{self.files[file].name} row group {group}", "broken parquet file", one_line(error)) from None
         self._kept[number] = table
         while sum(len(kept) for kept in self._kept.values()) > self.keep_rows + self._largest:  # buckets end so
@@ -114,7 +132,7 @@ class TarRows(NamedTuple):
 
 def indexed_tars(shards: Sequence[Path], root: Path, caption_column: str | None, image_column: str | None) -> TarRows:
     """Read the headers of every shard that has no index yet, and map the indices. They lie in the cache of `datasets`."""
-    from datasets import Dataset, concatenate_datasets
+    from datasets import concatenate_datasets
     from datasets.config import HF_DATASETS_CACHE
 
     cache = Path(HF_DATASETS_CACHE) / "tokenloom-tar"
@@ -126,15 +144,18 @@ def indexed_tars(shards: Sequence[Path], root: Path, caption_column: str | None,
     with quiet_datasets():
         for shard in shards:
             rows = cache / f"{_identity(shard, root, caption_column, image_column)}.arrow"
-            beside = rows.with_suffix(".json")
-            if not beside.is_file():
+            opened = _open_index(rows)
+            if opened is None:
                 _write_index(rows, read_tars([shard], root, caption_column, image_column))
-            facts = json.loads(beside.read_text(encoding="utf-8"))
+                opened = _open_index(rows)
+            if opened is None:
+                raise RunFailedError(f"{rows}: the index of {shard} was written and cannot be read; look at the disk")
+            facts, table = opened
             bad += [BadItem(*one) for one in facts["bad"]]
             repairs.update(facts["repairs"])
             columns |= set(facts["columns"])
             if facts["rows"]:
-                found.append(Dataset.from_file(str(rows)))
+                found.append(table)
                 runs.append(runs[-1] + facts["rows"])
         dataset = concatenate_datasets(found) if found else as_dataset(Collector(), in_tar=True)
     return TarRows(dataset, bad, repairs, sorted(columns), runs)
@@ -148,6 +169,19 @@ def _identity(shard: Path, root: Path, caption_column: str | None, image_column:
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
+def _open_index(path: Path) -> tuple[dict[str, Any], Any] | None:
+    """A shard's facts and rows; None where there is no whole index."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        table = Dataset.from_file(str(path))
+        return (facts, table) if set(facts) >= {"bad", "repairs", "columns"} and len(table) == facts["rows"] else None
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
+        return None
+
+
 def _write_index(path: Path, collector: Collector) -> None:
     """Rows as an Arrow stream, then the facts beside them, which say that the rows are whole."""
     import pyarrow as pa
@@ -158,7 +192,9 @@ def _write_index(path: Path, collector: Collector) -> None:
     table = dataset.data.table.combine_chunks()
     with pa.ipc.new_stream(str(aside), table.schema) as writer:
         writer.write_table(table)
+    sync_path(aside)
     os.replace(aside, path)
     aside.write_text(json.dumps({"rows": len(dataset), "bad": collector.bad, "repairs": dict(collector.repairs),
                                  "columns": sorted(collector.columns)}), encoding="utf-8")
+    sync_path(aside)
     os.replace(aside, path.with_suffix(".json"))

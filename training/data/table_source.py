@@ -66,8 +66,17 @@ def whole_files(files: list[Path], root: Path, caption_column: str | None, image
     if not good:
         raise DataError(f"{root}: none of its {len(files):,} parquet files can be read (first: {bad[0].key}); "
                         "copy or download them again")
-    return Files(good, pick_column(image_column, IMAGE_COLUMNS, columns, "image", str(root)),
-                 pick_column(caption_column, CAPTION_COLUMNS, columns, "caption", str(root)), bad)
+    image_column = pick_column(image_column, IMAGE_COLUMNS, columns, "image", str(root))
+    caption_column = pick_column(caption_column, CAPTION_COLUMNS, columns, "caption", str(root))
+    first = pq.read_schema(good[0])
+    for path in good[1:]:
+        schema = pq.read_schema(path)
+        for column in (image_column, caption_column):
+            if column not in schema.names or schema.field(column).type != first.field(column).type:
+                what = f"is {schema.field(column).type}" if column in schema.names else "is missing"
+                raise DataError(f"{path}: column '{column}' {what}, and {first.field(column).type} in {good[0].name}; files "
+                                "of a split must have the same columns")
+    return Files(good, image_column, caption_column, bad)
 
 
 def read_parquet(files: list[Path], root: Path, caption_column: str | None, image_column: str | None) -> Table:

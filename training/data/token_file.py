@@ -21,6 +21,7 @@ def require_pyarrow() -> Any:
     """pyarrow, with its parquet and ipc parts; UserError that names the extra when it is not installed."""
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
@@ -35,6 +36,7 @@ class TokenFile:
         pyarrow = require_pyarrow()
         self.path, self._shapes, self._blake2b = path, shapes, blake2b
         self._checked = False
+        self._check_types(table, pyarrow)
         self.keys = _one(table.column("key"))
         captions = _one(table.column("captions"))
         self._ends = captions.offsets.to_numpy()
@@ -44,8 +46,28 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def _check_types(self, table: Any, pyarrow: Any) -> None:
+        """What the arrays of Arrow are read as below. UserError naming the column."""
+        types, numbers = pyarrow.types, (pyarrow.uint16(), pyarrow.uint32())
+        captions = table.schema.field("captions").type
+        wrong = [] if types.is_list(captions) and captions.value_type == pyarrow.string() else ["captions"]
+        wrong += [] if table.schema.field("key").type == pyarrow.string() else ["key"]
+        for name in self._shapes:
+            kind = table.schema.field(name).type
+            is_list = types.is_list(kind) or types.is_fixed_size_list(kind)
+            wrong += [] if is_list and kind.value_type in numbers else [name]
+        wrong += [name for name in table.column_names if table.column(name).null_count]
+        if wrong:
+            found, missing = table.schema.field(wrong[0]).type, table.column(wrong[0]).null_count
+            raise UserError(f"{self.path}: column {wrong[0]} is not as encode_dataset writes it ({found}, {missing:,} "
+                            f"missing); {AGAIN}")
+
     def _as_array(self, column: Any, name: str, pyarrow: Any) -> numpy.ndarray:
         views, (height, width), _ = self._shapes[name]
+        lengths = numpy.unique(pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False))
+        if lengths.size > 1:
+            raise UserError(f"{self.path}: rows of {name} have {lengths.min()} to {lengths.max()} numbers, not one length; "
+                            f"{AGAIN}")
         flat = column.flatten().to_numpy(zero_copy_only=True)
         if flat.size != len(column) * views * height * width:
             raise UserError(f"{self.path}: {flat.size:,} numbers of {name} in {len(column):,} rows do not fill {views} "
@@ -59,6 +81,8 @@ class TokenFile:
 
     def check(self) -> None:
         """Compare the hash with the index's and the numbers with what they may be. UserError naming the file."""
+        if (numpy.diff(self._ends) < 1).any():
+            raise UserError(f"{self.path}: a row has no caption; {AGAIN}")
         if self._blake2b is not None and file_hash(self.path) != self._blake2b:
             raise UserError(f"{self.path}: damaged (its hash is not the one that tokens.json has); {AGAIN}")
         for name, array in self.columns.items():
@@ -122,5 +146,5 @@ def open_token_file(folder: Path, name: str, size: int | None, blake2b: str | No
         return TokenFile(path, table, shapes, blake2b)
     except UserError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a whole token shard ({' '.join(str(error).split())[:200]}); {AGAIN}") from None

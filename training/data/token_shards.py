@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy
 from pydantic import Field, field_validator
@@ -54,12 +54,15 @@ class SplitIndex(StrictConfig):
         return [{"name": one} if isinstance(one, str) else one for one in files] if isinstance(files, list) else files
 
 
+Side = Annotated[int, Field(ge=1, le=1 << 12)]
+
+
 class LayoutIndex(StrictConfig):
     """What the layouts are: classes of the data or colours of the picture, how many, and on what grid."""
 
     kind: Literal["classes", "colors"]
     classes: int = Field(ge=2, le=1 << 16)
-    grid: tuple[int, int]
+    grid: tuple[Side, Side]
 
 
 class TokenIndex(StrictConfig):
@@ -67,8 +70,8 @@ class TokenIndex(StrictConfig):
 
     schema_version: int = SCHEMA_VERSION
     tokenizer_fingerprint: str
-    codebook_size: int = Field(ge=2)
-    grid: tuple[int, int]
+    codebook_size: int = Field(ge=2, le=1 << 26)
+    grid: tuple[Side, Side]
     views: list[str] = Field(default_factory=lambda: ["plain"], min_length=1)
     layout: LayoutIndex | None = None
     splits: dict[str, SplitIndex]

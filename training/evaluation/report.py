@@ -23,7 +23,8 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.perceptual import NETWORKS
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, refuse_others, write_json_atomic
-from training.data.sources import CaptionedImages, list_splits, open_dataset
+from training.data.captioned_images import CaptionedImages
+from training.data.sources import list_splits, open_dataset
 from training.evaluation.cli import TOKENIZER_COMMAND as COMMAND
 from training.evaluation.features import EXTRACTORS, FID_WEIGHTS_NAME, FeatureExtractor, load_extractor
 from training.evaluation.pictures import side_by_side
