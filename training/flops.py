@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from inference.matcher import Matcher, MatcherConfig
 from inference.meta_device import autocast_on_meta, build_on_meta
 from seq2seq import KINDS, TransformerConfig
-from seq2seq.config import LayersConfig
 from tokenizer_image import ImageTokenizer, ImageTokenizerConfig, build_tokenizer
 from tokenizer_image.quantizers import Quantizer
+from training.activations import text_on_meta
 
 
 @lru_cache(maxsize=32)
@@ -57,15 +57,6 @@ def training_flops(forward: int) -> int:
     needs, not what a run does (Chowdhery et al. 2022, appendix B).
     """
     return 3 * forward
-
-
-def text_on_meta(config: LayersConfig, captions: int) -> tuple[Tensor, Tensor]:
-    """Text ids [B, T] (or features [B, T, F]) and their mask [B, T], as a batch has them."""
-    shape = (captions, config.text_length)
-    mask = torch.empty(shape, dtype=torch.bool, device="meta")
-    if config.text_feature_width is not None:
-        return torch.empty(*shape, config.text_feature_width, device="meta"), mask
-    return torch.empty(shape, dtype=torch.int64, device="meta"), mask
 
 
 def _ids(count: int) -> Tensor:
