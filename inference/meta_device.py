@@ -52,8 +52,8 @@ def peak_on_meta(run: Callable[[], object], model: nn.Module) -> int:
 
 @contextmanager
 def fused_attention(with_dropout: bool = False) -> Iterator[None]:
-    """Attention on the meta device that keeps its scores to itself, as the kernels of CPU and CUDA do where a head's numbers lie
-    side by side; the meta device has none of them and would make the scores always.
+    """Attention on the meta device that keeps its scores to itself, as the kernels of CPU and CUDA do where a head's numbers
+    lie side by side; the meta device has none of them and would make the scores always.
 
     with_dropout: also where attention weights are dropped, which CUDA's kernels do and the CPU's does not.
     """

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from inference.matcher import Matcher, MatcherConfig
 from inference.meta_device import Alive, autocast_on_meta, build_on_meta, fused_attention
@@ -20,12 +22,15 @@ from seq2seq.losses import TokenLossConfig, loss_parts, masked_text_loss, region
 from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer, tokenizer_loss
 from tokenizer_image.adversarial import LeCAM, discriminator_objective, generator_loss, generator_weight
 from tokenizer_image.discriminators import build_discriminator
-from tokenizer_image.quantizers import Quantizer
+from tokenizer_image.quantizers import Quantizer, QuantizerConfig
 from training.config import TokenizerRunConfig
+from training.engine import DTYPES
 from training.matcher_config import MatcherLossConfig
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEARNING_COPIES = {False: 4, True: 6}
+"""learn_codebook_by_gradient -> float32 tables of positions x codes that vector-quantize-pytorch 1.32 has at once when a
+codebook learns (measured: tests/test_activations.py)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,11 @@ class Activations:
     def worst(self, held: Callable[[int], int] = lambda numbers: 0) -> tuple[int, int]:
         """(activations, gradients) in bytes where their sum is largest, if `held(numbers)` bytes of gradients stay."""
         return max(((alive, held(done)) for alive, done in self.peaks), key=sum)
+
+    def towards(self, other: Activations, times: int) -> Activations:
+        """What follows on a straight line through this one and `other`, `times` their distance from this one."""
+        pairs = zip(self.peaks, other.peaks, strict=True)
+        return Activations(tuple((one + times * (two - one), done) for (one, done), (two, _) in pairs))
 
 
 def trace(run: Callable[[], object], parameters: Iterable[nn.Parameter], model: nn.Module, with_dropout: bool = False
@@ -137,13 +147,38 @@ def tokenizer_model(config: TokenizerRunConfig, precision: str) -> ImageTokenize
     for part in model.modules():  # a codebook that learns looks at its numbers, and there are none
         if isinstance(part, Quantizer):
             part.eval()
+            if not model.codes_frozen:
+                part.register_forward_pre_hook(_learning_codebook)
     return model.to(DTYPES[precision])
 
 
+def _learning_codebook(quantizer: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Hold for a moment what a codebook that learns compares: distances to all codes, and choices as one-hot rows."""
+    options: QuantizerConfig = quantizer.config
+    copies = LEARNING_COPIES[options.learn_codebook_by_gradient] if options.kind in ("vq", "residual") else 0
+    positions = inputs[0].numel() // inputs[0].shape[1]
+    torch.empty(copies, positions, quantizer.codebook_size, device=inputs[0].device)
+
+
 def tokenizer_activations(config: TokenizerRunConfig, count: int, precision: str) -> Activations:
-    """Of an image tokenizer and its discriminator and perceptual network, and a micro-batch of `count` pictures."""
-    model, parts, side = tokenizer_model(config, precision), nn.ModuleDict(), config.model.resolution
-    parts["model"] = model
+    """Of an image tokenizer with its discriminator and perceptual network, and a micro-batch of `count` pictures."""
+    parts, step = _tokenizer_step(config, count, precision)
+    return trace(step, [p for p in parts["model"].parameters() if p.requires_grad], parts)
+
+
+def tokenizer_flops(config: TokenizerRunConfig) -> int:
+    """Of forward and backward over one picture, of all that a step runs: discriminator, perceptual network, both directions."""
+    train = config.train.model_copy(update={"gradient_checkpointing": False})
+    _, step = _tokenizer_step(config.model_copy(update={"train": train}), 1, "float32")
+    with FlopCounterMode(display=False) as counter, autocast_on_meta():
+        step()
+    return counter.get_total_flops()
+
+
+def _tokenizer_step(config: TokenizerRunConfig, count: int, precision: str) -> tuple[nn.ModuleDict, Callable[[], None]]:
+    """The networks of a tokenizer's training on the meta device, and a step as train_tokenizer has it."""
+    model, side = tokenizer_model(config, precision), config.model.resolution
+    parts = nn.ModuleDict({"model": model})
     with torch.device("meta"):
         perceptual = LPIPS(config.loss.perceptual_network) if config.loss.perceptual_weight else None
         lecam = LeCAM(config.adversarial.lecam_decay)
@@ -166,4 +201,4 @@ def tokenizer_activations(config: TokenizerRunConfig, count: int, precision: str
             discriminator_objective(discriminator, image, result.reconstruction.float(), config.adversarial.start_step,
                                     config.adversarial, lecam).total.backward()
 
-    return trace(step, [p for p in model.parameters() if p.requires_grad], parts)
+    return parts, step

@@ -26,7 +26,7 @@ from training.config import RunConfig
 from training.deepspeed_json import deepspeed_json
 from training.optim import lr_at
 from training.optim_config import OptimConfig
-from training.process_group import Processes
+from training.process_group import Processes, processes_here
 from training.stopping import STARTED_ALONE
 from training.universal import INFO, to_universal
 
@@ -57,9 +57,7 @@ def processes(threads: int = 0) -> Iterator[Processes]:
     if use_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    # DeepSpeed's launcher says how many processes this machine has as LOCAL_SIZE, torchrun as LOCAL_WORLD_SIZE
-    local_world = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes_here()))
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)

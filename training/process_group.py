@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def processes_here() -> int:
+    """How many of a run's processes this machine has."""
+    # DeepSpeed's launcher says it as LOCAL_SIZE, torchrun as LOCAL_WORLD_SIZE
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
 
 
 @dataclass(frozen=True)
