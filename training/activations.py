@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from inference.matcher import Matcher, MatcherConfig
 from inference.meta_device import Alive, autocast_on_meta, build_on_meta, fused_attention
@@ -28,9 +27,9 @@ from training.engine import DTYPES
 from training.matcher_config import MatcherLossConfig
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 
-LEARNING_COPIES = {False: 4, True: 6}
-"""learn_codebook_by_gradient -> float32 tables of positions x codes that vector-quantize-pytorch 1.32 has at once when a
-codebook learns (measured: tests/test_activations.py)."""
+LEARNING_COPIES = {False: 4, True: 5}
+"""learn_codebook_by_gradient -> float32 tables of positions x codes that vector-quantize-pytorch 1.32 has for a moment when a
+codebook learns (measured: tests/test_activations.py); by gradient, one a codebook stays until backward."""
 
 
 @dataclass(frozen=True)
@@ -147,35 +146,33 @@ def tokenizer_model(config: TokenizerRunConfig, precision: str) -> ImageTokenize
     for part in model.modules():  # a codebook that learns looks at its numbers, and there are none
         if isinstance(part, Quantizer):
             part.eval()
-            if not model.codes_frozen:
-                part.register_forward_pre_hook(_learning_codebook)
+            if not model.codes_frozen and part.config.kind in ("vq", "residual"):
+                part.register_forward_hook(_LearningCodebook())
     return model.to(DTYPES[precision])
 
 
-def _learning_codebook(quantizer: Any, inputs: tuple[Tensor, ...]) -> None:
-    """Hold for a moment what a codebook that learns compares: distances to all codes, and choices as one-hot rows."""
-    options: QuantizerConfig = quantizer.config
-    copies = LEARNING_COPIES[options.learn_codebook_by_gradient] if options.kind in ("vq", "residual") else 0
-    positions = inputs[0].numel() // inputs[0].shape[1]
-    torch.empty(copies, positions, quantizer.codebook_size, device=inputs[0].device)
+class _LearningCodebook:
+    """What a codebook that learns holds beside: tables of all positions against all codes, for a moment or until backward."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+
+    def __call__(self, quantizer: Any, inputs: tuple[Tensor, ...], _: Any) -> None:
+        """A forward hook, whose quantizer looks codes up alone."""
+        options: QuantizerConfig = quantizer.config
+        shape, device = (inputs[0].numel() // inputs[0].shape[1], quantizer.codebook_size), inputs[0].device
+        if options.learn_codebook_by_gradient:
+            self.kept = torch.empty(options.depth, *shape, device=device)
+        torch.empty(LEARNING_COPIES[options.learn_codebook_by_gradient], *shape, device=device)
 
 
 def tokenizer_activations(config: TokenizerRunConfig, count: int, precision: str) -> Activations:
     """Of an image tokenizer with its discriminator and perceptual network, and a micro-batch of `count` pictures."""
-    parts, step = _tokenizer_step(config, count, precision)
+    parts, step = tokenizer_step(config, count, precision)
     return trace(step, [p for p in parts["model"].parameters() if p.requires_grad], parts)
 
 
-def tokenizer_flops(config: TokenizerRunConfig) -> int:
-    """Of forward and backward over one picture, of all that a step runs: discriminator, perceptual network, both directions."""
-    train = config.train.model_copy(update={"gradient_checkpointing": False})
-    _, step = _tokenizer_step(config.model_copy(update={"train": train}), 1, "float32")
-    with FlopCounterMode(display=False) as counter, autocast_on_meta():
-        step()
-    return counter.get_total_flops()
-
-
-def _tokenizer_step(config: TokenizerRunConfig, count: int, precision: str) -> tuple[nn.ModuleDict, Callable[[], None]]:
+def tokenizer_step(config: TokenizerRunConfig, count: int, precision: str) -> tuple[nn.ModuleDict, Callable[[], None]]:
     """The networks of a tokenizer's training on the meta device, and a step as train_tokenizer has it."""
     model, side = tokenizer_model(config, precision), config.model.resolution
     parts = nn.ModuleDict({"model": model})

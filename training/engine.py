@@ -118,7 +118,8 @@ class Engine:
         """Whether it did, and the optimizer's step changed the weights."""
         self._not_finite: set[str] = set()  # in this accumulation window
         self._stage = config.deepspeed.zero_stage
-        module = module.to(group.device)
+        if precision == "float32":  # else DeepSpeed rounds it first: then half as much is moved, and has to fit
+            module = module.to(group.device)
         frozen = [(parameter, parameter.data) for parameter in module.parameters() if not parameter.requires_grad]
         parameters = sum(p.numel() for p in module.parameters())
         if config.train.compile:
@@ -129,7 +130,7 @@ class Engine:
                 model=module, optimizer=optimizer,
                 config=deepspeed_json(config, group.world_size, precision, parameters, self.optim))
         for parameter, as_it_was in frozen:  # DeepSpeed rounds them to bfloat16 too, though they have no float32 copy anywhere
-            parameter.data = as_it_was
+            parameter.data = as_it_was.to(group.device)
 
     @property
     def module(self) -> nn.Module:

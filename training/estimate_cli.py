@@ -158,11 +158,14 @@ def _print(values: dict[str, Any], report: Report) -> None:
     own = values["stages"][values["zero_stage"]]
     if own["main_memory"]:
         print(f"main memory of a process beside: {human(own['main_memory'])} (float32 copies, offloaded state)")
-    print(f"\nsteps {values['steps']:,}: {values['pictures']:,} pictures, {values['tokens']:,} image tokens"
+    print(f"\nsteps {values['steps']:,}: {values['pictures']:,} pictures"
+          + (f", {values['tokens']:,} image tokens" if values["tokens"] else "")
           + (f", {values['epochs']:,.1f} epochs of {values['rows']:,} rows" if values["epochs"] is not None else ""))
     print(f"arithmetic: {values['flops']['run']:.3g} FLOPs, {values['flops']['picture']:.3g} a picture")
     if values["hours"] is not None:
-        print(f"time: {values['hours']:,.1f} hours at MFU {values['mfu']:g} of {values['peak_flops'] / 1e12:,.0f} TFLOP/s")
+        hours = values["hours"]
+        print(f"time: {f'{hours:,.1f} hours' if hours >= 1 else f'{60 * hours:,.1f} minutes'} at MFU {values['mfu']:g} of "
+              f"{values['peak_flops'] / 1e12:,.0f} TFLOP/s")
     else:
         print("time: unknown for this device; give --gpu")
     disk = values["disk"]

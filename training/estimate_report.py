@@ -45,7 +45,8 @@ def report_of(plan: Plan, machine: Machine, rows: int | None) -> Report:
     micro = train.batch_size // (machine.processes * train.accumulation)
     activations = fitting.activations(micro, change.checkpointing)
     pictures = train.steps * train.batch_size
-    flops = plan.flops * pictures
+    picture = plan.flops()
+    flops = picture * pictures
     seconds = None if machine.peak is None else flops / (machine.peak * machine.mfu * machine.processes)
     values = {
         "parameters": {"trainable": plan.parameters, "fixed_bytes": sum(module.fixed for module in plan.modules)},
@@ -55,7 +56,7 @@ def report_of(plan: Plan, machine: Machine, rows: int | None) -> Report:
         "stages": [_stage(stage, memory, machine) for stage, memory in stages.items()],
         "steps": train.steps, "pictures": pictures, "tokens": pictures * plan.tokens, "rows": rows,
         "epochs": None if not rows else pictures / rows,
-        "flops": {"picture": plan.flops, "run": flops}, "mfu": machine.mfu, "peak_flops": machine.peak,
+        "flops": {"picture": picture, "run": flops}, "mfu": machine.mfu, "peak_flops": machine.peak,
         "hours": None if seconds is None else seconds / 3600,
         "disk": _disk(plan, change.stage, rows), "advice": _advice(fitting, own, activations, machine)}
     return Report(values, stages)
@@ -73,6 +74,7 @@ def _disk(plan: Plan, stage: int, rows: int | None) -> dict[str, Any]:
     """Bytes of files: checkpoints (one more than are kept, while the newest is written), the export, token shards."""
     checkpoint = plan.config.checkpoint
     each, kept = checkpoint_bytes(plan, stage), checkpoint.keep_last + 1
+    kept += checkpoint.keep_best
     if checkpoint.keep_every_steps:
         kept += plan.config.train.steps // checkpoint.keep_every_steps
     tokens = 0

@@ -17,6 +17,7 @@ from inference.memory import available_memory, human
 from tokenloom_common.errors import UserError
 from training.activations import Activations
 from training.config import RunConfig
+from training.matcher_config import MatcherRunConfig
 from training.plan import Plan, RankMemory, layout_of, rank_memory
 from training.process_group import Processes, processes_here
 
@@ -103,6 +104,8 @@ class Fitting:
         """All that cost no result, the fewest and cheapest first."""
         micro = self.plan.config.train.batch_size // (processes * before.accumulation)
         accumulations = [before.accumulation * parts for parts in range(1, micro + 1) if micro % parts == 0]
+        if isinstance(self.plan.config, MatcherRunConfig):  # fewer pictures at a time are fewer captions to tell one from
+            accumulations = accumulations[:1]
         checkpointing = sorted({before.checkpointing, True})
         offloads = [before.offload, *(["optimizer"] if self.cuda and before.offload == "none" else [])]
         every = itertools.product(range(before.stage, 4), accumulations, checkpointing, offloads)

@@ -20,14 +20,13 @@ from training.activations import (
     Activations,
     matcher_activations,
     tokenizer_activations,
-    tokenizer_flops,
     tokenizer_model,
     transformer_activations,
     transformer_model,
 )
 from training.config import RunConfig, TokenizerRunConfig
 from training.deepspeed_json import deepspeed_json
-from training.flops import forward_flops, matcher_forward_flops, training_flops
+from training.flops import forward_flops, matcher_forward_flops, tokenizer_training_flops, training_flops
 from training.matcher_config import MatcherRunConfig
 from training.matcher_objective import MatcherObjective
 from training.rank_memory import (
@@ -50,8 +49,9 @@ SAMPLE_PICTURES = 8
 class Plan:
     """A training: what it trains, what else is in memory, and what a picture takes.
 
-    beside: bytes of other models on the device; copy: bytes of the whole model in float32, as it is exported; sampled: bytes of
-    sampling with such a copy, 0 where no samples are drawn; flops, tokens: of one picture, forward and backward.
+    beside: bytes of other models on the device; copy: bytes of the whole model in float32, as it is exported; used: whether
+    such a copy samples or measures on the device; sampled: bytes of that beside it; flops, tokens: of one picture, forward and
+    backward.
     """
 
     config: RunConfig
@@ -59,8 +59,9 @@ class Plan:
     modules: tuple[TrainedModule, ...]
     beside: int
     copy: int
+    used: bool
     sampled: int
-    flops: int
+    flops: Callable[[], int]
     tokens: int
     activations: Callable[[int, bool, bool], Activations]
     """Pictures of a micro-batch, gradient_checkpointing, on CUDA -> its activations."""
@@ -108,8 +109,10 @@ def seq2seq_plan(config: Seq2SeqRunConfig, precision: str, model: TransformerCon
     module = TrainedModule.of("model", made, config.optim, precision)
     work = Workload(SAMPLE_PICTURES, SAMPLE_PICTURES, guided=config.sample_guidance != 1)
     sampled = sampling_memory(model, tokenizer, work).beyond_weights if config.train.sample_every else 0
+    used = bool(config.train.sample_every or config.data.validation_split)
     return Plan(config, precision, (module,), 0 if tokenizer is None else _bytes(build_on_meta(build_tokenizer, tokenizer)),
-                4 * module.trainable + module.fixed, sampled, training_flops(forward_flops(model)), model.num_tokens,
+                4 * module.trainable + module.fixed, used, sampled,
+                lambda: training_flops(forward_flops(model)), model.num_tokens,
                 lambda count, recomputed, cuda: transformer_activations(model, config.loss, count, precision, recomputed, cuda),
                 model.codebook_size)
 
@@ -118,8 +121,8 @@ def matcher_plan(config: MatcherRunConfig, precision: str, model: MatcherConfig)
     """Of train_matcher.py."""
     made = build_on_meta(lambda options: MatcherObjective(Matcher(options), config.loss), model)
     module = TrainedModule.of("model", made, config.optim, precision)
-    return Plan(config, precision, (module,), 0, 4 * module.trainable + module.fixed, 0,
-                training_flops(matcher_forward_flops(model)), 0,
+    return Plan(config, precision, (module,), 0, 4 * module.trainable + module.fixed, bool(config.data.validation_split), 0,
+                lambda: training_flops(matcher_forward_flops(model)), 0,
                 lambda count, recomputed, cuda: matcher_activations(model, config.loss, count, precision, recomputed, cuda))
 
 
@@ -137,8 +140,9 @@ def tokenizer_plan(config: TokenizerRunConfig, precision: str) -> Plan:
         train = config.train.model_copy(update={"gradient_checkpointing": recomputed})
         return tokenizer_activations(config.model_copy(update={"train": train}), count, precision)
 
-    return Plan(config, precision, tuple(modules), beside, 4 * modules[0].trainable + modules[0].fixed, 0,
-                tokenizer_flops(config), config.model.num_tokens, activations)
+    return Plan(config, precision, tuple(modules), beside, 4 * modules[0].trainable + modules[0].fixed,
+                bool(config.data.validation_split), 0, lambda: tokenizer_training_flops(config), config.model.num_tokens,
+                activations)
 
 
 def _bytes(model: nn.Module) -> int:
@@ -161,7 +165,7 @@ def rank_memory(plan: Plan, layout: Layout, activations: Activations) -> RankMem
                for number, module in enumerate(plan.modules)]
     average = plan.copy if plan.config.train.weight_ema else 0
     host = sum(engine.offloaded for engine in engines) + 2 * plan.copy
-    copies = Moment("samples and export", 0, 0, plan.copy + plan.sampled if layout.cuda and plan.sampled else 0)
+    copies = Moment("samples and export", 0, 0, plan.copy + plan.sampled if plan.used else 0)
     if not layout.cuda:
         copies = Moment("samples and export", 0, 0, max(2 * plan.copy, plan.copy + plan.sampled))
         host = sum(engine.offloaded for engine in engines)

@@ -116,7 +116,7 @@ class EngineMemory:
     moments: tuple[Moment, ...]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def optimizer_bytes(groups: tuple[Shapes, ...], config: OptimConfig, together: bool) -> tuple[int, int]:
     """(state, most bytes that a step takes beside it) of an optimizer over float32 parameters, by running its step twice on the
     meta device. together: all parameters at a time, as torch does on CUDA, and not one after another."""
@@ -153,7 +153,7 @@ def _unsharded(module: TrainedModule, layout: Layout, activations: Activations, 
         Moment("forward and backward", alive, held),
         Moment("reducing gradients", 0, number * count, flat),
         Moment("optimizer step", 0, number * count, copies + temporary),
-        Moment("start", 0, 0, max(0, 4 * count - number * count - copies - state))))
+        Moment("start", 0, 0, max(0, _first(layout, number) * count - number * count - copies - state))))
 
 
 def _sharded(module: TrainedModule, layout: Layout, activations: Activations, number: int) -> EngineMemory:
@@ -181,7 +181,8 @@ def _sharded(module: TrainedModule, layout: Layout, activations: Activations, nu
         alive, held = activations.worst(lambda done: number * (bucket if layout.cuda else min(done, bucket)))
         backward = Moment("forward and backward", alive, added + early, held + (flat if early else 0))
         reducing = Moment("reducing gradients", 0, added + early, number * bucket + max(flat, partition - early))
-    start = max(4 * count, 2 * number * count, number * count + 8 * shard)
+    # weights are made one vector, in main memory where a GPU has no room for both
+    start = max(_first(layout, number) * count, (1 if layout.cuda else 2) * number * count, number * count + 8 * shard)
     return EngineMemory(number * count, own, 0, 0, host, (
         backward, reducing, Moment("optimizer step", 0, partition, step + temporary),
         Moment("start", 0, 0, max(0, start - number * count - own))))
@@ -210,7 +211,12 @@ def _all_sharded(module: TrainedModule, layout: Layout, activations: Activations
         Moment("forward and backward", alive, 0, gathered),
         Moment("reducing gradients", 0, 0, gathered + copies * number * bucket),
         Moment("optimizer step", 0, 0, step + temporary),
-        Moment("start", 0, 0, max(0, 4 * count - parameters - own - kept))))
+        Moment("start", 0, 0, max(0, _first(layout, number) * count - parameters - own - kept))))
+
+
+def _first(layout: Layout, number: int) -> int:
+    """Bytes a number of a module when DeepSpeed takes it: float32, which it rounds before it moves it to a GPU."""
+    return number if layout.cuda else 4
 
 
 def _flat_step(module: TrainedModule, layout: Layout, group: float, number: int) -> tuple[int, int, int]:
