@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return estimate_cli.main(arguments)
     options, rest = _parser().parse_known_args(arguments)
     config, kind = _config(options.kind, rest)
+    machine, precision = _machine(options, config)
     sizes = Sizes(options)
     shape, rows = shape_of(config, sizes)
     sizes.check_all_read()
-    machine, precision = _machine(options, config)
     report = report_of(plan_of(config, precision, **shape), machine, rows)
     values = {"kind": kind, **report.values, "assumed": sizes.assumed, "calculated": True}
     if options.json:
@@ -89,6 +89,8 @@ def _config(kind: str | None, argv: list[str]) -> tuple[RunConfig, str]:
     given = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
     name = next((value for flag, value in zip(argv, [*argv[1:], ""], strict=True) if flag == "--config"),
                 next((argument[9:] for argument in argv if argument.startswith("--config=")), ""))
+    if not name:
+        raise UserError("--config needs a value")
     values = read_mapping(find_recipe(name))
     named = [one for one in KINDS if one in Path(name).stem]
     errors: dict[str, UserError] = {}

@@ -110,8 +110,8 @@ class Fitting:
         offloads = [before.offload, *(["optimizer"] if self.cuda and before.offload == "none" else [])]
         every = itertools.product(range(before.stage, 4), accumulations, checkpointing, offloads)
         changes = [Change(*values) for values in every if Change(*values) != before]
-        return iter(sorted(changes, key=lambda change: (
-            change.offload != before.offload, len(change.keys(before)), change.checkpointing, change.stage, change.accumulation)))
+        return iter(sorted(changes, key=lambda change: (change.offload != before.offload, len(change.keys(before)),
+                                                        change.checkpointing, change.stage, change.accumulation)))
 
 
 def least_memory(memory: RankMemory, activations: Activations) -> int:
