@@ -26,7 +26,7 @@ COMMANDS = {
     "generate": ("inference.cli", "generate", "sample pictures for a caption"),
     "reconstruct": ("inference.cli", "reconstruct", "send pictures through the image tokenizer and back"),
     "info": ("inference.cli", "info", "say what a model folder holds"),
-    "estimate": ("inference.estimate_cli", "main", "say how much memory sampling needs"),
+    "estimate": ("training.estimate_cli", "main", "say what sampling or a training needs: memory, time, disk"),
     "data": ("training.data.cli", "main", "build and check captioned image data"),
     "evaluate": ("training.evaluation.cli", "main", "measure an image tokenizer or a text-to-image model"),
     "runs": ("training.runs_cli", "runs", "compare training runs in a table"),

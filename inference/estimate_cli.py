@@ -72,7 +72,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="tokenloom estimate", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Say how much memory sampling needs, before anything is loaded, and how many pictures at a time fit.",
         epilog="examples:\n  tokenloom estimate demo/model --num-images 8 --memory 8GiB\n"
-               "  tokenloom estimate parti-3b --dtype int8 --grid 32x32 --codebook-size 8192 --text-length 128")
+               "  tokenloom estimate parti-3b --dtype int8 --grid 32x32 --codebook-size 8192 --text-length 128\n"
+               "of a training (with --help: its own options):\n"
+               "  tokenloom estimate --config training/recipes/small_seq2seq.yaml --gpus 8 --gpu H100")
     parser.add_argument("model", help="model folder, hub id (its config files alone are fetched), or a preset's name")
     parser.add_argument("--num-images", type=int, default=1, help="pictures of a caption (default 1)")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures drawn at a time (default 32)")
@@ -97,19 +99,29 @@ def _memory(text: str | None, device: str | None) -> tuple[int | None, str]:
         return available_memory(device), device
     if device is not None:
         raise UserError("--memory and --device: the one says how much memory there is, the other where to look; give one")
+    return bytes_of(text), "--memory"
+
+
+def bytes_of(text: str) -> int:
+    """"8GiB" -> 8,589,934,592."""
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([A-Za-z]*)", text.strip())
     if not found or found[2] not in UNITS:
         raise UserError(f"--memory '{text}': expected a number and a unit ({', '.join(filter(None, UNITS))}), such as 8GiB")
-    return int(Fraction(found[1]) * UNITS[found[2]]), "--memory"
+    return int(Fraction(found[1]) * UNITS[found[2]])
+
+
+def grid_of(text: str) -> tuple[int, int]:
+    """"16x16" -> (16, 16)."""
+    sides = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    if not sides:
+        raise UserError(f"--grid '{text}': expected rows x columns, such as 16x16")
+    return int(sides[1]), int(sides[2])
 
 
 def _preset(args: argparse.Namespace) -> _Model:
     given = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in PRESET_SIZES.items()}
-    sides = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", given["grid"])
-    if not sides:
-        raise UserError(f"--grid '{given['grid']}': expected rows x columns, such as 16x16")
     values: dict[str, Any] = {name: value for name, value in PRESETS[args.model].items() if name != "kind"}
-    derived = {"grid": (int(sides[1]), int(sides[2])), "codebook_size": given["codebook_size"],
+    derived = {"grid": grid_of(given["grid"]), "codebook_size": given["codebook_size"],
                "text_length": given["text_length"], "text_vocab_size": given["vocab_size"]}
     config: Any = TRANSFORMER_KINDS[PRESETS[args.model]["kind"]].config_class.parse(
         {**values, **derived}, f"preset {args.model}")

@@ -9,21 +9,15 @@ decoder by running it on the meta device, where tensors have shapes and no numbe
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from inference.meta_device import build_on_meta
+from inference.meta_device import build_on_meta, peak_on_meta
 from seq2seq import KINDS, TransformerConfig
 from tokenizer_image.config import ImageTokenizerConfig
 from tokenizer_image.images import float_to_pixels
@@ -362,49 +356,3 @@ def picture_bytes(config: ImageTokenizerConfig) -> tuple[int, int]:
     one, two = peak(1), peak(2)
     codebook = 2 * 4 * config.codebook_size * config.depth * length  # normalised or mapped anew for each look-up
     return 2 * one - two + codebook, two - one
-
-
-def peak_on_meta(run: Callable[[], object], model: nn.Module) -> int:
-    """Most bytes alive at once of the tensors that `run` makes on the meta device, the model's own left out."""
-    with torch.no_grad(), _FusedAttention(), Alive(model) as alive:
-        run()
-    return alive.peak
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention that keeps its scores to itself, as the kernels of CPU and CUDA do where a head's numbers lie side by side;
-    the meta device has none of them and would make the scores always."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and all(part.stride(-1) == 1 for part in args[:3]):
-            query, _, value = args[:3]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
-
-
-class Alive(TorchDispatchMode):
-    """Adds up the memory of the tensors that operations make on the model's device, until each is freed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._device = next(model.parameters()).device
-        # a view of a weight is no new memory; the tensors stay referenced, so that no new one gets an old one's number
-        self._known = {tensor.untyped_storage()._cdata: 0 for tensor in (*model.parameters(), *model.buffers())}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.device == self._device:
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._known:
-            self._known[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._free, storage._cdata)
-
-    def _free(self, number: int) -> None:
-        self.now -= self._known.pop(number)

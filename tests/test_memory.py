@@ -20,7 +20,6 @@ from inference.decoder import CachedDecoder
 from inference.memory import (
     DRAWING_BYTES,
     FIRST_USE,
-    Alive,
     Workload,
     available_memory,
     check_fits,
@@ -30,6 +29,7 @@ from inference.memory import (
     largest_batch,
     picture_bytes,
 )
+from inference.meta_device import Alive
 from seq2seq import KINDS, PRESETS, TextBatch
 from tests import launching, tiny
 from tokenizer_image import VQGAN, VQGANConfig

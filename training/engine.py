@@ -27,7 +27,7 @@ from training.config import RunConfig
 from training.deepspeed_json import deepspeed_json
 from training.optim import lr_at
 from training.optim_config import OptimConfig
-from training.process_group import Processes, meeting
+from training.process_group import Processes, meeting, processes_here
 from training.stopping import STARTED_ALONE
 from training.universal import INFO, to_universal
 
@@ -60,9 +60,7 @@ def processes(threads: int = 0, patience: timedelta = PATIENCE) -> Iterator[Proc
     if use_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    # DeepSpeed's launcher says how many processes this machine has as LOCAL_SIZE, torchrun as LOCAL_WORLD_SIZE
-    local_world = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes_here()))
     with meeting():
         deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, timeout=patience)
     try:
@@ -124,7 +122,8 @@ class Engine:
         """Whether it did, and the optimizer's step changed the weights."""
         self._not_finite: set[str] = set()  # in this accumulation window
         self._stage = config.deepspeed.zero_stage
-        module = module.to(group.device)
+        if precision == "float32":  # else DeepSpeed rounds it first: then half as much is moved, and has to fit
+            module = module.to(group.device)
         frozen = [(parameter, parameter.data) for parameter in module.parameters() if not parameter.requires_grad]
         parameters = sum(p.numel() for p in module.parameters())
         if config.train.compile:
@@ -135,7 +134,7 @@ class Engine:
                 model=module, optimizer=optimizer,
                 config=deepspeed_json(config, group.world_size, precision, parameters, self.optim))
         for parameter, as_it_was in frozen:  # DeepSpeed rounds them to bfloat16 too, though they have no float32 copy anywhere
-            parameter.data = as_it_was
+            parameter.data = as_it_was.to(group.device)
 
     @property
     def module(self) -> nn.Module:

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from inference.matcher import Matcher, MatcherConfig
 from inference.meta_device import autocast_on_meta, build_on_meta
 from seq2seq import KINDS, TransformerConfig
-from seq2seq.config import LayersConfig
 from tokenizer_image import ImageTokenizer, ImageTokenizerConfig, build_tokenizer
 from tokenizer_image.quantizers import Quantizer
+from training.activations import text_on_meta, tokenizer_step
+from training.config import TokenizerRunConfig
 
 
 @lru_cache(maxsize=32)
@@ -50,6 +53,16 @@ def matcher_forward_flops(config: MatcherConfig) -> int:
     return _counted(build_on_meta(Matcher, config), torch.empty(1, 3, side, side, device="meta"), *text_on_meta(config.text, 1))
 
 
+def tokenizer_training_flops(config: TokenizerRunConfig) -> int:
+    """Of forward and backward over one picture in train_tokenizer, with all that a step runs: discriminator (in both its parts)
+    and perceptual network."""
+    train = config.train.model_copy(update={"gradient_checkpointing": False})
+    _, step = tokenizer_step(config.model_copy(update={"train": train}), 1, "float32")
+    with _Counter() as counter, autocast_on_meta():
+        step()
+    return counter.flops
+
+
 def training_flops(forward: int) -> int:
     """Of forward and backward: a product a x b has two gradients, each as much work as the product itself.
 
@@ -59,23 +72,29 @@ def training_flops(forward: int) -> int:
     return 3 * forward
 
 
-def text_on_meta(config: LayersConfig, captions: int) -> tuple[Tensor, Tensor]:
-    """Text ids [B, T] (or features [B, T, F]) and their mask [B, T], as a batch has them."""
-    shape = (captions, config.text_length)
-    mask = torch.empty(shape, dtype=torch.bool, device="meta")
-    if config.text_feature_width is not None:
-        return torch.empty(*shape, config.text_feature_width, device="meta"), mask
-    return torch.empty(shape, dtype=torch.int64, device="meta"), mask
-
-
 def _ids(count: int) -> Tensor:
     return torch.empty(1, count, dtype=torch.int64, device="meta")
 
 
 def _counted(model: nn.Module, *inputs: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), autocast_on_meta():
+    with _Counter() as counter, torch.no_grad(), autocast_on_meta():
         model(*inputs)
-    return counter.get_total_flops()
+    return counter.flops
+
+
+class _Counter(TorchDispatchMode):
+    """torch's formulas alone: its FlopCounterMode also notes modules, which torch.autograd.grad inside a step does not bear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 PEAK_FLOPS: dict[str, dict[str, float]] = {

@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 SAID_AFTER_SECONDS = 20.0  # of waiting for the others
 
 
+def processes_here() -> int:
+    """How many of a run's processes this machine has."""
+    # DeepSpeed's launcher says it as LOCAL_SIZE, torchrun as LOCAL_WORLD_SIZE
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run."""

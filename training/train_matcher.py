@@ -32,6 +32,7 @@ from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
 from training.evaluation.pictures import plot_curves
 from training.evaluation.retrieval import evaluate_retrieval
+from training.fits import refuse_what_cannot_fit
 from training.flops import matcher_forward_flops
 from training.log import read_metrics
 from training.loop import Task
@@ -40,6 +41,7 @@ from training.matcher_config import MatcherRunConfig
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 from training.optim import build_optimizer
 from training.pictures import PictureDrops, open_training_pictures, picture_order
+from training.plan import matcher_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
@@ -71,6 +73,7 @@ class MatcherTraining:
         model_config = config.model.build({
             "text_vocab_size": self.text_source.vocab_size, "text_feature_width": self.text_source.feature_width,
             "text_length": self.text_source.config.text_length})
+        group.first_does(lambda: refuse_what_cannot_fit(matcher_plan(config, precision, model_config), group))
         self.run_state = RunState(config, group, self._facts(model_config, precision))
         self.run_state.prepare()
         group.first_does(self._keep_text_source)

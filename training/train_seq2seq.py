@@ -41,12 +41,14 @@ from training.data.training_sets import Captions, CollateTokens, TokenBatch, Tok
 from training.deepspeed_json import deepspeed_json
 from training.engine import Engine, resolve_precision
 from training.evaluation.pictures import plot_positions
+from training.fits import refuse_what_cannot_fit
 from training.flops import forward_flops
 from training.log import sample_path
 from training.loop import Task
 from training.model_card import model_card
 from training.optim import build_optimizer
 from training.pictures import PictureDrops, open_training_pictures, token_order
+from training.plan import seq2seq_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
@@ -81,6 +83,8 @@ class Seq2SeqTraining:
         self.text_source: TextSource = together(lambda: text_source_of_run(config.text, self.shards, kept))
         model_config = self._model_config()
         check_losses(config, model_config)
+        group.first_does(lambda: refuse_what_cannot_fit(
+            seq2seq_plan(config, precision, model_config, self.image_tokenizer.config), group))
         start_from = config.text.start_from
         if start_from and kept is None:
             group.first_does(lambda: check_text_start(model_config, start_from))
@@ -216,18 +220,18 @@ class Seq2SeqTraining:
         return {"loss": total.detach(), **(terms if len(terms) > 1 or loss.image_weight != 1 else {})}
 
     def full_model(self) -> ImageTransformer:
-        """A float32 copy with the whole current weights, or their average. All processes must call it."""
+        """A float32 copy on the CPU with the whole current weights, or their average. All processes must call it."""
         state = self.engine.full_state()
         if self.average is not None and int(self.average.n_averaged):
             state = self.average.module.state_dict()
         model = type(self.model)(self.model.config)
         model.load_state_dict(state)
-        return model.to(self.group.device).eval()
+        return model.eval()
 
     def pipeline(self, model: ImageTransformer) -> TextToImage:
         """A sampler around the current weights."""
-        image_tokenizer = self.image_tokenizer.to(self.group.device)
-        return TextToImage(LoadedModel(image_tokenizer, model, self.text_source, self.generation(),
+        image_tokenizer, device = self.image_tokenizer.to(self.group.device), self.group.device
+        return TextToImage(LoadedModel(image_tokenizer, model.to(device), self.text_source, self.generation(),
                                        self.run_state.run_dir))
 
     def generation(self) -> SamplingParams:
@@ -258,7 +262,7 @@ class Seq2SeqTraining:
 
     def _measure(self, model: ImageTransformer) -> HeldOut:
         assert self.held_out is not None
-        return validation_loss(model, self.held_out, self.collate, self.config.seed,
+        return validation_loss(model.to(self.group.device), self.held_out, self.collate, self.config.seed,
                                first_caption=self.config.text.kind == ClassLabels.kind)
 
     def finish(self) -> None:

@@ -31,11 +31,13 @@ from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
 from training.evaluation.pictures import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
+from training.fits import refuse_what_cannot_fit
 from training.flops import tokenizer_forward_flops
 from training.log import read_metrics, sample_path
 from training.loop import Task
 from training.optim import build_optimizer
 from training.pictures import PictureDrops, open_training_pictures, picture_order
+from training.plan import tokenizer_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
@@ -58,6 +60,7 @@ class TokenizerTraining:
         # a batch that cannot be divided, a picture too small for the discriminator: refused now, before anything is touched
         group.first_does(lambda: deepspeed_json(config, group.world_size, precision, parameters=1) and None)
         group.first_does(self._check_discriminator)
+        group.first_does(lambda: refuse_what_cannot_fit(tokenizer_plan(config, precision), group))
         source = group.first_then_others(lambda: self._open(config.data.split))
         self.held_out: CaptionedImages | None = None  # on the first process, which measures
         if config.data.validation_split:
