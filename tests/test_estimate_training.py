@@ -14,6 +14,7 @@ from tests import launching, tiny
 from training.flops import forward_flops, tokenizer_training_flops, training_flops
 from training.model_settings import read_settings
 from training.plan import checkpoint_bytes
+from training.scaling import HEADER, PROCESSES, SIZES, rows_of_size
 
 GB = 10**9
 GPUS = ("--gpus", 8, "--gpu", "H100")
@@ -223,3 +224,30 @@ def test_a_checkpoint_has_the_files_of_all_processes():
     plan = plan_of(config, "float32", model=small())
     count = plan.parameters
     assert [checkpoint_bytes(plan, stage) for stage in (0, 1, 3)] == [12 * count, 16 * count, 12 * count]
+
+
+# ---- docs/scaling.md ----
+
+def rows_of_the_page() -> list[str]:
+    page = (launching.REPOSITORY / "docs/scaling.md").read_text(encoding="utf-8")
+    assert HEADER in page
+    assert "**Calculated, not measured**" in page.split("## Parti's sizes")[1].split(HEADER)[0]
+    return [line for line in page.splitlines() if line.startswith("| parti-")]
+
+
+@pytest.mark.parametrize("name", [SIZES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SIZES[1:])])
+def test_the_pages_table_is_what_the_command_prints(name):
+    found = rows_of_the_page()
+    assert len(found) == len(SIZES) * len(PROCESSES)
+    assert [line for line in found if line.startswith(f"| {name} |")] == [row.line() for row in rows_of_size(name)]
+
+
+def test_what_the_table_says_fits_is_what_the_command_says(run):
+    """The same plan through the command line."""
+    row = rows_of_size(SIZES[0])[2]
+    found = values(run, "--config", "small_seq2seq", "--model.preset", SIZES[0], "--model.dropout", 0,
+                   "--train.batch_size", 8192, "--train.steps", 450_000, "--train.sample_every", 0, "--deepspeed.zero_stage", row.change.stage,
+                   "--train.accumulation", row.change.accumulation, "--grid", "32x32", "--codebook-size", 8192,
+                   "--text.vocab_size", 16_000, "--text.text_length", 128, "--gpus", 256, "--gpu", "H100")
+    assert found["stages"][row.change.stage]["bytes"]["total"] == row.total < found["memory"] == 80 * GB
+    assert found["hours"] == pytest.approx(row.hours)

@@ -85,9 +85,9 @@ class Fitting:
     def remedy(self, memory: int) -> str:
         """The fewest changes with which a process needs no more than `memory`, as a sentence."""
         before = Change.none(self.plan.config)
-        for change in self._changes(before, self.processes):
-            if self._fits(change, memory, self.processes):
-                return f"it would fit with {', '.join(change.keys(before))}"
+        change = self.smallest_change(memory)
+        if change is not None:
+            return f"it would fit with {', '.join(change.keys(before))}"
         count = 2 * self.processes
         while count <= MOST_GPUS and self.plan.config.train.batch_size % (count * before.accumulation) == 0:
             for change in (before, *self._changes(before, count)):
@@ -95,6 +95,12 @@ class Fitting:
                     return f"it would fit on {count} processes" + "".join(f", {key}" for key in change.keys(before))
             count *= 2
         return "no ZeRO stage, accumulation or gradient checkpointing makes it fit; use a smaller model or more memory"
+
+    def smallest_change(self, memory: int) -> Change | None:
+        """The plan as it is, or the first change with which it fits on as many processes."""
+        before = Change.none(self.plan.config)
+        changes = itertools.chain([before], self._changes(before, self.processes))
+        return next((change for change in changes if self._fits(change, memory, self.processes)), None)
 
     def _fits(self, change: Change, memory: int, processes: int) -> bool:
         found = self.memory(change, processes)
