@@ -156,6 +156,7 @@ def tokenizer_arguments(work: Path, run: Path, *more: object) -> list[object]:
             "--train.log_every", 2, "--train.sample_every", 1, "--model.dropout", 0.1, "--data.horizontal_flip", 0.5, *more]
 
 
+@pytest.mark.slow  # tests/test_exact_resume.py looks at it in a fraction of the time, without the scripts' own start
 def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(work, tmp_path):
     whole = launching.python(*tokenizer_arguments(work, tmp_path / "whole", "--train.steps", 24))
     assert whole.returncode == 0, whole.stderr[-2000:]
