@@ -64,7 +64,7 @@ from training.token_config import EncodeRunConfig
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
 OWN_FILES = (INDEX_NAME, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}", "*-?????-of-?????.parquet")
-PATIENCE = timedelta(days=7)
+PATIENCE = timedelta(hours=12)
 """That processes wait for one another: one may have hours of shards before it when the others are done."""
 
 
