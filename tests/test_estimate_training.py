@@ -246,8 +246,9 @@ def test_what_the_table_says_fits_is_what_the_command_says(run):
     """The same plan through the command line."""
     row = rows_of_size(SIZES[0])[2]
     found = values(run, "--config", "small_seq2seq", "--model.preset", SIZES[0], "--model.dropout", 0,
-                   "--train.batch_size", 8192, "--train.steps", 450_000, "--train.sample_every", 0, "--deepspeed.zero_stage", row.change.stage,
-                   "--train.accumulation", row.change.accumulation, "--grid", "32x32", "--codebook-size", 8192,
-                   "--text.vocab_size", 16_000, "--text.text_length", 128, "--gpus", 256, "--gpu", "H100")
+                   "--train.batch_size", 8192, "--train.steps", 450_000, "--train.sample_every", 0,
+                   "--deepspeed.zero_stage", row.change.stage, "--train.accumulation", row.change.accumulation,
+                   "--grid", "32x32", "--codebook-size", 8192, "--text.vocab_size", 16_000, "--text.text_length", 128,
+                   "--gpus", 256, "--gpu", "H100")
     assert found["stages"][row.change.stage]["bytes"]["total"] == row.total < found["memory"] == 80 * GB
     assert found["hours"] == pytest.approx(row.hours)
