@@ -5,7 +5,8 @@ anything is timed, a digest of what each one gave is compared.
 
 examples:
   python -m benchmarks data --quick
-  python -m benchmarks data --rows 1000000 --pictures 2000 --threads 1 --json data.json
+  python -m benchmarks data --pictures 2000 --threads 1 --json data.json
+  python -m benchmarks data --rows 1000000 --alone
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Options(NamedTuple):
     workers: int
     repeats: int
     threads: int
+    alone: bool
 
 
 class Reader(NamedTuple):
@@ -57,8 +59,8 @@ class Reader(NamedTuple):
     read: Callable[[Any], Read]
 
 
-def make_tokens(folder: Path, rows: int) -> None:
-    """Token shards, and tar shards with the same rows for webdataset."""
+def make_tokens(folder: Path, rows: int, with_tars: bool) -> None:
+    """Token shards, and (where asked for) tar shards with the same rows for webdataset."""
     generator = numpy.random.default_rng(harness.SEED)
     (folder / "tokens").mkdir(parents=True)
     files = []
@@ -69,14 +71,19 @@ def make_tokens(folder: Path, rows: int) -> None:
         keys = [f"{start + row:09d}" for row in range(count)]
         name = f"tokens/train-{number:05d}-of-{-(-rows // SHARD_ROWS):05d}.arrow"
         files.append(write_shard(folder / name, captions, tokens, keys))
-        with tarfile.open(folder / f"tokens-{number:05d}.tar", "w") as tar:
-            for key, row, caption in zip(keys, tokens, captions, strict=True):
-                saved = io.BytesIO()
-                numpy.save(saved, row)
-                _add(tar, f"{key}.npy", saved.getvalue())
-                _add(tar, f"{key}.txt", caption[0].encode())
+        if with_tars:
+            _token_tar(folder / f"tokens-{number:05d}.tar", keys, tokens, captions)
     write_index(folder / "tokens", TokenIndex(tokenizer_fingerprint="benchmark", codebook_size=CODES, grid=(16, 16),
                                               splits={"train": SplitIndex(rows=rows, files=files)}))
+
+
+def _token_tar(path: Path, keys: list[str], tokens: numpy.ndarray, captions: list[list[str]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, row, caption in zip(keys, tokens, captions, strict=True):
+            saved = io.BytesIO()
+            numpy.save(saved, row)
+            _add(tar, f"{key}.npy", saved.getvalue())
+            _add(tar, f"{key}.txt", caption[0].encode())
 
 
 def make_pictures(folder: Path, count: int) -> None:
@@ -254,6 +261,10 @@ def _row(reader: Reader, opened: list[float], passed: list[float], rows: int) ->
             "rows_per_s": round(rows / middle, 1), "quartile1": round(rows / high, 1), "quartile3": round(rows / low, 1)}
 
 
+def _chosen(readers: list[Reader], alone: bool) -> list[Reader]:
+    return [reader for reader in readers if not alone or reader.name.startswith("ours")]
+
+
 def measure(options: Options) -> dict[str, Any]:
     """The document."""
     import datasets
@@ -263,10 +274,10 @@ def measure(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         datasets.config.HF_DATASETS_CACHE = folder / "cache"
-        make_tokens(folder, options.rows)
-        tokens_ok, tokens = measure_readers(token_readers(folder, options.workers), options.repeats)
+        make_tokens(folder, options.rows, not options.alone)
+        tokens_ok, tokens = measure_readers(_chosen(token_readers(folder, options.workers), options.alone), options.repeats)
         make_pictures(folder, options.pictures)
-        pictures_ok, pictures = measure_readers(picture_readers(folder), options.repeats)
+        pictures_ok, pictures = measure_readers(_chosen(picture_readers(folder), options.alone), options.repeats)
     verification = [*tokens_ok, *pictures_ok]
     return {"benchmark": "data", "schema_version": 1, "ok": all(row["ok"] for row in verification),
             "options": options._asdict(), "environment": harness.environment("cpu", "float32"),
@@ -281,6 +292,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     parser.add_argument("--rows", type=int, help=f"token rows of {TOKENS}, in whole batches of {BATCH} (default 200192)")
     parser.add_argument("--pictures", type=int, help=f"pictures of {SIDE} x {SIDE} (default 2000)")
     parser.add_argument("--workers", type=int, default=0, help="also measure ours with so many loader processes (default 0)")
+    parser.add_argument("--alone", action="store_true", help="ours only: webdataset takes minutes for a million rows")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--repeats", type=int, help="rounds of each timing (default 3; quick 1)")
     parser.add_argument("--out", "--json", dest="out", help="also write the JSON document to this file")
@@ -298,7 +310,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     import torch
 
     rows = -(-args.rows // BATCH) * BATCH
-    return Options(args.quick, rows, args.pictures, args.workers, args.repeats, torch.get_num_threads()), args.out
+    return Options(args.quick, rows, args.pictures, args.workers, args.repeats, torch.get_num_threads(), args.alone), args.out
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,12 @@ def test_quick_run_ends_with_one_document(capsys, tmp_path):
     assert all(row["rows_per_s"] > 0 and row["open_s"] >= 0 for row in [*document["tokens"], *document["pictures"]])
 
 
+def test_ours_alone(capsys):
+    assert main(["data", "--quick", "--rows", "256", "--pictures", "8", "--alone"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["reader"].split(",")[0] for row in [*document["tokens"], *document["pictures"]]} == {"ours"}
+
+
 def test_a_digest_tells_rows_apart_whatever_their_order():
     rows = numpy.arange(12, dtype=numpy.uint16).reshape(3, 4)
     one = data.digest(iter([(rows, ["a", "b", "c"])]))
