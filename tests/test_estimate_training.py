@@ -85,6 +85,30 @@ def test_what_files_say_is_read_from_them(run, made):
     assert found["disk"]["token_shards"] == 12 * 16 * 2
 
 
+def test_each_text_input_has_its_sizes(run, made, tmp_path, capsys):
+    tiny.bert_folder(tmp_path / "bert")
+    capsys.readouterr()
+    base = ("--config", "debug_seq2seq", "--image_tokenizer", made / "tokenizer", "--gpu", "L4")
+    frozen = values(run, *base, "--text.kind", "frozen", "--text.encoder", tmp_path / "bert", "--text.text_length", 8)
+    assert not [sentence for sentence in frozen["assumed"] if "width" in sentence]  # BERT's config says 16
+    assert "frozen text encoder" in frozen["not_counted"][0]
+    wider = values(run, *base, "--text.kind", "frozen", "--text.encoder", "somewhere/else", "--text.text_length", 8,
+                   "--feature-width", 24)
+    assert wider["parameters"]["trainable"] - frozen["parameters"]["trainable"] == (24 - 16) * 64
+    classes = values(run, *base, "--text.kind", "classes", "--vocab-size", 1001)
+    assert "vocab size 1001 (--vocab-size)" in classes["assumed"] and classes["not_counted"] == []
+
+
+def test_pictures_are_counted_where_they_are_encoded_on_the_fly(run, made, tmp_path):
+    for number, picture in enumerate(tiny.pictures(5)):
+        picture.save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    found = values(run, "--config", "debug_seq2seq", "--image_tokenizer", made / "tokenizer", "--data.path", tmp_path,
+                   "--data.on_the_fly", "true", "--gpu", "L4")
+    assert found["rows"] == 5 and found["disk"]["token_shards"] == 0
+    assert values(run, "--config", "debug_tokenizer", "--data.path", tmp_path, "--gpu", "L4")["rows"] == 5
+
+
 def test_disk_is_what_a_run_keeps(run):
     found = values(run, "--config", "small_seq2seq", *GPUS, "--checkpoint.keep_last", 4, "--checkpoint.keep_every_steps", 5000)
     count = found["parameters"]["trainable"]

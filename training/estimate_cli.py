@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape, rows = shape_of(config, sizes)
     sizes.check_all_read()
     report = report_of(plan_of(config, precision, **shape), machine, rows)
-    values = {"kind": kind, **report.values, "assumed": sizes.assumed, "calculated": True}
+    values = {"kind": kind, **report.values, "assumed": sizes.assumed, "not_counted": sizes.not_counted, "calculated": True}
     if options.json:
         print(json.dumps(values, indent=2))
     else:
@@ -175,6 +175,8 @@ def _print(values: dict[str, Any], report: Report) -> None:
           f"{human(disk['export'])}" + (f", token shards {human(disk['token_shards'])}" if disk["token_shards"] else ""))
     for sentence in values["assumed"]:
         print(f"assumed: {sentence}")
+    for sentence in values["not_counted"]:
+        print(f"not counted: {sentence}")
     print(f"stage {values['zero_stage']} {values['advice']}")
 
 

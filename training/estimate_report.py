@@ -11,6 +11,7 @@ from training.activations import Activations
 from training.data.token_shards import token_dtype
 from training.fits import Change, Fitting, least_memory
 from training.plan import Plan, RankMemory, checkpoint_bytes
+from training.token_config import Seq2SeqRunConfig
 
 PARTS = ("parameters", "optimizer", "gradients", "average", "activations", "buffers", "other_models", "process")
 
@@ -80,7 +81,7 @@ def _disk(plan: Plan, stage: int, rows: int | None) -> dict[str, Any]:
     tokens = 0
     if rows and plan.codebook_size:
         tokens = rows * plan.tokens * token_dtype(plan.codebook_size).itemsize
-    export = plan.copy + plan.beside * bool(plan.codebook_size)
+    export = plan.copy + (plan.beside if isinstance(plan.config, Seq2SeqRunConfig) else 0)  # with its image tokenizer
     return {"checkpoint": each, "checkpoints": kept, "export": export, "token_shards": tokens,
             "total": each * kept + export + tokens}
 

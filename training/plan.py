@@ -66,7 +66,7 @@ class Plan:
     activations: Callable[[int, bool, bool], Activations]
     """Pictures of a micro-batch, gradient_checkpointing, on CUDA -> its activations."""
     codebook_size: int = 0
-    """Of the tokens that it learns from, 0 where it learns from pictures."""
+    """Of the token shards that it learns from, 0 where it learns from pictures."""
 
     @property
     def parameters(self) -> int:
@@ -114,7 +114,7 @@ def seq2seq_plan(config: Seq2SeqRunConfig, precision: str, model: TransformerCon
                 4 * module.trainable + module.fixed, used, sampled,
                 lambda: training_flops(forward_flops(model)), model.num_tokens,
                 lambda count, recomputed, cuda: transformer_activations(model, config.loss, count, precision, recomputed, cuda),
-                model.codebook_size)
+                0 if config.data.on_the_fly else model.codebook_size)
 
 
 def matcher_plan(config: MatcherRunConfig, precision: str, model: MatcherConfig) -> Plan:

@@ -36,6 +36,8 @@ class Sizes:
         self._unread = {name for name in DEFAULTS if getattr(options, name) is not None}
         self.assumed: list[str] = []
         """What no file said, a sentence each."""
+        self.not_counted: list[str] = []
+        """What is in memory too, and in no part of the estimate."""
 
     def take(self, name: str, found: Any, otherwise: Any = None) -> Any:
         """The size `name`: `found` in a file (None = there is none). UserError where an option says it too."""
@@ -70,6 +72,7 @@ def shape_of(config: RunConfig, sizes: Sizes) -> tuple[dict[str, Any], int | Non
 
 
 def _pictures(data: DataConfig) -> int | None:
+    """How many there are; None where no data is."""
     return len(open_pictures(data, data.split)) if Path(data.path).exists() else None
 
 
@@ -110,6 +113,8 @@ def _text(text: TextConfig, sizes: Sizes, start_from: str | None = None) -> dict
         return {"text_vocab_size": sizes.take("vocab_size", tower.text_vocab_size) if tower.text_vocab_size else None,
                 "text_feature_width": tower.text_feature_width, "text_length": sizes.take("text_length", tower.text_length)}
     if text.kind == FrozenTextEncoder.kind:
+        if not text.feature_cache:
+            sizes.not_counted.append("the frozen text encoder, which encodes captions as they come (no text.feature_cache)")
         path = Path(text.encoder or "") / "config.json"
         known = read_mapping(path) if path.is_file() else {}
         width = known.get("hidden_size") or known.get("d_model")
