@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -123,6 +124,7 @@ class DatasetEncoder:
             self._run()
         finally:
             if self._held is not None:
+                Path(self._held.name).unlink(missing_ok=True)
                 self._held.close()
 
     def _run(self) -> None:
@@ -144,12 +146,16 @@ class DatasetEncoder:
     def _hold(self) -> None:
         """Of all runs, one encodes into a folder at a time: the first process's, until it ends."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        file = self.out.with_name(f".{self.out.name}.lock").open("w")
+        path = self.out.with_name(f".{self.out.name}.lock")
+        file = path.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = path.is_file() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
         except BlockingIOError:
-            raise UserError(f"{self.out}: another run is encoding into it; wait for it, stop it, or give another --out"
-                            ) from None
+            mine = False
+        if not mine:  # or the run that had it ended in this moment and took the file away
+            file.close()
+            raise UserError(f"{self.out}: another run is encoding into it; wait for it, stop it, or give another --out")
         self._held = file
 
     def _splits(self) -> list[str]:
