@@ -38,13 +38,11 @@ class PatternAttend(nn.Module):
         if self.blind_slots:
             query, key = blinded(query, self.blind_slots), blinded(key, self.blind_slots)
         key_mask = None if mask is None else mask[:, 0, 0]
-        if query.device.type == "cuda" and self.pattern.name != "full":
-            if self.dropout and self.training:
-                raise ValueError(f"attention pattern '{self.pattern.name}' has no dropout on CUDA; set model.dropout to 0 or "
-                                 "attention to full")
+        dropout = self.dropout if self.training else 0.0
+        if query.device.type == "cuda" and self.pattern.name != "full" and not dropout:  # which flex attention does not have
             out = attend_flex(self.pattern, query, key, value, key_mask)
         else:
-            out = attend(self.pattern, query, key, value, key_mask, self.dropout if self.training else 0.0)
+            out = attend(self.pattern, query, key, value, key_mask, dropout)
         return out, Intermediates()
 
 

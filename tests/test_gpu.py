@@ -59,3 +59,13 @@ def test_adversarial_training_in_bfloat16_on_the_gpu(tmp_path):
     picture = torch.rand(2, 3, 16, 16) * 2 - 1
     codes = [load_tokenizer(tmp_path / "run/model", device).encode(picture.to(device)).cpu() for device in ("cpu", "cuda")]
     assert (codes[0] == codes[1]).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_patterns_train_with_and_without_dropout(dropout):
+    """Parti's presets have both; flex attention has no dropout."""
+    model = tiny.seq2seq(attention=("convolution", "row"), dropout=dropout).cuda().train()
+    text = [part.cuda() for part in tiny.text_tokenizer().encode(["a red heart"] * 4)]
+    tokens = torch.randint(0, 32, (4, 16), device="cuda")
+    model(*text, tokens).image.float().square().mean().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)

@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 def plan_of_size(name: str) -> Plan:
     """A published size with Parti's batch and steps, AdamW in bfloat16, from stage 0 on; no samples while it trains, and
-    no dropout, which its attention pattern does not have on CUDA."""
+    no dropout, with which its attention on CUDA goes through blocks instead of flex attention."""
     config = Seq2SeqRunConfig.parse({
         "run_dir": "RUN", "data": {"path": "TOKENS"}, "image_tokenizer": "TOKENIZER", "model": {"preset": name, "dropout": 0.0},
         "train": {"batch_size": BATCH, "steps": STEPS, "sample_every": 0}, "deepspeed": {"zero_stage": 0}}, "scaling")
