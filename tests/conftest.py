@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import tokenloom
 from training.engine import processes
 from training.process_group import Processes
 
@@ -38,6 +39,18 @@ def group(only_process_group) -> Iterator[Processes]:
     yield alone
     _set_environment(before)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """`tokenloom estimate ...` -> exit code, stdout, lines of stderr."""
+    monkeypatch.delenv("TOKENLOOM_DEBUG", raising=False)
+
+    def call(*arguments: object):
+        code = tokenloom.main(["estimate", *map(str, arguments)])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err.splitlines()
+    return call
 
 
 def _set_environment(values: dict[str, str]) -> None:

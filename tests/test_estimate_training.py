@@ -21,18 +21,6 @@ GPUS = ("--gpus", 8, "--gpu", "H100")
 DEBUG = ("--config", "small_seq2seq", "--model.preset", "debug", "--train.batch_size", 512, *GPUS)
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """`tokenloom estimate ...` -> exit code, stdout, lines of stderr."""
-    monkeypatch.delenv("TOKENLOOM_DEBUG", raising=False)
-
-    def call(*arguments: object):
-        code = tokenloom.main(["estimate", *map(str, arguments)])
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err.splitlines()
-    return call
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import tokenloom
 from benchmarks.harness import peak_memory
 from inference import LoadedModel, SamplingParams, TextToImage
 from inference import memory as memory_module
@@ -343,18 +342,6 @@ def test_a_limit_that_is_too_small_is_noticed_in_a_process_of_its_own():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tiny.model_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """`tokenloom estimate ...` -> exit code, stdout, lines of stderr."""
-    monkeypatch.delenv("TOKENLOOM_DEBUG", raising=False)
-
-    def call(*arguments: object):
-        code = tokenloom.main(["estimate", *map(str, arguments)])
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err.splitlines()
-    return call
 
 
 def test_a_folder_is_estimated_from_its_configs_alone(run, folder, tmp_path):
