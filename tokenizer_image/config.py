@@ -114,7 +114,8 @@ class VQGANConfig(QuantizedConfig):
 
 
 # How the released checkpoints learned their codes: by gradient, from a random start, without restarts.
-AS_RELEASED: dict[str, Any] = {"learn_codebook_by_gradient": True, "kmeans_init": False, "rotation_trick": False, "dead_code_fraction": 0.0}
+AS_RELEASED: dict[str, Any] = {"learn_codebook_by_gradient": True, "kmeans_init": False, "rotation_trick": False,
+                               "dead_code_fraction": 0.0}
 _TAMING = QuantizerConfig(l2_normalize=False, **AS_RELEASED)
 _LLAMAGEN = QuantizerConfig(**AS_RELEASED)
 

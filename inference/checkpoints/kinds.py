@@ -20,7 +20,7 @@ KINDS: dict[str, str] = {
     "dalle-mini": "DALL-E mini or mega: flax_model.msgpack with its config.json and tokenizer",
     "janus-vq": "the image tokenizer of Janus, as transformers or DeepSeek saves it",
 }
-"""Kind -> what it is. Its converter is `convert` in the module of that name (with _ for -), which is imported when it is used."""
+"""Kind -> what it is. Its converter is `convert` in the module of that name (with _ for -), imported when it is used."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ConvertOptions:
         return self
 
 
-def convert(kind: str | None, source: str | Path, options: ConvertOptions = ConvertOptions()) -> ConvertedPart | ConvertedModel:  # noqa: B008
+def convert(kind: str | None, source: str | Path, options: ConvertOptions = ConvertOptions()) -> ConvertedPart | ConvertedModel:
     """What a published checkpoint becomes, checked and not yet written. kind: a name in KINDS; None = by what is in it."""
     path = Path(source)
     if not path.exists():
@@ -67,8 +67,8 @@ def convert(kind: str | None, source: str | Path, options: ConvertOptions = Conv
 
 
 def from_checkpoint(kind: str | None, source: str | Path, config: str | Path | None = None, *, resolution: int | None = None,
-                    image_tokenizer: str | Path | None = None, text_encoder: str | None = None, classes: str | Path | None = None,
-                    like_transformers: bool = False) -> PretrainedModule | object:
+                    image_tokenizer: str | Path | None = None, text_encoder: str | None = None,
+                    classes: str | Path | None = None, like_transformers: bool = False) -> PretrainedModule | object:
     """A published checkpoint as a model in memory: an image tokenizer, a transformer, or a TextToImage that samples.
 
     kind: a name in `inference.checkpoints.KINDS`, None = by what is in it. config and the rest: see ConvertOptions.

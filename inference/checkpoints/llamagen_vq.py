@@ -35,4 +35,4 @@ def llamagen_vqgan(weights: dict, resolution: int | None, where: Path) -> Conver
     found = Inferred(weights, llamagen_name, levels, where)
     notes = () if resolution else (f"resolution {DEFAULT_RESOLUTION}: the file does not say it (--resolution)",)
     config = found.config(resolution or DEFAULT_RESOLUTION, quantizer_settings(l2_normalize=True), found.shape(CODEBOOK)[:2])
-    return vqgan_part(config, weights, llamagen_name, codebook_rules(), where, ("quantize.codebook_used", "codebook_used"), notes)
+    return vqgan_part(config, weights, llamagen_name, codebook_rules(), where, ("quantize.codebook_used",), notes)

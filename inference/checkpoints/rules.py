@@ -5,7 +5,6 @@ Nothing is built to convert: shapes are compared on the meta device, then each t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -40,7 +39,8 @@ class Rule(NamedTuple):
 class ConvertedPart:
     """A model that is not built: its class and config, a rule for each name of its state dict, and their tensors.
 
-    ignored: patterns of their names that no rule needs and that do not matter. notes: what was assumed or left out, a line each.
+    ignored: patterns of their names that no rule needs and that do not matter. notes: what was assumed or left out, each a
+    line.
     """
 
     model_class: type[PretrainedModule]
@@ -53,16 +53,17 @@ class ConvertedPart:
 
     def check(self) -> None:
         """UserError that lists up to five missing, unexpected and mis-shaped tensors, before anything is written."""
-        wanted = {name: tuple(tensor.shape) for name, tensor in build_on_meta(self.model_class, self.config).state_dict().items()}
+        model = build_on_meta(self.model_class, self.config)
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         assert wanted.keys() == self.rules.keys(), sorted(wanted.keys() ^ self.rules.keys())[:LISTED]
         needed = {source for rule in self.rules.values() for source in rule.sources}
         missing = sorted(needed - self.weights.keys())
         unexpected = sorted(name for name in self.weights.keys() - needed
                             if not any(fnmatch(name, pattern) for pattern in self.ignored))
-        wrong = [problem for name, rule in self.rules.items() if needed >= set(rule.sources) and not set(missing) & set(rule.sources)
-                 for problem in self._misfit(rule, wanted[name])]
-        problems = [f"{len(names)} {what} ({', '.join(names[:LISTED])}{f' and {len(names) - LISTED} more' * (len(names) > LISTED)})"
-                    for what, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong)) if names]
+        whole = [name for name, rule in self.rules.items() if not set(missing) & set(rule.sources)]
+        wrong = [problem for name in whole for problem in self._misfit(self.rules[name], wanted[name])]
+        problems = [_listed(what, names) for what, names in
+                    (("missing", missing), ("unexpected", unexpected), ("mis-shaped", list(dict.fromkeys(wrong)))) if names]
         if problems:
             raise UserError(f"{self.where}: does not hold the tensors of this kind of model: {'; '.join(problems)}")
 
@@ -81,7 +82,7 @@ class ConvertedPart:
             yield f"{shapes}, which do not go together"
             return
         if found != wanted:
-            yield f"{shapes} instead of {list(wanted)}" if len(sources) == 1 else f"{shapes}, together {list(found)} instead of {list(wanted)}"
+            yield f"{shapes}, which give {list(found)} instead of {list(wanted)}"
 
     def tensor(self, name: str) -> Tensor:
         """One of our tensors, made of theirs."""
@@ -90,13 +91,14 @@ class ConvertedPart:
 
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor on the meta device, in the type that it is written in."""
-        return {name: rule.make(*(self.weights[source].to("meta") for source in rule.sources)) for name, rule in self.rules.items()}
+        return {name: rule.make(*(self.weights[source].to("meta") for source in rule.sources)).to("meta")
+                for name, rule in self.rules.items()}
 
     def write(self, folder: Path) -> None:
         """config.json and safetensors into an existing folder, tensor by tensor. UserError as in `check`."""
         self.check()
         write_config(self.model_class.kind, self.config, folder)
-        write_shards(folder, {name: tensor.to("meta") for name, tensor in self.shapes().items()}, self.tensor)
+        write_shards(folder, self.shapes(), self.tensor)
 
     def load(self) -> PretrainedModule:
         """The model in memory, float32, eval mode. UserError as in `check`."""
@@ -106,18 +108,11 @@ class ConvertedPart:
         return model.eval()
 
 
+def _listed(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} {what} ({', '.join(names[:LISTED])}{more})"
+
+
 def tensor_names(model_class: type[PretrainedModule], config: Any) -> list[str]:
     """The names of a model's state dict, without its numbers."""
     return list(build_on_meta(model_class, config).state_dict())
-
-
-def settings_of(path: Path | None) -> dict[str, Any]:
-    """--config FILE (YAML or JSON); nothing without."""
-    from tokenloom_common.config import read_mapping
-
-    return {} if path is None else read_mapping(path)
-
-
-def as_json(values: Any) -> str:
-    """Settings in one line, for a note."""
-    return json.dumps(values, sort_keys=True)

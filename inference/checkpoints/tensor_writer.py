@@ -1,7 +1,7 @@
 """safetensors files written tensor after tensor, so that a model larger than memory can be written.
 
-The library writes a file from tensors that are all there at once. The format: 8 bytes of the header's length, the header in JSON (name ->
-dtype, shape, where its bytes begin and end), the bytes of each tensor (https://huggingface.co/docs/safetensors).
+The library writes a file from tensors that are all there at once. The format: 8 bytes of the header's length, the header in JSON
+(name -> dtype, shape, where its bytes begin and end), the bytes of each tensor (https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
           torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-def write_shards(folder: Path, shapes: Mapping[str, Tensor], make: Callable[[str], Tensor], max_shard_size: str = MAX_SHARD_SIZE,
-                 stem: str = "model") -> None:
+def write_shards(folder: Path, shapes: Mapping[str, Tensor], make: Callable[[str], Tensor],
+                 max_shard_size: str = MAX_SHARD_SIZE, stem: str = "model") -> None:
     """STEM.safetensors, or shards and their index, into an existing folder.
 
     shapes: every tensor on the meta device, in its type. make: gives a tensor by name; one is held at a time.
     """
     plan = split_state_dict_into_shards_factory(
-        dict(shapes), get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(), get_storage_id=lambda tensor: None,
-        filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size)
+        dict(shapes), get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        get_storage_id=lambda tensor: None, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         write_tensors(folder / file, {name: shapes[name] for name in names}, make)
     if plan.is_sharded:

@@ -1,8 +1,8 @@
 """Torch's pickled files (.pt, .pth, .ckpt, .bin) from strangers: tensors and plain containers come out, nothing else runs.
 
-torch's own restricted unpickler (`weights_only=True`) does the reading. Checkpoints of trainers hold further classes beside their
-tensors (a callback's name, parsed arguments); those named in HARMLESS are replaced by a stand-in that keeps nothing. A file that
-asks for any other class is refused by name before a byte of it is unpickled.
+torch's own restricted unpickler (`weights_only=True`) does the reading. Checkpoints of trainers hold further classes beside
+their tensors (a callback's name, parsed arguments); those named in HARMLESS are replaced by a stand-in that keeps nothing. A
+file that asks for any other class is refused by name before a byte of it is unpickled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_PICKLE_BYTES = 256 << 20  # the pickle beside the tensors' own bytes: names,
 
 
 class StandIn:
-    """In the place of a class that a checkpoint names and that conversion has no use for; it takes anything and keeps nothing."""
+    """In the place of a class that a checkpoint names and conversion has no use for; it takes anything and keeps nothing."""
 
     def __init__(self, *args: Any, **values: Any) -> None:
         pass
@@ -67,7 +67,7 @@ def read_torch_file(path: Path) -> Any:
         if named:
             raise _refused(path, named[1]) from None
         raise _damaged(path, error) from None
-    except Exception as error:  # noqa: BLE001  (a damaged pickle raises whatever its opcodes lead to)
+    except Exception as error:
         raise _damaged(path, error) from None
 
 
@@ -99,8 +99,8 @@ def _refuse_classes(path: Path) -> None:
 
 def _refused(path: Path, *names: str) -> UserError:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return UserError(f"{path}: refused: beside tensors it asks for {', '.join(names[:3])}{more}, which could run code; nothing of "
-                     "it was run. Where you trust its source, load it there and save its tensors alone")
+    return UserError(f"{path}: refused: beside tensors it asks for {', '.join(names[:3])}{more}, which could run code; nothing "
+                     "of it was run. Where you trust its source, load it there and save its tensors alone")
 
 
 def _damaged(path: Path, error: BaseException) -> UserError:

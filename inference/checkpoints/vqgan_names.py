@@ -1,7 +1,7 @@
 """How published VQGANs name what our VQGAN has, and what a config follows from.
 
-Our names are those of taming-transformers. The others differ in the names of blocks and in the order of the decoder's levels: by
-level (taming), or in the order in which they run, from the code grid up (LlamaGen, diffusers, transformers' Janus).
+Our names are those of taming-transformers. The others differ in the names of blocks and in the order of the decoder's levels:
+by level (taming), or in the order in which they run, from the code grid up (LlamaGen, diffusers, transformers' Janus).
 """
 
 # Axes: C channels, L levels, K codebook size, D length of a code vector
@@ -27,7 +27,8 @@ CODEBOOK = "quantize.embedding.weight"
 NORM_GROUPS = 32  # of every published VQGAN; a file does not say
 DEFAULT_RESOLUTION = 256
 
-_LEVEL = re.compile(r"^(?P<side>encoder\.down|decoder\.up)\.(?P<level>\d+)\.(?P<part>block|attn|downsample|upsample)\.(?P<rest>.+)$")
+_LEVEL = re.compile(r"^(?P<side>encoder\.down|decoder\.up)\.(?P<level>\d+)\."
+                    r"(?P<part>block|attn|downsample|upsample)\.(?P<rest>.+)$")
 _DIFFUSERS_PARTS = {"block": "resnets", "attn": "attentions", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}
 _DIFFUSERS_PLAIN = {"mid.block_1.": "mid_block.resnets.0.", "mid.block_2.": "mid_block.resnets.1.",
                     "mid.attn_1.": "mid_block.attentions.0.", "nin_shortcut.": "conv_shortcut.", "norm_out.": "conv_norm_out."}
@@ -109,7 +110,8 @@ class Inferred:
             raise UserError(f"{self.where}: levels of {widths} channels are no multiples of the first convolution's {channels}")
         multipliers = [width // channels for width in widths]
         attends = [level for level in range(self.levels) if self.has(f"encoder.down.{level}.attn.0.q.weight")]
-        blocks, decoder_blocks = self.count("encoder.down.0.block.{}.conv1.weight"), self.count("decoder.up.0.block.{}.conv1.weight") - 1
+        blocks = self.count("encoder.down.0.block.{}.conv1.weight")
+        decoder_blocks = self.count("decoder.up.0.block.{}.conv1.weight") - 1  # one more than on the way down
         decoder_channels = self.shape("decoder.conv_out.weight")[1] // multipliers[0]
         return VQGANConfig.parse({
             "resolution": resolution, "in_channels": pixels, "channels": channels, "channel_multipliers": multipliers,
@@ -122,7 +124,7 @@ class Inferred:
 
 
 def count_levels(weights: Mapping[str, Tensor], pattern: str, where: Path) -> int:
-    """How many levels there are: one more than the largest number in names that match `pattern`. UserError for none or too many."""
+    """How many levels there are: one more than the largest number in names that match. UserError for none or too many."""
     found = {int(match[1]) for match in (re.match(pattern, name) for name in weights) if match and len(match[1]) < 3}
     if not found or found != set(range(len(found))) or len(found) > 12:
         raise UserError(f"{where}: its encoder has no levels numbered from 0, so it is not a VQGAN of this kind")

@@ -19,7 +19,7 @@ from tokenloom_common.errors import MissingFileError, UserError
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 CONTAINERS = ("state_dict", "model", "module")
-"""Where checkpoints keep their weights, in the order they are looked for: Lightning, DistributedDataParallel scripts, DeepSpeed."""
+"""Where checkpoints keep their weights, in the order they are looked for: Lightning, plain scripts, DeepSpeed."""
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 MAX_INDEX_BYTES = 64 << 20
 
@@ -27,8 +27,8 @@ MAX_INDEX_BYTES = 64 << 20
 def read_weights(path: Path, containers: Sequence[str] = CONTAINERS) -> dict[str, Tensor]:
     """All tensors of a weights file, or of the shards that an index.json names.
 
-    containers: keys under which a torch file may keep its weights. Names lose what wrappers (FSDP, torch.compile, DDP) put before
-    or into them. UserError in one line for anything that is not such a file.
+    containers: keys under which a torch file may keep its weights. Names lose what wrappers (FSDP, torch.compile, DDP) put
+    before or into them. UserError in one line for anything that is not such a file.
     """
     if path.name.endswith(".index.json"):
         return _cleaned(_sharded(path, containers), path)
@@ -41,7 +41,7 @@ def find_weights(folder: Path, stems: Sequence[str], what: str) -> Path:
         for ending in (".safetensors", ".safetensors.index.json", *TORCH_SUFFIXES, ".bin.index.json"):
             if (folder / f"{stem}{ending}").is_file():
                 return folder / f"{stem}{ending}"
-    raise MissingFileError(f"{folder}: no weights of {what} in it (looked for {', '.join(stems)} with .safetensors, .bin or .pt)")
+    raise MissingFileError(f"{folder}: no weights of {what} in it (looked for {', '.join(stems)} with .safetensors, .bin, .pt)")
 
 
 def _one_file(path: Path, containers: Sequence[str]) -> dict[str, Tensor]:
@@ -59,7 +59,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:160]}); download it again") from None
+        raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:160]}); "
+                        "download it again") from None
 
 
 def _sharded(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
