@@ -1,7 +1,8 @@
 """The image tokenizer of Janus and Janus-Pro (LlamaGen's VQ-16, trained on by DeepSeek), as transformers or DeepSeek saves it.
 
-transformers searches codes among rows of the codebook at their own length and decodes rows scaled to length 1; DeepSeek's code,
-and so the training, scales both. The codes differ. The default is the trained way; `like_transformers` gives transformers' codes.
+transformers searches codes among rows of the codebook at their own length and decodes rows scaled to length 1; DeepSeek's
+code, and so the training, scales both. The codes differ. The default is the trained way; `like_transformers` gives those of the
+other.
 """
 
 from __future__ import annotations
