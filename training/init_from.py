@@ -32,8 +32,8 @@ def open_start(config: Seq2SeqRunConfig) -> StartFolder | None:
         lacks = [what for what, named in (("image_tokenizer", config.image_tokenizer), ("text.tokenizer", (
             text.tokenizer or text.kind == FrozenTextEncoder.kind))) if not named]
         if lacks:
-            raise UserError(f"init_from {start.name}: a transformer alone, without tokenizers; name {' and '.join(lacks)} that it was "
-                            "trained with, or give a whole model folder")
+            raise UserError(f"init_from {start.name}: a transformer alone, without tokenizers; name {' and '.join(lacks)} that it "
+                            "was trained with, or give a whole model folder")
         return start
     given = [name for name in ("tokenizer", "vocab_size", "text_length") if getattr(text, name) is not None]
     kind = read_mapping(start.folder / TEXT_FOLDER / "config.json").get("kind")
@@ -58,7 +58,8 @@ def image_tokenizer_folder(config: Seq2SeqRunConfig, start: StartFolder | None) 
     return str(kept)
 
 
-def text_source_of(config: Seq2SeqRunConfig, data: CaptionRows, start: StartFolder | None, kept: Path | None) -> TextSource:
+def text_source_of(config: Seq2SeqRunConfig, data: CaptionRows, start: StartFolder | None,
+                   kept: Path | None) -> TextSource:
     """What a run reads its captions with: the text tokenizer of the model folder that it begins from, or as text_source_of_run
     says. `kept` is where the run that is continued has it."""
     if start is not None and start.whole:
@@ -79,11 +80,8 @@ def check_start(start: StartFolder, ours: TransformerConfig, image_tokenizer: st
     for name in sorted(fields, key=lambda name: name not in DERIVED):  # what follows from the files explains more
         there, here = getattr(theirs, name), getattr(ours, name)
         if there != here:
-            raise UserError(f"init_from {start.name}: {_what(name)} is {there} there and {here} here; {_remedy(name, image_tokenizer)}")
-
-
-def _what(name: str) -> str:
-    return name if name in DERIVED else f"model.{name}"
+            what = name if name in DERIVED else f"model.{name}"
+            raise UserError(f"init_from {start.name}: {what} is {there} there and {here} here; {_remedy(name, image_tokenizer)}")
 
 
 def _remedy(name: str, image_tokenizer: str) -> str:
@@ -103,8 +101,8 @@ def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransf
     """
     model, folder = KINDS[config.kind](config), start.transformer
     tensors = read_tensors(folder)
-    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (model.state_dict(), tensors)]
-    check_tensors(*shapes, folder)
+    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (model.state_dict(), tensors))
+    check_tensors(ours, theirs, folder)
     model.load_state_dict(tensors)
     log.info("init_from %s: %s numbers of %d tensors taken over", start.name,
              f"{sum(tensor.numel() for tensor in tensors.values()):,}", len(tensors))

@@ -1,5 +1,5 @@
-"""Where a run's model comes from before the run has weights of its own: the folder that `init_from` names, or, where the run goes
-on from a checkpoint, that checkpoint. Only configs are read here."""
+"""Where a run's model comes from before the run has weights of its own: the folder that `init_from` names, or, where the run
+goes on from a checkpoint, that checkpoint. Only configs are read here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class StartFolder:
 
 
 def find_start(name: str, patterns: tuple[str, ...] = MODEL_FILES) -> StartFolder:
-    """The transformer's folder that init_from names: local, or a hub id of which `patterns` are fetched. UserError if it is none."""
+    """The folder of a transformer that init_from names: local, or a hub id, of which `patterns` are fetched. UserError where it
+    is none."""
     folder = _resolved(name, patterns)
     if (folder / INDEX_NAME).is_file():
         read_model_index(folder)
@@ -56,8 +57,8 @@ def find_start(name: str, patterns: tuple[str, ...] = MODEL_FILES) -> StartFolde
     found = read_mapping(path).get("kind") if path.is_file() else None
     if found not in KINDS:
         holds = f"holds kind {found!r}" if path.is_file() else "is not there"
-        raise UserError(f"init_from {name}: neither a model folder ({INDEX_NAME}) nor one of a transformer: {path} {holds}, expected "
-                        f"one of {', '.join(KINDS)}; give the folder that training wrote as RUN/model")
+        raise UserError(f"init_from {name}: neither a model folder ({INDEX_NAME}) nor one of a transformer: {path} {holds}, "
+                        f"expected {' or '.join(KINDS)}; give the folder that training wrote as RUN/model")
     return start
 
 

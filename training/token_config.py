@@ -157,10 +157,10 @@ class Seq2SeqRunConfig(RunConfig):
     """training/train_seq2seq.py: token shards -> the caption -> token transformer and the whole model folder."""
 
     data: TokenDataConfig
-    init_from: str | None = Field(None, description="folder or hub id of a trained or converted model: its weights are where this "
-                                  "one starts; model.*, text.* and image_tokenizer are taken from there")
-    image_tokenizer: str | None = Field(None, description="folder of the image tokenizer that made the tokens; none = the one of "
-                                        "init_from's model folder")
+    init_from: str | None = Field(None, description="folder or hub id of a trained or converted model: its weights are where "
+                                  "this one starts; model.*, text.* and image_tokenizer are taken from there")
+    image_tokenizer: str | None = Field(None, description="folder of the image tokenizer that made the tokens; none = the one "
+                                        "of init_from's model folder")
     text: Seq2SeqTextConfig = Seq2SeqTextConfig()
     model: SerializeAsAny[TransformerSettings] = Field(default_factory=lambda: read_settings({}))
     loss: TokenLossConfig = TokenLossConfig()
