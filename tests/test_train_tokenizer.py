@@ -260,7 +260,8 @@ def test_decoder_fine_tuning_leaves_codes_bit_identical(group, data, tmp_path, t
     run = TokenizerRunConfig.parse({
         "data": {"path": str(data)}, "run_dir": str(tmp_path / "run"), "init_from": str(trained), "model": decoder,
         "adversarial": ADVERSARIAL, "train": {"steps": 3, "batch_size": 8, "precision": precision, "sample_every": 0,
-                                              "trained_part": "decoder", "weight_ema": 0.9}, "optim": {"lr": 0.01, "weight_decay": 0.1}}, "test")
+                                              "trained_part": "decoder", "weight_ema": 0.9},
+        "optim": {"lr": 0.01, "weight_decay": 0.1}}, "test")
     training = train(run, group)
     training.finish()
     after = load_tokenizer(tmp_path / "run/model")

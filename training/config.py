@@ -238,6 +238,7 @@ class TokenizerRunConfig(RunConfig):
         if self.train.compile:
             raise ValueError("train.compile: the codebook of an image tokenizer changes itself inside a step, which breaks "
                              "compiled code up; leave it out")
+        self.model.check_encodes(self.init_from or "model")
         if self.train.trained_part == "decoder" and self.init_from is None:
             raise ValueError("train.trained_part 'decoder' needs init_from, the tokenizer whose codes are kept")
         own = getattr(self.model, "output", None) == "logit_laplace" and self.train.trained_part != "decoder"

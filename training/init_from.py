@@ -7,6 +7,7 @@ from pathlib import Path
 
 from seq2seq import KINDS, FrozenTextEncoder, ImageTransformer, TextSource, TransformerConfig, load_text_source
 from seq2seq.config import DERIVED
+from tokenizer_image import ImageTokenizer
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 from tokenloom_common.pretrained import check_tensors, read_tensors
@@ -29,11 +30,12 @@ def open_start(config: Seq2SeqRunConfig) -> StartFolder | None:
         return None
     start, text = find_start(config.init_from), config.text
     if not start.whole:
-        lacks = [what for what, named in (("image_tokenizer", config.image_tokenizer), ("text.tokenizer", (
-            text.tokenizer or text.kind == FrozenTextEncoder.kind))) if not named]
+        named = {"image_tokenizer": config.image_tokenizer,
+                 "text.tokenizer": text.tokenizer or text.kind == FrozenTextEncoder.kind}
+        lacks = [name for name, value in named.items() if not value]
         if lacks:
-            raise UserError(f"init_from {start.name}: a transformer alone, without tokenizers; name {' and '.join(lacks)} that it "
-                            "was trained with, or give a whole model folder")
+            raise UserError(f"init_from {start.name}: a transformer alone, without tokenizers; name {' and '.join(lacks)} that "
+                            "it was trained with, or give a whole model folder")
         return start
     given = [name for name in ("tokenizer", "vocab_size", "text_length") if getattr(text, name) is not None]
     kind = read_mapping(start.folder / TEXT_FOLDER / "config.json").get("kind")
@@ -53,8 +55,8 @@ def image_tokenizer_folder(config: Seq2SeqRunConfig, start: StartFolder | None) 
         return str(start.folder / IMAGE_FOLDER)
     kept = Path(config.run_dir) / IMAGE_FOLDER
     if not kept.is_dir():
-        raise MissingFileError(f"{kept}: the image tokenizer of the run that is continued is missing; copy it there, or name it "
-                               "with image_tokenizer")
+        raise MissingFileError(f"{kept}: the image tokenizer of the run that is continued is missing; copy it there, or name "
+                               "it with image_tokenizer")
     return str(kept)
 
 
@@ -69,24 +71,33 @@ def text_source_of(config: Seq2SeqRunConfig, data: CaptionRows, start: StartFold
     return text_source_of_run(config.text, data, kept)
 
 
-def check_start(start: StartFolder, ours: TransformerConfig, image_tokenizer: str) -> None:
+def check_codes(start: StartFolder, tokenizer: ImageTokenizer, fingerprint: str, where: str) -> None:
+    """UserError, naming both values, when the folder's transformer was trained for codes of another image tokenizer than the
+    one at `where`."""
+    theirs = start.config()
+    here = {"codebook_size": tokenizer.codebook_size, "grid": tuple(tokenizer.grid), "tokenizer_fingerprint": fingerprint}
+    for name, value in here.items():
+        there = getattr(theirs, name)
+        if there not in ("", value):  # models from before fingerprints have none
+            raise UserError(f"init_from {start.name}: {name} is {there} there and {value} here; {where} is not the image "
+                            "tokenizer that it was trained with: give that one, and tokens of it")
+
+
+def check_start(start: StartFolder, ours: TransformerConfig) -> None:
     """UserError, naming the field and both values, when the run's model is another one than the folder's in anything that its
     weights or their meaning depend on. Reads no weights, so it can be asked before anything is touched."""
     theirs = start.config()
     if theirs.kind != ours.kind:
         raise UserError(f"init_from {start.name}: its model.kind is {theirs.kind}, this run's {ours.kind}; leave model.* out")
-    free = (*_FREE, *(["tokenizer_fingerprint"] if not theirs.tokenizer_fingerprint else []))
-    fields = [name for name in type(ours).model_fields if name not in free]
+    fields = [name for name in type(ours).model_fields if name not in (*_FREE, *_IMAGE)]
     for name in sorted(fields, key=lambda name: name not in DERIVED):  # what follows from the files explains more
         there, here = getattr(theirs, name), getattr(ours, name)
         if there != here:
             what = name if name in DERIVED else f"model.{name}"
-            raise UserError(f"init_from {start.name}: {what} is {there} there and {here} here; {_remedy(name, image_tokenizer)}")
+            raise UserError(f"init_from {start.name}: {what} is {there} there and {here} here; {_remedy(name)}")
 
 
-def _remedy(name: str, image_tokenizer: str) -> str:
-    if name in _IMAGE:
-        return f"{image_tokenizer} is not the image tokenizer that it was trained with: give that one, and tokens of it"
+def _remedy(name: str) -> str:
     if name in _TEXT:
         return "name the text tokenizer that it was trained with"
     if name in DERIVED:

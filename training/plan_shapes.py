@@ -88,6 +88,8 @@ def _transformer(config: Seq2SeqRunConfig, sizes: Sizes) -> tuple[dict[str, Any]
     if index is not None:
         rows = choose(index.splits, config.data.split, f"split of {config.data.path}").rows
     elif config.data.on_the_fly:
+        if tokenizer is not None:
+            tokenizer.check_encodes(named)
         rows = _pictures(config.data)
     if start is not None:
         theirs = start.config()

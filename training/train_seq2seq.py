@@ -43,7 +43,7 @@ from training.engine import Engine, resolve_precision
 from training.evaluation.pictures import plot_positions
 from training.fits import refuse_what_cannot_fit
 from training.flops import forward_flops
-from training.init_from import check_start, image_tokenizer_folder, model_of_start, open_start, text_source_of
+from training.init_from import check_codes, check_start, image_tokenizer_folder, model_of_start, open_start, text_source_of
 from training.log import sample_path
 from training.loop import Task
 from training.model_card import model_card
@@ -78,6 +78,8 @@ class Seq2SeqTraining:
         self.image_tokenizer_folder = image_tokenizer_folder(config, start)
         self.image_tokenizer = group.first_then_others(lambda: load_tokenizer(self.image_tokenizer_folder))
         self.fingerprint = code_fingerprint(self.image_tokenizer)
+        if start is not None:
+            group.first_does(lambda: check_codes(start, self.image_tokenizer, self.fingerprint, self.image_tokenizer_folder))
         self.shards = self._open(config.data.split)
         self.held_out = self._open(config.data.validation_split) if config.data.validation_split else None
         self.order = token_order(config.data, self.shards, config.seed)
@@ -87,7 +89,7 @@ class Seq2SeqTraining:
         self.text_source: TextSource = together(lambda: text_source_of(config, self.shards, start, kept))
         model_config = self._model_config()
         if start is not None:
-            group.first_does(lambda: check_start(start, model_config, self.image_tokenizer_folder))
+            group.first_does(lambda: check_start(start, model_config))
         check_losses(config, model_config)
         group.first_does(lambda: refuse_what_cannot_fit(
             seq2seq_plan(config, precision, model_config, self.image_tokenizer.config), group))
@@ -116,6 +118,7 @@ class Seq2SeqTraining:
     def _open(self, split: str) -> TokenShards | PictureTokens:
         data = self.config.data
         if data.on_the_fly:
+            self.image_tokenizer.config.check_encodes(self.image_tokenizer_folder)
             source = self.group.first_then_others(lambda: open_training_pictures(data, split))
             return PictureTokens(source, self.image_tokenizer, self.fingerprint)
         shards = self.group.first_then_others(lambda: TokenShards(data.path, split))
