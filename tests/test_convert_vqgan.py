@@ -274,7 +274,8 @@ TOTALS = {"vqgan-f16-1024": (343, 72_141_699), "vqgan-f16-16384": (343, 76_073_8
 def test_tensor_lists_and_totals_of_published_sizes(name, naming, tensors, total):
     config = preset(name)
     shape = Shape(channels=128, multipliers=config.channel_multipliers, blocks=2, z_channels=256,
-                  attention=(len(config.channel_multipliers) - 1,), dim=config.embed_dim, codes=config.codebook_size, names=naming)
+                  attention=(len(config.channel_multipliers) - 1,), dim=config.embed_dim, codes=config.codebook_size,
+                  names=naming)
     with torch.device("meta"):
         model = VQGAN(config)
     rename = llamagen_name if naming == "llamagen" else lambda name, levels: name

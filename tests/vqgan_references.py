@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """What the projects' configs call ch, ch_mult, num_res_blocks, z_channels, embed_dim, n_embed, and the levels that attend."""
+    """What configs call ch, ch_mult, num_res_blocks, z_channels, embed_dim, n_embed; the levels that attend."""
 
     channels: int = 32
     multipliers: tuple[int, ...] = (1, 1, 2)
