@@ -190,7 +190,8 @@ class Seq2SeqRunConfig(RunConfig):
         if predicts != bool(self.loss.text_weight):
             has, lacks = ("model.predict_text is true", "loss.text_weight is 0") if predicts else (
                 f"loss.text_weight is {self.loss.text_weight}", "model.predict_text is false")
-            raise ValueError(f"{has}, but {lacks}; set both or neither")
+            remedy = "give the text a weight (DALL-E: 0.125)" if predicts and self.init_from else "set both or neither"
+            raise ValueError(f"{has}, but {lacks}; {remedy}")
         if predicts and self.text.kind in (ClassLabels.kind, FrozenTextEncoder.kind):
             raise ValueError(f"model.predict_text needs text ids to predict; text.kind {self.text.kind} has none")
         return self
