@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tokenizer_image.quantizer_config import Fraction, Positive, QuantizerConfig
 from tokenloom_common.config import StrictConfig
+from tokenloom_common.errors import UserError
 
 
 class ImageTokenizerConfig(StrictConfig):
@@ -49,6 +50,9 @@ class ImageTokenizerConfig(StrictConfig):
         """N = h*w."""
         return self.grid[0] * self.grid[1]
 
+    def check_encodes(self, where: str = "this image tokenizer") -> None:
+        """UserError if the tokenizer, which `where` names, only turns codes into pictures. Ask before anything slow."""
+
 
 class QuantizedConfig(ImageTokenizerConfig):
     """A family with a quantizer between encoder and decoder."""
@@ -77,12 +81,22 @@ class VQGANConfig(QuantizedConfig):
     mid_attention: bool = True
     """Attention between the two middle blocks, at the resolution of the code grid."""
     norm_groups: Positive = 32
+    norm_eps: float = Field(default=1e-6, gt=0, lt=1)
+    """Epsilon of every GroupNorm; min-dalle's detokenizer runs with 1e-5."""
     dropout: Fraction = 0.0
     z_channels: Positive = 256
     decoder_channels: Positive | None = None
     """Width of the decoder's first level; none = `channels`. A larger decoder can be trained against frozen codes."""
     decoder_res_blocks: Positive | None = None
     """Residual blocks a level of the decoder, before its extra one; none = `num_res_blocks`."""
+    input_range: Literal["signed", "unit"] = "signed"
+    """What the encoder's first convolution reads: pixels in [-1, 1], or in [0, 1] as VQGAN-jax was trained (dalle-mini).
+    Pictures given to this class are in [-1, 1] either way."""
+    output_range: Literal["signed", "unit"] = "signed"
+    """What the decoder's last convolution gives: pixels in [-1, 1], or in [0, 1] (VQGAN-jax, min-dalle). Pictures that this
+    class gives are in [-1, 1] either way."""
+    has_encoder: bool = True
+    """False: a detokenizer, which turns codes into pictures only (min-dalle publishes no more than that)."""
 
     @property
     def downsampling(self) -> int:
@@ -93,6 +107,12 @@ class VQGANConfig(QuantizedConfig):
     def level_resolutions(self) -> tuple[int, ...]:
         """The resolution of each level, from the picture's down to the code grid's."""
         return tuple(self.resolution // 2**level for level in range(len(self.channel_multipliers)))
+
+    def check_encodes(self, where: str = "this image tokenizer") -> None:
+        """UserError without an encoder."""
+        if not self.has_encoder:
+            raise UserError(f"{where} has no encoder (has_encoder is false in its config), so it can only turn codes into "
+                            "pictures; to encode or train, convert the whole VQGAN that it is a part of")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -109,14 +129,19 @@ class VQGANConfig(QuantizedConfig):
         if wrong:
             raise ValueError(f"attention_resolutions {wrong[0]} is no level's resolution; "
                              f"the levels have {', '.join(map(str, self.level_resolutions))}")
+        if self.input_range != "signed" and not self.has_encoder:
+            raise ValueError(f"input_range '{self.input_range}' is for an encoder, and has_encoder is false; leave it out")
         self.quantizer.check_sizes(self.embed_dim, self.codebook_size)
         return self
 
 
 # How the released checkpoints learned their codes: by gradient, from a random start, without restarts.
-_AS_RELEASED = {"learn_codebook_by_gradient": True, "kmeans_init": False, "rotation_trick": False, "dead_code_fraction": 0.0}
-_TAMING = QuantizerConfig(l2_normalize=False, **_AS_RELEASED)
-_LLAMAGEN = QuantizerConfig(**_AS_RELEASED)
+AS_RELEASED: dict[str, Any] = {"learn_codebook_by_gradient": True, "kmeans_init": False, "rotation_trick": False,
+                               "dead_code_fraction": 0.0}
+_TAMING = QuantizerConfig(l2_normalize=False, **AS_RELEASED)
+_LLAMAGEN = QuantizerConfig(**AS_RELEASED)
+_GUMBEL = QuantizerConfig(kind="gumbel", kl_weight=1e-8, temperature_start=0.9, temperature_end=1e-6,
+                           temperature_steps=1_000_001)
 
 VQGAN_PRESETS: dict[str, VQGANConfig] = {
     "debug": VQGANConfig(resolution=16, channels=16, channel_multipliers=(1, 2), num_res_blocks=1,
@@ -125,4 +150,6 @@ VQGAN_PRESETS: dict[str, VQGANConfig] = {
     "vqgan-f16-16384": VQGANConfig(embed_dim=256, codebook_size=16384, quantizer=_TAMING),
     "vq-16": VQGANConfig(quantizer=_LLAMAGEN),  # LlamaGen, arXiv 2406.06525
     "vq-8": VQGANConfig(channel_multipliers=(1, 2, 2, 4), attention_resolutions=(32,), quantizer=_LLAMAGEN),
+    "vqgan-f8-gumbel": VQGANConfig(channel_multipliers=(1, 1, 2, 4), attention_resolutions=(32,), embed_dim=256,
+                                   codebook_size=8192, quantizer=_GUMBEL),  # taming's vqgan_gumbel_f8
 }
