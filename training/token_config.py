@@ -112,6 +112,8 @@ class TextConfig(StrictConfig):
     encoder: str | None = Field(None, description="folder or hub id of the text encoder, for kind frozen")
     feature_cache: str | None = Field(None, description="folder where its features are kept and found again; none = encode "
                                       "each caption whenever it comes")
+    padding: Literal["right", "left"] = Field("right", description="of short captions, for kind frozen; left: LlamaGen, whose "
+                                              "last text slot predicts the first token")
 
     @field_validator("kind")
     @classmethod
@@ -126,6 +128,8 @@ class TextConfig(StrictConfig):
             raise ValueError("text.encoder, the folder or hub id of a text encoder, is for text.kind frozen, which needs it")
         if self.feature_cache and not frozen:
             raise ValueError(f"text.feature_cache is for text.kind frozen, not {self.kind}; leave it out")
+        if self.padding == "left" and not frozen:
+            raise ValueError(f"text.padding left is for text.kind frozen, not {self.kind}; leave it out")
         if frozen and (self.tokenizer or self.vocab_size):
             raise ValueError("text.kind frozen has a tokenizer of its own; leave text.tokenizer and text.vocab_size out")
         if self.kind == "classes" and (self.vocab_size or self.text_length):
