@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +20,7 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
-from tokenloom_common.pretrained import resolve_folder, write_pretrained
+from tokenloom_common.pretrained import PretrainedModule, resolve_folder, write_pretrained
 
 INDEX_NAME = "model_index.json"
 GENERATION_NAME = "generation_config.json"
@@ -47,21 +48,41 @@ def toolkit_version() -> str:
         return "unknown (not installed)"
 
 
+class WrittenPart(Protocol):
+    """What writes a part's folder without holding the part: its class, its config, and `write`."""
+
+    @property
+    def model_class(self) -> type[PretrainedModule]: ...
+    @property
+    def config(self) -> Any: ...
+    def write(self, folder: Path) -> None: ...
+
+
 def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer,
                       text_tokenizer: TextSource, generation: SamplingParams, card: str) -> Path:
     """Write a whole model folder with its model card. UserError if the parts do not belong together."""
+    return write_model_folder(folder, image_tokenizer, seq2seq, text_tokenizer, generation, card)
+
+
+def write_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | WrittenPart,
+                       text_tokenizer: TextSource, generation: SamplingParams, card: str) -> Path:
+    """As save_model_folder, of a transformer that may be too large to hold."""
     check_pair(image_tokenizer, seq2seq, text_tokenizer, "the model folder to write")
+    kind = seq2seq.kind if isinstance(seq2seq, ImageTransformer) else seq2seq.model_class.kind
     with atomic_folder(Path(folder), (*PARTS, INDEX_NAME, GENERATION_NAME, "README.md")) as aside:
-        for name, part in (("tokenizer_image", image_tokenizer), ("seq2seq", seq2seq)):
+        for name in PARTS:
             (aside / name).mkdir()
-            write_pretrained(part.kind, part.config, part.state_dict(), aside / name)
-        (aside / "text_tokenizer").mkdir()
+        write_pretrained(image_tokenizer.kind, image_tokenizer.config, image_tokenizer.state_dict(), aside / "tokenizer_image")
+        if isinstance(seq2seq, ImageTransformer):
+            write_pretrained(kind, seq2seq.config, seq2seq.state_dict(), aside / "seq2seq")
+        else:
+            seq2seq.write(aside / "seq2seq")
         text_tokenizer.write_files(aside / "text_tokenizer")
         write_json_atomic(aside / GENERATION_NAME, generation.plain())
         write_text_atomic(aside / "README.md", card)
         write_json_atomic(aside / INDEX_NAME, {
             "_class_name": CLASS_NAME, "_tokenloom_version": toolkit_version(), "schema_version": SCHEMA_VERSION,
-            "tokenizer_image": image_tokenizer.kind, "seq2seq": seq2seq.kind, "text_tokenizer": text_tokenizer.kind})
+            "tokenizer_image": image_tokenizer.kind, "seq2seq": kind, "text_tokenizer": text_tokenizer.kind})
     return Path(folder)
 
 
@@ -104,7 +125,8 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revi
     return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder)
 
 
-def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer, text_tokenizer: TextSource, where: str) -> None:
+def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | WrittenPart, text_tokenizer: TextSource,
+               where: str) -> None:
     """UserError naming both sides when the parts do not belong together."""
     config = seq2seq.config
     pairs = [("codebook size", "image tokenizer", image_tokenizer.codebook_size, config.codebook_size),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -114,9 +114,10 @@ class VQGANConfig(QuantizedConfig):
 
 
 # How the released checkpoints learned their codes: by gradient, from a random start, without restarts.
-_AS_RELEASED = {"learn_codebook_by_gradient": True, "kmeans_init": False, "rotation_trick": False, "dead_code_fraction": 0.0}
-_TAMING = QuantizerConfig(l2_normalize=False, **_AS_RELEASED)
-_LLAMAGEN = QuantizerConfig(**_AS_RELEASED)
+AS_RELEASED: dict[str, Any] = {"learn_codebook_by_gradient": True, "kmeans_init": False, "rotation_trick": False,
+                               "dead_code_fraction": 0.0}
+_TAMING = QuantizerConfig(l2_normalize=False, **AS_RELEASED)
+_LLAMAGEN = QuantizerConfig(**AS_RELEASED)
 
 VQGAN_PRESETS: dict[str, VQGANConfig] = {
     "debug": VQGANConfig(resolution=16, channels=16, channel_multipliers=(1, 2), num_res_blocks=1,
