@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seq2seq.config import TransformerConfig
+from seq2seq.layers import embedding_norm
 from seq2seq.positions import AnglesByDevice, flat_positions, grid_positions
 from tokenloom_common.pretrained import PretrainedModule
 
@@ -52,7 +53,7 @@ class ImageTransformer(PretrainedModule):
             self.begin_of_layout = nn.Parameter(torch.empty(width))
             self._make_positions("layout_", config.layout_grid, "row_column")
             self.to_layout_logits = nn.Linear(width, config.layout_classes or 0, bias=False)
-        self.embedding_norm = nn.LayerNorm(width) if config.embedding_norm else None
+        self.embedding_norm = embedding_norm(config)
         self.to_logits = nn.Linear(width, config.codebook_size, bias=False)
         self._angles = AnglesByDevice()
 

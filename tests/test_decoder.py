@@ -25,6 +25,8 @@ ENCODER_DECODERS = {
     "convolution": {"attention": ("convolution",), "convolution_size": 3},
     "normformer": {"norm_placement": "normformer", "norm": "layernorm", "embedding_norm": True, "image_positions": "flat",
                    "rotary": "none", "feedforward": "geglu", "feedforward_bias": False},
+    "bart-norms": {"norm_placement": "normformer", "norm": "layernorm", "norm_bias": True, "norm_eps": 3e-3,
+                   "embedding_norm": True, "feedforward": "geglu", "kv_heads": 1},
     "layout": {"layout_kind": "classes", "layout_classes": 5, "layout_grid": (2, 3)},
     "features": {"text_vocab_size": None, "text_feature_width": 6, "encoder_layers": 0},
 }
@@ -34,8 +36,10 @@ DECODERS_ONLY = {
               "attention": ("row", "column", "row"), "last_attention": "convolution", "convolution_size": 3},
     "dalle-masked": {"predict_text": True, "begin_of_image": False, "rotary": "none", "attention_bias": True},
     "llamagen": {"text_positions": "blind", "begin_of_image": False, "learned_positions": False, "qk_norm": False,
-                 "feedforward_bias": False, "text_projection": "mlp", "text_vocab_size": None, "text_feature_width": 6},
+                 "feedforward_bias": False, "text_projection": "mlp", "text_vocab_size": None, "text_feature_width": 6,
+                 "norm_eps": 3e-3},  # beside a mean square of about 0.01, so that one that is ignored is seen
     "sandwich": {"norm_placement": "sandwich", "norm": "layernorm", "rotary": "1d"},
+    "biased-norms": {"norm_placement": "sandwich", "norm": "layernorm", "norm_bias": True, "qk_norm": False},
     "grouped-query-column": {"kv_heads": 1, "attention": ("column",), "grid": (3, 5)},
     "layout": {"layout_kind": "classes", "layout_classes": 5, "layout_grid": (2, 3), "attention": ("row", "full")},
     "one-slot": {"text_vocab_size": 7, "text_length": 1},
