@@ -77,12 +77,22 @@ class VQGANConfig(QuantizedConfig):
     mid_attention: bool = True
     """Attention between the two middle blocks, at the resolution of the code grid."""
     norm_groups: Positive = 32
+    norm_eps: float = Field(default=1e-6, gt=0, lt=1)
+    """Epsilon of every GroupNorm; min-dalle's detokenizer runs with 1e-5."""
     dropout: Fraction = 0.0
     z_channels: Positive = 256
     decoder_channels: Positive | None = None
     """Width of the decoder's first level; none = `channels`. A larger decoder can be trained against frozen codes."""
     decoder_res_blocks: Positive | None = None
     """Residual blocks a level of the decoder, before its extra one; none = `num_res_blocks`."""
+    input_range: Literal["signed", "unit"] = "signed"
+    """What the encoder's first convolution reads: pixels in [-1, 1], or in [0, 1] as VQGAN-jax was trained (dalle-mini).
+    Pictures given to this class are in [-1, 1] either way."""
+    output_range: Literal["signed", "unit"] = "signed"
+    """What the decoder's last convolution gives: pixels in [-1, 1], or in [0, 1] (VQGAN-jax, min-dalle). Pictures that this
+    class gives are in [-1, 1] either way."""
+    has_encoder: bool = True
+    """False: a detokenizer, which turns codes into pictures only (min-dalle publishes no more than that)."""
 
     @property
     def downsampling(self) -> int:
@@ -109,6 +119,8 @@ class VQGANConfig(QuantizedConfig):
         if wrong:
             raise ValueError(f"attention_resolutions {wrong[0]} is no level's resolution; "
                              f"the levels have {', '.join(map(str, self.level_resolutions))}")
+        if self.input_range != "signed" and not self.has_encoder:
+            raise ValueError(f"input_range '{self.input_range}' is what an encoder reads, and has_encoder is false; leave it out")
         self.quantizer.check_sizes(self.embed_dim, self.codebook_size)
         return self
 

@@ -16,7 +16,7 @@ def code_fingerprint(tokenizer: ImageTokenizer) -> str:
     digest = hashlib.blake2b(json.dumps(tokenizer.code_settings(), sort_keys=True).encode(), digest_size=8)
     parts = tuple(f"{name}." for name in tokenizer.code_parts if name != "quantizer")
     tensors = {name: tensor for name, tensor in tokenizer.state_dict().items() if name.startswith(parts)}
-    for name, tensor in sorted({**tensors, "codebook": tokenizer.codebook}.items()):
+    for name, tensor in sorted({**tensors, **tokenizer.code_tensors()}.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class ImageTokenizer(PretrainedModule):
     """`encode` and `decode` are for use, `forward` is for training. A subclass gives the four parts between them."""
 
     config: ImageTokenizerConfig
-    code_parts: ClassVar[tuple[str, ...]]
+    code_parts: tuple[str, ...]
     """Names of the modules that decide codes; the others only turn codes into pixels."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
@@ -82,6 +82,13 @@ class ImageTokenizer(PretrainedModule):
         """JSON-able settings that decide codes beyond the weights' shapes."""
         return {"kind": self.kind, "resolution": self.config.resolution}
 
+    def code_tensors(self) -> dict[str, Tensor]:
+        """What decides codes after the latents, by name: the codebook, and what a quantizer compares latents with besides."""
+        return {"codebook": self.codebook}
+
+    def check_encodes(self) -> None:
+        """UserError if this tokenizer turns codes into pictures only. For callers to ask before anything slow."""
+
     def set_step(self, step: int, total: int) -> dict[str, float]:
         """Tell the model which of `total` training steps comes next -> the values of its own schedules, for the log."""
         return {}
@@ -102,6 +109,7 @@ class ImageTokenizer(PretrainedModule):
 
         UserError on another shape or on integers. Call `.eval()` first if the config has dropout.
         """
+        self.check_encodes()
         self._check_image(image)
         return self.codes_of(self.latents(_fast_layout(image, self.config.resolution)))
 
@@ -116,6 +124,7 @@ class ImageTokenizer(PretrainedModule):
 
         After `freeze_codes` only the way from codes to pixels has gradients, and there are no loss parts.
         """
+        self.check_encodes()
         self._check_image(image)
         if not self.codes_frozen:
             return self.reconstruct(image)

@@ -28,19 +28,23 @@ class Checkpointed(nn.Module):
         return block(hidden)
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """GroupNorm with the released models' epsilon (PyTorch's default is 1e-5)."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+NORM_EPS = 1e-6
+"""GroupNorm's epsilon in the released models (PyTorch's default is 1e-5)."""
+
+
+def group_norm(channels: int, groups: int, eps: float = NORM_EPS) -> nn.GroupNorm:
+    """GroupNorm with the released models' epsilon unless another is given."""
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class ResBlock(nn.Module):
     """Twice norm, swish, 3x3 convolution; a 1x1 convolution on the way around where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float, eps: float = NORM_EPS) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels, groups)
+        self.norm1 = group_norm(in_channels, groups, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels, groups)
+        self.norm2 = group_norm(out_channels, groups, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -56,9 +60,9 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head attention over all positions, projections as 1x1 convolutions, scale C^-0.5."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, eps: float = NORM_EPS) -> None:
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = group_norm(channels, groups, eps)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -102,9 +106,10 @@ class Level(Checkpointed):
     def __init__(self, widths: list[int], attend: bool, config: VQGANConfig, downsample: Downsample | None = None,
                  upsample: Upsample | None = None) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(before, after, config.norm_groups, config.dropout)
+        self.block = nn.ModuleList(ResBlock(before, after, config.norm_groups, config.dropout, config.norm_eps)
                                    for before, after in pairwise(widths))
-        self.attn = nn.ModuleList(AttentionBlock(after, config.norm_groups) for after in widths[1:] if attend)
+        self.attn = nn.ModuleList(AttentionBlock(after, config.norm_groups, config.norm_eps)
+                                  for after in widths[1:] if attend)
         self.downsample = downsample
         self.upsample = upsample
 
@@ -124,10 +129,10 @@ class Middle(Checkpointed):
 
     def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels, config.norm_groups, config.dropout)
+        self.block_1 = ResBlock(channels, channels, config.norm_groups, config.dropout, config.norm_eps)
         if config.mid_attention:
-            self.attn_1 = AttentionBlock(channels, config.norm_groups)
-        self.block_2 = ResBlock(channels, channels, config.norm_groups, config.dropout)
+            self.attn_1 = AttentionBlock(channels, config.norm_groups, config.norm_eps)
+        self.block_2 = ResBlock(channels, channels, config.norm_groups, config.dropout, config.norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
@@ -154,7 +159,7 @@ class Encoder(nn.Module):
             self.down.append(Level(widths, attend, config, downsample=downsample))
             width = out
         self.mid = Middle(width, config)
-        self.norm_out = group_norm(width, config.norm_groups)
+        self.norm_out = group_norm(width, config.norm_groups, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -184,7 +189,7 @@ class Decoder(nn.Module):
             levels.insert(0, Level(widths, attend, config, upsample=upsample))
             width = out
         self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(width, config.norm_groups)
+        self.norm_out = group_norm(width, config.norm_groups, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:

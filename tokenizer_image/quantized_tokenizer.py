@@ -45,9 +45,14 @@ class QuantizedTokenizer(ImageTokenizer):
     def code_settings(self) -> dict[str, Any]:
         """JSON-able settings that decide codes beyond the weights' shapes."""
         quantizer = self.config.quantizer
+        later = {"raw_search": True} if quantizer.raw_search else {}  # only where it is on: fingerprints of before stay
         return {**super().code_settings(), "quantizer": {
             "kind": quantizer.kind, "l2_normalize": quantizer.l2_normalize, "depth": quantizer.depth,
-            "levels": quantizer.levels, "spherical": quantizer.spherical}}
+            "levels": quantizer.levels, "spherical": quantizer.spherical, **later}}
+
+    def code_tensors(self) -> dict[str, Tensor]:
+        """What decides codes after the latents, by name."""
+        return self.quantizer.code_tensors()
 
     def take_restarts(self) -> int:
         """Dead codes that were restarted since this was last asked."""

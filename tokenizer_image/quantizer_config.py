@@ -16,7 +16,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 _VQ = {"commitment_weight", "learn_codebook_by_gradient", "ema_decay", "dead_code_fraction", "kmeans_init",
        "kmeans_iterations", "rotation_trick"}
 READ_BY_KIND: dict[str, set[str]] = {
-    "vq": {*_VQ, "l2_normalize"},
+    "vq": {*_VQ, "l2_normalize", "raw_search"},
     "residual": {*_VQ, "depth"},
     "fsq": {"levels"},
     "lfq": {"commitment_weight", "entropy_weight", "diversity_gamma", "entropy_temperature", "spherical"},
@@ -33,6 +33,9 @@ class QuantizerConfig(StrictConfig):
     2023, arXiv 2310.05737). simvq: a frozen random codebook behind a learned linear map (Zhu et al. 2024, arXiv 2411.02038)."""
     l2_normalize: bool = True
     """vq: compare directions only: latents and codes lie on the unit sphere (ViT-VQGAN; LlamaGen's default)."""
+    raw_search: bool = False
+    """vq: find codes among vectors of any length by Euclidean distance, and scale them to length 1 for the decoder only, as
+    Janus does in transformers. With l2_normalize and learn_codebook_by_gradient, whose vectors keep their own lengths."""
     commitment_weight: float = Field(default=0.25, ge=0)
     """Weight of the commitment term, latents to codes: beta of VQ-VAE, van den Oord et al. 2017, eq. 3. Where the optimizer
     moves codes (learn_codebook_by_gradient, simvq), the term that moves them has weight 1. fsq has neither."""
@@ -70,6 +73,12 @@ class QuantizerConfig(StrictConfig):
             raise ValueError("kind 'fsq' needs levels, for example [8, 5, 5, 5] for 1,000 codes, [8, 8, 8, 5, 5, 5] for 64,000")
         if self.kind == "residual" and self.depth < 2:
             raise ValueError(f"kind 'residual' with depth {self.depth} is plain vq; use depth 2 or more")
+        if self.raw_search and not (self.l2_normalize and self.learn_codebook_by_gradient):
+            raise ValueError("raw_search needs vectors that keep their own lengths and are normalised at look-up: "
+                             "set l2_normalize and learn_codebook_by_gradient, or leave raw_search out")
+        if self.raw_search and (self.kmeans_init or self.dead_code_fraction):
+            raise ValueError("raw_search compares lengths, which kmeans_init and dead_code_fraction would all set to 1; "
+                             "set kmeans_init false and dead_code_fraction 0")
         return self
 
     def check_sizes(self, embed_dim: int, codebook_size: int) -> None:

@@ -13,6 +13,7 @@ from tokenizer_image.config import VQGANConfig
 from tokenizer_image.image_tokenizer import Reconstruction
 from tokenizer_image.layers import Decoder, Encoder
 from tokenizer_image.quantized_tokenizer import QuantizedTokenizer
+from tokenloom_common.errors import UserError
 
 
 class VQGAN(QuantizedTokenizer):
@@ -21,12 +22,15 @@ class VQGAN(QuantizedTokenizer):
     kind = "vqgan"
     config_class = VQGANConfig
     config: VQGANConfig
-    code_parts = ("encoder", "quant_conv", "quantizer")
+    code_parts: tuple[str, ...] = ("encoder", "quant_conv", "quantizer")
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config)
-        self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        if config.has_encoder:
+            self.encoder = Encoder(config)
+            self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        else:
+            self.code_parts = ("quantizer",)
         self.add_quantizer()
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
@@ -38,16 +42,29 @@ class VQGAN(QuantizedTokenizer):
 
     def latents(self, image: Tensor) -> Tensor:
         """Image [B, 3, S, S] -> latents [B, D, h, w/depth], before quantizing."""
+        if self.config.input_range == "unit":
+            image = (image + 1) / 2
         return self.quant_conv(self.encoder(image))
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Code vectors [B, D, h, w/depth] -> image [B, 3, S, S], unclamped, with gradients."""
-        return self.decoder(self.post_quant_conv(vectors))
+        output = self.decoder(self.post_quant_conv(vectors))
+        return output * 2 - 1 if self.config.output_range == "unit" else output
 
     def code_settings(self) -> dict[str, Any]:
         """JSON-able settings that decide codes beyond the weights' shapes."""
-        return {**super().code_settings(), "attention_resolutions": self.config.attention_resolutions,
-                "norm_groups": self.config.norm_groups}
+        config, plain = self.config, VQGANConfig()
+        # what came later counts only where it differs from what was before, so that fingerprints of before stay
+        later = {name: getattr(config, name) for name in ("norm_eps", "input_range")
+                 if getattr(config, name) != getattr(plain, name)}
+        return {**super().code_settings(), "attention_resolutions": config.attention_resolutions,
+                "norm_groups": config.norm_groups, **later}
+
+    def check_encodes(self) -> None:
+        """UserError without an encoder."""
+        if not self.config.has_encoder:
+            raise UserError("this image tokenizer has no encoder (has_encoder is false in its config.json), so it can only turn "
+                            "codes into pictures; to encode or train, convert the whole VQGAN that it is a part of")
 
 
 __all__ = ["VQGAN", "Reconstruction"]

@@ -85,6 +85,10 @@ class Quantizer(nn.Module, ABC):
     def codebook(self) -> Tensor:
         """All code vectors float32: [K, D], or [depth*K, D] for a residual quantizer."""
 
+    def code_tensors(self) -> dict[str, Tensor]:
+        """What decides codes, by name: the codebook, and whatever else latents are compared with."""
+        return {"codebook": self.codebook}
+
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
         """Latents [B, D, h, w] -> codes [B, h, w*depth] int64 in [0, K). Changes nothing; NaN and infinity count as 0."""

@@ -58,8 +58,15 @@ class VectorQuantizer(Quantizer):
         codebook = self.vq.codebook.float()
         return F.normalize(codebook, dim=1) if self._unit_by_gradient else codebook
 
+    def code_tensors(self) -> dict[str, Tensor]:
+        """The codebook, and with raw_search its vectors at their own lengths."""
+        own = {"raw_codebook": self.vq.codebook.float()} if self.config.raw_search else {}
+        return {**super().code_tensors(), **own}
+
     def search(self, latents: Tensor) -> Tensor:
         """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64 in [0, K); ties go to the lowest code."""
+        if self.config.raw_search:
+            return nearest_code(latents, self.vq.codebook.float(), unit_length=False)
         # the length of a latent does not change which unit vector is nearest
         return nearest_code(latents, self.codebook, unit_length=self.config.l2_normalize)
 
@@ -80,8 +87,11 @@ class VectorQuantizer(Quantizer):
     def choose(self, latents: Tensor) -> Choice:
         """The nearest codes before gradients are passed; in training mode the codebook learns as `quantize` says."""
         target = F.normalize(latents, dim=1, eps=1e-6) if self.config.l2_normalize else latents
-        if not self.training:
-            codes = self.search(latents)
+        if self.config.raw_search and self.training:
+            self._agree()
+        if self.config.raw_search or not self.training:
+            with torch.no_grad():
+                codes = self.search(latents)
             return Choice(target, self.lookup(codes), codes)
         self._prepare(latents)
         vectors, codes, _ = self.vq(target.detach())
@@ -101,7 +111,11 @@ class VectorQuantizer(Quantizer):
         book.use_ddp = together
         book.all_reduce_fn = book.kmeans_all_reduce_fn = dist.all_reduce if together else noop
         book.sample_fn = book.replace_sample_fn = _sample_over_ranks if together else batched_sample_vectors
-        if together and not self._ranks_agree:
+        self._agree()
+
+    def _agree(self) -> None:
+        """With several processes: the same codebook on each, from the first training step on."""
+        if process_count() > 1 and not self._ranks_agree:
             self._start_alike()
             self._ranks_agree = True
 
