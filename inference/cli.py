@@ -264,6 +264,7 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     tokenizer = load_image_tokenizer(args.model, device)
+    tokenizer.config.check_encodes(args.model)
     out = _output_folder(args.out)
     failed = 0
     for name in progress(args.image, "reconstruct", unit="picture"):

@@ -22,6 +22,7 @@ from tokenizer_image.quantizers.vector import ResidualQuantizer, SimVQuantizer, 
 from tokenizer_image.vqgan import VQGAN
 from tokenloom_common.errors import UserError
 
+RAW_SEARCH = {"raw_search": True, "learn_codebook_by_gradient": True, "kmeans_init": False, "dead_code_fraction": 0.0}
 CASES: dict[str, tuple[int, int, dict]] = {  # D, K, options
     "vq": (4, 32, {}),
     "vq-euclidean": (4, 32, {"l2_normalize": False}),
@@ -33,9 +34,11 @@ CASES: dict[str, tuple[int, int, dict]] = {  # D, K, options
     "lfq": (4, 16, {"kind": "lfq"}),
     "lfq-spherical": (5, 32, {"kind": "lfq", "spherical": True}),
     "simvq": (4, 32, {"kind": "simvq"}),
+    "vq-raw-search": (4, 32, RAW_SEARCH),
+    "gumbel": (4, 32, {"kind": "gumbel"}),
 }
 LEARNED = [name for name in CASES if name.startswith(("vq", "residual"))]
-SEARCHED = [*LEARNED, "simvq"]
+SEARCHED = [*LEARNED, "simvq", "gumbel"]
 
 
 def make(case: str, **changes) -> Quantizer:
@@ -75,11 +78,15 @@ def as_rows(latents: torch.Tensor) -> np.ndarray:
 
 def brute_force(quantizer: Quantizer, latents: torch.Tensor) -> np.ndarray:
     """The nearest code of each latent in float64, the lowest of several; [n, depth]."""
+    if quantizer.config.kind == "gumbel":
+        weight, bias = (tensor.detach().double().numpy() for tensor in (quantizer.proj.weight[:, :, 0, 0], quantizer.proj.bias))
+        return (as_rows(latents) @ weight.T + bias).argmax(axis=1)[:, None]
     layers = list(quantizer.layers) if isinstance(quantizer, ResidualQuantizer) else [quantizer]
     left, codes = as_rows(latents), []
     for layer in layers:
-        book = layer.codebook.detach().double().numpy()
-        on_sphere = layer.config.kind == "vq" and layer.config.l2_normalize
+        raw = layer.config.raw_search
+        book = (layer.vq.codebook if raw else layer.codebook).detach().double().numpy()
+        on_sphere = layer.config.kind == "vq" and layer.config.l2_normalize and not raw
         z = left / np.linalg.norm(left, axis=1, keepdims=True) if on_sphere else left
         codes.append(((z[:, None] - book[None]) ** 2).sum(axis=2).argmin(axis=1))
         left = left - book[codes[-1]]
@@ -720,8 +727,10 @@ def test_a_tokenizer_with_each_kind_trains_and_is_saved_and_loaded(kind, tmp_pat
 OTHER_VALUES = {  # a value that no base below has
     "l2_normalize": False, "commitment_weight": 2.0, "learn_codebook_by_gradient": True, "ema_decay": 0.5,
     "dead_code_fraction": 0.9, "kmeans_init": False, "kmeans_iterations": 1, "rotation_trick": False, "depth": 3,
-    "levels": (5, 4, 3), "entropy_weight": 0.7, "diversity_gamma": 0.2, "entropy_temperature": 0.5, "spherical": True}
-BASES = {"vq": "vq", "residual": "residual", "fsq": "fsq", "lfq": "lfq", "simvq": "simvq"}
+    "levels": (5, 4, 3), "entropy_weight": 0.7, "diversity_gamma": 0.2, "entropy_temperature": 0.5, "spherical": True,
+    "raw_search": True, "kl_weight": 0.3, "temperature_start": 2.0, "temperature_end": 0.5, "temperature_steps": 2,
+    "straight_through": False}
+BASES = {"vq": "vq", "residual": "residual", "fsq": "fsq", "lfq": "lfq", "simvq": "simvq", "gumbel": "gumbel"}
 
 
 def outcome(kind: str, **changes) -> list[float]:
@@ -730,7 +739,8 @@ def outcome(kind: str, **changes) -> list[float]:
     quantizer = make(BASES[kind], **options).train()
     latents = latents_for(quantizer, batch=8, side=4).requires_grad_()
     optimizer = torch.optim.SGD([latents, *quantizer.parameters()], lr=0.1)
-    for _ in range(3):
+    for step in range(3):
+        quantizer.set_step(step, 3)
         result = quantizer(latents)
         optimizer.zero_grad()
         (total_loss(result) + (result.vectors * torch.arange(latents.numel()).view_as(latents).cos()).sum()).backward()
@@ -742,8 +752,9 @@ def outcome(kind: str, **changes) -> list[float]:
 @pytest.mark.parametrize(("kind", "option"), [
     (kind, option) for kind, names in READ_BY_KIND.items() for option in sorted(names)])
 def test_each_option_that_a_kind_reads_changes_its_training(kind, option):
-    assert outcome(kind) == outcome(kind)
-    assert outcome(kind, **{option: OTHER_VALUES[option]}) != outcome(kind)
+    needed = {name: value for name, value in RAW_SEARCH.items() if name != "raw_search"} if option == "raw_search" else {}
+    assert outcome(kind, **needed) == outcome(kind, **needed)
+    assert outcome(kind, **needed, **{option: OTHER_VALUES[option]}) != outcome(kind, **needed)
 
 
 @pytest.mark.parametrize("kind", sorted(READ_BY_KIND))

@@ -46,6 +46,8 @@ CONFIGS: dict[str, ImageTokenizerConfig] = {
     "vqgan-fsq": vqgan(**FSQ),
     "vqgan-lfq": vqgan(embed_dim=6, quantizer=QuantizerConfig(kind="lfq")),
     "vqgan-simvq": vq(kind="simvq"),
+    "vqgan-gumbel": vq(kind="gumbel", temperature_steps=100),
+    "vqgan-vq-gradient-raw": vq(learn_codebook_by_gradient=True, raw_search=True, kmeans_init=False, dead_code_fraction=0.0),
     "vit-vq": preset("vit-debug"),
     "vit-residual": ViTVQGANConfig(**{**preset("vit-debug").plain(), "quantizer": QuantizerConfig(kind="residual", depth=2)}),
     "vit-fsq": ViTVQGANConfig(**{**preset("vit-debug").plain(), **FSQ}),

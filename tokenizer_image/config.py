@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from tokenizer_image.quantizer_config import Fraction, Positive, QuantizerConfig
 from tokenloom_common.config import StrictConfig
+from tokenloom_common.errors import UserError
 
 
 class ImageTokenizerConfig(StrictConfig):
@@ -48,6 +49,9 @@ class ImageTokenizerConfig(StrictConfig):
     def num_tokens(self) -> int:
         """N = h*w."""
         return self.grid[0] * self.grid[1]
+
+    def check_encodes(self, where: str = "this image tokenizer") -> None:
+        """UserError if the tokenizer, which `where` names, only turns codes into pictures. Ask before anything slow."""
 
 
 class QuantizedConfig(ImageTokenizerConfig):
@@ -104,6 +108,12 @@ class VQGANConfig(QuantizedConfig):
         """The resolution of each level, from the picture's down to the code grid's."""
         return tuple(self.resolution // 2**level for level in range(len(self.channel_multipliers)))
 
+    def check_encodes(self, where: str = "this image tokenizer") -> None:
+        """UserError without an encoder."""
+        if not self.has_encoder:
+            raise UserError(f"{where} has no encoder (has_encoder is false in its config), so it can only turn codes into "
+                            "pictures; to encode or train, convert the whole VQGAN that it is a part of")
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.resolution % self.downsampling:
@@ -120,7 +130,7 @@ class VQGANConfig(QuantizedConfig):
             raise ValueError(f"attention_resolutions {wrong[0]} is no level's resolution; "
                              f"the levels have {', '.join(map(str, self.level_resolutions))}")
         if self.input_range != "signed" and not self.has_encoder:
-            raise ValueError(f"input_range '{self.input_range}' is what an encoder reads, and has_encoder is false; leave it out")
+            raise ValueError(f"input_range '{self.input_range}' is for an encoder, and has_encoder is false; leave it out")
         self.quantizer.check_sizes(self.embed_dim, self.codebook_size)
         return self
 
@@ -130,6 +140,8 @@ AS_RELEASED: dict[str, Any] = {"learn_codebook_by_gradient": True, "kmeans_init"
                                "dead_code_fraction": 0.0}
 _TAMING = QuantizerConfig(l2_normalize=False, **AS_RELEASED)
 _LLAMAGEN = QuantizerConfig(**AS_RELEASED)
+_GUMBEL = QuantizerConfig(kind="gumbel", kl_weight=1e-8, temperature_start=0.9, temperature_end=1e-6,
+                           temperature_steps=1_000_001)
 
 VQGAN_PRESETS: dict[str, VQGANConfig] = {
     "debug": VQGANConfig(resolution=16, channels=16, channel_multipliers=(1, 2), num_res_blocks=1,
@@ -138,4 +150,6 @@ VQGAN_PRESETS: dict[str, VQGANConfig] = {
     "vqgan-f16-16384": VQGANConfig(embed_dim=256, codebook_size=16384, quantizer=_TAMING),
     "vq-16": VQGANConfig(quantizer=_LLAMAGEN),  # LlamaGen, arXiv 2406.06525
     "vq-8": VQGANConfig(channel_multipliers=(1, 2, 2, 4), attention_resolutions=(32,), quantizer=_LLAMAGEN),
+    "vqgan-f8-gumbel": VQGANConfig(channel_multipliers=(1, 1, 2, 4), attention_resolutions=(32,), embed_dim=256,
+                                   codebook_size=8192, quantizer=_GUMBEL),  # taming's vqgan_gumbel_f8
 }

@@ -23,6 +23,7 @@ from tokenizer_image.image_tokenizer import ImageTokenizer, Reconstruction
 from tokenizer_image.layers import Checkpointed
 from tokenizer_image.quantizer_config import Positive
 from tokenizer_image.quantizers import LossPart
+from tokenizer_image.quantizers.gumbel import gumbel_softmax, half_cosine, kl_to_uniform
 
 LOGIT_LAPLACE_MARGIN = 0.1  # pixels are moved into [0.1, 0.9], where their logits are small (DALL-E, appendix A.3)
 
@@ -81,12 +82,6 @@ class DVAEConfig(ImageTokenizerConfig):
             raise ValueError(f"temperature_end {self.temperature_end} is above temperature_start {self.temperature_start}; "
                              "the temperature falls, so swap them")
         return self
-
-
-def half_cosine(start: float, end: float, step: int, steps: int) -> float:
-    """From `start` at step 0 to `end` at `steps` and beyond, flat at both ends."""
-    share = min(1.0, step / steps) if steps else 1.0
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def conv(in_channels: int, out_channels: int, side: int) -> nn.Conv2d:
@@ -189,21 +184,6 @@ def logit_laplace_picture(parameters: Tensor) -> Tensor:
     """Means and log-scales [B, 2C, S, S] -> the picture of the means [B, C, S, S], within [-1.25, 1.25] before clamping."""
     value = parameters.chunk(2, dim=1)[0].sigmoid()
     return (value - LOGIT_LAPLACE_MARGIN) / (0.5 - LOGIT_LAPLACE_MARGIN) - 1
-
-
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL of softmax(logits) over K codes to the uniform distribution, logits [B, K, h, w] -> mean over positions [] in nats.
-
-    Between 0 and log K.
-    """
-    log_shares = logits.float().log_softmax(dim=1)
-    return (log_shares.exp() * log_shares).sum(dim=1).mean() + math.log(logits.shape[1])
-
-
-def gumbel_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """A relaxed sample of softmax(logits) over dimension 1, shape as logits, float32 (Jang et al. 2016, arXiv 1611.01144)."""
-    noise = torch.empty_like(logits, dtype=torch.float32).exponential_().clamp_min_(1e-20).log_()  # minus a Gumbel sample
-    return ((logits.float() - noise) / temperature).softmax(dim=1)
 
 
 class DVAE(ImageTokenizer):

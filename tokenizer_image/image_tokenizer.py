@@ -86,9 +86,6 @@ class ImageTokenizer(PretrainedModule):
         """What decides codes after the latents, by name: the codebook, and what a quantizer compares latents with besides."""
         return {"codebook": self.codebook}
 
-    def check_encodes(self) -> None:
-        """UserError if this tokenizer turns codes into pictures only. For callers to ask before anything slow."""
-
     def set_step(self, step: int, total: int) -> dict[str, float]:
         """Tell the model which of `total` training steps comes next -> the values of its own schedules, for the log."""
         return {}
@@ -109,7 +106,7 @@ class ImageTokenizer(PretrainedModule):
 
         UserError on another shape or on integers. Call `.eval()` first if the config has dropout.
         """
-        self.check_encodes()
+        self.config.check_encodes()
         self._check_image(image)
         return self.codes_of(self.latents(_fast_layout(image, self.config.resolution)))
 
@@ -124,7 +121,7 @@ class ImageTokenizer(PretrainedModule):
 
         After `freeze_codes` only the way from codes to pixels has gradients, and there are no loss parts.
         """
-        self.check_encodes()
+        self.config.check_encodes()
         self._check_image(image)
         if not self.codes_frozen:
             return self.reconstruct(image)

@@ -54,6 +54,10 @@ class QuantizedTokenizer(ImageTokenizer):
         """What decides codes after the latents, by name."""
         return self.quantizer.code_tensors()
 
+    def set_step(self, step: int, total: int) -> dict[str, float]:
+        """Tell the model which of `total` training steps comes next -> the quantizer's schedules, for the log."""
+        return self.quantizer.set_step(step, total)
+
     def take_restarts(self) -> int:
         """Dead codes that were restarted since this was last asked."""
         count, self.quantizer.restarts = self.quantizer.restarts, 0

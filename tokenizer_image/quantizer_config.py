@@ -21,16 +21,18 @@ READ_BY_KIND: dict[str, set[str]] = {
     "fsq": {"levels"},
     "lfq": {"commitment_weight", "entropy_weight", "diversity_gamma", "entropy_temperature", "spherical"},
     "simvq": {"commitment_weight", "rotation_trick"},
+    "gumbel": {"kl_weight", "temperature_start", "temperature_end", "temperature_steps", "straight_through"},
 }
 
 
 class QuantizerConfig(StrictConfig):
     """How latents become codes, and how the codebook learns."""
 
-    kind: Literal["vq", "residual", "fsq", "lfq", "simvq"] = "vq"
+    kind: Literal["vq", "residual", "fsq", "lfq", "simvq", "gumbel"] = "vq"
     """vq: a codebook of vectors. residual: `depth` codebooks, each for what the former left. fsq: every number of a
     latent rounded to a few levels (Mentzer et al. 2023, arXiv 2309.15505). lfq: the sign of every number (Yu et al.
-    2023, arXiv 2310.05737). simvq: a frozen random codebook behind a learned linear map (Zhu et al. 2024, arXiv 2411.02038)."""
+    2023, arXiv 2310.05737). simvq: a frozen random codebook behind a learned linear map (Zhu et al. 2024, arXiv 2411.02038).
+    gumbel: a learned score for every code, drawn by Gumbel-softmax in training (Jang et al. 2016, arXiv 1611.01144)."""
     l2_normalize: bool = True
     """vq: compare directions only: latents and codes lie on the unit sphere (ViT-VQGAN; LlamaGen's default)."""
     raw_search: bool = False
@@ -61,6 +63,16 @@ class QuantizerConfig(StrictConfig):
     """lfq: temperature of the soft assignment that the entropies are taken of."""
     spherical: bool = False
     """lfq: latents and codes on the unit sphere: binary spherical quantization (Zhao et al. 2024, arXiv 2406.07548)."""
+    kl_weight: float = Field(default=5e-4, ge=0)
+    """gumbel: weight of the KL from a position's codes to uniform ones, which keeps all of them in use."""
+    temperature_start: float = Field(default=1.0, gt=0)
+    """gumbel: temperature of the samples at the first step: soft, so that every code gets a gradient."""
+    temperature_end: float = Field(default=1 / 16, gt=0)
+    """gumbel: lower brings training nearer to the codes that are decoded later, at a noisier gradient."""
+    temperature_steps: int = Field(default=150_000, ge=0)
+    """gumbel: steps that the temperature falls over, along half a cosine; at most the length of the run."""
+    straight_through: bool = True
+    """gumbel: decode the one code that was drawn, with the gradients of the soft sample. False: decode the soft sample."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -73,6 +85,9 @@ class QuantizerConfig(StrictConfig):
             raise ValueError("kind 'fsq' needs levels, for example [8, 5, 5, 5] for 1,000 codes, [8, 8, 8, 5, 5, 5] for 64,000")
         if self.kind == "residual" and self.depth < 2:
             raise ValueError(f"kind 'residual' with depth {self.depth} is plain vq; use depth 2 or more")
+        if self.temperature_end > self.temperature_start:
+            raise ValueError(f"temperature_end {self.temperature_end} is above temperature_start {self.temperature_start}; "
+                             "the temperature falls, so swap them")
         if self.raw_search and not (self.l2_normalize and self.learn_codebook_by_gradient):
             raise ValueError("raw_search needs vectors that keep their own lengths and are normalised at look-up: "
                              "set l2_normalize and learn_codebook_by_gradient, or leave raw_search out")

@@ -13,7 +13,6 @@ from tokenizer_image.config import VQGANConfig
 from tokenizer_image.image_tokenizer import Reconstruction
 from tokenizer_image.layers import Decoder, Encoder
 from tokenizer_image.quantized_tokenizer import QuantizedTokenizer
-from tokenloom_common.errors import UserError
 
 
 class VQGAN(QuantizedTokenizer):
@@ -59,12 +58,6 @@ class VQGAN(QuantizedTokenizer):
                  if getattr(config, name) != getattr(plain, name)}
         return {**super().code_settings(), "attention_resolutions": config.attention_resolutions,
                 "norm_groups": config.norm_groups, **later}
-
-    def check_encodes(self) -> None:
-        """UserError without an encoder."""
-        if not self.config.has_encoder:
-            raise UserError("this image tokenizer has no encoder (has_encoder is false in its config.json), so it can only turn "
-                            "codes into pictures; to encode or train, convert the whole VQGAN that it is a part of")
 
 
 __all__ = ["VQGAN", "Reconstruction"]

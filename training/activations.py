@@ -144,9 +144,9 @@ def tokenizer_model(config: TokenizerRunConfig, precision: str) -> ImageTokenize
         model.freeze_codes()
     model.gradient_checkpointing = config.train.gradient_checkpointing
     for part in model.modules():  # a codebook that learns looks at its numbers, and there are none
-        if isinstance(part, Quantizer):
+        if isinstance(part, Quantizer) and part.config.kind != "gumbel":
             part.eval()
-            if not model.codes_frozen and part.config.kind in ("vq", "residual"):
+            if not model.codes_frozen and part.config.kind in ("vq", "residual") and not part.config.raw_search:
                 part.register_forward_hook(_LearningCodebook())
     return model.to(DTYPES[precision])
 

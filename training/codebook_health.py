@@ -73,17 +73,20 @@ class CodebookHealth:
         if quantizer.kind == "lfq":
             return [f"--model.quantizer.entropy_weight {2 * quantizer.entropy_weight or 0.1:g}",
                     "a smaller embed_dim and codebook_size"]
+        if quantizer.kind == "gumbel":
+            return [f"--model.quantizer.kl_weight {10 * quantizer.kl_weight or 5e-4:g}",
+                    "a slower fall of the temperature (--model.quantizer.temperature_steps)", smaller]
         tries = []
         if quantizer.kind == "vq" and not quantizer.l2_normalize:
             tries.append("--model.quantizer.l2_normalize true")
         if self.config.model.plain()["embed_dim"] > 32:
             tries.append("--model.embed_dim 8")
         if quantizer.kind != "simvq":
-            if not quantizer.dead_code_fraction:
+            if not quantizer.dead_code_fraction and not quantizer.raw_search:
                 tries.append("--model.quantizer.dead_code_fraction 0.03")
             if not quantizer.learn_codebook_by_gradient and quantizer.ema_decay > 0.95:
                 tries.append("--model.quantizer.ema_decay 0.9")
-            if not quantizer.kmeans_init:
+            if not quantizer.kmeans_init and not quantizer.raw_search:
                 tries.append("--model.quantizer.kmeans_init true")
         return [*tries, smaller, "FSQ, which has no codebook to collapse (docs/tokenizers.md)"]
 

@@ -230,6 +230,7 @@ class TokenizerRunConfig(RunConfig):
         if self.train.compile:
             raise ValueError("train.compile: the codebook of an image tokenizer changes itself inside a step, which breaks "
                              "compiled code up; leave it out")
+        self.model.check_encodes(self.train.start_from or "model")
         if self.train.trained_part == "decoder" and not self.train.start_from:
             raise ValueError("train.trained_part 'decoder' needs train.start_from, the tokenizer whose codes are kept")
         own = getattr(self.model, "output", None) == "logit_laplace" and self.train.trained_part != "decoder"

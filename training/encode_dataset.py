@@ -107,6 +107,7 @@ class DatasetEncoder:
     def __init__(self, config: EncodeRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
         self.tokenizer = group.first_then_others(lambda: load_tokenizer(config.image_tokenizer, group.device))
+        self.tokenizer.config.check_encodes(config.image_tokenizer)
         self.fingerprint = code_fingerprint(self.tokenizer)
         self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
         out = Path(config.out)

@@ -41,7 +41,7 @@ def tokenizer_forward_flops(config: ImageTokenizerConfig) -> int:
     """Of an image tokenizer's encoder, quantizer and decoder over one picture; without discriminator and perceptual network."""
     model: ImageTokenizer = build_on_meta(build_tokenizer, config)
     for part in model.modules():  # a codebook that learns looks at its numbers, and there are none
-        if isinstance(part, Quantizer):
+        if isinstance(part, Quantizer) and part.config.kind != "gumbel":
             part.eval()
     return _counted(model, torch.empty(1, config.in_channels, config.resolution, config.resolution, device="meta"))
 

@@ -83,6 +83,8 @@ def _transformer(config: Seq2SeqRunConfig, sizes: Sizes) -> tuple[dict[str, Any]
     if index is not None:
         rows = choose(index.splits, config.data.split, f"split of {config.data.path}").rows
     elif config.data.on_the_fly:
+        if tokenizer is not None:
+            tokenizer.check_encodes(config.image_tokenizer)
         rows = _pictures(config.data)
     grid: Any = None if tokenizer is None else tokenizer.grid
     codes = None if tokenizer is None else tokenizer.codebook_size

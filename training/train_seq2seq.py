@@ -109,6 +109,7 @@ class Seq2SeqTraining:
     def _open(self, split: str) -> TokenShards | PictureTokens:
         data = self.config.data
         if data.on_the_fly:
+            self.image_tokenizer.config.check_encodes(self.config.image_tokenizer)
             source = self.group.first_then_others(lambda: open_training_pictures(data, split))
             return PictureTokens(source, self.image_tokenizer, self.fingerprint)
         shards = self.group.first_then_others(lambda: TokenShards(data.path, split))

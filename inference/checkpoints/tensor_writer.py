@@ -1,7 +1,7 @@
 """safetensors files written tensor after tensor, so that a model larger than memory can be written.
 
-The library writes a file from tensors that are all there at once. The format: 8 bytes of the header's length, the header in JSON
-(name -> dtype, shape, where its bytes begin and end), the bytes of each tensor (https://huggingface.co/docs/safetensors).
+The library writes a file from tensors that are all there at once. The format: 8 bytes of the header's length, the header as
+JSON (name -> dtype, shape, where its bytes begin and end), the bytes of each tensor (https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -54,4 +54,4 @@ def write_tensors(path: Path, shapes: Mapping[str, Tensor], make: Callable[[str]
             tensor = make(name).detach().contiguous()
             assert (tensor.shape, tensor.dtype) == (shapes[name].shape, shapes[name].dtype), name
             if tensor.numel():
-                file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)

@@ -2,12 +2,13 @@
 
 from tokenizer_image.quantizer_config import QuantizerConfig
 from tokenizer_image.quantizers.base import LossPart, Quantized, Quantizer
+from tokenizer_image.quantizers.gumbel import GumbelQuantizer
 from tokenizer_image.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
 from tokenizer_image.quantizers.vector import ResidualQuantizer, SimVQuantizer, VectorQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer, "residual": ResidualQuantizer, "fsq": FiniteScalarQuantizer, "lfq": LookupFreeQuantizer,
-    "simvq": SimVQuantizer}
+    "simvq": SimVQuantizer, "gumbel": GumbelQuantizer}
 
 
 def build_quantizer(dim: int, codebook_size: int, config: QuantizerConfig) -> Quantizer:

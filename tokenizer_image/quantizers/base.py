@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from tokenizer_image.quantizer_config import QuantizerConfig
 
-SCORES_AT_ONCE = 1 << 22  # numbers of one block of distances (16 MiB): memory that does not grow with K
+SCORES_AT_ONCE = 1 << 22  # numbers of one block of scores or distances (16 MiB): memory that does not grow with K
 
 
 @contextmanager
@@ -89,6 +89,10 @@ class Quantizer(nn.Module, ABC):
         """What decides codes, by name: the codebook, and whatever else latents are compared with."""
         return {"codebook": self.codebook}
 
+    def set_step(self, step: int, total: int) -> dict[str, float]:
+        """Tell the quantizer which of `total` training steps comes next -> the values of its own schedules, for the log."""
+        return {}
+
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
         """Latents [B, D, h, w] -> codes [B, h, w*depth] int64 in [0, K). Changes nothing; NaN and infinity count as 0."""
@@ -133,20 +137,27 @@ def process_count() -> int:
 def nearest_code(latents: Tensor, codebook: Tensor, unit_length: bool) -> Tensor:
     """Latents [B, D, h, w] and codes [K, D] -> the nearest code of each [B, h, w] int64; ties go to the lowest code.
 
-    In blocks of SCORES_AT_ONCE distances. unit_length: the codes have length 1, so the largest product is the nearest.
+    unit_length: the codes have length 1, so the largest product is the nearest.
     """
+    # |z - e|^2 without |z|^2, which is the same for every code
+    return largest_score(latents, codebook) if unit_length else largest_score(
+        latents, codebook, codebook.square().sum(dim=1).neg(), scale=2)
+
+
+def largest_score(latents: Tensor, rows: Tensor, offsets: Tensor | None = None, scale: float = 1) -> Tensor:
+    """argmax over K of scale * (latent . row) + offset, ties to the lowest: latents [B, D, h, w], rows [K, D], offsets [K] ->
+    [B, h, w] int64. In blocks of SCORES_AT_ONCE scores. `scale` is read with offsets alone."""
     batch, _, height, width = latents.shape
     flat = rearrange(latents, "b d h w -> (b h w) d")
-    rows = max(1, min(len(flat), SCORES_AT_ONCE // min(len(codebook), 4096)))
-    columns = max(1, SCORES_AT_ONCE // rows)
-    lengths = None if unit_length else codebook.square().sum(dim=1).neg()
+    count = max(1, min(len(flat), SCORES_AT_ONCE // min(len(rows), 4096)))
+    columns = max(1, SCORES_AT_ONCE // count)
     found = []
-    for some in flat.split(rows):
+    for some in flat.split(count):
         best_score, best = some.new_full((len(some),), -torch.inf), flat.new_zeros(len(some), dtype=torch.int64)
-        for start in range(0, len(codebook), columns):
-            part = codebook[start:start + columns]
-            # |z - e|^2 without |z|^2, which is the same for every code
-            scores = some @ part.T if lengths is None else torch.addmm(lengths[start:start + columns], some, part.T, alpha=2)
+        for start in range(0, len(rows), columns):
+            part = rows[start:start + columns]
+            scores = (some @ part.T if offsets is None
+                      else torch.addmm(offsets[start:start + columns], some, part.T, alpha=scale))
             score, index = scores.max(dim=1)
             better = score > best_score
             best_score, best = torch.where(better, score, best_score), torch.where(better, index + start, best)

@@ -63,6 +63,7 @@ def run_generator_evaluation(args: argparse.Namespace) -> dict[str, Any]:
     check_out(out, OWN_FILES, COMMAND)
     choose({**EXTRACTORS, "none": None}, args.features, "feature extractor")
     model = TextToImage.from_pretrained(args.model, device, text_encoder=args.text_encoder)
+    model.image_tokenizer.config.check_encodes(args.model)  # captions are measured on real pictures too
     settings = [given_params(args, model.default_params, guidance=scale) for scale in args.guidance or [None]]
     source = open_dataset(args.data, split=args.split)
     questions = choose_questions(source, args.num_captions or min(DEFAULT_CAPTIONS, len(source)), args.seed,

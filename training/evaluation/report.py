@@ -55,6 +55,7 @@ def run_tokenizer_evaluation(args: argparse.Namespace) -> dict[str, Any]:
                               ({**EXTRACTORS, "none": None}, args.features, "feature extractor")):
         choose(table, name, what)
     tokenizer = load_image_tokenizer(args.model, device)
+    tokenizer.config.check_encodes(args.model)
     split = args.split or default_split(args.data)
     source = open_dataset(args.data, split=args.split)
     extractor = None if args.features == "none" else load_extractor(args.features, args.inception_weights, device)
