@@ -87,6 +87,11 @@ class BPETokenizer:
         """Number of text ids that a model has rows for."""
         return self.config.vocab_size
 
+    @property
+    def pad_id(self) -> int:
+        """The id after a caption's end."""
+        return self._pad
+
     def encode(self, captions: Sequence[str]) -> TextBatch:
         """Captions -> TextBatch. Too long ones are cut, with one warning; an empty caption is the null caption."""
         length = self.config.text_length
@@ -206,8 +211,8 @@ def _check_ids(vocab: dict[str, int], merges: list[tuple[str, str]], vocab_size:
                  *(left + right for left, right in merges)}
     beyond = [piece for piece in reachable if vocab.get(piece, 0) >= vocab_size]
     if beyond:
-        raise UserError(f"{VOCAB_NAME} has ids up to {max(vocab[piece] for piece in beyond)}, the model reads {vocab_size} text "
-                        "ids; use the vocabulary that it was trained with")
+        raise UserError(f"{VOCAB_NAME} has ids up to {max(vocab[piece] for piece in beyond)}, the model reads {vocab_size} of "
+                        "them; use the vocabulary that it was trained with")
 
 
 def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], config: BPETokenizerConfig) -> Any:

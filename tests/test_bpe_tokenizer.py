@@ -16,8 +16,9 @@ from tokenloom_common.errors import MissingFileError, UserError
 
 LENGTH = 16
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
-ODD = ["", " ", "  a  red   heart ", "a red heart, please!", "A RED Heart", "don't 1,234 (5%)", "tab\tand\nline", "é cafe\u0301 naïve",
-       "a 🐙 and ❤️ in 東京", "👩‍👩‍👧 🇫🇷 #️⃣ ™", "İstanbul K", "<s> a </s> <mask>", "x" * 400, "heart " * 40, "a" * 15 + " red",
+ODD = ["", " ", "  a  red   heart ", "a red heart, please!", "A RED Heart", "don't 1,234 (5%)", "tab\tand\nline",
+       "é cafe\u0301 naïve", "a 🐙 and ❤️ in 東京", "👩‍👩‍👧 🇫🇷 #️⃣ ™", "İstanbul K", "<s> a </s> <mask>",
+       "x" * 400, "heart " * 40, "a" * 15 + " red",
        "\x00\x7f", "_-_-_", "zzzqqq jjj"]
 
 
@@ -175,7 +176,7 @@ def _merges(change):
     (_vocab(list), "not a mapping"),
     (_vocab(lambda v: {**v, "a": v["b"]}), "same id"),
     (_vocab(lambda v: {k: i for k, i in v.items() if k != "<pad>"}), "lacks <pad>"),
-    (_vocab(lambda v: {**v, "a": 400}), "ids up to 400, the model reads 400"),
+    (_vocab(lambda v: {**v, "a": 400}), "ids up to 400, the model reads 400 of them"),
     (_vocab(lambda v: {k: i for k, i in v.items() if k != "a"}), "lacks .* do not belong together"),
     (_merges(lambda text: text.split("\n", 1)[1]), "does not begin with"),
     (_merges(lambda text: text.replace("\n", "\nx\n", 1)), "merges.txt, line 2: expected two pieces"),

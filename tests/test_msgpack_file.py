@@ -31,7 +31,8 @@ def _read(tmp_path, content: bytes):
 
 def test_every_array_is_read_by_its_names(tmp_path):
     found = _read(tmp_path, flax_bytes(TREE))
-    assert sorted(found) == ["count", "empty", "i", "model.a", "model.b.kernel", "model.b.step", "scalar", "up_0.c", "up_0.d", "z"]
+    assert sorted(found) == ["count", "empty", "i", "model.a", "model.b.kernel", "model.b.step", "scalar", "up_0.c", "up_0.d",
+                             "z"]
     for name, array in (("model.a", TREE["model"]["a"]), ("model.b.kernel", TREE["model"]["b"]["kernel"]),
                         ("up_0.c", TREE["up_0"]["c"]), ("empty", TREE["empty"]), ("scalar", TREE["scalar"])):
         assert found[name].numpy().dtype == array.dtype

@@ -109,8 +109,8 @@ class MatcherTraining:
         continued = self.config.checkpoint.resume != "never" and (run / "latest.json").is_file()
         found = choose_text_source(self.config.text, self.source, run / TEXT_FOLDER if continued else None)
         if self.config.loss.mlm_weight and found.kind != TextTokenizer.kind:
-            raise UserError(f"loss.mlm_weight hides ids of a SentencePiece tokenizer, and text.tokenizer {self.config.text.tokenizer} "
-                            f"is of kind {found.kind}; set it to 0, or leave text.tokenizer out")
+            raise UserError(f"loss.mlm_weight hides ids of a SentencePiece tokenizer, and text.tokenizer "
+                            f"{self.config.text.tokenizer} is of kind {found.kind}; set it to 0, or leave text.tokenizer out")
         return found
 
     def _keep_text_source(self) -> None:

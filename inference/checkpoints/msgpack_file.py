@@ -106,8 +106,7 @@ class _Walk:
         if code < 0x80 or code >= 0xE0:
             return _Head("number", code if code < 0x80 else code - 0x100)
         if code < 0xC0:
-            kind, first, bits = next(entry for entry in (("map", 0x80, 15), ("list", 0x90, 15), ("text", 0xA0, 31))
-                                     if code <= entry[1] + entry[2])
+            kind, first = ("map", 0x80) if code < 0x90 else ("list", 0x90) if code < 0xA0 else ("text", 0xA0)
             return _Head(kind, code - first)
         if code in _FIXED:
             return _Head("nothing" if code == 0xC0 else "truth", _FIXED[code])
