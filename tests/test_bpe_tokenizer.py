@@ -13,6 +13,8 @@ from inference.attention_maps import word_positions
 from seq2seq import BPETokenizer, BPETokenizerConfig, load_text_source
 from tests import tiny
 from tokenloom_common.errors import MissingFileError, UserError
+from training.text_input import choose_text_source
+from training.token_config import TextConfig
 
 LENGTH = 16
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -100,8 +102,8 @@ def test_names_of_special_pieces_in_a_caption_are_plain_text(files):
 
 
 def test_the_null_caption_begins_and_ends(files):
-    for splitting in ("bytes", "spaces"):
-        ours = source(files, splitting=splitting)
+    for changes in ({"splitting": "bytes"}, {"splitting": "spaces"}, {"prefix_space": True}):
+        ours = source(files, **changes)
         batch = ours.null_caption(2)
         assert batch.text_input.tolist() == [[0, 2, *[1] * (LENGTH - 2)]] * 2
         assert batch.text_mask.sum(dim=1).tolist() == [2, 2]
@@ -216,3 +218,9 @@ def test_captions_must_be_text(files):
         source(files).encode([b"bytes"])
     with pytest.raises(MissingFileError, match="no such model folder"):
         BPETokenizer.from_pretrained("nowhere/at/all")
+
+
+def test_a_run_reads_captions_with_a_folder_of_it(tmp_path, files):
+    folder = source(files).save_pretrained(tmp_path / "t")
+    found = choose_text_source(TextConfig(tokenizer=str(folder)), None, None)
+    assert isinstance(found, BPETokenizer)
