@@ -174,9 +174,9 @@ def test_every_recipe_parses(recipe, tmp_path):
     assert all(word in text for word in ("# command:", "# machine:", recipe.name))
     kind = RECIPE_KINDS[recipe.stem.rsplit("_", 1)[-1]]
     extra = [*NEEDED, "--image_tokenizer", "t"] if kind is Seq2SeqRunConfig else NEEDED
-    if "start_from" in text:  # the model is the one that is started from
+    if "init_from" in text:  # the model is the one that is started from
         (tmp_path / "config.json").write_text(json.dumps(preset("vit-vqgan-s").plain()))
-        extra = [*extra, "--train.start_from", str(tmp_path)]
+        extra = [*extra, "--init_from", str(tmp_path)]
     config = load("--config", str(recipe), *extra, kind=kind)
     assert config.train.batch_size % 2 == 0
 

@@ -119,7 +119,7 @@ def test_an_image_tokenizer_is_predicted_to_the_byte(name):
     *(TOKENIZERS[name][1] for name in ("debug", "vit-debug", "dvae-debug")),
     TOKENIZERS["vit-debug"][1].model_copy(update={"resolution": 64}),  # whose attention scores would be most of it
     *(VQGANConfig(resolution=32, channels=32, channel_multipliers=(1, 1), z_channels=32, codebook_size=64, quantizer=quantizer)
-      for quantizer in ({"kind": "residual", "depth": 2}, {"kind": "simvq"}, {"kind": "vq"}))],
+      for quantizer in ({"kind": "residual", "depth": 2}, {"kind": "simvq"}, {"kind": "vq"}, {"kind": "gumbel"}))],
     ids=lambda config: f"{config.kind}-{getattr(getattr(config, 'quantizer', None), 'kind', '')}")
 def test_decoding_to_pixels_is_predicted_without_numbers_or_chance(config):
     """The same operations with numbers make tensors of the same bytes."""

@@ -58,6 +58,8 @@ def choose_text_source(text: TextConfig, data: CaptionRows, kept: Path | None) -
     if text.kind == ClassLabels.kind:
         rows = (data.captions(row) for row in range(len(data)))
         return ClassLabels.collect(captions[0] for captions in rows if captions)
+    if text.kind != TextTokenizer.kind:
+        raise UserError(f"text.kind {text.kind} is not made of captions here; name the folder of one with text.tokenizer")
     return TextTokenizer.train(data.all_captions(), text.vocab_size or DEFAULT_VOCAB_SIZE,
                                text.text_length or DEFAULT_TEXT_LENGTH)
 

@@ -45,13 +45,13 @@ from training.plan import matcher_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
+from training.start_folders import TEXT_FOLDER
 from training.text_input import cached, choose_text_source
 from training.validation import Measured
 from training.weight_average import average_state, restore_average, weight_average
 
 log = logging.getLogger("training.train_matcher")  # under a launcher __name__ is "__main__"
 
-TEXT_FOLDER = "text_tokenizer"
 MATCHER = "matcher."  # the matcher's part of the objective's parameters
 
 
