@@ -19,7 +19,7 @@ from seq2seq import TEXT_SOURCES, ClassLabels, ClassLabelsConfig, FrozenTextEnco
 from tests import launching, tiny
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
-from tokenloom_common.errors import UserError, run_command
+from tokenloom_common.errors import ResumeError, UserError, run_command
 from training.config import TokenizerRunConfig
 from training.config_loading import load_config
 from training.data.batches import MicroBatches
@@ -165,6 +165,8 @@ def test_a_run_goes_on_without_the_folder_that_it_began_from(made, tmp_path, gro
     losses = [[row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "run")]
     assert len(losses[0]) == 4
     assert losses[0] == losses[1]
+    with pytest.raises(ResumeError, match=r"init_from .*source then, .*decoder_only now"):  # another start is another run
+        Seq2SeqTraining(recipe(made / "tokens", tmp_path / "run", *more, "--init_from", made / "decoder_only"), group)
     again.finish()
     assert code_fingerprint(load_model_folder(tmp_path / "run/model").image_tokenizer) == code_fingerprint(tiny.vqgan())
     config = load_config(Seq2SeqRunConfig, ["--config", str(tmp_path / "run/config.yaml")], "train", "")
@@ -256,12 +258,6 @@ def test_what_does_not_fit_is_one_line_and_touches_nothing(made, tmp_path, group
 def test_an_image_tokenizer_is_asked_for_where_nothing_brings_one(made, tmp_path):
     with pytest.raises(UserError, match="missing key 'image_tokenizer'"):
         recipe(made / "tokens", tmp_path / "run")
-
-
-def test_another_start_is_another_run(made, tmp_path, group):
-    train(recipe(made / "tokens", tmp_path / "run", *PLAIN, "--init_from", made / "encoder_decoder"), group)
-    with pytest.raises(UserError, match=r"init_from .*encoder_decoder then, .*float16 now"):
-        Seq2SeqTraining(recipe(made / "tokens", tmp_path / "run", *PLAIN, "--init_from", made / "float16"), group)
 
 
 def test_an_estimate_reads_the_sizes_of_the_folder(run, made, tmp_path):
