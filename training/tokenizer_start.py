@@ -18,6 +18,7 @@ def take_tokenizer(tokenizer: ImageTokenizer, folder: str, decoder_only: bool) -
     larger decoder. Otherwise everything must fit. UserError naming the folder and up to five tensors that do not.
     """
     trained = load_tokenizer(find_tokenizer(folder))
+    trained.config.check_encodes(f"init_from {folder}")
     ours, theirs = tokenizer.state_dict(), trained.state_dict()
     codes = tuple(f"{name}." for name in tokenizer.code_parts)
     differing = sorted(name for name in ours.keys() | theirs.keys()
