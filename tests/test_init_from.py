@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from inference import SamplingParams, save_model_folder
 from inference.model_folder import LoadedModel, load_model_folder
 from seq2seq import TEXT_SOURCES, ClassLabels, ClassLabelsConfig, FrozenTextEncoder, TextSource
-from tests import launching, tiny
+from tests import launching, test_bpe_tokenizer, tiny
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.errors import ResumeError, UserError, run_command
@@ -25,6 +25,7 @@ from training.config_loading import load_config
 from training.data.batches import MicroBatches
 from training.data.shapes import build_shapes
 from training.data.training_sets import TokenRows
+from training.init_from import open_start
 from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes
@@ -183,18 +184,23 @@ def test_a_transformer_alone_takes_the_tokenizers_that_are_named(made, tmp_path,
     assert loss == pytest.approx(evaluation_loss(load_model_folder(made / "encoder_decoder"), rows), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["classes", "frozen"])
+@pytest.mark.parametrize("kind", ["classes", "bpe", "frozen"])
 def test_every_text_input_comes_with_its_model(made, tmp_path, group, kind):
     if kind == "classes":
         text: TextSource = ClassLabels(ClassLabelsConfig(classes=tuple(tiny.CAPTIONS)))
         source = save(tmp_path / "source", text)
+    elif kind == "bpe":
+        source = save(tmp_path / "source", test_bpe_tokenizer.source(test_bpe_tokenizer.bpe_files(tmp_path)))
     else:
-        text = FrozenTextEncoder.load(str(tiny.bert_folder(tmp_path / "bert")), 8)
+        text = FrozenTextEncoder.load(str(tiny.bert_folder(tmp_path / "bert")), 8, padding="left")
         source = save(tmp_path / "source", text, tiny.seq2seq, encoder_layers=0)
     loss, rows = first_loss(source, made / "tokens", tmp_path / "run", group, *PLAIN)
     assert loss == pytest.approx(evaluation_loss(load_model_folder(source), rows), abs=1e-5)
     if kind == "classes":  # a row's first caption is its class
         assert set(rows.captions) <= set(tiny.CAPTIONS[:5])
+    if kind == "frozen":
+        with pytest.raises(UserError, match=r"leave text\.padding out"):
+            open_start(recipe(made / "tokens", tmp_path / "run", "--init_from", source, "--text.padding", "right"))
 
 
 def test_a_text_input_that_cannot_be_made_of_captions_is_named(monkeypatch):
