@@ -51,7 +51,7 @@ HARMLESS = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.utils.tensor_fragment.fragment_address",
 )
 """Classes whose instances in a checkpoint are skipped; none of them is imported."""
-MAPPINGS = {"pytorch_lightning.utilities.parsing.AttributeDict": dict, "collections.defaultdict": empty_dict}
+MAPPINGS: dict[str, Any] = {"pytorch_lightning.utilities.parsing.AttributeDict": dict, "collections.defaultdict": empty_dict}
 """Kinds of mappings -> what is made in their place, since torch's unpickler fills plain ones only."""
 
 
