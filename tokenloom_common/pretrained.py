@@ -20,8 +20,8 @@ from tokenloom_common.hub import MODEL_FILES as MODEL_FILES
 from tokenloom_common.hub import Pushable, resolve_folder
 from tokenloom_common.model_card import CARD_NAME, CardFacts, model_card, read_card
 from tokenloom_common.tensor_writer import INDEX_NAME, write_shards
-from tokenloom_common.weights import check_tensors, read_tensors
 from tokenloom_common.weights import WEIGHTS_NAME as WEIGHTS_NAME
+from tokenloom_common.weights import check_tensors, read_tensors
 
 SCHEMA_VERSION = 1
 OWN_FILES = ("config.json", "model*.safetensors", INDEX_NAME, CARD_NAME)
