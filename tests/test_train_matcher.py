@@ -82,7 +82,7 @@ def test_a_short_training_finds_captions_far_above_chance_and_exports(data, tmp_
     scorer = load_matcher(tmp_path / "run" / "model", device="cpu")
     again = evaluate_retrieval(scorer, open_dataset(data))
     assert {name: report[name] for name in again} == again
-    assert f"{report['top1']:.3f}" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"{report['top1']:.4f}" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(data, tmp_path, group):
