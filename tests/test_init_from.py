@@ -188,6 +188,9 @@ def test_every_text_input_comes_with_its_model(made, tmp_path, group, kind):
     assert loss == pytest.approx(evaluation_loss(load_model_folder(source), rows), abs=1e-5)
     if kind == "classes":  # a row's first caption is its class
         assert set(rows.captions) <= set(tiny.CAPTIONS[:5])
+    else:
+        with pytest.raises(UserError, match=r"brings its text tokenizer; leave text\.padding out"):
+            first_loss(source, made / "tokens", tmp_path / "other", group, *PLAIN, "--text.padding", "left")
 
 
 def test_a_text_input_that_cannot_be_made_of_captions_is_named(monkeypatch):
