@@ -27,7 +27,7 @@ from inference.layouts import read_layout
 from inference.many import ManyResult, PromptRequest, generate_many
 from inference.matcher_folder import load_matcher
 from inference.memory import Workload, check_sampling
-from inference.model_folder import LoadedModel, load_model_folder
+from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
 from inference.picture_job import PictureJob
 from inference.previews import PreviewBudget
 from inference.projection import Precision
@@ -38,6 +38,7 @@ from seq2seq import FrozenTextEncoder, ImageTransformer, TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
+from tokenloom_common.hub import Pushable
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = (1 << 63) - 1  # of the last picture; what a torch generator takes
@@ -112,7 +113,7 @@ class GenerationStep:
         return self.previews[0]
 
 
-class TextToImage:
+class TextToImage(Pushable):
     """A trained model folder, ready to sample.
 
     weights: of the generator: float32, bfloat16, or int8 (the decoder's matrices; the rest is as it was); None leaves them as
@@ -137,6 +138,7 @@ class TextToImage:
                         weights: Precision | None = None) -> TextToImage:
         """Load a local model folder or a hub id; on the GPU when there is one and no device is named.
 
+        revision: of a hub id: branch, tag or commit (default: main).
         text_encoder: folder or hub id of the frozen text encoder that the model was trained with, if it is not where it was.
         matcher: what `rerank_from` chooses with, see `inference.matcher_folder.load_matcher`.
         weights: float32 (default on the CPU), bfloat16 (default on CUDA) or int8. UserError for another name.
@@ -146,6 +148,18 @@ class TextToImage:
         judge = None if matcher is None else load_matcher(matcher, chosen)
         default: Precision = "bfloat16" if torch.device(chosen).type == "cuda" else "float32"
         return cls(load_model_folder(folder, chosen, revision, text_encoder), judge, weights or default)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the whole model folder: the parts as they were loaded, with their card; it appears whole. UserError where the
+        weights were rounded when they were loaded."""
+        self.check_savable()
+        return save_loaded_model(folder, self.parts)
+
+    def check_savable(self) -> None:
+        """UserError unless the weights are those of the parts."""
+        if self.weights in ("bfloat16", "int8"):
+            raise UserError(f"the generator's weights were rounded to {self.weights} when they were loaded; load the model with "
+                            "weights='float32' to save or push it")
 
     def generate(self, prompt: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
                  seed: int | Sequence[int] = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None,

@@ -23,6 +23,7 @@ from torch import Tensor
 from seq2seq.text_tokenizer import TextBatch
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.hub import is_hub_id, resolve_folder
 from tokenloom_common.pretrained import SavedAsConfig, read_config
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class FrozenTextConfig(StrictConfig):
     """Which encoder, and how much of a caption it reads."""
 
     name: str = Field(min_length=1, description="local folder or hub id")
+    revision: str | None = Field(None, description="commit of the hub id that was read; none = what the hub calls main")
     fingerprint: str = Field(min_length=8, description="of its weights, vocabulary and config")
     feature_width: int = Field(ge=1, description="F: width of its last layer")
     text_length: int = Field(ge=2, le=4096, description="T: positions per caption, its special ones included")
@@ -63,15 +65,21 @@ class FrozenTextEncoder(SavedAsConfig):
 
     @classmethod
     def load(cls, name: str, text_length: int, device: str | torch.device = "cpu",
-             padding: Literal["right", "left"] = "right", null_features: Tensor | None = None) -> FrozenTextEncoder:
-        """Load an encoder in float32, eval mode. UserError without `transformers`, or when `name` holds no text encoder."""
-        tokenizer, model, folder = _load(name)
+             padding: Literal["right", "left"] = "right", null_features: Tensor | None = None,
+             revision: str | None = None) -> FrozenTextEncoder:
+        """Load an encoder in float32, eval mode. UserError without `transformers`, or when `name` holds no text encoder.
+
+        revision: of a hub id: branch, tag or commit. The config keeps the commit, so that a model finds its encoder again
+        after the hub's has changed.
+        """
+        tokenizer, model, folder = _load(name, revision)
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and text_length > longest:
             raise UserError(f"text_length {text_length}: {name} reads at most {longest} positions; lower it")
         width = getattr(model.config, "hidden_size", None) or model.config.d_model
-        config = FrozenTextConfig(name=name, fingerprint=_fingerprint(folder), feature_width=width, text_length=text_length,
-                                  padding=padding, null_features=null_features is not None)
+        commit = folder.name if is_hub_id(name) else None  # a snapshot's folder is named after its commit
+        config = FrozenTextConfig(name=name, revision=commit, fingerprint=_fingerprint(folder), feature_width=width,
+                                  text_length=text_length, padding=padding, null_features=null_features is not None)
         return cls(tokenizer, model.to(device), config, null_features)
 
     @property
@@ -145,7 +153,7 @@ class FrozenTextEncoder(SavedAsConfig):
         wanted = read_config(Path(folder), cls.kind, FrozenTextConfig)
         name = encoder or wanted.name
         try:
-            loaded = cls.load(name, wanted.text_length)
+            loaded = cls.load(name, wanted.text_length, revision=wanted.revision if name == wanted.name else None)
         except MissingFileError as error:
             raise MissingFileError(f"{folder}: this model reads captions through the text encoder {wanted.name} ({error}); "
                                    "say where it is with text_encoder=FOLDER (--text-encoder FOLDER)") from None
@@ -184,15 +192,13 @@ def read_null_features(folder: Path, config: FrozenTextConfig) -> Tensor:
     return tensors["null"]
 
 
-def _load(name: str) -> tuple[Any, Any, Path]:
+def _load(name: str, revision: str | None) -> tuple[Any, Any, Path]:
     """Tokenizer, text encoder in eval mode, and the folder that they came from."""
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"a frozen text encoder needs transformers ({error}): pip install 'tokenloom[text]'") from None
-    from tokenloom_common.pretrained import resolve_folder
-
-    folder = resolve_folder(name, patterns=("*.json", "*.safetensors", "*.model", "*.txt"))
+    folder = resolve_folder(name, revision, patterns=("*.json", "*.safetensors", "*.model", "*.txt"))
     if not (folder / "config.json").is_file():
         raise MissingFileError(f"{folder}: no config.json, so not a folder of a text encoder")
     if not any(folder.glob("*.safetensors")):

@@ -106,7 +106,8 @@ class TextConfig(StrictConfig):
     kind: str = Field(
         "sentencepiece", description="sentencepiece: captions as ids; classes: a row's first caption is its class, one learned "
         "vector each; frozen: features of a pretrained text encoder")
-    tokenizer: str | None = Field(None, description="folder of a trained text tokenizer; none = train one on the captions")
+    tokenizer: str | None = Field(None, description="folder of a trained text tokenizer (for sentencepiece also of a published "
+                                  "model's byte-pair encoding); none = train one on the captions")
     vocab_size: int | None = Field(None, ge=264, le=1 << 20, description="of the one that is trained; none = 2048")
     text_length: int | None = Field(None, ge=2, le=4096, description="ids per caption, the end included; none = 32")
     encoder: str | None = Field(None, description="folder or hub id of the text encoder, for kind frozen")
@@ -194,7 +195,8 @@ class Seq2SeqRunConfig(RunConfig):
         if predicts != bool(self.loss.text_weight):
             has, lacks = ("model.predict_text is true", "loss.text_weight is 0") if predicts else (
                 f"loss.text_weight is {self.loss.text_weight}", "model.predict_text is false")
-            raise ValueError(f"{has}, but {lacks}; set both or neither")
+            remedy = "give the text a weight (DALL-E: 0.125)" if predicts and self.init_from else "set both or neither"
+            raise ValueError(f"{has}, but {lacks}; {remedy}")
         if predicts and self.text.kind in (ClassLabels.kind, FrozenTextEncoder.kind):
             raise ValueError(f"model.predict_text needs text ids to predict; text.kind {self.text.kind} has none")
         return self
