@@ -160,7 +160,7 @@ class FrozenTextEncoder(SavedAsConfig):
         if loaded.config.fingerprint != wanted.fingerprint:
             raise UserError(f"{name}: not the text encoder that the model was trained with ({wanted.name}, fingerprint "
                             f"{wanted.fingerprint}; this one has {loaded.config.fingerprint}); give that one")
-        null = _read_null(Path(folder) / NULL_NAME, wanted) if wanted.null_features else None
+        null = read_null_features(Path(folder), wanted) if wanted.null_features else None
         return cls(loaded._tokenizer, loaded._model, wanted, null)
 
     def write_files(self, folder: Path) -> None:
@@ -176,8 +176,9 @@ def to_the_right_end(rows: Tensor, mask: Tensor) -> Tensor:
     return rows[torch.arange(len(rows), device=mask.device)[:, None], take]
 
 
-def _read_null(path: Path, config: FrozenTextConfig) -> Tensor:
-    """The null features [T, F]. UserError when the file is missing or holds something else."""
+def read_null_features(folder: Path, config: FrozenTextConfig) -> Tensor:
+    """The null features [T, F] of a folder. UserError when the file is missing or holds something else."""
+    path = folder / NULL_NAME
     if not path.is_file():
         raise MissingFileError(f"{path}: missing; copy the model folder again")
     try:

@@ -140,9 +140,19 @@ def _to_diffusers(folder: Path, out: Path) -> Path:
     return out
 
 
+def _to_llamagen_gpt(folder: Path, out: Path) -> Path:
+    """A `.pt` file that LlamaGen's transformers load."""
+    from inference.checkpoints.export_llamagen_gpt import llamagen_state
+
+    state = llamagen_state(folder)
+    _write_file(out, {"model": state}, state, (".pt", ".pth", ".safetensors"))
+    return out
+
+
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 EXPORTS: dict[str, Callable[[Path, Path], Path]] = {
-    "taming": _to_taming, "diffusers-vq": _to_diffusers, "llamagen-vq": _to_llamagen}
+    "taming": _to_taming, "diffusers-vq": _to_diffusers, "llamagen-vq": _to_llamagen,
+    "llamagen-gpt": _to_llamagen_gpt}
 """Kind -> (our folder, what to write) -> what was written."""
 
 
