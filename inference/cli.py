@@ -53,6 +53,11 @@ def _parser(name: str, text: str, examples: str) -> OneLineParser:
                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """--revision, beside an option that takes a hub id."""
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
+
+
 def choose_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +82,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
                         'objects such as {"prompt": "a red heart", "seed": 7, "num_images": 2, "guidance_scale": 3}; what a '
                         "line does not say comes from the options")
     parser.add_argument("--model", required=True, help="model folder or hub id")
+    add_revision(parser)
     parser.add_argument("--out", required=True, help="folder for the pictures; files there are never overwritten")
     parser.add_argument("--num-images", type=int, default=1, help="pictures per caption (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
@@ -103,8 +109,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     check_candidates(args.rerank_from, args.num_images)
     check_speed_options(args)
     layout = None if args.layout is None else _read_layout_file(args.layout)
-    model = TextToImage.from_pretrained(args.model, device, text_encoder=args.text_encoder, matcher=args.matcher,
-                                        weights=args.weights)
+    model = TextToImage.from_pretrained(args.model, device, args.revision, args.text_encoder, args.matcher, args.weights)
     params = given_params(args, model.default_params, args.guidance)
     requests = [] if args.prompts is None else read_prompts(
         Path(args.prompts), PromptRequest("", args.num_images, args.seed, None, args.negative_prompt, layout), params)
@@ -156,7 +161,7 @@ def _about(args: argparse.Namespace, prompt: str, seed: int, params: SamplingPar
     info = PngInfo()
     info.add_text(PNG_KEY, json.dumps({
         "prompt": prompt, "seed": seed, **params.plain(), "model": str(args.model),
-        **({"weights": args.weights} if args.weights else {}),
+        **({"revision": args.revision} if args.revision else {}), **({"weights": args.weights} if args.weights else {}),
         **({"negative_prompt": negative_prompt} if negative_prompt is not None else {}), **more,
         "tokenloom": toolkit_version(), "digitalSourceType": "trainedAlgorithmicMedia"}))
     return info
@@ -256,14 +261,15 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
                      "  tokenloom reconstruct cat.png dog.jpg --model demo/model --out reconstructions\n"
                      "  tokenloom reconstruct photo.jpg --model demo/model --tiles --out reconstructions")
     parser.add_argument("image", nargs="+", help="picture files")
-    parser.add_argument("--model", required=True, help="model folder, or the folder of an image tokenizer")
+    parser.add_argument("--model", required=True, help="model folder or hub id, or that of an image tokenizer")
+    add_revision(parser)
     parser.add_argument("--out", required=True, help="folder for the pictures; files there are never overwritten")
     parser.add_argument("--tiles", action="store_true", help="keep each picture's own size, in overlapping tiles of the "
                         "tokenizer's resolution (default: its centre square, resized to that resolution)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
-    tokenizer = load_image_tokenizer(args.model, device)
+    tokenizer = load_image_tokenizer(args.model, device, args.revision)
     tokenizer.config.check_encodes(args.model)
     out = _output_folder(args.out)
     failed = 0
@@ -310,9 +316,9 @@ def _both(tokenizer: ImageTokenizer, pixels: numpy.ndarray, tiled: bool, device:
     return image_grid(pixels_to_images(torch.cat([original, rebuilt])), columns=2), decibel
 
 
-def load_image_tokenizer(name: str, device: str) -> ImageTokenizer:
+def load_image_tokenizer(name: str, device: str, revision: str | None = None) -> ImageTokenizer:
     """The image tokenizer of a model folder, or the one whose own folder is named."""
-    folder = resolve_folder(name)
+    folder = resolve_folder(name, revision)
     part = folder / PARTS[0] if (folder / INDEX_NAME).is_file() else folder
     return load_tokenizer(part, device)
 
@@ -322,9 +328,10 @@ def info(argv: Sequence[str] | None = None) -> int:
     parser = _parser("info", "Say what a model folder holds; it is loaded and checked whole.",
                      "  tokenloom info demo/model\n  tokenloom info demo/model --json")
     parser.add_argument("folder", help="model folder or hub id")
+    add_revision(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     args = parser.parse_args(argv)
-    model = load_model_folder(args.folder)
+    model = load_model_folder(args.folder, revision=args.revision)
     report = {
         "folder": str(model.folder),
         "image_tokenizer": {"kind": model.image_tokenizer.kind, "parameters": _count(model.image_tokenizer),

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from inference.cli import choose_device
+from inference.cli import add_revision, choose_device
 from inference.memory import WEIGHT_BYTES, MemoryEstimate, Workload, available_memory, estimate, human, largest_batch
 from inference.model_folder import GENERATION_NAME, read_model_index
 from inference.pipeline import check_counts
@@ -76,6 +76,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                "of a training (with --help: its own options):\n"
                "  tokenloom estimate --config training/recipes/small_seq2seq.yaml --gpus 8 --gpu H100")
     parser.add_argument("model", help="model folder, hub id (its config files alone are fetched), or a preset's name")
+    add_revision(parser)
     parser.add_argument("--num-images", type=int, default=1, help="pictures of a caption (default 1)")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures drawn at a time (default 32)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off (default: the model folder's)")
@@ -119,6 +120,8 @@ def grid_of(text: str) -> tuple[int, int]:
 
 
 def _preset(args: argparse.Namespace) -> _Model:
+    if args.revision is not None:
+        raise UserError(f"--revision {args.revision}: {args.model} is a preset, which has none; leave it out")
     given = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in PRESET_SIZES.items()}
     values: dict[str, Any] = {name: value for name, value in PRESETS[args.model].items() if name != "kind"}
     derived = {"grid": grid_of(given["grid"]), "codebook_size": given["codebook_size"],
@@ -135,7 +138,7 @@ def _folder(args: argparse.Namespace) -> _Model:
     for option in PRESET_SIZES:
         if getattr(args, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} is for presets; a model folder says it itself")
-    folder = resolve_folder(name, patterns=("*.json",))
+    folder = resolve_folder(name, args.revision, patterns=("*.json",))
     index = read_model_index(folder)
     transformer = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")), f"{folder}: kind of seq2seq model")
     tokenizer = choose(KINDS, str(index.get("tokenizer_image")), f"{folder}: kind of image tokenizer")

@@ -24,21 +24,39 @@ from tokenizer_image.images import image_to_pixels, pixels_to_float, to_rgb
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
-from tokenloom_common.pretrained import MODEL_FILES, resolve_folder, write_pretrained
+from tokenloom_common.hub import MODEL_FILES, Pushable, resolve_folder
+from tokenloom_common.model_card import CardFacts, model_card, read_card
+from tokenloom_common.pretrained import write_pretrained
 
 INDEX_NAME = "matcher_index.json"
 CLASS_NAME = "Matcher"
 SCHEMA_VERSION = 1
 PARTS = ("matcher", "text_tokenizer")
+PIPELINE_TAG = "zero-shot-image-classification"
+USAGE = """from tokenloom import TextToImage, load_matcher
+
+matcher = load_matcher("path/or/hub-id")
+matcher.scores([picture], ["a red heart", "a blue circle"])  # cosine similarity [1, 2]
+
+model = TextToImage.from_pretrained("path/to/a/model", matcher="path/or/hub-id")
+model.generate("a red heart", num_images=1, rerank_from=8)"""
+"""For a model card."""
 
 
-class MatcherScorer(ImageTextScorer):
-    """A matcher with the text tokenizer (or frozen text encoder) that it was trained with."""
+class MatcherScorer(ImageTextScorer, Pushable):
+    """A matcher with the text tokenizer (or frozen text encoder) that it was trained with, and its model card."""
 
-    def __init__(self, matcher: Matcher, text_source: TextSource) -> None:
+    def __init__(self, matcher: Matcher, text_source: TextSource, card: str | None = None) -> None:
         """UserError if the two do not belong together."""
         check_match(matcher, text_source, "the matcher")
-        self.matcher, self.text_source = matcher.eval(), text_source
+        self.matcher, self.text_source, self.card = matcher.eval(), text_source, card
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the whole matcher folder, with the card that it came with; it appears whole."""
+        card = self.card or model_card(CardFacts(
+            title="Matcher", summary="Saved with Tokenloom. Nothing is known here of its training.", usage=USAGE,
+            pipeline_tag=PIPELINE_TAG))
+        return save_matcher_folder(folder, self.matcher, self.text_source, card)
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +130,7 @@ def load_matcher_folder(name: str | Path, device: str | torch.device = "cpu", re
     if isinstance(text_source, FrozenTextEncoder):
         text_source.to(device)
     check_match(matcher, text_source, str(folder))
-    return MatcherScorer(matcher, text_source)
+    return MatcherScorer(matcher, text_source, read_card(folder))
 
 
 def load_matcher(path: str | Path, device: str | torch.device | None = None, revision: str | None = None,

@@ -20,6 +20,7 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
+from tokenloom_common.model_card import CardFacts, model_card, read_card
 from tokenloom_common.pretrained import PretrainedModule, resolve_folder, write_pretrained
 
 INDEX_NAME = "model_index.json"
@@ -27,6 +28,11 @@ GENERATION_NAME = "generation_config.json"
 CLASS_NAME = "TextToImage"
 SCHEMA_VERSION = 1
 PARTS = ("tokenizer_image", "seq2seq", "text_tokenizer")
+USAGE = """from tokenloom import TextToImage
+
+model = TextToImage.from_pretrained("path/or/hub-id")
+model.generate("a red heart", num_images=4, seed=0).images[0].save("heart.png")"""
+"""For a model card."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class LoadedModel:
     text_tokenizer: TextSource
     generation: SamplingParams
     folder: Path
+    card: str | None = None
+    """The text of its README.md."""
 
 
 def toolkit_version() -> str:
@@ -86,6 +94,14 @@ def write_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2
     return Path(folder)
 
 
+def save_loaded_model(folder: str | Path, parts: LoadedModel) -> Path:
+    """Write loaded parts as a model folder again, with the card that they came with."""
+    card = parts.card or model_card(CardFacts(
+        title="Text-to-image model", summary="Saved with Tokenloom. Nothing is known here of its training.", usage=USAGE,
+        pipeline_tag="text-to-image", tags=(parts.seq2seq.kind, parts.image_tokenizer.kind)))
+    return save_model_folder(folder, parts.image_tokenizer, parts.seq2seq, parts.text_tokenizer, parts.generation, card)
+
+
 def read_model_index(folder: Path) -> dict[str, str]:
     """model_index.json, checked; UserError or MissingFileError naming the file and the remedy."""
     path = folder / INDEX_NAME
@@ -122,7 +138,7 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revi
         text_tokenizer.to(device)
     generation = SamplingParams.parse(read_mapping(folder / GENERATION_NAME), str(folder / GENERATION_NAME))
     check_pair(image_tokenizer, seq2seq, text_tokenizer, str(folder))
-    return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder)
+    return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder, read_card(folder))
 
 
 def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | WrittenPart, text_tokenizer: TextSource,

@@ -27,17 +27,18 @@ from inference.layouts import read_layout
 from inference.many import ManyResult, PromptRequest, generate_many
 from inference.matcher_folder import load_matcher
 from inference.memory import Workload, check_sampling
-from inference.model_folder import LoadedModel, load_model_folder
+from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
 from inference.picture_job import PictureJob
 from inference.previews import PreviewBudget
 from inference.projection import Precision
 from inference.sampling import SamplingParams
 from inference.scheduler import KEPT_UNGUIDED
 from inference.scorer import Scorer, check_rerank, keep_best
-from seq2seq import ImageTransformer, TextBatch
+from seq2seq import FrozenTextEncoder, ImageTransformer, TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
+from tokenloom_common.hub import Pushable
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = (1 << 63) - 1  # of the last picture; what a torch generator takes
@@ -112,7 +113,7 @@ class GenerationStep:
         return self.previews[0]
 
 
-class TextToImage:
+class TextToImage(Pushable):
     """A trained model folder, ready to sample.
 
     weights: of the generator: float32, bfloat16, or int8 (the decoder's matrices; the rest is as it was); None leaves them as
@@ -137,6 +138,7 @@ class TextToImage:
                         weights: Precision | None = None) -> TextToImage:
         """Load a local model folder or a hub id; on the GPU when there is one and no device is named.
 
+        revision: of a hub id: branch, tag or commit (default: main).
         text_encoder: folder or hub id of the frozen text encoder that the model was trained with, if it is not where it was.
         matcher: what `rerank_from` chooses with, see `inference.matcher_folder.load_matcher`.
         weights: float32 (default on the CPU), bfloat16 (default on CUDA) or int8. UserError for another name.
@@ -146,6 +148,18 @@ class TextToImage:
         judge = None if matcher is None else load_matcher(matcher, chosen)
         default: Precision = "bfloat16" if torch.device(chosen).type == "cuda" else "float32"
         return cls(load_model_folder(folder, chosen, revision, text_encoder), judge, weights or default)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the whole model folder: the parts as they were loaded, with their card; it appears whole. UserError where the
+        weights were rounded when they were loaded."""
+        self.check_savable()
+        return save_loaded_model(folder, self.parts)
+
+    def check_savable(self) -> None:
+        """UserError unless the weights are those of the parts."""
+        if self.weights in ("bfloat16", "int8"):
+            raise UserError(f"the generator's weights were rounded to {self.weights} when they were loaded; load the model with "
+                            "weights='float32' to save or push it")
 
     def generate(self, prompt: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
                  seed: int | Sequence[int] = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None,
@@ -252,8 +266,13 @@ class TextToImage:
         """UserError, with the bytes, for what this device has no memory for; before anything is allocated."""
         largest = Workload.of_request(prompts, num_images, batch_size)
         work = self._workload(largest.pictures, largest.captions, options.params.guidance_scale != 1,
-                              kept=prompts * num_images, decoded=min(batch_size, prompts * num_images), window=options.jacobi)
+                              kept=prompts * num_images, decoded=min(batch_size, prompts * num_images), window=options.jacobi,
+                              unguided_each=options.negative_prompt is None and self._has_null_features)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
+
+    @property
+    def _has_null_features(self) -> bool:
+        return isinstance(self.text_tokenizer, FrozenTextEncoder) and self.text_tokenizer.config.null_features
 
     def _workload(self, pictures: int, captions: int, guided: bool, **others: Any) -> Workload:
         low = self.seq2seq.image_embedding.weight.dtype == torch.bfloat16
@@ -284,7 +303,7 @@ class TextToImage:
         source = self.text_tokenizer
         captions = source.encode(texts)
         negative = options.negative_prompt
-        unguided = source.null_caption() if negative is None else source.encode([negative])
+        unguided = source.null_for(captions) if negative is None else source.encode([negative])
         captions, unguided = (self._on_device(batch) for batch in (captions, unguided))
         return Request(captions, unguided, images, options.params, seeds, None if layout is None else layout.to(self.device),
                        options.jacobi)
@@ -306,8 +325,9 @@ class TextToImage:
 
     def attention_map(self, prompt: str, word: str, image_tokens: Tensor, layout: Tensor | None = None) -> Tensor:
         """image_tokens [1, N] (and layout [1, L]) of a prompt -> attention of each token to `word`, [h, w] float32."""
-        positions = word_positions(self.text_tokenizer, prompt, word)
         text = self._on_device(self.text_tokenizer.encode([prompt]))
+        real = text.text_mask[0].nonzero().flatten()  # a caption may be padded on its left
+        positions = real[word_positions(self.text_tokenizer, prompt, word)]
         weights = attention_to_text(self.seq2seq, text, image_tokens.to(self.device),
                                     None if layout is None else layout.to(self.device))
         return weights[0, :, positions].sum(dim=-1).reshape(self.seq2seq.config.grid).cpu()

@@ -123,6 +123,17 @@ class BPETokenizer:
         """<s></s>, `count` times: what training drops captions to and guidance starts from."""
         return self.encode([""] * count)
 
+    def null_for(self, captions: TextBatch) -> TextBatch:
+        """What guidance leads away from: the null caption; min-dalle takes a caption's first and last id, and the last one of a
+        cut caption is no </s>."""
+        if self.config.splitting == "bytes":
+            return self.null_caption()
+        text_ids, mask = captions
+        last = mask.sum(dim=1, keepdim=True) - 1  # [C, 1]
+        null_ids = torch.full_like(text_ids, self._pad)
+        null_ids[:, 0], null_ids[:, 1] = text_ids[:, 0], text_ids.gather(1, last)[:, 0]
+        return TextBatch(null_ids, null_ids != self._pad)
+
     def words(self, caption: str) -> list[str]:
         """The piece at each position that is not padding."""
         batch = self.encode([caption])

@@ -33,12 +33,14 @@ class TokenLogits(NamedTuple):
 class ImageTransformer(PretrainedModule):
     """Base of the two families. A subclass makes `decoder` and says what its prefix is.
 
-    text_slots: slots of the text in the sequence, 0 where the text is attended to across.
+    text_slots: slots of the text in the sequence, 0 where the text is attended to across. blind_slots: how many of them have
+    queries and keys of zero.
     """
 
     config: Any
     decoder: Any
     text_slots: int = 0
+    blind_slots: int = 0
     begin_of_image_slot: bool = True
 
     def _build_image_side(self, config: TransformerConfig) -> None:
@@ -128,7 +130,8 @@ class ImageTransformer(PretrainedModule):
         if config.rotary == "1d":
             return flat_positions(self.prefix_slots + self.image_slots)
         # text runs along the diagonal, where row = column; the image's grid starts after it, the layout lies under the image
-        first = float(self.text_slots)
+        # where nothing turns with the text's places (blind), it starts at 0, as LlamaGen's: the same but for rounding
+        first = float(self.text_slots - self.blind_slots)
         parts = [flat_positions(self.text_slots).expand(-1, 2)]
         if config.layout_grid:
             scale = (config.grid[0] / config.layout_grid[0], config.grid[1] / config.layout_grid[1])

@@ -58,10 +58,11 @@ def first_rows(training: Seq2SeqTraining) -> TokenRows:
 
 
 def first_loss(folder: Path | None, data: Path, run_dir: Path, group: Processes, *more: object) -> tuple[float, TokenRows]:
-    """The first loss that a run from `folder` logs, and what it was of."""
+    """The first loss of the image tokens that a run from `folder` logs, and what it was of."""
     start = [] if folder is None else ["--init_from", folder]
     training = train(recipe(data, run_dir, *start, *more), group)
-    return read_metrics(run_dir / "metrics.jsonl")[0]["loss"], first_rows(training)
+    row = read_metrics(run_dir / "metrics.jsonl")[0]
+    return row.get("image", row["loss"]), first_rows(training)  # a loss of several parts is logged with each of them
 
 
 @torch.inference_mode()
@@ -83,8 +84,9 @@ def store_as(folder: Path, dtype: torch.dtype) -> Path:
 
 def save(folder: Path, text: TextSource, family: Callable[..., Any] = tiny.decoder_only, **changes: Any) -> Path:
     tokenizer = tiny.vqgan()
-    model = family(**{"text_vocab_size": text.vocab_size, "text_length": text.config.text_length,
-                      "text_feature_width": text.feature_width, "tokenizer_fingerprint": code_fingerprint(tokenizer), **changes})
+    read = {"text_vocab_size": text.vocab_size, "text_feature_width": text.feature_width,
+            "text_length": text.config.text_length}
+    model = family(**read, tokenizer_fingerprint=code_fingerprint(tokenizer), **changes)
     return save_model_folder(folder, tokenizer, model, text, SamplingParams(), "# tiny\n")
 
 
@@ -95,6 +97,7 @@ def made(tmp_path_factory) -> Path:
     tiny.token_shards(folder)
     tiny.model_folder(folder / "encoder_decoder")
     save(folder / "decoder_only", tiny.text_tokenizer())
+    save(folder / "predicts_text", tiny.text_tokenizer(), predict_text=True, text_padding="learned", begin_of_image=False)
     store_as(tiny.model_folder(folder / "float16"), torch.float16)
     tiny.vqgan(codebook_size=64).save_pretrained(folder / "64_codes")
     tiny.vqgan(seed=1).save_pretrained(folder / "other_codes")
@@ -109,9 +112,10 @@ PLAIN = ("--use_layout", "false")
 
 # ---- the transformer ----
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only", "float16"])
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only", "predicts_text", "float16"])
 def test_the_first_loss_is_the_sources_evaluation_loss(made, tmp_path, group, name):
-    loss, rows = first_loss(made / name, made / "tokens", tmp_path / "run", group, *PLAIN)
+    parts = ("--loss.image_weight", 0.875, "--loss.text_weight", 0.125) if name == "predicts_text" else ()
+    loss, rows = first_loss(made / name, made / "tokens", tmp_path / "run", group, *PLAIN, *parts)
     assert loss == pytest.approx(evaluation_loss(load_model_folder(made / name), rows), abs=1e-5)
 
 
@@ -126,7 +130,8 @@ def test_sharded_weights_and_the_average_begin_with_the_sources(made, tmp_path, 
     expected = {name: tensor.float() for name, tensor in load_file(made / "float16/seq2seq/model.safetensors").items()}
     more = (*PLAIN, "--init_from", made / "float16", "--train.gradient_checkpointing", "true", "--model.dropout", 0.1)
     for stage, average in ((1, 0.9), (3, 0)):
-        run = recipe(made / "tokens", tmp_path / str(stage), *more, "--deepspeed.zero_stage", stage, "--train.weight_ema", average)
+        run = recipe(made / "tokens", tmp_path / str(stage), *more, "--deepspeed.zero_stage", stage,
+                     "--train.weight_ema", average)
         training = Seq2SeqTraining(run, group)
         states = [training.engine.full_state(), *([training.average.module.state_dict()] if training.average else [])]
         assert len(states) == 1 + bool(average)
@@ -166,7 +171,7 @@ def test_a_run_goes_on_without_the_folder_that_it_began_from(made, tmp_path, gro
     assert (config.init_from, config.model.plain()["layers"]) == (str(source), 3)
     facts = json.loads((tmp_path / "run/checkpoints/step-00000004/MANIFEST.json").read_text())["facts"]
     assert facts["init_from"] == str(source)
-    with pytest.raises(UserError, match="init_from .*no such model folder"):  # a fresh run needs it
+    with pytest.raises(UserError, match=r"init_from .*no such model folder"):  # a fresh run needs it
         recipe(made / "tokens", tmp_path / "run", *more, "--checkpoint.resume", "never")
 
 
@@ -203,7 +208,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "codebook": (["--image_tokenizer", "MADE/64_codes"], "codebook_size is 32 there and 64 here"),
     "grid": (["--image_tokenizer", "MADE/8x8"], "grid is (4, 4) there and (8, 8) here"),
     "fingerprint": (["--image_tokenizer", "MADE/other_codes"], "tokenizer_fingerprint is"),
-    "width": (["--model.width", 64], "model.width is 32 there and 64 here; leave model.* out"),
+    "width": (["--model.width", 64], "model.width is 32 there and 64 here; leave model.* out, or a recipe's with --model null"),
     "attention": (["--model.attention", "[row]"], "model.attention is ('full',) there and ('row',) here"),
     "preset": (["--model.preset", "debug"], "model.width is 32 there and 64 here"),
     "family": (["--model.kind", "decoder_only"], "its model.kind is encoder_decoder, this run's decoder_only"),
@@ -212,6 +217,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "vocabulary": (["--text.vocab_size", 300], "leave text.vocab_size out"),
     "text length": (["--text.text_length", 9], "leave text.text_length out"),
     "text kind": (["--text.kind", "classes"], "its text.kind is sentencepiece, this run's classes"),
+    "predicted text": (["--init_from", "MADE/predicts_text"], "loss.text_weight is 0; give the text a weight"),
     "two starts": (["--text.start_from", "MADE/matcher"], "leave one of them out"),
     "layout": (["--use_layout", "true"], "layout_kind is None there and colors here"),
     "alone": (["--init_from", "MADE/encoder_decoder/seq2seq"], "name image_tokenizer and text.tokenizer"),
@@ -236,7 +242,8 @@ def test_what_does_not_fit_is_one_line_and_touches_nothing(made, tmp_path, group
     more = [str(word).replace("MADE", str(made)) for word in arguments]
 
     def start(_):
-        Seq2SeqTraining(recipe(made / "tokens", tmp_path / "run", *PLAIN, "--init_from", made / "encoder_decoder", *more), group)
+        started = ("--init_from", made / "encoder_decoder", *more)
+        Seq2SeqTraining(recipe(made / "tokens", tmp_path / "run", *PLAIN, *started), group)
         return 0
 
     assert run_command(start, None, "train_seq2seq.py") == 2
@@ -258,8 +265,10 @@ def test_another_start_is_another_run(made, tmp_path, group):
 
 
 def test_an_estimate_reads_the_sizes_of_the_folder(run, made, tmp_path):
-    (tmp_path / "finetune_seq2seq.yaml").write_text(f"init_from: {made / 'decoder_only'}\ntrain: {{batch_size: 4, steps: 30}}\n")
+    text = f"init_from: {made / 'decoder_only'}\ntrain: {{batch_size: 4, steps: 30}}\n"
+    (tmp_path / "finetune_seq2seq.yaml").write_text(text)
     base = ("--config", tmp_path / "finetune_seq2seq.yaml", "--memory", "8GiB")
+    over = ("--config", "small_seq2seq", "--init_from", made / "decoder_only", "--model", "null", "--text", "null")
     code, out, err = run(*base, "--data.path", made / "tokens", "--use_layout", "false", "--json")
     assert (code, err) == (0, [])
     found = json.loads(out)
@@ -268,6 +277,7 @@ def test_an_estimate_reads_the_sizes_of_the_folder(run, made, tmp_path):
     assert (found["rows"], found["assumed"]) == (12, [])
     assert found["stages"][0]["bytes"]["other_models"] > 0  # the image tokenizer's
     assert run(*base, "--grid", "4x4")[0] == 2
+    assert json.loads(run(*over, "--gpu", "L4", "--json")[1])["parameters"] == found["parameters"]
 
 
 # ---- image tokenizers ----

@@ -86,6 +86,13 @@ def test_the_caches_are_predicted_to_the_byte(model, guided):
     assert found.rows == cache.keys.shape[1]
 
 
+def test_a_text_that_guidance_leads_from_for_each_caption_is_predicted_to_the_byte(model):
+    decoder = CachedDecoder(model)
+    groups = [decoder.prefill(text(model, 3), 2) for _ in range(2)]
+    found = estimate(model.config, None, Workload(pictures=6, captions=3, unguided_each=True))
+    assert found.caption_memory == sum(part.nbytes for group in groups for part in (*group.keys, *group.values))
+
+
 def test_a_bfloat16_cache_is_half_of_it():
     model = tiny.seq2seq().bfloat16()
     cache, _ = drawn_with(model, captions=1, images=2, guided=True)

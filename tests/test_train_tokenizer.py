@@ -410,6 +410,26 @@ def test_a_poor_codebook_is_warned_of_once_in_words_with_options_that_exist(grou
     assert row["dead_codes"] == round(64 * (1 - row["codebook_usage"])) > 0
 
 
+def test_a_gumbel_tokenizer_cools_down_and_is_warned_of_in_its_own_options(group, data, tmp_path, caplog):
+    quantizer = {"kind": "gumbel", "kl_weight": 0.01, "temperature_steps": 4}
+    run = config(data, tmp_path / "run", model={"embed_dim": 4, "codebook_size": 64, "quantizer": quantizer},
+                 train={"steps": 6}, codebook={"warn_below": 1.0})
+    with caplog.at_level(logging.WARNING):
+        training = train(run, group)
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    temperatures = [row["temperature"] for row in rows]
+    assert temperatures == sorted(temperatures, reverse=True)
+    assert (temperatures[0], temperatures[-1]) == (1.0, 1 / 16)
+    assert rows[0]["weighted.kl"] == pytest.approx(0.01 * rows[0]["kl"])
+    (warning,) = [record.getMessage() for record in caplog.records if "codes are in use" in record.getMessage()]
+    assert "--model.quantizer.kl_weight 0.1;" in warning
+    assert set(re.findall(r"--([\w.]+)", warning)) <= set(dotted_names(TokenizerRunConfig))
+    raw = {"kind": "vq", "learn_codebook_by_gradient": True, "raw_search": True, "kmeans_init": False,
+           "dead_code_fraction": 0.0}
+    training.health.config = config(data, tmp_path / "run", model={**VQ, "quantizer": raw})
+    assert not re.search("kmeans|dead_code", " ".join(training.health._remedies()))
+
+
 def test_a_healthy_codebook_is_not_warned_of(group, data, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(config(data, tmp_path / "run", model=VQ, train={"steps": 6}), group)

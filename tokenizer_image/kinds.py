@@ -33,9 +33,12 @@ def build_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
     return KINDS[config.kind](config)
 
 
-def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> ImageTokenizer:
-    """The image tokenizer of a local folder or hub id, strictly, in eval mode, of whatever kind its config.json names."""
-    path = resolve_folder(folder)
+def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> ImageTokenizer:
+    """The image tokenizer of a local folder or hub id, strictly, in eval mode, of whatever kind its config.json names.
+
+    revision: of a hub id: branch, tag or commit.
+    """
+    path = resolve_folder(folder, revision)
     config = path / "config.json"
     if not config.is_file():
         raise MissingFileError(f"{folder}: config.json is missing, so the folder is not a (whole) image tokenizer")

@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenloom_common.errors import MissingFileError, RunFailedError, UserError
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.md")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.md", "merges.txt", "*/merges.txt")
 """What is fetched of a hub repository: nothing that can be executed, no pickle."""
 OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "*.model")
 """What a push deletes of a repository when the new model has no such file: an index of old shards would win over the new."""
@@ -72,12 +72,12 @@ def _why_not_fetched(name: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, GatedRepoError):
         return f"{name}: the hub model asks to accept its terms first; do so on its page, and log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
-        return (f"{name}: no such folder, and no hub model of that name (a private one needs HF_TOKEN or `hf auth login`); give "
-                "the folder that training wrote as RUN/model, or the hub id")
+        return (f"{name}: no such folder, and no hub model of that name (a private one needs HF_TOKEN or `hf auth login`); "
+                "give the folder that training wrote as RUN/model, or the hub id")
     at = f" at revision '{revision}'" if revision else ""
     if constants.HF_HUB_OFFLINE:
-        return (f"{name}: no such folder, and no hub model of that name{at} is whole in the local cache while HF_HUB_OFFLINE is "
-                "set; fetch it once with a connection, or give the folder that training wrote as RUN/model")
+        return (f"{name}: no such folder, and no hub model of that name{at} is whole in the local cache while HF_HUB_OFFLINE "
+                "is set; fetch it once with a connection, or give the folder that training wrote as RUN/model")
     if isinstance(error, LocalEntryNotFoundError):
         return (f"{name}: no such folder, and no hub model of that name{at} can be fetched: the hub cannot be reached and the "
                 "local cache has none; give the folder that training wrote as RUN/model, or try again with a connection")
@@ -92,6 +92,9 @@ class Pushable:
         """Write the folder, whole or not at all."""
         raise NotImplementedError
 
+    def check_savable(self) -> None:
+        """UserError if save_pretrained would refuse; asked before the hub is."""
+
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, branch: str | None = None,
                     commit_message: str | None = None, create_pr: bool = False) -> str:
         """Upload what save_pretrained writes as one commit to `owner/name`, made if it is not there -> the commit's address,
@@ -102,6 +105,7 @@ class Pushable:
         UserError for an id or token that the hub refuses, and while HF_HUB_OFFLINE is set; RunFailedError if it cannot be
         reached. Files of an older model that this one does not have (shards, an index) are deleted in the same commit.
         """
+        self.check_savable()
         _check_push(repo_id, token, branch, create_pr)
         with tempfile.TemporaryDirectory(prefix="tokenloom-push-") as folder, _hub_errors(repo_id):
             _make_repo(repo_id, private, token, branch)  # before gigabytes are written for a hub that says no

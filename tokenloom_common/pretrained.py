@@ -19,8 +19,9 @@ from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_
 from tokenloom_common.hub import MODEL_FILES as MODEL_FILES
 from tokenloom_common.hub import Pushable, resolve_folder
 from tokenloom_common.model_card import CARD_NAME, CardFacts, model_card, read_card
-from tokenloom_common.weights import INDEX_NAME, check_tensors, read_tensors, write_tensors
+from tokenloom_common.tensor_writer import INDEX_NAME, write_shards
 from tokenloom_common.weights import WEIGHTS_NAME as WEIGHTS_NAME
+from tokenloom_common.weights import check_tensors, read_tensors
 
 SCHEMA_VERSION = 1
 OWN_FILES = ("config.json", "model*.safetensors", INDEX_NAME, CARD_NAME)
@@ -104,22 +105,23 @@ class Undrawn(TorchFunctionMode):
 
 
 def _plain_card(model: PretrainedModule) -> str:
-    name = type(model).__name__
+    name, package = type(model).__name__, type(model).__module__.split(".")[0]
     return model_card(CardFacts(
-        title=f"{name}", summary=f"A model of kind `{model.kind}`, saved with Tokenloom. Nothing is known here of its training.",
-        usage=f"from {type(model).__module__.split('.')[0]} import {name}\n\nmodel = {name}.from_pretrained(\"path/or/hub-id\")",
+        title=name, summary=f"A model of kind `{model.kind}`, saved with Tokenloom. Nothing is known here of its training.",
+        usage=f'from {package} import {name}\n\nmodel = {name}.from_pretrained("path/or/hub-id")',
         tags=(model.kind,), config=model.config.plain()))
 
 
 class SavedAsConfig:
-    """What has no weights of its own: its folder is config.json."""
+    """What has no weights of its own: its folder is config.json, and what a class writes beside it (`own_files`)."""
 
     kind: ClassVar[str]
+    own_files: ClassVar[tuple[str, ...]] = ("config.json",)
     config: Any
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json; the folder appears whole."""
-        with atomic_folder(Path(folder), ("config.json",)) as aside:
+        """Write its files; the folder appears whole."""
+        with atomic_folder(Path(folder), self.own_files) as aside:
             self.write_files(aside)
         return Path(folder)
 
@@ -135,9 +137,10 @@ def write_config(kind: str, config: StrictConfig, folder: Path) -> None:
 
 def write_pretrained(kind: str, config: StrictConfig, state: dict[str, Tensor], folder: Path,
                      max_shard_size: str = "5GB") -> None:
-    """config.json and safetensors into an existing empty folder."""
+    """config.json and safetensors into an existing empty folder. A view is written as the numbers it shows (a sampler fuses
+    matrices)."""
     write_config(kind, config, folder)
-    write_tensors(state, folder, max_shard_size)
+    write_shards(folder, {name: tensor.to("meta") for name, tensor in state.items()}, lambda name: state[name], max_shard_size)
 
 
 def read_config(folder: Path, kind: str, config_class: type[Config]) -> Config:

@@ -6,61 +6,17 @@ Nothing of a folder is trusted: a header, an index or a file that says what is n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenloom_common.errors import MissingFileError, UserError
-from tokenloom_common.files import write_json_atomic
+from tokenloom_common.tensor_writer import ALIGNMENT, INDEX_NAME
 
 WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20  # about half a million tensors
-ALIGNMENT = 64
-"""Bytes. Where torch puts its tensors: kernels round differently, or read slower, at other addresses."""
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-
-
-def write_tensors(state: Mapping[str, Tensor], folder: Path, max_shard_size: str = "5GB") -> None:
-    """A state dict into an existing folder: one safetensors file, or shards of at most `max_shard_size` with an index.
-
-    A view is written as the numbers it shows. One tensor at a time is on the CPU.
-    """
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    split = split_torch_state_dict_into_shards(dict(state), max_shard_size=max_shard_size)
-    for file, names in split.filename_to_tensors.items():
-        _write_file(folder / file, {name: state[name].detach() for name in names})
-    if split.is_sharded:
-        write_json_atomic(folder / INDEX_NAME, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-
-
-def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file (https://github.com/huggingface/safetensors#format) whose tensors can be mapped as they lie.
-
-    The library's own writer puts them wherever the header ends. Here the header is padded, as the format allows, and what is
-    no multiple of ALIGNMENT bytes comes last, so that every tensor but those few starts at a multiple of it.
-    """
-    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name in order:
-        tensor = tensors[name]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [start, start + tensor.nbytes]}
-        start += tensor.nbytes
-    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name in order:
-            flat = tensors[name].cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -40,9 +40,11 @@ def open_start(config: Seq2SeqRunConfig) -> StartFolder | None:
     given = [name for name in ("tokenizer", "vocab_size", "text_length") if getattr(text, name) is not None]
     kind = read_mapping(start.folder / TEXT_FOLDER / "config.json").get("kind")
     if text.kind != kind:
-        raise UserError(f"init_from {start.name}: its text.kind is {kind}, this run's {text.kind}; leave text.kind out")
+        raise UserError(f"init_from {start.name}: its text.kind is {kind}, this run's {text.kind}; leave text.* out, or "
+                        "a recipe's with --text null")
     if given:
-        raise UserError(f"init_from {start.name} brings its text tokenizer; leave text.{given[0]} out")
+        raise UserError(f"init_from {start.name} brings its text tokenizer; leave text.{given[0]} out, or a recipe's text.* "
+                        "with --text null")
     return start
 
 
@@ -88,7 +90,8 @@ def check_start(start: StartFolder, ours: TransformerConfig) -> None:
     weights or their meaning depend on. Reads no weights, so it can be asked before anything is touched."""
     theirs = start.config()
     if theirs.kind != ours.kind:
-        raise UserError(f"init_from {start.name}: its model.kind is {theirs.kind}, this run's {ours.kind}; leave model.* out")
+        raise UserError(f"init_from {start.name}: its model.kind is {theirs.kind}, this run's {ours.kind}; leave model.* out, "
+                        "or a recipe's with --model null")
     fields = [name for name in type(ours).model_fields if name not in (*_FREE, *_IMAGE)]
     for name in sorted(fields, key=lambda name: name not in DERIVED):  # what follows from the files explains more
         there, here = getattr(theirs, name), getattr(ours, name)
@@ -102,7 +105,7 @@ def _remedy(name: str) -> str:
         return "name the text tokenizer that it was trained with"
     if name in DERIVED:
         return "the layout of the token shards, and use_layout, must be those that it was trained with"
-    return f"leave model.* out (only {', '.join(f'model.{free}' for free in _FREE)} may be another)"
+    return f"leave model.* out, or a recipe's with --model null (only {', '.join(_FREE)} may be another)"
 
 
 def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransformer:

@@ -113,6 +113,8 @@ class TextConfig(StrictConfig):
     encoder: str | None = Field(None, description="folder or hub id of the text encoder, for kind frozen")
     feature_cache: str | None = Field(None, description="folder where its features are kept and found again; none = encode "
                                       "each caption whenever it comes")
+    padding: Literal["right", "left"] = Field("right", description="of short captions, for kind frozen; left: LlamaGen, whose "
+                                              "last text slot predicts the first token")
 
     @field_validator("kind")
     @classmethod
@@ -127,6 +129,8 @@ class TextConfig(StrictConfig):
             raise ValueError("text.encoder, the folder or hub id of a text encoder, is for text.kind frozen, which needs it")
         if self.feature_cache and not frozen:
             raise ValueError(f"text.feature_cache is for text.kind frozen, not {self.kind}; leave it out")
+        if self.padding == "left" and not frozen:
+            raise ValueError(f"text.padding left is for text.kind frozen, not {self.kind}; leave it out")
         if frozen and (self.tokenizer or self.vocab_size):
             raise ValueError("text.kind frozen has a tokenizer of its own; leave text.tokenizer and text.vocab_size out")
         if self.kind == "classes" and (self.vocab_size or self.text_length):
@@ -191,7 +195,8 @@ class Seq2SeqRunConfig(RunConfig):
         if predicts != bool(self.loss.text_weight):
             has, lacks = ("model.predict_text is true", "loss.text_weight is 0") if predicts else (
                 f"loss.text_weight is {self.loss.text_weight}", "model.predict_text is false")
-            raise ValueError(f"{has}, but {lacks}; set both or neither")
+            remedy = "give the text a weight (DALL-E: 0.125)" if predicts and self.init_from else "set both or neither"
+            raise ValueError(f"{has}, but {lacks}; {remedy}")
         if predicts and self.text.kind in (ClassLabels.kind, FrozenTextEncoder.kind):
             raise ValueError(f"model.predict_text needs text ids to predict; text.kind {self.text.kind} has none")
         return self

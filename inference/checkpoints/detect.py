@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from inference.checkpoints.msgpack_file import read_msgpack
+from inference.checkpoints.vqgan_jax import WEIGHTS_NAME
 from inference.checkpoints.weights_file import SUFFIXES, find_weights, read_weights
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
@@ -23,8 +25,8 @@ def detect(source: Path) -> str:
 
 def _folder_kinds(folder: Path) -> set[str]:
     found: set[str] = set()
-    if (folder / "flax_model.msgpack").is_file():
-        found.add("dalle-mini")
+    if (folder / WEIGHTS_NAME).is_file():
+        found |= _flax_kinds(folder / WEIGHTS_NAME)
     if any(folder.rglob("detoker.pt")) and any(folder.rglob("encoder*.pt")):
         found.add("min-dalle")
     for place in (folder, folder / "vqvae", folder / "movq"):
@@ -44,7 +46,16 @@ def _folder_kinds(folder: Path) -> set[str]:
     return _names_kinds(read_weights(find_weights(folder, _WEIGHTS, "a checkpoint"))) if held else set()
 
 
+def _flax_kinds(path: Path) -> set[str]:
+    names = read_msgpack(path)
+    if any(".decoder.layers." in name for name in names):
+        return {"dalle-mini"}
+    return {"vqgan-jax"} if any("quantize.embedding" in name for name in names) else set()
+
+
 def _file_kinds(path: Path) -> set[str]:
+    if path.suffix == ".msgpack":
+        return _flax_kinds(path)
     return _names_kinds(read_weights(path, ("ema", "state_dict", "model", "module")))
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from inference.checkpoints.diffusers_vq import as_linear, diffusers_config
 from inference.checkpoints.rules import tensor_names
-from inference.checkpoints.tensor_writer import write_shards
 from inference.checkpoints.vqgan_names import CODEBOOK, NORM_GROUPS, Naming, diffusers_name, llamagen_name, taming_name
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS
@@ -25,6 +24,7 @@ from tokenizer_image import VQGAN, VQGANConfig
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, sync_path, write_json_atomic, write_text_atomic
 from tokenloom_common.pretrained import check_tensors, read_config, read_tensors, resolve_folder
+from tokenloom_common.tensor_writer import write_shards
 
 DIFFUSERS_VERSION = "0.35.0"  # the oldest that these files were loaded with
 USED_CODES = 65_536  # a statistic of LlamaGen's training, which its strict loading wants to find
@@ -154,7 +154,7 @@ def _write_file(out: Path, payload: Mapping[str, Any], state: Mapping[str, Tenso
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp{out.suffix}")
     try:
         if out.suffix == ".safetensors":
-            from inference.checkpoints.tensor_writer import write_tensors
+            from tokenloom_common.tensor_writer import write_tensors
 
             write_tensors(aside, {name: tensor.to("meta") for name, tensor in state.items()}, state.__getitem__)
         else:

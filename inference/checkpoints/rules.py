@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inference.checkpoints.tensor_writer import write_shards
 from inference.meta_device import build_on_meta
 from tokenloom_common.errors import UserError
 from tokenloom_common.pretrained import PretrainedModule, write_config
+from tokenloom_common.tensor_writer import write_shards
 
 LISTED = 5  # names of each kind of problem that an error shows
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -2,6 +2,8 @@
 
 The library writes a file from tensors that are all there at once. The format: 8 bytes of the header's length, the header as
 JSON (name -> dtype, shape, where its bytes begin and end), the bytes of each tensor (https://huggingface.co/docs/safetensors).
+The library also puts the bytes wherever the header ends. Here all but a few small tensors begin at a multiple of ALIGNMENT, so
+that they can be used where they lie when the file is mapped.
 """
 
 from __future__ import annotations
@@ -11,15 +13,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from tokenloom_common.files import write_json_atomic
-from tokenloom_common.pretrained import INDEX_NAME
 
+INDEX_NAME = "model.safetensors.index.json"
+ALIGNMENT = 64
+"""Bytes: where torch puts tensors of its own. At other addresses kernels may round differently, or be slower."""
 MAX_SHARD_SIZE = "5GB"
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
-          torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def write_shards(folder: Path, shapes: Mapping[str, Tensor], make: Callable[[str], Tensor],
@@ -28,9 +31,11 @@ def write_shards(folder: Path, shapes: Mapping[str, Tensor], make: Callable[[str
 
     shapes: every tensor on the meta device, in its type. make: gives a tensor by name; one is held at a time.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     plan = split_state_dict_into_shards_factory(
-        dict(shapes), get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
-        get_storage_id=lambda tensor: None, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size)
+        dict(shapes), get_storage_size=_size, get_storage_id=lambda tensor: None,
+        filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         write_tensors(folder / file, {name: shapes[name] for name in names}, make)
     if plan.is_sharded:
@@ -40,18 +45,24 @@ def write_shards(folder: Path, shapes: Mapping[str, Tensor], make: Callable[[str
 
 def write_tensors(path: Path, shapes: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
     """One safetensors file."""
-    order = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))  # wide types first, so that all are aligned
+    # what is no multiple of the alignment comes last, wide types first: it moves none of the others
+    order = sorted(shapes, key=lambda name: (_size(shapes[name]) % ALIGNMENT != 0, -shapes[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
-        start, end = end, end + shapes[name].numel() * shapes[name].element_size()
+        start, end = end, end + _size(shapes[name])
         header[name] = {"dtype": _TYPES[shapes[name].dtype], "shape": list(shapes[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor = make(name).detach().contiguous()
+            tensor = make(name).detach().cpu().contiguous()
             assert (tensor.shape, tensor.dtype) == (shapes[name].shape, shapes[name].dtype), name
             if tensor.numel():
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of what a tensor shows, whatever it is a view of."""
+    return tensor.numel() * tensor.element_size()
