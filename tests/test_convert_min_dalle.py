@@ -52,8 +52,9 @@ def model(folder) -> TextToImage:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_min_dalles_loop_gives_our_logits_and_tokens(folder, model, states):
-    assert_equal(model, run_peer(folder, states, CAPTION), CAPTION)
+@pytest.mark.parametrize(("caption", "steps"), [(CAPTION, 256), ("an octopus and a heart " * 12, 32)], ids=["short", "cut"])
+def test_min_dalles_loop_gives_our_logits_and_tokens(folder, model, states, caption, steps):
+    assert_equal(model, run_peer(folder, states, caption, steps=steps), caption)
     assert model.default_params == SamplingParams(guidance_scale=16.0, top_k=256, temperature=1.0)
 
 
