@@ -14,9 +14,10 @@ from PIL import Image
 
 from inference.matcher import MAX_SCALE
 from inference.matcher_folder import load_matcher
-from seq2seq import PRESETS, FrozenTextEncoder, TextTokenizer
+from seq2seq import PRESETS, BPETokenizer, BPETokenizerConfig, FrozenTextEncoder, TextTokenizer
 from seq2seq.losses import MaskedText, masked_text_loss
 from tests import tiny
+from tests.test_bpe_tokenizer import bpe_files
 from tokenloom_common.config import merge
 from tokenloom_common.errors import MissingFileError, ResumeError, UserError
 from training import train_matcher
@@ -63,6 +64,16 @@ def train(run: MatcherRunConfig, group: Processes) -> MatcherTraining:
     training = MatcherTraining(run, group)
     run_training(training.task(), run, group, training.run_state)
     return training
+
+
+def test_words_are_hidden_from_sentencepiece_alone(data, tmp_path, group):
+    files = bpe_files(tmp_path)
+    text = BPETokenizer.from_files(files / "vocab.json", files / "merges.txt",
+                                   BPETokenizerConfig(vocab_size=400, text_length=16)).save_pretrained(tmp_path / "text")
+    changes = {"text": {"tokenizer": str(text), "vocab_size": None, "text_length": None}}
+    assert MatcherTraining(config(data, tmp_path / "a", **changes), group).text_source.vocab_size == 400
+    with pytest.raises(UserError, match="is of kind bpe; set it to 0"):
+        MatcherTraining(config(data, tmp_path / "b", **changes, loss={"mlm_weight": 0.5}), group)
 
 
 def test_a_short_training_finds_captions_far_above_chance_and_exports(data, tmp_path, group):
