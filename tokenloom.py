@@ -9,23 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inference import GenerationResult, GenerationStep, PromptRequest, SamplingParams, TextToImage, load_matcher
+    from inference.checkpoints import export_checkpoint, from_checkpoint
     from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
     from tokenizer_image import VQGAN, ImageTokenizer, VQGANConfig, load_tokenizer
 
 __all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep", "ImageTokenizer", "PromptRequest",
-           "SamplingParams", "Seq2SeqConfig", "TextToImage", "TextTokenizer", "VQGANConfig", "load_matcher", "load_tokenizer",
-           "main"]
+           "SamplingParams", "Seq2SeqConfig", "TextToImage", "TextTokenizer", "VQGANConfig", "export_checkpoint",
+           "from_checkpoint", "load_matcher", "load_tokenizer", "main"]
 
 _NAMES = {"TextToImage": "inference", "SamplingParams": "inference", "GenerationResult": "inference",
           "GenerationStep": "inference", "PromptRequest": "inference", "load_matcher": "inference",
           "EncoderDecoder": "seq2seq", "Seq2SeqConfig": "seq2seq",
           "TextTokenizer": "seq2seq", "VQGAN": "tokenizer_image", "VQGANConfig": "tokenizer_image",
+          "export_checkpoint": "inference.checkpoints", "from_checkpoint": "inference.checkpoints",
           "ImageTokenizer": "tokenizer_image", "load_tokenizer": "tokenizer_image"}
 
 COMMANDS = {
     "generate": ("inference.cli", "generate", "sample pictures for a caption"),
     "reconstruct": ("inference.cli", "reconstruct", "send pictures through the image tokenizer and back"),
     "info": ("inference.cli", "info", "say what a model folder holds"),
+    "convert": ("inference.checkpoints.cli", "convert_command", "turn another project's checkpoint into a folder of ours"),
+    "export": ("inference.checkpoints.cli", "export_command", "write a folder of ours as another project's checkpoint"),
     "estimate": ("training.estimate_cli", "main", "say what sampling or a training needs: memory, time, disk"),
     "data": ("training.data.cli", "main", "build and check captioned image data"),
     "evaluate": ("training.evaluation.cli", "main", "measure an image tokenizer or a text-to-image model"),

@@ -189,7 +189,7 @@ def _copy_norm(theirs: nn.LayerNorm, ours: Any) -> None:
     """x-transformers' LayerNorm has `gamma`, to which it may add 1, and no bias."""
     plain = isinstance(ours, nn.LayerNorm)
     theirs.weight.copy_(ours.weight if plain else ours.gamma + float(ours.unit_offset))
-    theirs.bias.copy_(ours.bias if plain else torch.zeros_like(theirs.bias))
+    theirs.bias.copy_(ours.bias if plain and ours.bias is not None else torch.zeros_like(theirs.bias))
 
 
 @torch.no_grad()
@@ -203,6 +203,8 @@ def _check(model: EncoderDecoder) -> None:
     for field, value in SHAPE.items():
         if getattr(config, field) != value:
             raise ValueError(f"min-dalle has {field} {value}, the model has {getattr(config, field)}")
+    if config.norm_eps not in (None, 1e-5):
+        raise ValueError(f"min-dalle has norm_eps 1e-5, the model has {config.norm_eps}")
     if config.heads * config.head_dim != config.width or config.kv_heads not in (None, config.heads):
         raise ValueError(f"min-dalle's heads share its width: {config.heads} heads of {config.head_dim}, width {config.width}, "
                          f"kv_heads {config.kv_heads}")

@@ -106,7 +106,7 @@ def _word_begins(pieces: list[str]) -> list[bool]:
         if _is_special(piece):
             begins.append(False)
         elif before is not None:
-            begins.append(piece.startswith(before))
+            begins.append(piece.startswith(before) or (number > 0 and _is_special(pieces[number - 1])))
         elif any(other.endswith("</w>") for other in pieces):
             begins.append(number == 0 or _is_special(pieces[number - 1]) or pieces[number - 1].endswith("</w>"))
         else:

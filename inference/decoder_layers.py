@@ -17,18 +17,28 @@ from torch import Tensor, nn
 from inference.kv_cache import CaptionMemory
 from inference.projection import Plan, Projection, project
 from inference.slots import RowSlots, SharedSlots
-from seq2seq.layers import Block
+from seq2seq.layers import LAYER_NORM_EPS, Block
 
 Slots = SharedSlots | RowSlots
 
 
 class Norm:
-    """RMS or layer norm of x-transformers [.., D], with few kernels."""
+    """RMS or layer norm [.., D], x-transformers' or PyTorch's, with few kernels.
 
-    def __init__(self, norm: nn.Module) -> None:
-        gain: Any = norm.g if hasattr(norm, "g") else norm.gamma
-        self.rms = hasattr(norm, "g")
-        self.gain = gain.detach() + float(getattr(norm, "unit_offset", False))
+    epsilon: what is added under the root; of x-transformers' RMS norm it is 0, as it divides by the length, at least 1e-12.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        self.bias: Tensor | None = None
+        if isinstance(norm, nn.RMSNorm | nn.LayerNorm):
+            assert norm.eps is not None
+            self.rms, self.epsilon, self.gain = isinstance(norm, nn.RMSNorm), norm.eps, norm.weight.detach()
+            if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+                self.bias = norm.bias.detach()
+        else:
+            self.rms = hasattr(norm, "g")
+            self.epsilon = 0.0 if self.rms else LAYER_NORM_EPS
+            self.gain = (norm.g if self.rms else norm.gamma).detach() + float(norm.unit_offset)
         self.shape = tuple(self.gain.shape)
         self.by_hand = self.gain.device.type == "cpu"  # on the CPU torch's own rms_norm is slower than two kernels
         if self.rms and self.by_hand:
@@ -36,10 +46,13 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.rms:
-            return F.layer_norm(x, self.shape, self.gain, None, 1e-5)
-        if self.by_hand:
-            return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12)).mul_(self.scaled)
-        return F.rms_norm(x, self.shape, self.gain, 1e-24)
+            return F.layer_norm(x, self.shape, self.gain, self.bias, self.epsilon)
+        if not self.by_hand:
+            return F.rms_norm(x, self.shape, self.gain, self.epsilon or 1e-24)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        if self.epsilon:  # the root of the mean square plus epsilon, times the root of the width, which `scaled` has too
+            length = length.square_().add_(self.epsilon * len(self.gain)).sqrt_()
+        return x.div(length.clamp_min_(1e-12)).mul_(self.scaled)
 
 
 class HeadNorm:

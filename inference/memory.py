@@ -44,7 +44,8 @@ class Workload:
     weights: precision of the decoder's matrices. dtype: of everything else and of the caches; None = that of the weights, and
     float32 with int8 weights. decoded: pictures that become pixels at a time (None = `pictures`); kept: pictures of the whole
     request (None = `pictures`); streamed: pictures are decoded while others are still drawn; window: tokens of a picture that
-    Jacobi decoding works on at once. UserError for a count below 1.
+    Jacobi decoding works on at once; unguided_each: guidance leads away from a text of each caption's own, not from one for
+    all. UserError for a count below 1.
     """
 
     pictures: int = 1
@@ -56,6 +57,7 @@ class Workload:
     kept: int | None = None
     streamed: bool = False
     window: int = 1
+    unguided_each: bool = False
 
     def __post_init__(self) -> None:
         choose(WEIGHT_BYTES, self.weights, "precision of weights")
@@ -78,8 +80,8 @@ class Workload:
 
     @property
     def texts(self) -> int:
-        """Captions that are worked through: under guidance also the null caption or negative prompt."""
-        return self.captions + self.guided
+        """Captions that are worked through: under guidance also the null caption or negative prompt, or each caption's own."""
+        return self.captions + self.guided * (self.captions if self.unguided_each else 1)
 
     @property
     def number_bytes(self) -> int:

@@ -34,7 +34,7 @@ from inference.projection import Precision
 from inference.sampling import SamplingParams
 from inference.scheduler import KEPT_UNGUIDED
 from inference.scorer import Scorer, check_rerank, keep_best
-from seq2seq import ImageTransformer, TextBatch
+from seq2seq import FrozenTextEncoder, ImageTransformer, TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
@@ -266,8 +266,13 @@ class TextToImage(Pushable):
         """UserError, with the bytes, for what this device has no memory for; before anything is allocated."""
         largest = Workload.of_request(prompts, num_images, batch_size)
         work = self._workload(largest.pictures, largest.captions, options.params.guidance_scale != 1,
-                              kept=prompts * num_images, decoded=min(batch_size, prompts * num_images), window=options.jacobi)
+                              kept=prompts * num_images, decoded=min(batch_size, prompts * num_images), window=options.jacobi,
+                              unguided_each=options.negative_prompt is None and self._has_null_features)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
+
+    @property
+    def _has_null_features(self) -> bool:
+        return isinstance(self.text_tokenizer, FrozenTextEncoder) and self.text_tokenizer.config.null_features
 
     def _workload(self, pictures: int, captions: int, guided: bool, **others: Any) -> Workload:
         low = self.seq2seq.image_embedding.weight.dtype == torch.bfloat16
@@ -298,7 +303,7 @@ class TextToImage(Pushable):
         source = self.text_tokenizer
         captions = source.encode(texts)
         negative = options.negative_prompt
-        unguided = source.null_caption() if negative is None else source.encode([negative])
+        unguided = source.null_for(captions) if negative is None else source.encode([negative])
         captions, unguided = (self._on_device(batch) for batch in (captions, unguided))
         return Request(captions, unguided, images, options.params, seeds, None if layout is None else layout.to(self.device),
                        options.jacobi)
@@ -320,8 +325,9 @@ class TextToImage(Pushable):
 
     def attention_map(self, prompt: str, word: str, image_tokens: Tensor, layout: Tensor | None = None) -> Tensor:
         """image_tokens [1, N] (and layout [1, L]) of a prompt -> attention of each token to `word`, [h, w] float32."""
-        positions = word_positions(self.text_tokenizer, prompt, word)
         text = self._on_device(self.text_tokenizer.encode([prompt]))
+        real = text.text_mask[0].nonzero().flatten()  # a caption may be padded on its left
+        positions = real[word_positions(self.text_tokenizer, prompt, word)]
         weights = attention_to_text(self.seq2seq, text, image_tokens.to(self.device),
                                     None if layout is None else layout.to(self.device))
         return weights[0, :, positions].sum(dim=-1).reshape(self.seq2seq.config.grid).cpu()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inference.kv_cache import SelfCache
-from seq2seq.attention import Pattern
+from seq2seq.attention import Pattern, alone
 
 
 def added(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,9 +46,13 @@ class SharedSlots:
             seen = None if self.cache.seen is None else self.cache.seen[:, None, None, : self.end]
             if self.count > 1 or pattern.name != "full":
                 device = self.cache.keys.device
-                own = pattern.sees(torch.arange(self.first, self.end, device=device)[:, None],
-                                   torch.arange(self.end, device=device))[None, None]
+                keys = torch.arange(self.end, device=device)
+                queries = keys[self.first:, None]
+                own = pattern.sees(queries, keys)[None, None]
                 seen = own if seen is None else seen & own
+                if self.cache.seen is not None and self.first < pattern.prefix:
+                    hidden = alone(self.cache.seen[:, : self.end])[:, None, self.first:, None]
+                    seen = seen | hidden & (queries == keys)
             self._masks[pattern] = None if seen is None else added(seen, self.cache.keys.dtype)
         return self._masks[pattern]
 

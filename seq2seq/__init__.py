@@ -1,5 +1,6 @@
 """Caption -> image tokens. Knows ids, nothing of pixels."""
 
+from seq2seq.bpe_tokenizer import BPETokenizer, BPETokenizerConfig
 from seq2seq.class_labels import ClassLabels, ClassLabelsConfig
 from seq2seq.config import DecoderOnlyConfig, Seq2SeqConfig, TransformerConfig
 from seq2seq.decoder_only import DecoderOnly
@@ -11,7 +12,7 @@ from seq2seq.presets import PRESETS
 from seq2seq.text_sources import TEXT_SOURCES, TextSource, load_text_source
 from seq2seq.text_tokenizer import TextBatch, TextTokenizer, TextTokenizerConfig
 
-__all__ = ["KINDS", "PRESETS", "TEXT_SOURCES", "ClassLabels", "ClassLabelsConfig", "DecoderOnly", "DecoderOnlyConfig",
-           "EncoderDecoder", "FrozenTextConfig", "FrozenTextEncoder", "ImageTransformer", "Seq2SeqConfig", "TextBatch",
-           "TextSource", "TextTokenizer", "TextTokenizerConfig", "TokenLogits", "TransformerConfig", "load_text_source",
-           "load_transformer"]
+__all__ = ["KINDS", "PRESETS", "TEXT_SOURCES", "BPETokenizer", "BPETokenizerConfig", "ClassLabels", "ClassLabelsConfig",
+           "DecoderOnly", "DecoderOnlyConfig", "EncoderDecoder", "FrozenTextConfig", "FrozenTextEncoder", "ImageTransformer",
+           "Seq2SeqConfig", "TextBatch", "TextSource", "TextTokenizer", "TextTokenizerConfig", "TokenLogits",
+           "TransformerConfig", "load_text_source", "load_transformer"]

@@ -72,6 +72,12 @@ def _convolution(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
     return (rows <= reach) & ((query % columns - key % columns).abs() <= reach)
 
 
+def alone(shown: Tensor) -> Tensor:
+    """shown [B, n] -> the slots [B, n] that see none up to themselves: padding on a caption's left. They are given themselves,
+    or their softmax would be over nothing; as nobody sees them, it changes nothing else."""
+    return ~shown.long().cumsum(dim=1).bool()
+
+
 PATTERNS: dict[str, Callable[[Pattern, Tensor, Tensor], Tensor]] = {
     "full": _full, "row": _row, "column": _column, "convolution": _convolution}
 """Name -> which earlier image slots a slot sees."""
@@ -127,6 +133,9 @@ def attend(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, key_mask
             shown = F.pad(key_mask[:, :slots], (0, max(0, len(keys) - pattern.prefix)), value=True)
             shown = shown[:, None, None, : len(keys)]  # [B, 1, 1, k]
             mask = shown.expand(-1, 1, len(queries), -1) if mask is None else shown & mask
+            if int(queries[0]) < pattern.prefix:  # slots after the prefix are never hidden
+                own = torch.eye(len(queries), dtype=torch.bool, device=query.device)
+                mask = mask | own & alone(key_mask[:, :slots])[:, None, :, None]
         parts.append(F.scaled_dot_product_attention(_take(query, queries), _take(key, keys), _take(value, keys), attn_mask=mask,
                                                     dropout_p=dropout, enable_gqa=grouped))
         order.append(queries)
@@ -173,9 +182,11 @@ def attend_flex(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, key
     hide = None
     if key_mask is not None:
         shown = F.pad(key_mask, (0, slots - prefix), value=True)  # [B, n]
+        own = alone(shown)
 
         def hide(score: Tensor, batch: Tensor, head: Tensor, query_slot: Tensor, key_slot: Tensor) -> Tensor:
-            return torch.where(shown[batch, key_slot], score, -torch.inf)
+            seen = shown[batch, key_slot] | ((query_slot == key_slot) & own[batch, query_slot])
+            return torch.where(seen, score, -torch.inf)
 
     run: Any = _compiled_flex() if compiled else flex_attention
     return run(query, key, value, score_mod=hide, block_mask=_block_mask(pattern, slots, str(query.device)),

@@ -86,6 +86,10 @@ class ClassLabels(SavedAsConfig):
         """No class, `count` times: what training drops classes to and guidance starts from."""
         return self.encode([""] * count)
 
+    def null_for(self, captions: TextBatch) -> TextBatch:
+        """What guidance leads away from for encoded captions: one null caption for all of them."""
+        return self.null_caption()
+
     def words(self, caption: str) -> list[str]:
         """What each id stands for."""
         return [caption.strip()]

@@ -35,6 +35,9 @@ class LayersConfig(StrictConfig):
     norm_placement: Literal["pre", "sandwich", "normformer"] = Field(
         "pre", description="sandwich: also after each block (CogView, ruDALL-E); normformer: also after attention and inside "
         "the feed-forward (Shleifer et al. 2021, DALL-E mini)")
+    norm_eps: float | None = Field(None, gt=0, le=0.1, description="added to the variance or mean square under the root; none: "
+                                   "nothing in rmsnorm, 1e-5 in layernorm (x-transformers). LlamaGen, BART: 1e-5")
+    norm_bias: bool = Field(False, description="a bias in each layernorm (BART)")
     embedding_norm: bool = Field(False, description="normalise embeddings (BART, DALL-E mini)")
     attention_bias: bool = Field(False, description="bias in the attention's projections (GPT-2, minDALL-E)")
     feedforward_bias: bool = Field(True, description="bias in the feed-forward")
@@ -43,6 +46,11 @@ class LayersConfig(StrictConfig):
                                                 "the text uses 1d unless 'none'")
     learned_positions: bool = Field(True, description="add learned text and image position embeddings")
     dropout: float = Field(0.0, ge=0, lt=1, description="in attention and feed-forward")
+
+    @property
+    def plain_norms(self) -> bool:
+        """Whether norms are PyTorch's own: x-transformers' have neither a choice of epsilon nor a bias."""
+        return self.norm_eps is not None or self.norm_bias
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
@@ -56,6 +64,8 @@ class LayersConfig(StrictConfig):
             raise ValueError(f"head_dim {self.head_dim} must be even for rotary: 1d")
         if self.rotary == "none" and not self.learned_positions:
             raise ValueError("rotary: none needs learned_positions: true, or the model cannot tell positions apart")
+        if self.norm_bias and self.norm == "rmsnorm":
+            raise ValueError("norm_bias: true needs norm: layernorm; an rmsnorm has no bias")
         return self
 
 

@@ -36,8 +36,8 @@ class DecoderOnly(ImageTransformer):
             self.begin_of_text = nn.Parameter(torch.empty(config.width))
             self.to_text_logits = nn.Linear(config.width, (config.text_vocab_size or 0) + padding_ids, bias=False)
         self._build_image_side(config)
-        blind = self.text_slots if config.text_positions == "blind" else 0
-        self.decoder = image_stack(config, config.layers, self.prefix_slots, cross_attend=False, blind_slots=blind)
+        self.blind_slots = self.text_slots if config.text_positions == "blind" else 0
+        self.decoder = image_stack(config, config.layers, self.prefix_slots, cross_attend=False, blind_slots=self.blind_slots)
         self._initialise()
 
     def text_targets(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:

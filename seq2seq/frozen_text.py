@@ -12,11 +12,13 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from seq2seq.text_tokenizer import TextBatch
 from tokenloom_common.config import StrictConfig
@@ -27,6 +29,7 @@ from tokenloom_common.pretrained import SavedAsConfig, read_config
 log = logging.getLogger(__name__)
 
 _TEXT_TOWERS = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
+NULL_NAME = "null.safetensors"
 _HASHED = ("*.safetensors", "tokenizer.json", "spiece.model", "vocab.txt", "config.json")
 
 
@@ -38,21 +41,31 @@ class FrozenTextConfig(StrictConfig):
     fingerprint: str = Field(min_length=8, description="of its weights, vocabulary and config")
     feature_width: int = Field(ge=1, description="F: width of its last layer")
     text_length: int = Field(ge=2, le=4096, description="T: positions per caption, its special ones included")
+    padding: Literal["right", "left"] = Field("right", description="where a short caption's padding is; left: LlamaGen, whose "
+                                              "last text slot predicts the first token and is always real")
+    null_features: bool = Field(False, description=f"{NULL_NAME} beside this file holds features [T, F] that stand for no "
+                                "caption (LlamaGen learns them)")
 
 
 class FrozenTextEncoder(SavedAsConfig):
-    """Captions -> the features of the encoder's last layer, padded to T."""
+    """Captions -> the features of the encoder's last layer, padded to T.
+
+    null_features [T, F]: what stands for no caption, if not the features of an empty one.
+    """
 
     kind: ClassVar[str] = "frozen"
+    own_files: ClassVar[tuple[str, ...]] = ("config.json", NULL_NAME)
     vocab_size: ClassVar[None] = None
 
-    def __init__(self, tokenizer: Any, model: Any, config: FrozenTextConfig) -> None:
-        self.config = config
+    def __init__(self, tokenizer: Any, model: Any, config: FrozenTextConfig, null_features: Tensor | None = None) -> None:
+        assert config.null_features == (null_features is not None)
+        self.config, self.null_features = config, null_features
         self._tokenizer, self._model = tokenizer, model
         self._warned = False
 
     @classmethod
     def load(cls, name: str, text_length: int, device: str | torch.device = "cpu",
+             padding: Literal["right", "left"] = "right", null_features: Tensor | None = None,
              revision: str | None = None) -> FrozenTextEncoder:
         """Load an encoder in float32, eval mode. UserError without `transformers`, or when `name` holds no text encoder.
 
@@ -66,8 +79,8 @@ class FrozenTextEncoder(SavedAsConfig):
         width = getattr(model.config, "hidden_size", None) or model.config.d_model
         commit = folder.name if is_hub_id(name) else None  # a snapshot's folder is named after its commit
         config = FrozenTextConfig(name=name, revision=commit, fingerprint=_fingerprint(folder), feature_width=width,
-                                  text_length=text_length)
-        return cls(tokenizer, model.to(device), config)
+                                  text_length=text_length, padding=padding, null_features=null_features is not None)
+        return cls(tokenizer, model.to(device), config, null_features)
 
     @property
     def feature_width(self) -> int:
@@ -77,7 +90,7 @@ class FrozenTextEncoder(SavedAsConfig):
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextBatch:
         """Captions -> features [B, T, F] float32 (zeros at padding) and their mask [B, T]. Too long ones are cut, with one
-        warning; an empty caption is the null caption."""
+        warning; an empty caption is the null caption (with features of its own, all of its T positions are real)."""
         for row, caption in enumerate(captions):
             if not isinstance(caption, str):
                 raise UserError(f"caption {row} is {type(caption).__name__}, expected text")
@@ -94,7 +107,14 @@ class FrozenTextEncoder(SavedAsConfig):
         end = int(read.max()) + 1 if len(read) else 1  # what follows is padding in every caption of the batch
         features = self._model(input_ids=ids[:, :end], attention_mask=mask[:, :end].long()).last_hidden_state.float()
         features = torch.nn.functional.pad(features, (0, 0, 0, length - end))
-        return TextBatch(torch.where(mask[..., None], features, 0.0), mask)
+        features = torch.where(mask[..., None], features, 0.0)
+        if self.config.padding == "left":
+            features, mask = to_the_right_end(features, mask), to_the_right_end(mask, mask)
+        if self.null_features is not None:
+            empty = torch.tensor([not caption.strip() for caption in clean], dtype=torch.bool, device=device)
+            features = torch.where(empty[:, None, None], self.null_features.float().to(device), features)
+            mask = mask | empty[:, None]
+        return TextBatch(features, mask)
 
     def _warn_if_cut(self, captions: Sequence[str]) -> None:
         for caption in captions:
@@ -108,6 +128,14 @@ class FrozenTextEncoder(SavedAsConfig):
     def null_caption(self, count: int = 1) -> TextBatch:
         """The features of an empty caption, `count` times: what training drops captions to and guidance starts from."""
         return self.encode([""] * count)
+
+    def null_for(self, captions: TextBatch) -> TextBatch:
+        """What guidance leads away from for encoded captions: one null caption for all of them; or, with null features, one for
+        each, whose padding is where the caption's is (LlamaGen)."""
+        if self.null_features is None:
+            return self.null_caption()
+        features = self.null_features.to(captions.text_input)
+        return TextBatch(features.expand(len(captions.text_mask), -1, -1), captions.text_mask)
 
     def words(self, caption: str) -> list[str]:
         """The piece at each position that is not padding."""
@@ -132,8 +160,36 @@ class FrozenTextEncoder(SavedAsConfig):
         if loaded.config.fingerprint != wanted.fingerprint:
             raise UserError(f"{name}: not the text encoder that the model was trained with ({wanted.name}, fingerprint "
                             f"{wanted.fingerprint}; this one has {loaded.config.fingerprint}); give that one")
-        loaded.config = wanted
-        return loaded
+        null = read_null_features(Path(folder), wanted) if wanted.null_features else None
+        return cls(loaded._tokenizer, loaded._model, wanted, null)
+
+    def write_files(self, folder: Path) -> None:
+        """config.json, and the null features where there are any, into an existing folder."""
+        super().write_files(folder)
+        if self.null_features is not None:
+            save_file({"null": self.null_features.contiguous().cpu()}, folder / NULL_NAME)
+
+
+def to_the_right_end(rows: Tensor, mask: Tensor) -> Tensor:
+    """rows [B, T, ..], of which mask [B, T] says the real ones -> these last, in their order."""
+    take = mask.long().argsort(dim=1, stable=True)  # [B, T]
+    return rows[torch.arange(len(rows), device=mask.device)[:, None], take]
+
+
+def read_null_features(folder: Path, config: FrozenTextConfig) -> Tensor:
+    """The null features [T, F] of a folder. UserError when the file is missing or holds something else."""
+    path = folder / NULL_NAME
+    if not path.is_file():
+        raise MissingFileError(f"{path}: missing; copy the model folder again")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())}); copy it again") from None
+    wanted = (config.text_length, config.feature_width)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != {"null": wanted}:
+        raise UserError(f"{path}: expected one tensor 'null' {list(wanted)}, found {found}; copy it again")
+    return tensors["null"]
 
 
 def _load(name: str, revision: str | None) -> tuple[Any, Any, Path]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seq2seq.config import TransformerConfig
+from seq2seq.layers import embedding_norm
 from seq2seq.positions import AnglesByDevice, flat_positions, grid_positions
 from tokenloom_common.pretrained import PretrainedModule
 
@@ -32,12 +33,14 @@ class TokenLogits(NamedTuple):
 class ImageTransformer(PretrainedModule):
     """Base of the two families. A subclass makes `decoder` and says what its prefix is.
 
-    text_slots: slots of the text in the sequence, 0 where the text is attended to across.
+    text_slots: slots of the text in the sequence, 0 where the text is attended to across. blind_slots: how many of them have
+    queries and keys of zero.
     """
 
     config: Any
     decoder: Any
     text_slots: int = 0
+    blind_slots: int = 0
     begin_of_image_slot: bool = True
 
     def _build_image_side(self, config: TransformerConfig) -> None:
@@ -52,7 +55,7 @@ class ImageTransformer(PretrainedModule):
             self.begin_of_layout = nn.Parameter(torch.empty(width))
             self._make_positions("layout_", config.layout_grid, "row_column")
             self.to_layout_logits = nn.Linear(width, config.layout_classes or 0, bias=False)
-        self.embedding_norm = nn.LayerNorm(width) if config.embedding_norm else None
+        self.embedding_norm = embedding_norm(config)
         self.to_logits = nn.Linear(width, config.codebook_size, bias=False)
         self._angles = AnglesByDevice()
 
@@ -127,7 +130,8 @@ class ImageTransformer(PretrainedModule):
         if config.rotary == "1d":
             return flat_positions(self.prefix_slots + self.image_slots)
         # text runs along the diagonal, where row = column; the image's grid starts after it, the layout lies under the image
-        first = float(self.text_slots)
+        # where nothing turns with the text's places (blind), it starts at 0, as LlamaGen's: the same but for rounding
+        first = float(self.text_slots - self.blind_slots)
         parts = [flat_positions(self.text_slots).expand(-1, 2)]
         if config.layout_grid:
             scale = (config.grid[0] / config.layout_grid[0], config.grid[1] / config.layout_grid[1])

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from x_transformers import Decoder, Encoder
 from x_transformers.attend import Intermediates
-from x_transformers.x_transformers import FeedForward
+from x_transformers.x_transformers import FeedForward, LayerNorm, RMSNorm
 
 from seq2seq.attention import Pattern, attend, attend_flex
 from seq2seq.config import LayersConfig, TransformerConfig
+
+LAYER_NORM_EPS = 1e-5
 
 
 class PatternAttend(nn.Module):
@@ -65,6 +67,11 @@ def image_stack(config: TransformerConfig, layers: int, prefix: int, cross_atten
         pattern = Pattern(name, prefix, config.grid[1], config.convolution_size)
         attention.block.attend = PatternAttend(pattern, config.dropout, blind_slots)
     return _adjusted(stack, config)
+
+
+def embedding_norm(config: LayersConfig) -> nn.LayerNorm | None:
+    """The norm of embeddings, where the config has one; always with a bias."""
+    return nn.LayerNorm(config.width, eps=config.norm_eps or LAYER_NORM_EPS) if config.embedding_norm else None
 
 
 class _Recomputed:
@@ -152,4 +159,18 @@ def _adjusted(stack: nn.Module, config: LayersConfig) -> nn.Module:
         for norms, block, _ in stack.layers:  # type: ignore[union-attr]
             if isinstance(block, FeedForward):
                 norms[1] = None  # after attention only
+    if config.plain_norms:
+        _put_plain_norms(stack, config)
     return stack
+
+
+def _put_plain_norms(stack: nn.Module, config: LayersConfig) -> None:
+    """PyTorch's norms in the places of x-transformers', which have neither a choice of epsilon nor a bias. Theirs keep their
+    gain less 1; these keep it as published checkpoints do."""
+    for module in list(stack.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, RMSNorm):
+                setattr(module, name, nn.RMSNorm(len(norm.g), eps=config.norm_eps))
+            elif isinstance(norm, LayerNorm):
+                eps = config.norm_eps or LAYER_NORM_EPS
+                setattr(module, name, nn.LayerNorm(len(norm.gamma), eps=eps, bias=config.norm_bias))

@@ -20,12 +20,16 @@ _GPT = {"kind": "decoder_only", "feedforward": "gelu", "feedforward_multiplier":
         "rotary": "none", "learned_positions": True, "begin_of_image": False, "predict_text": True, "text_padding": "learned"}
 _DALLE_ATTENTION = ("row", "column", "row", "row")  # column where (layer - 2) % 4 = 0, the first layer being 1
 
-_LLAMAGEN = {"kind": "decoder_only", "feedforward": "swiglu", "feedforward_bias": False, "norm": "rmsnorm", "qk_norm": False,
-             "rotary": "2d", "learned_positions": False, "begin_of_image": False, "text_positions": "blind",
-             "text_projection": "mlp", "dropout": 0.1}
+LLAMAGEN: dict[str, Any] = {
+    "kind": "decoder_only", "feedforward": "swiglu", "feedforward_bias": False, "norm": "rmsnorm", "norm_eps": 1e-5,
+    "qk_norm": False, "rotary": "2d", "learned_positions": False, "begin_of_image": False, "text_positions": "blind",
+    "text_projection": "mlp", "dropout": 0.1}
+"""What its sizes have in common."""
 _LLAMAGEN_SIZES = {  # layers, heads, width, inner width of the feed-forward
     "b": (12, 12, 768, 2048), "l": (24, 16, 1024, 2816), "xl": (36, 20, 1280, 3584), "xxl": (48, 24, 1536, 4096),
-    "3b": (24, 32, 3200, 8704), "xxxl": (48, 40, 2560, 6912)}
+    "1b": (22, 32, 2048, 5632), "3b": (24, 32, 3200, 8704), "7b": (32, 32, 4096, 11008), "xxxl": (48, 40, 2560, 6912)}
+LLAMAGEN_HEADS = {(layers, width): heads for layers, heads, width, _ in _LLAMAGEN_SIZES.values()}
+"""(layers, width) -> heads, which the shapes of weights do not say."""
 
 _BART = {"kind": "encoder_decoder", "feedforward": "geglu", "feedforward_bias": False, "norm": "layernorm", "qk_norm": False,
          "norm_placement": "normformer", "embedding_norm": True, "rotary": "none", "learned_positions": True,
@@ -38,7 +42,7 @@ def _parti(base: dict[str, Any], encoder: int, decoder: int, width: int, heads: 
 
 
 def _llamagen(layers: int, heads: int, width: int, inner: int) -> dict[str, Any]:
-    return {**_LLAMAGEN, "layers": layers, "heads": heads, "width": width, "head_dim": width // heads,
+    return {**LLAMAGEN, "layers": layers, "heads": heads, "width": width, "head_dim": width // heads,
             "feedforward_multiplier": inner / width}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from seq2seq.config import LayersConfig
-from seq2seq.layers import text_stack
+from seq2seq.layers import embedding_norm, text_stack
 from seq2seq.positions import AnglesByDevice, flat_positions
 
 
@@ -46,7 +46,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.text_input = TextInput(config)
-        self.embedding_norm = nn.LayerNorm(config.width) if config.embedding_norm else None
+        self.embedding_norm = embedding_norm(config)
         self.layers = text_stack(config, layers) if layers else None
         self._angles = AnglesByDevice()
 

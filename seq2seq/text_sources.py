@@ -1,20 +1,23 @@
-"""What turns captions into a model's text input, by kind: SentencePiece ids, class numbers, a frozen encoder's features."""
+"""What turns captions into a model's text input, by kind: ids of SentencePiece or of a published model's byte-pair encoding,
+class numbers, a frozen encoder's features."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from seq2seq.bpe_tokenizer import BPETokenizer
 from seq2seq.class_labels import ClassLabels
 from seq2seq.frozen_text import FrozenTextEncoder
 from seq2seq.text_tokenizer import TextTokenizer
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError, choose
 
-TextSource = TextTokenizer | ClassLabels | FrozenTextEncoder
-"""Each has `encode(captions)` and `null_caption(count)` -> TextBatch, `config.text_length`, and one of `vocab_size` and
-`feature_width` (the other is None)."""
+TextSource = TextTokenizer | BPETokenizer | ClassLabels | FrozenTextEncoder
+"""Each has `encode(captions)` and `null_caption(count)` -> TextBatch, `null_for(encoded captions)` -> TextBatch of one row or
+of as many as there are captions, `config.text_length`, and one of `vocab_size` and `feature_width` (the other is None)."""
 
-TEXT_SOURCES: dict[str, type[TextSource]] = {kind.kind: kind for kind in (TextTokenizer, ClassLabels, FrozenTextEncoder)}
+TEXT_SOURCES: dict[str, type[TextSource]] = {
+    kind.kind: kind for kind in (TextTokenizer, BPETokenizer, ClassLabels, FrozenTextEncoder)}
 
 
 def load_text_source(folder: str | Path, text_encoder: str | None = None) -> TextSource:

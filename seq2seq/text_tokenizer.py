@@ -106,6 +106,10 @@ class TextTokenizer:
         """The caption that says nothing, `count` times: what training drops captions to and guidance starts from."""
         return self.encode([""] * count)
 
+    def null_for(self, captions: TextBatch) -> TextBatch:
+        """What guidance leads away from for encoded captions: one null caption for all of them."""
+        return self.null_caption()
+
     def count(self, caption: str) -> int:
         """Ids that a caption needs without truncation, the end symbol included."""
         return len(self._pieces.encode(caption)) + 1

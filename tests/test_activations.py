@@ -99,6 +99,9 @@ TOKENIZERS = {
     "residual": {"model": {"preset": "debug", "quantizer": {"kind": "residual", "depth": 2}}},
     "lfq": {"model": {"preset": "debug", "embed_dim": 6, "codebook_size": 64, "quantizer": {"kind": "lfq"}}},
     "simvq": {"model": {"preset": "debug", "quantizer": {"kind": "simvq"}}},
+    "raw search": {"model": {"preset": "debug", "codebook_size": 8192, "quantizer": {
+        "learn_codebook_by_gradient": True, "raw_search": True, "kmeans_init": False, "dead_code_fraction": 0.0}}},
+    "gumbel": {"model": {"preset": "debug", "codebook_size": 2048, "quantizer": {"kind": "gumbel"}}},
     "vit": {"model": {"preset": "vit-debug"}}, "dvae": {"model": {"preset": "dvae-debug"}}}
 
 

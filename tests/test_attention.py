@@ -36,6 +36,7 @@ def plain(pattern, query, key, value, key_mask):
     mask = pattern.mask(slots)[None, None].expand(len(query), 1, -1, -1)
     if key_mask is not None:
         mask = mask & F.pad(key_mask, (0, max(0, slots - pattern.prefix)), value=True)[:, None, None, :slots]
+        mask = mask | ~mask.any(dim=-1, keepdim=True) & torch.eye(slots, dtype=torch.bool)
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
     return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value
@@ -52,14 +53,17 @@ CASES = [(prefix, rows, columns, missing) for prefix, rows, columns, missing in
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [None, "right", "left"])
 def test_blocks_equal_a_plain_mask_with_gradients(name, case, padded, monkeypatch):
     prefix, rows, columns, missing = case
     monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
     attention._blocks.cache_clear()
     pattern = Pattern(name, prefix, columns, 3)
     parts = heads(prefix + rows * columns - missing, kv_heads=2)
-    key_mask = torch.tensor([[True] * prefix, [True, *[False] * (prefix - 1)]][: 2]) if padded and prefix else None
+    key_mask = None
+    if padded and prefix:
+        key_mask = torch.tensor([[True] * prefix, [True, *[False] * (prefix - 1)]])
+        key_mask = key_mask.flip(1) if padded == "left" else key_mask
     ours, theirs = attend(pattern, *parts, key_mask), plain(pattern, *parts, key_mask)
     assert (ours - theirs).abs().max() < 1e-5
     weights = torch.randn_like(ours)
@@ -70,11 +74,12 @@ def test_blocks_equal_a_plain_mask_with_gradients(name, case, padded, monkeypatc
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [None, "right", "left"])
 def test_flex_attention_equals_a_plain_mask(name, padded):
     pattern = Pattern(name, 6, 5, 3)
     parts = [part.detach() for part in heads(6 + 19)]
     key_mask = torch.tensor([[True] * 6, [True, True, False, False, False, False]]) if padded else None
+    key_mask = key_mask.flip(1) if padded == "left" else key_mask
     assert (attend_flex(pattern, *parts, key_mask, compiled=False) - plain(pattern, *parts, key_mask)).abs().max() < 1e-5
 
 

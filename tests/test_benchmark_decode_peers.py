@@ -275,6 +275,17 @@ def test_min_dalles_loop_has_our_logits(mini):
     assert wrong > TOLERANCE
 
 
+def test_min_dalles_norms_take_our_biases_over(mini):
+    model = make_model({**MINI, "norm_bias": True, "norm_eps": 1e-5}, "cpu", "float32")
+    biased = type(mini)(model)
+    theirs, ours = biased.loop.decoder.layers[0].glu.ln1, model.decoder.layers[0 + 2][1].ff[1]
+    x = torch.randn(3, len(ours.weight))
+    assert ours.bias.abs().max() > 0.1
+    torch.testing.assert_close(theirs(x), ours(x))
+    work = decode_peers.peer_work(biased, model, 1, 32, 4.0)
+    assert torch.equal(biased.sample(work, top_k=1), decode_reference.greedy_ids(model, work))
+
+
 def test_min_dalle_draws_as_we_do_where_only_the_likeliest_is_left(mini):
     work = decode_peers.peer_work(mini, mini.model, 1, 256, 4.0)
     assert torch.equal(mini.sample(work, top_k=1), decode_reference.greedy_ids(mini.model, work))
@@ -290,7 +301,7 @@ def test_min_dalle_does_the_same_work(mini):
 @pytest.mark.parametrize(("change", "message"), [
     ({"text_length": 32}, "text_length 64, the model has 32"), ({"codebook_size": 2**13}, "codebook_size 16384"),
     ({"norm": "rmsnorm"}, "norm layernorm, the model has rmsnorm"), ({"heads": 1}, "1 heads of 16, width 32"),
-    ({"kv_heads": 1}, "kv_heads 1")])
+    ({"kv_heads": 1}, "kv_heads 1"), ({"norm_eps": 1e-6}, "norm_eps 1e-5, the model has 1e-06")])
 def test_models_that_min_dalle_cannot_be_are_refused(mini, change, message):
     with pytest.raises(ValueError, match=message):
         built({**MINI, **change}, "min-dalle")

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import diffusers_vq, harness, tokenizer
+from inference.checkpoints.vqgan_names import diffusers_name
 from tests import launching
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import VQGAN_PRESETS
@@ -112,7 +113,7 @@ def test_table_lines_up_and_shows_none_as_a_dash():
     ("decoder.mid.block_2.conv1.weight", "decoder.mid_block.resnets.1.conv1.weight"),
     ("decoder.norm_out.weight", "decoder.conv_norm_out.weight"), ("quant_conv.bias", "quant_conv.bias")])
 def test_names_in_diffusers(ours, theirs):
-    assert diffusers_vq.diffusers_name(ours, 5) == theirs
+    assert diffusers_name(ours, 5) == theirs
 
 
 def test_published_sizes_map_onto_diffusers_names_and_shapes_exactly():

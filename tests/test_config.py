@@ -108,8 +108,10 @@ SHAPE_CHANGES = {"text_vocab_size": 321, "text_length": 13, "codebook_size": 33,
                  "head_dim": 20, "kv_heads": 1, "encoder_layers": 3, "decoder_layers": 3, "feedforward": "gelu",
                  "feedforward_multiplier": 2.0, "norm": "layernorm", "qk_norm": False, "learned_positions": False, "layers": 2,
                  "norm_placement": "sandwich", "embedding_norm": True, "attention_bias": True, "feedforward_bias": False,
-                 "image_positions": "flat", "predict_text": True, "text_padding": "learned", "begin_of_image": False}
-SHAPE_CHANGES_TOGETHER = {"text_feature_width": {"text_vocab_size": None, "text_feature_width": 6},
+                 "norm_eps": 1e-5, "image_positions": "flat", "predict_text": True, "text_padding": "learned",
+                 "begin_of_image": False}
+SHAPE_CHANGES_TOGETHER = {"norm_bias": {"norm": "layernorm", "norm_bias": True},
+                          "text_feature_width": {"text_vocab_size": None, "text_feature_width": 6},
                           **{name: {"layout_kind": "colors", "layout_classes": 27, "layout_grid": (2, 2)}
                              for name in ("layout_kind", "layout_classes", "layout_grid")}}
 OUTPUT_CHANGES = {"rotary": "1d", "dropout": 0.5, "attention": ("row",), "last_attention": "column", "text_positions": "blind"}
@@ -172,9 +174,9 @@ def test_every_recipe_parses(recipe, tmp_path):
     assert all(word in text for word in ("# command:", "# machine:", recipe.name))
     kind = RECIPE_KINDS[recipe.stem.rsplit("_", 1)[-1]]
     extra = [*NEEDED, "--image_tokenizer", "t"] if kind is Seq2SeqRunConfig else NEEDED
-    if "start_from" in text:  # the model is the one that is started from
+    if "init_from" in text:  # the model is the one that is started from
         (tmp_path / "config.json").write_text(json.dumps(preset("vit-vqgan-s").plain()))
-        extra = [*extra, "--train.start_from", str(tmp_path)]
+        extra = [*extra, "--init_from", str(tmp_path)]
     config = load("--config", str(recipe), *extra, kind=kind)
     assert config.train.batch_size % 2 == 0
 

@@ -10,6 +10,7 @@ from inference.generate import Request
 from inference.generate import generate_tokens as generate_request
 from inference.projection import Way
 from inference.sampling import SamplingParams, guide
+from inference.slots import SharedSlots
 from seq2seq import DecoderOnly, TextBatch, load_transformer
 from tests import tiny
 
@@ -25,6 +26,8 @@ ENCODER_DECODERS = {
     "convolution": {"attention": ("convolution",), "convolution_size": 3},
     "normformer": {"norm_placement": "normformer", "norm": "layernorm", "embedding_norm": True, "image_positions": "flat",
                    "rotary": "none", "feedforward": "geglu", "feedforward_bias": False},
+    "bart-norms": {"norm_placement": "normformer", "norm": "layernorm", "norm_bias": True, "norm_eps": 3e-3,
+                   "embedding_norm": True, "feedforward": "geglu", "kv_heads": 1},
     "layout": {"layout_kind": "classes", "layout_classes": 5, "layout_grid": (2, 3)},
     "features": {"text_vocab_size": None, "text_feature_width": 6, "encoder_layers": 0},
 }
@@ -34,8 +37,10 @@ DECODERS_ONLY = {
               "attention": ("row", "column", "row"), "last_attention": "convolution", "convolution_size": 3},
     "dalle-masked": {"predict_text": True, "begin_of_image": False, "rotary": "none", "attention_bias": True},
     "llamagen": {"text_positions": "blind", "begin_of_image": False, "learned_positions": False, "qk_norm": False,
-                 "feedforward_bias": False, "text_projection": "mlp", "text_vocab_size": None, "text_feature_width": 6},
+                 "feedforward_bias": False, "text_projection": "mlp", "text_vocab_size": None, "text_feature_width": 6,
+                 "norm_eps": 3e-3},  # beside a mean square of about 0.01, so that one that is ignored is seen
     "sandwich": {"norm_placement": "sandwich", "norm": "layernorm", "rotary": "1d"},
+    "biased-norms": {"norm_placement": "sandwich", "norm": "layernorm", "norm_bias": True, "qk_norm": False},
     "grouped-query-column": {"kv_heads": 1, "attention": ("column",), "grid": (3, 5)},
     "layout": {"layout_kind": "classes", "layout_classes": 5, "layout_grid": (2, 3), "attention": ("row", "full")},
     "one-slot": {"text_vocab_size": 7, "text_length": 1},
@@ -114,6 +119,50 @@ def test_cached_logits_equal_uncached_at_every_step(shape, way):
     assert expected.shape == (4, model.config.num_tokens, model.config.codebook_size)
     assert (cached_logits(model, text, image_tokens, layout=layout, way=way) - expected).abs().max() < 1e-4
     assert expected.std() > 0.1
+
+
+def left_padded(text: TextBatch) -> TextBatch:
+    """The same captions with their padding in front."""
+    rolled = [[part.roll(int((~mask).sum()), dims=0) for part in (given, mask)] for given, mask in zip(*text, strict=True)]
+    return TextBatch(*(torch.stack(parts) for parts in zip(*rolled, strict=True)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", ["encoder-decoder default", "decoder-only llamagen", "decoder-only layout",
+                                   "decoder-only grouped-query-column", "decoder-only dalle-masked"])
+def test_padding_on_the_left_gives_equal_logits_at_every_step_and_gradients(shape, way):
+    """The first slots of a caption see nothing but themselves."""
+    model, text, layout = build(shape)
+    text, image_tokens = left_padded(text), tokens(model, 4)
+    expected = model(*text, image_tokens, layout).image
+    assert (cached_logits(model, text, image_tokens, layout=layout, way=way) - expected).abs().max() < 1e-4
+    model = build(shape)[0].train()
+    model(*text, image_tokens, layout).image.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_no_slot_of_a_caption_is_without_anything_to_see():
+    """A softmax over nothing is no number on some devices, and a hidden slot's value times 0 would be none either."""
+    model, text, _ = build("decoder-only llamagen")
+    cache = CachedDecoder(model).rows_cache(4)
+    cache.seen[:, : model.text_slots] = left_padded(text).text_mask
+    pattern = model.decoder.layers[0][1].attend.pattern
+    mask = SharedSlots(cache, 0, model.text_slots, None).mask(pattern)[:, 0]  # [R, T, T]
+    own = torch.eye(model.text_slots, dtype=torch.bool)
+    assert mask[:, own].isfinite().all()
+    assert not mask[1, -1].isfinite().all()
+    later = SharedSlots(cache, 2, 3, None).mask(pattern)
+    assert torch.equal(later[:, 0], mask[:, 2:5, :5])
+
+
+def test_blind_text_says_the_same_on_either_side_of_its_padding():
+    changes = {**DECODERS_ONLY["llamagen"], "begin_of_image": True}
+    model, text = tiny.decoder_only(**changes), build("decoder-only llamagen")[1]
+    image_tokens = tokens(model, 4)
+    with torch.no_grad():
+        right, left = (model(*each, image_tokens).image for each in (text, left_padded(text)))
+    assert (right - left).abs().max() < 1e-5
+    assert not torch.equal(text.text_input, left_padded(text).text_input)
 
 
 @pytest.mark.parametrize("shape", [name for name in SHAPES if "layout" in name])

@@ -87,12 +87,21 @@ def test_a_layout_and_text_features_are_counted():
 
 @pytest.mark.parametrize("quantizer", [
     {"kind": "vq"}, {"kind": "residual", "depth": 2}, {"kind": "fsq", "levels": (3, 3, 3, 3)}, {"kind": "lfq"},
-    {"kind": "simvq"}])
+    {"kind": "simvq"}, {"learn_codebook_by_gradient": True, "raw_search": True, "kmeans_init": False, "dead_code_fraction": 0}])
 def test_image_tokenizers_count_as_they_run(quantizer):
-    codes = {"fsq": 81, "lfq": 16}.get(quantizer["kind"], 32)
+    codes = {"fsq": 81, "lfq": 16}.get(quantizer.get("kind"), 32)
     config = VQGANConfig.parse({**tiny.vqgan().config.plain(), "codebook_size": codes, "quantizer": quantizer}, "test")
     model = build_tokenizer(config).eval()
     assert tokenizer_forward_flops(config) == counted_for_real(model, torch.zeros(1, 3, 16, 16)) > 6e6
+
+
+def test_gumbel_counts_the_draw_of_training():
+    """All codes are scored for the loss and again, in blocks, for the code; a sample weighs all rows."""
+    config = VQGANConfig.parse({**tiny.vqgan().config.plain(), "quantizer": {"kind": "gumbel"}}, "test")
+    scores = 2 * 16 * 4 * 32  # 16 positions, 4 numbers of a latent, 32 codes
+    model = build_tokenizer(config)
+    assert tokenizer_forward_flops(config) == counted_for_real(model.train(), torch.zeros(1, 3, 16, 16))
+    assert tokenizer_forward_flops(config) == counted_for_real(model.eval(), torch.zeros(1, 3, 16, 16)) + scores
 
 
 @pytest.mark.parametrize("kind", KINDS)

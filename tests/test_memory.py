@@ -86,6 +86,13 @@ def test_the_caches_are_predicted_to_the_byte(model, guided):
     assert found.rows == cache.keys.shape[1]
 
 
+def test_a_text_that_guidance_leads_from_for_each_caption_is_predicted_to_the_byte(model):
+    decoder = CachedDecoder(model)
+    groups = [decoder.prefill(text(model, 3), 2) for _ in range(2)]
+    found = estimate(model.config, None, Workload(pictures=6, captions=3, unguided_each=True))
+    assert found.caption_memory == sum(part.nbytes for group in groups for part in (*group.keys, *group.values))
+
+
 def test_a_bfloat16_cache_is_half_of_it():
     model = tiny.seq2seq().bfloat16()
     cache, _ = drawn_with(model, captions=1, images=2, guided=True)
@@ -119,7 +126,7 @@ def test_an_image_tokenizer_is_predicted_to_the_byte(name):
     *(TOKENIZERS[name][1] for name in ("debug", "vit-debug", "dvae-debug")),
     TOKENIZERS["vit-debug"][1].model_copy(update={"resolution": 64}),  # whose attention scores would be most of it
     *(VQGANConfig(resolution=32, channels=32, channel_multipliers=(1, 1), z_channels=32, codebook_size=64, quantizer=quantizer)
-      for quantizer in ({"kind": "residual", "depth": 2}, {"kind": "simvq"}, {"kind": "vq"}))],
+      for quantizer in ({"kind": "residual", "depth": 2}, {"kind": "simvq"}, {"kind": "vq"}, {"kind": "gumbel"}))],
     ids=lambda config: f"{config.kind}-{getattr(getattr(config, 'quantizer', None), 'kind', '')}")
 def test_decoding_to_pixels_is_predicted_without_numbers_or_chance(config):
     """The same operations with numbers make tensors of the same bytes."""

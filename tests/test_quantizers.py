@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vector_quantize_pytorch import ResidualVQ
 
 from tokenizer_image import VQGANConfig, preset
+from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.quantizer_config import READ_BY_KIND, QuantizerConfig
 from tokenizer_image.quantizers import QUANTIZERS, Quantizer, base, build_quantizer
+from tokenizer_image.quantizers.gumbel import gumbel_softmax
 from tokenizer_image.quantizers.vector import ResidualQuantizer, SimVQuantizer, VectorQuantizer
 from tokenizer_image.vqgan import VQGAN
 from tokenloom_common.errors import UserError
@@ -34,11 +36,11 @@ CASES: dict[str, tuple[int, int, dict]] = {  # D, K, options
     "lfq": (4, 16, {"kind": "lfq"}),
     "lfq-spherical": (5, 32, {"kind": "lfq", "spherical": True}),
     "simvq": (4, 32, {"kind": "simvq"}),
-    "vq-raw-search": (4, 32, RAW_SEARCH),
+    "raw-search": (4, 32, RAW_SEARCH),
     "gumbel": (4, 32, {"kind": "gumbel"}),
 }
 LEARNED = [name for name in CASES if name.startswith(("vq", "residual"))]
-SEARCHED = [*LEARNED, "simvq", "gumbel"]
+SEARCHED = [*LEARNED, "simvq", "raw-search", "gumbel"]
 
 
 def make(case: str, **changes) -> Quantizer:
@@ -161,7 +163,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_of_a_search_does_not_grow_with_the_codebook(case, monkeypatch):
     at_once = 1 << 14
     monkeypatch.setattr(base, "SCORES_AT_ONCE", at_once)
-    options = {**({} if case == "simvq" else {"kmeans_init": False}), **CASES[case][2]}
+    options = {**({"kmeans_init": False} if case in LEARNED else {}), **CASES[case][2]}
     for size in (1024, 8192):
         quantizer = build_quantizer(2, size, QuantizerConfig(**options)).eval()
         latents = latents_for(quantizer, batch=8, side=12)  # n * K is up to 576 times what is allowed
@@ -195,7 +197,8 @@ def test_training_takes_the_nearest_of_the_codebook_that_was_there(case):
     latents = latents_for(quantizer, seed=2)
     result = quantizer.train()(latents)
     assert torch.equal(result.codes, before.nearest(latents))
-    torch.testing.assert_close(result.vectors, before.lookup(result.codes), rtol=1e-4, atol=1e-5)
+    if case != "gumbel":  # which decodes a sample
+        torch.testing.assert_close(result.vectors, before.lookup(result.codes), rtol=1e-4, atol=1e-5)
     if case in ("vq", "vq-euclidean", "residual"):
         assert not torch.equal(quantizer.codebook, before.codebook)
 
@@ -215,7 +218,7 @@ def test_only_a_training_forward_changes_anything(case):
     assert all(torch.equal(tensor, before[name]) for name, tensor in quantizer.state_dict().items())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "gumbel"])
 def test_training_and_eval_have_the_same_losses_and_gradients(case):
     quantizer = started(case)
     outcomes = []
@@ -461,7 +464,7 @@ def test_commitment_weight_0_leaves_the_codebook_learning(case):
     assert latents.grad is None or not latents.grad.any()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "fsq"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("fsq", "gumbel")])
 def test_commitment_weight_scales_one_term_only(case):
     weights = []
     for weight in (0.0, 0.5):
@@ -722,6 +725,146 @@ def test_a_tokenizer_with_each_kind_trains_and_is_saved_and_loaded(kind, tmp_pat
     torch.testing.assert_close(model.decode(codes), model(image).reconstruction.clamp(-1, 1), rtol=1e-4, atol=1e-4)
 
 
+# ---- search at the codes' own lengths
+
+
+def raw_quantizer(rows: list[list[float]]) -> VectorQuantizer:
+    quantizer = build_quantizer(len(rows[0]), len(rows), QuantizerConfig(**RAW_SEARCH))
+    set_codes(quantizer, rows)
+    return quantizer
+
+
+def test_raw_search_compares_lengths_and_decodes_directions():
+    quantizer = raw_quantizer([[3.0, 0.0], [0.6, 0.8], [0.0, -2.0]])
+    latents = as_map([[1.5, 0.2], [2.5, 0.5]])  # by direction both are nearest to the first
+    assert quantizer.nearest(latents).flatten().tolist() == [1, 0]
+    without = build_quantizer(2, 3, QuantizerConfig(**{**RAW_SEARCH, "raw_search": False}))
+    without.load_state_dict(quantizer.state_dict())
+    assert without.nearest(latents).flatten().tolist() == [0, 0]
+    expected = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
+    torch.testing.assert_close(quantizer.lookup(quantizer.nearest(latents))[0, :, 0].T, expected)
+    assert torch.equal(quantizer.codebook, without.codebook)
+
+
+def test_raw_search_is_that_of_janus_in_transformers():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.janus.modeling_janus import JanusVQVAEVectorQuantizer
+
+    torch.manual_seed(0)
+    theirs = JanusVQVAEVectorQuantizer(transformers.JanusVQVAEConfig(num_embeddings=64, embed_dim=4, num_patches=6))
+    with torch.no_grad():
+        theirs.embedding.weight.mul_(torch.rand(64, 1) * 2)
+    ours = raw_quantizer(theirs.embedding.weight.tolist())
+    latents = torch.randn(3, 4, 6, 6)
+    codes = ours.nearest(latents)
+    assert codes.flatten().tolist() == theirs(latents)[2].tolist()
+    assert codes.flatten().tolist() != build_quantizer(4, 64, QuantizerConfig()).nearest(latents).flatten().tolist()
+    torch.testing.assert_close(ours.lookup(codes), theirs.get_codebook_entry(codes.flatten(1)))
+
+
+def test_raw_search_trains_on_the_codes_that_it_encodes():
+    quantizer = make("raw-search").train()
+    with torch.no_grad():
+        quantizer.vq._codebook.embed.mul_(torch.linspace(0.2, 3, 32).view(1, 32, 1))
+    latents = latents_for(quantizer).requires_grad_()
+    result = quantizer(latents)
+    assert torch.equal(result.codes, quantizer.nearest(latents))
+    total_loss(result).backward()
+    assert latents.grad.abs().sum() > 0
+    used = torch.zeros(32, dtype=torch.bool).index_fill_(0, result.codes.flatten(), True)
+    assert torch.equal(quantizer.vq._codebook.embed.grad[0].abs().sum(dim=1) > 0, used)  # the codes that were chosen
+
+
+# ---- gumbel
+
+
+def gumbel_by_hand() -> Quantizer:
+    """Two codes; the logits of a latent [x, y] are 2x + 1 and y."""
+    quantizer = build_quantizer(2, 2, QuantizerConfig(kind="gumbel", kl_weight=0.25))
+    with torch.no_grad():
+        quantizer.proj.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0]])[:, :, None, None])
+        quantizer.proj.bias.copy_(torch.tensor([1.0, 0.0]))
+        quantizer.embed.weight.copy_(torch.tensor([[5.0, 6.0], [7.0, 8.0]]))
+    return quantizer
+
+
+def test_gumbel_takes_the_largest_logit_and_its_row():
+    quantizer = gumbel_by_hand().eval()
+    latents = as_map([[1.0, 2.0], [0.0, 2.0], [0.0, 1.0]])  # logits (3, 2), (1, 2), and a tie
+    result = quantizer(latents)
+    assert result.codes.flatten().tolist() == quantizer.nearest(latents).flatten().tolist() == [0, 1, 0]
+    assert torch.equal(result.vectors, as_map([[5.0, 6.0], [7.0, 8.0], [5.0, 6.0]]))
+    first = math.exp(3) / (math.exp(3) + math.exp(2))
+    kl = [first * math.log(2 * first) + (1 - first) * math.log(2 * (1 - first))] * 2 + [0.0]  # the second is its mirror image
+    assert result.losses["kl"].value.item() == pytest.approx(sum(kl) / 3, rel=1e-5)
+    assert result.losses["kl"].weight == 0.25
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 3, 64])
+def test_gumbel_ties_go_to_the_lowest_code_in_blocks_of_any_size(at_once, monkeypatch):
+    quantizer = make("gumbel")
+    with torch.no_grad():
+        quantizer.proj.weight.copy_(torch.randint(-1, 2, quantizer.proj.weight.shape))
+        quantizer.proj.bias.copy_(torch.randint(0, 2, (32,)))
+    if at_once:
+        monkeypatch.setattr(base, "SCORES_AT_ONCE", at_once)
+    latents = torch.randint(-2, 3, (2, 4, 5, 5)).float()
+    assert np.array_equal(quantizer.nearest(latents).flatten(), brute_force(quantizer, latents)[:, 0])
+
+
+def test_gumbel_training_decodes_samples_that_follow_the_logits():
+    quantizer = gumbel_by_hand().train()
+    latents = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).expand(1, 2, 100, 100)
+    torch.manual_seed(0)
+    vectors = quantizer(latents).vectors
+    assert torch.cdist(as_tensor_rows(vectors), quantizer.codebook).min(dim=1).values.max() < 1e-4  # one code each
+    share = (vectors[0, 0] < 6).float().mean().item()
+    assert share == pytest.approx(math.exp(3) / (math.exp(3) + math.exp(2)), abs=0.015)
+    soft = build_quantizer(2, 2, QuantizerConfig(kind="gumbel", straight_through=False)).train()
+    soft.load_state_dict(quantizer.state_dict())
+    between = soft(latents).vectors[0, 0]
+    assert ((between > 5.05) & (between < 6.95)).float().mean() > 0.5
+
+
+def as_tensor_rows(latents: torch.Tensor) -> torch.Tensor:
+    return latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+
+
+def test_a_straight_through_sample_has_the_gradient_of_the_soft_one():
+    torch.manual_seed(0)
+    logits, weights = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
+    gradients, samples = [], []
+    for hard in (False, True):
+        given = logits.clone().requires_grad_()
+        torch.manual_seed(1)
+        samples.append(gumbel_softmax(given, 0.7, hard))
+        (samples[-1] * weights).sum().backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients)
+    assert torch.equal(samples[1], torch.zeros(2, 5, 3, 3).scatter_(1, samples[0].argmax(dim=1, keepdim=True), 1.0))
+
+
+def test_the_temperature_of_gumbel_follows_the_step_through_the_tokenizer():
+    options = {"kind": "gumbel", "temperature_start": 0.9, "temperature_end": 0.1, "temperature_steps": 100}
+    model = VQGAN(VQGANConfig.parse({**preset("debug").plain(), "quantizer": options}, "test"))
+    assert model.quantizer.temperature == 0.9
+    assert model.set_step(50, 1000) == {"temperature": pytest.approx(0.5)}
+    assert model.quantizer.temperature == pytest.approx(0.5)
+    assert model.set_step(40, 40) == {"temperature": pytest.approx(0.1)}  # a short run ends at the end too
+    assert VQGAN(preset("debug")).set_step(1, 2) == {}
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    ({"kind": "gumbel"}, "proj.weight"), ({"kind": "gumbel"}, "proj.bias"), ({"kind": "gumbel"}, "embed.weight"),
+    (RAW_SEARCH, "vq._codebook.embed")])
+def test_the_fingerprint_holds_all_that_decides_a_code(options, name):
+    model = VQGAN(VQGANConfig.parse({**preset("debug").plain(), "quantizer": options}, "test"))
+    before = code_fingerprint(model)
+    with torch.no_grad():
+        model.quantizer.get_parameter(name).mul_(2)  # of a raw codebook the length alone
+    assert code_fingerprint(model) != before
+
+
 # ---- options
 
 OTHER_VALUES = {  # a value that no base below has
@@ -785,6 +928,16 @@ def test_options_that_a_kind_does_not_read_are_refused(kind):
     ({"ema_decay": 1.0}, "ema_decay: .*got 1.0"),
     ({"kind": "lfq", "entropy_temperature": 0}, "entropy_temperature: .*got 0"),
     ({"kmeans_iterations": 0}, "kmeans_iterations: .*got 0"),
+    ({"raw_search": True}, "raw_search needs vectors that keep their own lengths.*set l2_normalize and learn_codebook_by_gr"),
+    ({**RAW_SEARCH, "l2_normalize": False}, "raw_search needs vectors that keep their own lengths"),
+    ({**RAW_SEARCH, "kmeans_init": True}, "raw_search compares lengths.*set kmeans_init false and dead_code_fraction 0"),
+    ({**RAW_SEARCH, "dead_code_fraction": 0.1}, "raw_search compares lengths"),
+    ({"raw_search": "some"}, "raw_search: .*got 'some'"),
+    ({"kind": "gumbel", "temperature_end": 2.0}, "temperature_end 2.0 is above temperature_start 1.0"),
+    ({"kind": "gumbel", "temperature_start": 0}, "temperature_start: .*got 0"),
+    ({"kind": "gumbel", "temperature_steps": -1}, "temperature_steps: .*got -1"),
+    ({"kind": "gumbel", "kl_weight": -1.0}, "kl_weight: .*got -1.0"),
+    ({"kind": "gumbel", "straight_through": 2}, "straight_through: .*got 2"),
     ({"dept": 2}, "unknown key 'dept'; did you mean 'depth'")])
 def test_impossible_options_are_refused_in_one_line(values, message):
     with pytest.raises(UserError, match=f"^here: {message}") as raised:

@@ -43,6 +43,28 @@ def test_our_model_equals_a_plain_xtransformer_with_the_same_weights():
         assert (ours(*text, image_tokens).image - expected[..., :size]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("changes", "formula"), [
+    ({"norm_eps": 1e-3}, lambda x, norm: x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * norm.weight),
+    ({"norm": "layernorm", "norm_bias": True}, lambda x, norm: (x - x.mean(-1, keepdim=True)) * (
+        x.var(-1, keepdim=True, unbiased=False) + 1e-5).rsqrt() * norm.weight + norm.bias),
+    ({"norm": "layernorm", "norm_eps": 1e-3}, lambda x, norm: (x - x.mean(-1, keepdim=True)) * (
+        x.var(-1, keepdim=True, unbiased=False) + 1e-3).rsqrt() * norm.weight)])
+def test_norms_with_an_epsilon_or_a_bias_are_everywhere(changes, formula):
+    model = tiny.seq2seq(norm_placement="sandwich", **changes)
+    x = torch.randn(5, 32) * 0.02  # as embeddings are at first: the epsilon is percents of their mean square
+    norms = [norm for norm in model.modules() if type(norm) in (torch.nn.LayerNorm, torch.nn.RMSNorm)]
+    assert len(norms) == 2 * 2 * 2 + 1 + 2 * 3 * 2 + 1  # before and after each block, and at the end, of both stacks
+    for norm in norms:
+        torch.testing.assert_close(norm(x), formula(x, norm))
+    fresh = EncoderDecoder(model.config).decoder.final_norm
+    assert all(torch.equal(new, torch.full_like(new, float(name == "weight"))) for name, new in fresh.named_parameters())
+
+
+def test_a_norms_bias_is_refused_where_it_has_none():
+    with pytest.raises(ValueError, match="norm_bias: true needs norm: layernorm"):
+        tiny.seq2seq(norm_bias=True)
+
+
 def test_every_parameter_gets_a_gradient():
     model = tiny.seq2seq().train()
     text = tiny.text_tokenizer().encode(["a red heart", ""])

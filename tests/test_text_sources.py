@@ -7,11 +7,14 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from seq2seq import ClassLabels, FrozenTextEncoder, TextTokenizer, load_text_source
+from seq2seq.class_labels import ClassLabelsConfig
 from tests import tiny
 from tokenloom_common.errors import MissingFileError, UserError
-from training.text_input import CachedFeatures, cached, write_features
+from training.text_input import CachedFeatures, cached, choose_text_source, write_features
+from training.token_config import TextConfig
 
 CAPTIONS = ["a red heart", "a large blue apple tree", "octopus"]
 LENGTH = 10
@@ -38,6 +41,14 @@ def test_class_names_become_numbers():
     assert torch.equal(labels.null_caption(2).text_input, torch.tensor([[3], [3]]))
 
 
+def test_classes_without_names_are_their_numbers_and_the_null_class_is_the_last():
+    labels = ClassLabels(ClassLabelsConfig(classes=tuple(map(str, range(1000)))))
+    assert labels.encode(["207", "0", "999", ""]).text_input.flatten().tolist() == [207, 0, 999, 1000]
+    assert labels.vocab_size == 1001
+    with pytest.raises(UserError, match="unknown class '1000'"):
+        labels.encode(["1000"])
+
+
 def test_wrong_classes_are_refused_by_name():
     labels = ClassLabels.collect(["dog", "cat"])
     with pytest.raises(UserError, match="unknown class 'dogg'; did you mean 'dog'"):
@@ -62,8 +73,70 @@ def test_a_frozen_encoder_gives_the_features_of_its_last_layer(bert, encoder):
         assert batch.text_mask[row].sum() == len(expected)
         assert (batch.text_input[row, : len(expected)] - expected).abs().max() < 1e-5
         assert (batch.text_input[row, len(expected):] == 0).all()
-    assert torch.equal(encoder.null_caption().text_input[0], batch.text_input[3])
+    assert (encoder.null_caption().text_input[0] - batch.text_input[3]).abs().max() < 1e-5
     assert encoder.words("a red heart") == ["[CLS]", "a", "red", "heart", "[SEP]"]
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A folder with a T5 of two tiny layers."""
+    return tiny.t5_folder(tmp_path_factory.mktemp("t5"))
+
+
+def test_a_frozen_encoder_is_padded_on_the_side_that_is_asked_for(t5):
+    right, left = (FrozenTextEncoder.load(str(t5), LENGTH, padding=side) for side in ("right", "left"))
+    ours, theirs = right.encode(CAPTIONS), left.encode(CAPTIONS)
+    for row, real in enumerate(ours.text_mask.sum(dim=1).tolist()):
+        assert theirs.text_mask[row].tolist() == [False] * (LENGTH - real) + [True] * real
+        assert torch.equal(theirs.text_input[row, LENGTH - real:], ours.text_input[row, :real])
+        assert (theirs.text_input[row, : LENGTH - real] == 0).all()
+    assert ours.text_mask.sum(dim=1).tolist() == [4, 6, 2]
+    assert left.words(CAPTIONS[0]) == ["a", "red", "heart", "</s>"]
+    asked = TextConfig(kind="frozen", encoder=str(t5), text_length=LENGTH, padding="left")
+    assert choose_text_source(asked, None, None).config == left.config
+
+
+def test_null_features_stand_for_no_caption_under_each_captions_mask(t5, tmp_path):
+    null = torch.randn(LENGTH, 24, generator=torch.Generator().manual_seed(0)).half()
+    source = FrozenTextEncoder.load(str(t5), LENGTH, padding="left", null_features=null)
+    loaded = load_text_source(source.save_pretrained(tmp_path / "t"))
+    assert loaded.null_features.dtype == torch.float16
+    assert (loaded.config.padding, loaded.config.null_features) == ("left", True)
+    captions = loaded.encode(CAPTIONS)
+    without = loaded.null_for(captions)
+    assert torch.equal(without.text_mask, captions.text_mask)
+    assert torch.equal(without.text_input, null.float().expand(3, -1, -1))
+    empty = loaded.encode(["", "octopus", " "])
+    assert torch.equal(empty.text_input[[0, 2]], without.text_input[:2])
+    assert empty.text_mask.all(dim=1).tolist() == [True, False, True]
+    assert torch.equal(loaded.null_caption(2).text_input, without.text_input[:2])
+
+
+def test_other_sources_have_one_null_caption_for_all(t5, encoder):
+    for source in (encoder, ClassLabels.collect(["dog"]), tiny.text_tokenizer()):
+        ours, null = source.null_for(source.encode(["dog", "dog"])), source.null_caption()
+        assert all(torch.equal(a, b) for a, b in zip(ours, null, strict=True))
+
+
+@pytest.mark.parametrize(("harm", "words"), [
+    (lambda f: f.unlink(), "missing; copy"), (lambda f: f.write_bytes(b"no"), "not a whole safetensors file"),
+    (lambda f: save_file({"null": torch.zeros(3, 24)}, f),
+     r"expected one tensor 'null' \[10, 24\], found {'null': \(3, 24\)}")])
+def test_damaged_null_features_are_named(t5, tmp_path, harm, words):
+    folder = FrozenTextEncoder.load(str(t5), LENGTH, null_features=torch.zeros(LENGTH, 24)).save_pretrained(tmp_path / "t")
+    harm(folder / "null.safetensors")
+    with pytest.raises(UserError, match=words):
+        load_text_source(folder)
+
+
+def test_a_folder_of_before_has_neither(tmp_path, encoder):
+    folder = encoder.save_pretrained(tmp_path / "t")
+    config = json.loads((folder / "config.json").read_text())
+    old = {name: value for name, value in config.items() if name not in ("padding", "null_features")}
+    (folder / "config.json").write_text(json.dumps(old))
+    loaded = load_text_source(folder)
+    assert (loaded.config.padding, loaded.null_features) == ("right", None)
+    assert not (folder / "null.safetensors").exists()
 
 
 def test_a_long_caption_is_cut_with_one_warning(bert, caplog):
@@ -127,6 +200,16 @@ def test_cached_features_equal_fresh_ones(tmp_path, encoder):
     assert (kept.text_input - fresh.text_input).abs().max() < 2e-3
     with pytest.raises(UserError, match="no features of 1 captions"):
         features.encode(["something new"])
+
+
+def test_cached_features_know_padding_and_null_features(tmp_path, t5):
+    source = FrozenTextEncoder.load(str(t5), LENGTH, padding="left", null_features=torch.ones(LENGTH, 24))
+    write_features(tmp_path / "cache", source, CAPTIONS)
+    features = pickle.loads(pickle.dumps(CachedFeatures(source, tmp_path / "cache")))
+    kept, fresh = features.encode([CAPTIONS[2], "", CAPTIONS[1]]), source.encode([CAPTIONS[2], "", CAPTIONS[1]])
+    assert torch.equal(kept.text_mask, fresh.text_mask)
+    assert (kept.text_input - fresh.text_input).abs().max() < 2e-3
+    assert (kept.text_input[1] == 1).all()
 
 
 def test_a_cache_is_made_once_and_again_for_new_captions(tmp_path, encoder, monkeypatch):

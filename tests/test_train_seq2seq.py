@@ -168,6 +168,7 @@ def test_cached_features_give_the_same_first_loss(made, tmp_path, group):
     ({"text": {"kind": "frozen"}}, "text.encoder"),
     ({"text": {"encoder": "x"}}, "text.encoder"),
     ({"text": {"feature_cache": "x"}}, "text.feature_cache is for text.kind frozen"),
+    ({"text": {"padding": "left"}}, "text.padding left is for text.kind frozen, not sentencepiece"),
     ({"text": {"kind": "classes", "text_length": 9}}, "leave text.vocab_size and text.text_length out"),
     ({"text": {"kind": "frozen", "encoder": "x"}, "data": {"workers": 1}}, "data.workers cannot share a text encoder"),
     ({"train": {"weight_ema": 0.9}, "deepspeed": {"zero_stage": 3}}, "zero_stage 3"),

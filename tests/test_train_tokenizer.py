@@ -258,9 +258,10 @@ def trained(group, data, tmp_path_factory) -> Path:
 def test_decoder_fine_tuning_leaves_codes_bit_identical(group, data, tmp_path, trained, precision, decoder):
     before = load_tokenizer(trained)
     run = TokenizerRunConfig.parse({
-        "data": {"path": str(data)}, "run_dir": str(tmp_path / "run"), "model": decoder, "adversarial": ADVERSARIAL,
-        "train": {"steps": 3, "batch_size": 8, "precision": precision, "sample_every": 0, "start_from": str(trained),
-                  "trained_part": "decoder", "weight_ema": 0.9}, "optim": {"lr": 0.01, "weight_decay": 0.1}}, "test")
+        "data": {"path": str(data)}, "run_dir": str(tmp_path / "run"), "init_from": str(trained), "model": decoder,
+        "adversarial": ADVERSARIAL, "train": {"steps": 3, "batch_size": 8, "precision": precision, "sample_every": 0,
+                                              "trained_part": "decoder", "weight_ema": 0.9},
+        "optim": {"lr": 0.01, "weight_decay": 0.1}}, "test")
     training = train(run, group)
     training.finish()
     after = load_tokenizer(tmp_path / "run/model")
@@ -276,19 +277,19 @@ def test_decoder_fine_tuning_leaves_codes_bit_identical(group, data, tmp_path, t
 
 
 def test_starting_from_a_tokenizer_takes_all_its_weights(group, data, tmp_path, trained):
-    run = config(data, tmp_path / "run", model=VQ, train={"start_from": str(trained)})
+    run = config(data, tmp_path / "run", model=VQ, init_from=str(trained))
     training = TokenizerTraining(run, group)
     assert_close(training.engine.full_state(), load_tokenizer(trained).state_dict(), 0)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"model": {**VQ, "channels": 16}, "train": {"start_from": "TRAINED"}}, "tensors differ: .*leave model"),
-    ({"model": {**VQ, "norm_groups": 2}, "train": {"start_from": "TRAINED", "trained_part": "decoder"}}, "other settings"),
-    ({"model": {"embed_dim": 8, **{k: v for k, v in VQ.items() if k != "embed_dim"}}, "train":
-        {"start_from": "TRAINED", "trained_part": "decoder"}}, "tensors differ"),
-    ({"train": {"start_from": "nowhere"}}, "no such model folder")])
+    ({"model": {**VQ, "channels": 16}, "init_from": "TRAINED"}, "tensors differ: .*leave model"),
+    ({"model": {**VQ, "norm_groups": 2}, "init_from": "TRAINED", "train": {"trained_part": "decoder"}}, "other settings"),
+    ({"model": {"embed_dim": 8, **{k: v for k, v in VQ.items() if k != "embed_dim"}}, "init_from": "TRAINED",
+      "train": {"trained_part": "decoder"}}, "tensors differ"),
+    ({"init_from": "nowhere"}, "init_from nowhere: no such model folder")])
 def test_a_start_that_does_not_fit_is_refused(group, data, tmp_path, trained, changes, words):
-    changes["train"]["start_from"] = changes["train"]["start_from"].replace("TRAINED", str(trained))
+    changes["init_from"] = changes["init_from"].replace("TRAINED", str(trained))
     with pytest.raises(UserError, match=words) as caught:
         TokenizerTraining(config(data, tmp_path / "run", **changes), group)
     assert "\n" not in str(caught.value)
@@ -337,8 +338,8 @@ def test_gradient_checkpointing_trains_to_the_same_weights(group, data, tmp_path
 
 def test_the_average_leaves_frozen_weights_as_they_are(group, data, tmp_path, trained):
     """decay x a + (1 - decay) x a is not a in float32: in ten thousand steps the codes would be others."""
-    run = config(data, tmp_path / "run", model=VQ, train={"start_from": str(trained), "trained_part": "decoder",
-                                                           "weight_ema": 0.999})
+    run = config(data, tmp_path / "run", model=VQ, init_from=str(trained),
+                 train={"trained_part": "decoder", "weight_ema": 0.999})
     training = TokenizerTraining(run, group)
     for _ in range(50):
         training.average.update_parameters(training.tokenizer)
@@ -409,6 +410,26 @@ def test_a_poor_codebook_is_warned_of_once_in_words_with_options_that_exist(grou
     assert row["dead_codes"] == round(64 * (1 - row["codebook_usage"])) > 0
 
 
+def test_a_gumbel_tokenizer_cools_down_and_is_warned_of_in_its_own_options(group, data, tmp_path, caplog):
+    quantizer = {"kind": "gumbel", "kl_weight": 0.01, "temperature_steps": 4}
+    run = config(data, tmp_path / "run", model={"embed_dim": 4, "codebook_size": 64, "quantizer": quantizer},
+                 train={"steps": 6}, codebook={"warn_below": 1.0})
+    with caplog.at_level(logging.WARNING):
+        training = train(run, group)
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    temperatures = [row["temperature"] for row in rows]
+    assert temperatures == sorted(temperatures, reverse=True)
+    assert (temperatures[0], temperatures[-1]) == (1.0, 1 / 16)
+    assert rows[0]["weighted.kl"] == pytest.approx(0.01 * rows[0]["kl"])
+    (warning,) = [record.getMessage() for record in caplog.records if "codes are in use" in record.getMessage()]
+    assert "--model.quantizer.kl_weight 0.1;" in warning
+    assert set(re.findall(r"--([\w.]+)", warning)) <= set(dotted_names(TokenizerRunConfig))
+    raw = {"kind": "vq", "learn_codebook_by_gradient": True, "raw_search": True, "kmeans_init": False,
+           "dead_code_fraction": 0.0}
+    training.health.config = config(data, tmp_path / "run", model={**VQ, "quantizer": raw})
+    assert not re.search("kmeans|dead_code", " ".join(training.health._remedies()))
+
+
 def test_a_healthy_codebook_is_not_warned_of(group, data, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(config(data, tmp_path / "run", model=VQ, train={"steps": 6}), group)
@@ -439,7 +460,7 @@ def test_the_window_of_the_health_is_an_epoch_or_as_long_as_it_is_told(group, da
 @pytest.mark.parametrize(("argv", "words"), [
     (["--model.kind", "vqgna"], "did you mean 'vqgan'"), (["--model.preset", "vq16"], "did you mean 'vq-16'"),
     (["--model.quantizer.kind", "fsq"], "needs levels"), (["--model.quantizer.depth", "3"], "does not read depth"),
-    (["--deepspeed.zero_stage", "3"], "use 0, 1 or 2"), (["--train.trained_part", "decoder"], "needs train.start_from"),
+    (["--deepspeed.zero_stage", "3"], "use 0, 1 or 2"), (["--train.trained_part", "decoder"], "needs init_from"),
     (["--adversarial.weight", "1", "--adversarial.start_step", "1000"], "not before the end"),
     (["--adversarial.weight", "1", "--adversarial.head_start_steps", "5000"], "not before the end"),
     (["--loss.l1_weight", "0"], "nothing to learn"), (["--adversarial.lecam_weight", "1"], "no effect without"),

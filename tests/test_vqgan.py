@@ -44,14 +44,18 @@ def trained_vqgan(config: VQGANConfig = DEBUG, steps: int = 3) -> VQGAN:
 
 @pytest.mark.parametrize(("name", "total", "tensors"), [
     ("vqgan-f16-1024", 72_141_699, 343), ("vqgan-f16-16384", 76_073_859, 343),
-    ("vq-16", 71_883_403, 343), ("vq-8", 70_109_835, 299)])
+    ("vq-16", 71_883_403, 343), ("vq-8", 70_109_835, 299), ("vqgan-f8-gumbel", 66_890_627, 299)])
 def test_presets_have_the_published_sizes(name, total, tensors):
+    """The codebook counts as one tensor: it is learned by gradient. taming's Gumbel VQGAN is counted without its scores."""
     with torch.device("meta"):
         model = VQGAN(preset(name))
-    sizes = [parameter.numel() for parameter in model.parameters()]  # the codebook is one of them: it is learned by gradient
-    assert sum(sizes) == total
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    scores = [sizes.pop(name) for name in ("quantizer.proj.weight", "quantizer.proj.bias") if name in sizes]
+    assert scores == ([256 * 8192, 8192] if name == "vqgan-f8-gumbel" else [])
+    assert sum(sizes.values()) == total
     assert len(sizes) == tensors
     assert len([name for name in model.state_dict() if not name.startswith("quantizer.")]) == tensors - 1
+    assert model.config.grid == {5: (16, 16), 4: (32, 32)}[len(model.config.channel_multipliers)]
 
 
 def test_debug_preset_is_small_and_complete():
@@ -286,6 +290,12 @@ def test_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
     ({"codebook_size": 1}, "codebook_size: .*got 1"),
     ({"dropout": 1.0}, "dropout: .*got 1.0"),
     ({"embed_dim": 1}, "embed_dim 1 leaves two directions"),
+    ({"norm_eps": 0}, "norm_eps: .*greater than 0, got 0"),
+    ({"norm_eps": 1e5}, "norm_eps: .*got 100000.0"),
+    ({"input_range": "zero_one"}, "input_range: .*'signed' or 'unit'.*got 'zero_one'"),
+    ({"output_range": 1}, "output_range: .*'signed' or 'unit'.*got 1"),
+    ({"has_encoder": "perhaps"}, "has_encoder: .*got 'perhaps'"),
+    ({"has_encoder": False, "input_range": "unit"}, "input_range 'unit' is for an encoder, and has_encoder is false; leave it"),
     ({"channel_multipliers": []}, "channel_multipliers"),
     ({"decoder_channels": 12}, "decoder_channels 12 x multiplier 1 is not divisible by norm_groups 8"),
     ({"quantizer": {"kind": "lfq"}}, "embed_dim 8 gives codebook_size 256, got 64"),
@@ -300,6 +310,7 @@ def test_impossible_configs_are_refused_with_value_and_remedy(change, message):
     {"mid_attention": False}, {"dropout": 0.5}, {"attention_resolutions": [8]}, {"num_res_blocks": 2},
     {"norm_groups": 4}, {"channels": 32}, {"z_channels": 8}, {"embed_dim": 4}, {"codebook_size": 32},
     {"channel_multipliers": [1, 1]}, {"decoder_channels": 24}, {"decoder_res_blocks": 2},
+    {"norm_eps": 1e-3}, {"input_range": "unit"}, {"output_range": "unit"},
     {"quantizer": {"l2_normalize": False}}], ids=str)  # the other options of quantizers: test_quantizers.py
 def test_each_config_field_changes_training(change):
     def outcome(config: VQGANConfig) -> list[float]:
@@ -320,6 +331,94 @@ def test_a_larger_decoder_leaves_the_codes_as_they_are(change):
     assert code_fingerprint(base) == code_fingerprint(larger)
     assert sum(p.numel() for p in larger.decoder.parameters()) > 1.1 * sum(p.numel() for p in base.decoder.parameters())
     assert larger.eval()(make_image()).reconstruction.shape == (4, 3, 16, 16)
+
+
+# ---- what published checkpoints differ in
+
+
+def variant(model: VQGAN, **changes) -> VQGAN:
+    """The same weights under another config."""
+    other = make_vqgan(VQGANConfig.parse({**model.config.plain(), **changes}, "test"))
+    other.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in other.state_dict()})
+    return other.eval()
+
+
+def test_norm_eps_is_that_of_every_norm_and_changes_codes_and_pictures():
+    def epsilons(model: VQGAN) -> set[float]:
+        return {module.eps for module in model.modules() if isinstance(module, torch.nn.GroupNorm)}
+
+    model = trained_vqgan(ATTENTIVE).eval()
+    other = variant(model, norm_eps=0.1)
+    assert (epsilons(model), epsilons(other)) == ({1e-6}, {0.1})
+    image = make_image()
+    codes = model.encode(image)
+    assert not torch.equal(codes, other.encode(image))
+    assert not torch.equal(model.decode(codes), other.decode(codes))
+    assert code_fingerprint(model) != code_fingerprint(other)
+    assert code_fingerprint(model) == code_fingerprint(variant(model, norm_eps=1e-6))
+
+
+def test_a_decoder_of_the_unit_range_gives_signed_pictures():
+    model = trained_vqgan().eval()
+    unit = variant(model, output_range="unit")
+    image = make_image()
+    codes = model.encode(image)
+    with torch.no_grad():
+        for each in (model, unit):
+            each.last_layer.mul_(5)
+        raw = model.decode_vectors(model.lookup(codes))
+        assert raw.min() < 0 and raw.max() > 1
+        torch.testing.assert_close(unit.decode(codes), raw.clamp(0, 1) * 2 - 1)
+        torch.testing.assert_close(unit(image).reconstruction, raw * 2 - 1)
+        torch.testing.assert_close(unit.freeze_codes()(image).reconstruction, raw * 2 - 1)
+    assert code_fingerprint(unit) == code_fingerprint(model)
+
+
+def test_an_encoder_of_the_unit_range_is_given_signed_pictures():
+    model = trained_vqgan().eval()
+    unit = variant(model, input_range="unit")
+    image = make_image()
+    assert torch.equal(unit.encode(image), model.encode((image + 1) / 2))
+    assert torch.equal(unit(image).codes, unit.encode(image))
+    assert not torch.equal(unit.encode(image), model.encode(image))
+    assert code_fingerprint(unit) != code_fingerprint(model)
+
+
+def test_a_detokenizer_holds_and_does_the_decoders_half_only(tmp_path):
+    model = trained_vqgan().eval()
+    half = variant(model, has_encoder=False)
+    assert {name.split(".")[0] for name in half.state_dict()} == {"quantizer", "post_quant_conv", "decoder"}
+    loaded = VQGAN.from_pretrained(half.save_pretrained(tmp_path / "m"))
+    codes = model.encode(make_image())
+    assert torch.equal(loaded.decode(codes), model.decode(codes))
+    assert code_fingerprint(loaded) == code_fingerprint(half) != code_fingerprint(model)
+    with torch.no_grad():
+        half.quantizer.vq._codebook.embed.mul_(-1)
+    assert code_fingerprint(loaded) != code_fingerprint(half)
+    for call in (loaded.encode, loaded, loaded.freeze_codes()):
+        with pytest.raises(UserError, match=r"has no encoder .*convert the whole VQGAN") as refused:
+            call(make_image())
+        assert "\n" not in str(refused.value)
+
+
+def test_a_config_of_before_loads_as_it_was(tmp_path):
+    model = trained_vqgan().eval()
+    folder = model.save_pretrained(tmp_path / "m")
+    values = json.loads((folder / "config.json").read_text())
+    for name in ("norm_eps", "input_range", "output_range", "has_encoder"):
+        del values[name]
+    for name in ("raw_search", "kl_weight", "temperature_start", "temperature_end", "temperature_steps", "straight_through"):
+        del values["quantizer"][name]
+    (folder / "config.json").write_text(json.dumps(values))
+    old = VQGAN.from_pretrained(folder)
+    codes = model.encode(make_image())
+    assert torch.equal(old.encode(make_image()), codes)
+    assert torch.equal(old.decode(codes), model.decode(codes))
+    # all that a fingerprint of before was made of: it would change with a key more
+    assert old.code_settings() == {
+        "kind": "vqgan", "resolution": 16, "attention_resolutions": (), "norm_groups": 8,
+        "quantizer": {"kind": "vq", "l2_normalize": True, "depth": 1, "levels": (), "spherical": False}}
+    assert list(old.code_tensors()) == ["codebook"]
 
 
 @pytest.mark.parametrize("norm", [group_norm(16, 4), torch.nn.LayerNorm(16)], ids=["group", "layer"])

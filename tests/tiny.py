@@ -83,6 +83,26 @@ def bert_folder(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def t5_folder(folder: Path, width: int = 24, seed: int = 0) -> Path:
+    """A T5 of two layers, as `transformers` saves one, with a vocabulary of words; captions end in </s>."""
+    import tokenizers
+    import transformers
+
+    words = sorted({word for caption in CAPTIONS for word in caption.split()})
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+                                         ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = transformers.T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                                   feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
 def matcher(seed: int = 0, **text) -> Matcher:
     """16 px, one layer of text, width 32; reads what `text_tokenizer` gives."""
     torch.manual_seed(seed)

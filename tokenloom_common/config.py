@@ -32,6 +32,9 @@ class StrictConfig(BaseModel):
     extra_keys: ClassVar[tuple[str, ...]] = ()
     """Keys that a section takes in a file or on the command line beside its fields (they are resolved when it is read)."""
 
+    renamed: ClassVar[dict[str, str]] = {}
+    """Keys of earlier releases, dotted -> what they are called now."""
+
     @classmethod
     def variants(cls) -> list[type[StrictConfig]]:
         """The classes that a section of this type can be: itself, or for an abstract one its families."""
@@ -50,6 +53,12 @@ def dotted_names(config_class: type[BaseModel], prefix: str = "") -> list[str]:
         for section in sections(field.annotation):
             names += dotted_names(section, f"{prefix}{name}.")
     return list(dict.fromkeys(names))
+
+
+def nearest_key(config_class: type[BaseModel], key: str) -> str:
+    """What to say after an unknown key: what it is called now, the nearest valid one, or all of them."""
+    now = getattr(config_class, "renamed", {}).get(key)
+    return f"; it is called '{now}' now" if now else nearest_name(key, dotted_names(config_class))
 
 
 def sections(annotation: Any) -> list[type[BaseModel]]:
@@ -78,7 +87,7 @@ def explain(config_class: type[BaseModel], error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{nearest_name(key, dotted_names(config_class))}{more}"
+        return f"unknown key '{key}'{nearest_key(config_class, key)}{more}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"missing key '{key}'{more}"

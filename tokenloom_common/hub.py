@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenloom_common.errors import MissingFileError, RunFailedError, UserError
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.md")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.md", "merges.txt", "*/merges.txt")
 """What is fetched of a hub repository: nothing that can be executed, no pickle."""
 OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "*.model")
 """What a push deletes of a repository when the new model has no such file: an index of old shards would win over the new."""

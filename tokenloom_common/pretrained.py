@@ -117,14 +117,15 @@ def _plain_card(model: PretrainedModule) -> str:
 
 
 class SavedAsConfig:
-    """What has no weights of its own: its folder is config.json."""
+    """What has no weights of its own: its folder is config.json, and what a class writes beside it (`own_files`)."""
 
     kind: ClassVar[str]
+    own_files: ClassVar[tuple[str, ...]] = ("config.json",)
     config: Any
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json; the folder appears whole."""
-        with atomic_folder(Path(folder), ("config.json",)) as aside:
+        """Write its files; the folder appears whole."""
+        with atomic_folder(Path(folder), self.own_files) as aside:
             self.write_files(aside)
         return Path(folder)
 

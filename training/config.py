@@ -5,16 +5,16 @@ An unknown key is an error that names the nearest valid one; the merged config i
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from tokenizer_image import KINDS, ImageTokenizerConfig, TokenizerLossConfig, VQGANConfig, preset
 from tokenizer_image.adversarial import AdversarialConfig
-from tokenloom_common.config import StrictConfig, explain, merge, read_mapping
+from tokenloom_common.config import StrictConfig, explain, merge
 from tokenloom_common.errors import choose
-from tokenloom_common.pretrained import resolve_folder
 from training.optim_config import DiscriminatorOptimConfig, OptimConfig
+from training.start_folders import tokenizer_of_start
 
 VQGAN_KIND = VQGANConfig().kind
 
@@ -177,9 +177,15 @@ class RunConfig(StrictConfig):
 class TokenizerTrainConfig(TrainConfig):
     """What only the training of an image tokenizer has."""
 
-    trained_part: Literal["all", "decoder"] = Field("all", description="decoder: codes stay as train.start_from has them, "
-                                                    "only the way from codes to pixels learns")
-    start_from: str | None = Field(None, description="folder of a trained image tokenizer whose weights are taken over")
+    trained_part: Literal["all", "decoder"] = Field("all", description="decoder: codes stay as init_from has them, only the "
+                                                    "way from codes to pixels learns")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, values: Any) -> Any:
+        """`start_from: null` of a config.yaml from before init_from meant nothing."""
+        unset = isinstance(values, dict) and "start_from" in values and values["start_from"] is None
+        return {name: value for name, value in values.items() if name != "start_from"} if unset else values
 
 
 class CodebookHealthConfig(StrictConfig):
@@ -192,7 +198,11 @@ class CodebookHealthConfig(StrictConfig):
 class TokenizerRunConfig(RunConfig):
     """training/train_tokenizer.py: images -> an image tokenizer."""
 
+    renamed: ClassVar[dict[str, str]] = {"train.start_from": "init_from"}
+
     data: DataConfig
+    init_from: str | None = Field(None, description="folder or hub id of a trained image tokenizer, or of a model folder that "
+                                  "has one: its weights are where this one starts, and model.* is taken from there")
     model: SerializeAsAny[ImageTokenizerConfig] = VQGANConfig()
     loss: TokenizerLossConfig = TokenizerLossConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
@@ -203,15 +213,13 @@ class TokenizerRunConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _model_of_the_start(cls, values: Any) -> Any:
-        """A model that is not described is the one of train.start_from."""
-        if not isinstance(values, dict) or not isinstance(values.get("train"), dict):
+        """A model that is not described is the one of init_from."""
+        if not isinstance(values, dict) or values.get("init_from") is None:
             return values
-        start, model = values["train"].get("start_from"), values.get("model")
-        if start is None or (model and not isinstance(model, dict)) or {"kind", "preset"} & set(model or {}):
+        model = values.get("model") or {}
+        if not isinstance(model, dict) or {"kind", "preset"} & set(model):
             return values
-        base = read_mapping(resolve_folder(start) / "config.json")
-        base.pop("schema_version", None)
-        return {**values, "model": merge(base, model or {})}
+        return {**values, "model": merge(tokenizer_of_start(values), model)}
 
     @field_validator("model", mode="before")
     @classmethod
@@ -239,9 +247,9 @@ class TokenizerRunConfig(RunConfig):
         if self.train.compile:
             raise ValueError("train.compile: the codebook of an image tokenizer changes itself inside a step, which breaks "
                              "compiled code up; leave it out")
-        self.model.check_encodes(self.train.start_from or "model")
-        if self.train.trained_part == "decoder" and not self.train.start_from:
-            raise ValueError("train.trained_part 'decoder' needs train.start_from, the tokenizer whose codes are kept")
+        self.model.check_encodes(self.init_from or "model")
+        if self.train.trained_part == "decoder" and self.init_from is None:
+            raise ValueError("train.trained_part 'decoder' needs init_from, the tokenizer whose codes are kept")
         own = getattr(self.model, "output", None) == "logit_laplace" and self.train.trained_part != "decoder"
         if not (own or self.loss.l1_weight or self.loss.l2_weight or self.loss.perceptual_weight):
             raise ValueError("loss: no term of the picture has a weight, so there is nothing to learn; set l1_weight, "

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from tokenloom_common.config import StrictConfig, dotted_names, merge, read_mapping, sections
+from tokenloom_common.config import StrictConfig, dotted_names, merge, nearest_key, read_mapping, sections
 from tokenloom_common.errors import UserError, nearest_name
 
 Config = TypeVar("Config", bound=StrictConfig)
@@ -54,7 +54,7 @@ def _load(config_class: type[Config], argv: Sequence[str], prog: str, descriptio
     # these replace their section, so they go before what is set in it
     for name, value in sorted(overrides, key=lambda override: not override[0].endswith((".kind", ".preset"))):
         if name not in valid:
-            raise UserError(f"unknown option '--{name}'{nearest_name(name, valid)}")
+            raise UserError(f"unknown option '--{name}'{nearest_key(config_class, name)}")
         if name.endswith(".kind"):
             values = _with_default_kind(config_class, values, name)
         values = merge(values, _nested(name, value if _is_text(config_class, name) else _scalar(name, value)))

@@ -114,7 +114,8 @@ def _stand_ins(config_class: type[RunConfig], given: set[str], values: dict[str,
         first, _, rest = key.partition(".")
         section = values.get(first)
         present = isinstance(section, dict) and rest in section if rest else first in values
-        if first in config_class.model_fields and key not in given and not present:
+        brought = key == "image_tokenizer" and ("init_from" in given or values.get("init_from") is not None)
+        if first in config_class.model_fields and key not in given and not present and not brought:
             added += [f"--{key}", value]
     return added
 

@@ -17,6 +17,7 @@ from tokenloom_common.errors import choose, nearest_name
 
 DEFAULT_PRESET = "small"
 _STAND_INS = {"text_vocab_size": 300, "text_length": 16, "codebook_size": 16, "grid": (4, 4)}
+_FEATURES = {"text_vocab_size": None, "text_feature_width": 8}
 
 
 class TransformerSettings(StrictConfig):
@@ -66,7 +67,9 @@ def read_settings(values: dict[str, Any]) -> TransformerSettings:
     choose(KINDS, kind, "model.kind")
     try:
         settings = SETTINGS[kind].model_validate({**values, "kind": kind, "preset": name})
-        KINDS[kind].config_class.model_validate({**_STAND_INS, **settings.resolved()})
+        resolved = settings.resolved()
+        text = _FEATURES if resolved.get("encoder_layers") == 0 else {}  # which text ids cannot do without
+        KINDS[kind].config_class.model_validate({**_STAND_INS, **text, **resolved})
     except ValidationError as error:
         raise ValueError(explain(SETTINGS[kind], error)) from None
     return settings

@@ -10,7 +10,8 @@ from typing import Any
 from inference.estimate_cli import PRESET_SIZES, grid_of
 from inference.matcher import Matcher, MatcherConfig
 from inference.matcher_folder import find_matcher_folder
-from seq2seq import ClassLabels, FrozenTextEncoder, load_text_source
+from seq2seq import ClassLabels, FrozenTextEncoder, TransformerConfig, load_text_source
+from seq2seq.config import DERIVED
 from tokenizer_image import KINDS, ImageTokenizerConfig
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError, choose
@@ -19,6 +20,7 @@ from training.config import DataConfig, RunConfig
 from training.data.token_shards import INDEX_NAME, read_index
 from training.matcher_config import MatcherRunConfig
 from training.pictures import open_pictures
+from training.start_folders import CONFIGS, IMAGE_FOLDER, find_start
 from training.text_input import DEFAULT_TEXT_LENGTH, DEFAULT_VOCAB_SIZE
 from training.token_config import Seq2SeqRunConfig, TextConfig
 
@@ -26,6 +28,7 @@ DEFAULTS: dict[str, Any] = {**PRESET_SIZES, "text_length": DEFAULT_TEXT_LENGTH, 
                             "feature_width": 768, "rows": None}
 """Option -> what is assumed where neither it nor a file says. 768: the width of T5's and BERT's base models."""
 DEFAULT_CLASSES = 1000
+_LIVE_ENCODER = "the frozen text encoder, which encodes captions as they come (no text.feature_cache)"
 
 
 class Sizes:
@@ -77,15 +80,23 @@ def _pictures(data: DataConfig) -> int | None:
 
 
 def _transformer(config: Seq2SeqRunConfig, sizes: Sizes) -> tuple[dict[str, Any], int | None]:
-    tokenizer = _image_tokenizer(config.image_tokenizer)
+    start = find_start(config.init_from, CONFIGS) if config.init_from else None
+    named = config.image_tokenizer or (str(start.folder / IMAGE_FOLDER) if start else "")
+    tokenizer = _image_tokenizer(named)
     index = read_index(config.data.path) if (Path(config.data.path) / INDEX_NAME).is_file() else None
     rows = None
     if index is not None:
         rows = choose(index.splits, config.data.split, f"split of {config.data.path}").rows
     elif config.data.on_the_fly:
         if tokenizer is not None:
-            tokenizer.check_encodes(config.image_tokenizer)
+            tokenizer.check_encodes(named)
         rows = _pictures(config.data)
+    if start is not None:
+        theirs = start.config()
+        derived = {name: getattr(theirs, name) for name in DERIVED} | _sizes_of_start(theirs, sizes)
+        if config.text.kind == FrozenTextEncoder.kind and not config.text.feature_cache:
+            sizes.not_counted.append(_LIVE_ENCODER)
+        return {"model": config.model.build(derived), "tokenizer": tokenizer}, sizes.take("rows", rows)
     grid: Any = None if tokenizer is None else tokenizer.grid
     codes = None if tokenizer is None else tokenizer.codebook_size
     if index is not None:
@@ -97,6 +108,14 @@ def _transformer(config: Seq2SeqRunConfig, sizes: Sizes) -> tuple[dict[str, Any]
     if layout is not None:
         derived |= {"layout_kind": layout.kind, "layout_classes": layout.classes, "layout_grid": layout.grid}
     return {"model": config.model.build(derived), "tokenizer": tokenizer}, sizes.take("rows", rows)
+
+
+def _sizes_of_start(config: TransformerConfig, sizes: Sizes) -> dict[str, Any]:
+    """Those that a folder of init_from says; an option that says one too is refused."""
+    options = {"grid": "grid", "codebook_size": "codebook_size", "text_length": "text_length", "text_vocab_size": "vocab_size",
+               "text_feature_width": "feature_width"}
+    found = {name: getattr(config, name) for name in options}
+    return {name: sizes.take(options[name], value) for name, value in found.items() if value is not None}
 
 
 def _image_tokenizer(name: str) -> ImageTokenizerConfig | None:
@@ -116,7 +135,7 @@ def _text(text: TextConfig, sizes: Sizes, start_from: str | None = None) -> dict
                 "text_feature_width": tower.text_feature_width, "text_length": sizes.take("text_length", tower.text_length)}
     if text.kind == FrozenTextEncoder.kind:
         if not text.feature_cache:
-            sizes.not_counted.append("the frozen text encoder, which encodes captions as they come (no text.feature_cache)")
+            sizes.not_counted.append(_LIVE_ENCODER)
         path = Path(text.encoder or "") / "config.json"
         known = read_mapping(path) if path.is_file() else {}
         width = known.get("hidden_size") or known.get("d_model")

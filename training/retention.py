@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tokenloom_common.files import write_json_atomic
 from training.config import CheckpointConfig
+from training.start_folders import MANIFEST
 from training.validation import Measured
 
-MANIFEST = "MANIFEST.json"
 MEASURED = "measured"  # in a manifest: what the held-out split says of this step
 BEST = "best.json"
 

@@ -31,14 +31,16 @@ from training.agreement import by_dotted_name, check_same
 from training.config import RunConfig
 from training.config_loading import dump_config
 from training.process_group import Processes
-from training.retention import BEST, MANIFEST, MEASURED, delete_old
+from training.retention import BEST, MEASURED, delete_old
+from training.start_folders import MANIFEST
 from training.validation import Measured
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = OLDEST_SCHEMA = 1
 OUTPUTS = ("config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "latest.json", "model", "validation.json",
-           "curves.png", "codebook.png", "text_tokenizer", "incidents", "report.html", BEST, "tensorboard", "wandb", "wandb-id")
+           "curves.png", "codebook.png", "text_tokenizer", "tokenizer_image", "incidents", "report.html", BEST, "tensorboard",
+           "wandb", "wandb-id")
 FULL_BYTES = 1 << 20  # free space below which a failed write is one for lack of space
 RANKS = "ranks"  # folder with one file a process: random state and what the task keeps
 TASK = "task."

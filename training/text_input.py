@@ -47,7 +47,7 @@ class CaptionRows(Protocol):
 def choose_text_source(text: TextConfig, data: CaptionRows, kept: Path | None) -> TextSource:
     """The one that is named; or the one at `kept`, of the run that is continued; or a new one made of the captions."""
     if text.kind == FrozenTextEncoder.kind:
-        return FrozenTextEncoder.load(text.encoder or "", text.text_length or DEFAULT_TEXT_LENGTH)
+        return FrozenTextEncoder.load(text.encoder or "", text.text_length or DEFAULT_TEXT_LENGTH, padding=text.padding)
     if text.tokenizer:
         return load_text_source(text.tokenizer)
     if kept is not None and kept.is_dir():
@@ -58,6 +58,8 @@ def choose_text_source(text: TextConfig, data: CaptionRows, kept: Path | None) -
     if text.kind == ClassLabels.kind:
         rows = (data.captions(row) for row in range(len(data)))
         return ClassLabels.collect(captions[0] for captions in rows if captions)
+    if text.kind != TextTokenizer.kind:
+        raise UserError(f"text.kind {text.kind} is not made of captions here; name the folder of one with text.tokenizer")
     return TextTokenizer.train(data.all_captions(), text.vocab_size or DEFAULT_VOCAB_SIZE,
                                text.text_length or DEFAULT_TEXT_LENGTH)
 
@@ -81,6 +83,7 @@ class CachedFeatures:
         """UserError when the folder holds features of another encoder or length."""
         self.encoder, self.config = encoder, encoder.config
         check_features(folder, encoder)
+        self._null = encoder.null_features  # of an empty caption, where the encoder's own are not read
         captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
         self._rows = {caption: row for row, caption in enumerate(captions)}
         self._features = numpy.load(folder / "features.npy", mmap_mode="r")
@@ -99,9 +102,13 @@ class CachedFeatures:
         features = torch.zeros(len(captions), length, width)
         mask = torch.zeros(len(captions), length, dtype=torch.bool)
         for row, caption in enumerate(captions):
+            if self._null is not None and not caption.strip():
+                features[row], mask[row] = self._null.float().cpu(), True
+                continue
             first, last = self._offsets[self._rows[caption]: self._rows[caption] + 2]
-            features[row, : last - first] = torch.from_numpy(self._features[first:last].astype(numpy.float32))
-            mask[row, : last - first] = True
+            at = slice(length - (last - first), length) if self.config.padding == "left" else slice(0, last - first)
+            features[row, at] = torch.from_numpy(self._features[first:last].astype(numpy.float32))
+            mask[row, at] = True
         return TextBatch(features, mask)
 
     def __getstate__(self) -> dict[str, Any]:

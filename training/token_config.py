@@ -6,10 +6,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from seq2seq import TEXT_SOURCES, ClassLabels, FrozenTextEncoder
 from seq2seq.losses import TokenLossConfig
 from tokenloom_common.config import StrictConfig
+from tokenloom_common.errors import choose
 from training.config import DataConfig, PicturesConfig, RunConfig
 from training.model_settings import TransformerSettings, read_settings
+from training.start_folders import with_start
 
 
 class TokenDataConfig(DataConfig):
@@ -100,15 +103,24 @@ class EncodeRunConfig(StrictConfig):
 class TextConfig(StrictConfig):
     """What the model reads: ids of a text tokenizer, a class, or the features of a frozen text encoder."""
 
-    kind: Literal["sentencepiece", "classes", "frozen"] = Field(
+    kind: str = Field(
         "sentencepiece", description="sentencepiece: captions as ids; classes: a row's first caption is its class, one learned "
         "vector each; frozen: features of a pretrained text encoder")
-    tokenizer: str | None = Field(None, description="folder of a trained text tokenizer; none = train one on the captions")
+    tokenizer: str | None = Field(None, description="folder of a trained text tokenizer (for sentencepiece also of a published "
+                                  "model's byte-pair encoding); none = train one on the captions")
     vocab_size: int | None = Field(None, ge=264, le=1 << 20, description="of the one that is trained; none = 2048")
     text_length: int | None = Field(None, ge=2, le=4096, description="ids per caption, the end included; none = 32")
     encoder: str | None = Field(None, description="folder or hub id of the text encoder, for kind frozen")
     feature_cache: str | None = Field(None, description="folder where its features are kept and found again; none = encode "
                                       "each caption whenever it comes")
+    padding: Literal["right", "left"] = Field("right", description="of short captions, for kind frozen; left: LlamaGen, whose "
+                                              "last text slot predicts the first token")
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        choose(TEXT_SOURCES, kind, "text.kind")
+        return kind
 
     @model_validator(mode="after")
     def _only_what_is_read(self) -> TextConfig:
@@ -117,6 +129,8 @@ class TextConfig(StrictConfig):
             raise ValueError("text.encoder, the folder or hub id of a text encoder, is for text.kind frozen, which needs it")
         if self.feature_cache and not frozen:
             raise ValueError(f"text.feature_cache is for text.kind frozen, not {self.kind}; leave it out")
+        if self.padding == "left" and not frozen:
+            raise ValueError(f"text.padding left is for text.kind frozen, not {self.kind}; leave it out")
         if frozen and (self.tokenizer or self.vocab_size):
             raise ValueError("text.kind frozen has a tokenizer of its own; leave text.tokenizer and text.vocab_size out")
         if self.kind == "classes" and (self.vocab_size or self.text_length):
@@ -148,7 +162,10 @@ class Seq2SeqRunConfig(RunConfig):
     """training/train_seq2seq.py: token shards -> the caption -> token transformer and the whole model folder."""
 
     data: TokenDataConfig
-    image_tokenizer: str = Field(description="folder of the image tokenizer that made the tokens")
+    init_from: str | None = Field(None, description="folder or hub id of a trained or converted model: its weights are where "
+                                  "this one starts; model.*, text.* and image_tokenizer are taken from there")
+    image_tokenizer: str | None = Field(None, description="folder of the image tokenizer that made the tokens; none = the one "
+                                        "of init_from's model folder")
     text: Seq2SeqTextConfig = Seq2SeqTextConfig()
     model: SerializeAsAny[TransformerSettings] = Field(default_factory=lambda: read_settings({}))
     loss: TokenLossConfig = TokenLossConfig()
@@ -159,6 +176,12 @@ class Seq2SeqRunConfig(RunConfig):
     sample_guidance: float = Field(3.0, ge=0, le=100, description="guidance scale of the sample grids and the exported default")
     sample_temperature: float = Field(1.0, ge=0, le=100, description="temperature of the sample grids and the exported default")
     sample_top_k: int = Field(256, ge=0, description="top-k of the sample grids and the exported default; 0 = off")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_start(cls, values: Any) -> Any:
+        """A model and a text input that are not described are those of init_from."""
+        return with_start(values) if isinstance(values, dict) and values.get("init_from") is not None else values
 
     @field_validator("model", mode="before")
     @classmethod
@@ -172,13 +195,18 @@ class Seq2SeqRunConfig(RunConfig):
         if predicts != bool(self.loss.text_weight):
             has, lacks = ("model.predict_text is true", "loss.text_weight is 0") if predicts else (
                 f"loss.text_weight is {self.loss.text_weight}", "model.predict_text is false")
-            raise ValueError(f"{has}, but {lacks}; set both or neither")
-        if predicts and self.text.kind != "sentencepiece":
+            remedy = "give the text a weight (DALL-E: 0.125)" if predicts and self.init_from else "set both or neither"
+            raise ValueError(f"{has}, but {lacks}; {remedy}")
+        if predicts and self.text.kind in (ClassLabels.kind, FrozenTextEncoder.kind):
             raise ValueError(f"model.predict_text needs text ids to predict; text.kind {self.text.kind} has none")
         return self
 
     @model_validator(mode="after")
     def _possible(self) -> Seq2SeqRunConfig:
+        if self.init_from is None and self.image_tokenizer is None:
+            raise ValueError("missing key 'image_tokenizer'")
+        if self.init_from is not None and self.text.start_from is not None:
+            raise ValueError("init_from brings the whole model, the text encoder of text.start_from too; leave one of them out")
         if self.train.weight_ema and self.deepspeed.zero_stage == 3:
             raise ValueError("train.weight_ema follows whole weights, which deepspeed.zero_stage 3 shards; use stage 2 or less")
         if self.text.kind == "frozen" and self.data.workers and not self.text.feature_cache:

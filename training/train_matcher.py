@@ -19,7 +19,7 @@ from torch import Tensor
 
 from inference.matcher import Matcher, MatcherConfig
 from inference.matcher_folder import MatcherScorer, save_matcher_folder
-from seq2seq import FrozenTextEncoder, TextSource
+from seq2seq import FrozenTextEncoder, TextSource, TextTokenizer
 from seq2seq.layers import recompute_activations
 from seq2seq.losses import masked_text_loss
 from tokenloom_common.errors import UserError, run_command
@@ -45,13 +45,13 @@ from training.plan import matcher_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
+from training.start_folders import TEXT_FOLDER
 from training.text_input import cached, choose_text_source
 from training.validation import Measured
 from training.weight_average import average_state, restore_average, weight_average
 
 log = logging.getLogger("training.train_matcher")  # under a launcher __name__ is "__main__"
 
-TEXT_FOLDER = "text_tokenizer"
 MATCHER = "matcher."  # the matcher's part of the objective's parameters
 
 
@@ -107,7 +107,11 @@ class MatcherTraining:
     def _text_source(self) -> TextSource:
         run = Path(self.config.run_dir)
         continued = self.config.checkpoint.resume != "never" and (run / "latest.json").is_file()
-        return choose_text_source(self.config.text, self.source, run / TEXT_FOLDER if continued else None)
+        found = choose_text_source(self.config.text, self.source, run / TEXT_FOLDER if continued else None)
+        if self.config.loss.mlm_weight and found.kind != TextTokenizer.kind:
+            raise UserError(f"loss.mlm_weight hides ids of a SentencePiece tokenizer, and text.tokenizer "
+                            f"{self.config.text.tokenizer} is of kind {found.kind}; set it to 0, or leave text.tokenizer out")
+        return found
 
     def _keep_text_source(self) -> None:
         folder = self.run_state.run_dir / TEXT_FOLDER

@@ -43,6 +43,7 @@ from training.engine import Engine, resolve_precision
 from training.evaluation.pictures import plot_positions
 from training.fits import refuse_what_cannot_fit
 from training.flops import forward_flops
+from training.init_from import check_codes, check_start, image_tokenizer_folder, model_of_start, open_start, text_source_of
 from training.log import sample_path
 from training.loop import Task
 from training.model_card import seq2seq_card
@@ -52,8 +53,9 @@ from training.plan import seq2seq_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
+from training.start_folders import IMAGE_FOLDER, TEXT_FOLDER, facts_of_run
 from training.text_input import cached
-from training.text_start import check_text_start, take_text_encoder, text_source_of_run
+from training.text_start import check_text_start, take_text_encoder
 from training.token_config import Seq2SeqRunConfig
 from training.token_validation import HeldOut, validation_loss
 from training.validation import Measured
@@ -62,7 +64,6 @@ from training.weight_average import average_state, restore_average, weight_avera
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
 
 SAMPLE_PICTURES = 8
-TEXT_FOLDER = "text_tokenizer"
 
 
 class Seq2SeqTraining:
@@ -72,28 +73,36 @@ class Seq2SeqTraining:
         self.config, self.group = config, group
         precision = resolve_precision(config, group.device)
         deepspeed_json(config, group.world_size, precision, parameters=1)  # a batch that cannot be divided is refused now
-        self.image_tokenizer = group.first_then_others(lambda: load_tokenizer(config.image_tokenizer))
+        kept = self._kept_text()
+        start = group.first_then_others(lambda: open_start(config)) if kept is None else None
+        self.image_tokenizer_folder = image_tokenizer_folder(config, start)
+        self.image_tokenizer = group.first_then_others(lambda: load_tokenizer(self.image_tokenizer_folder))
         self.fingerprint = code_fingerprint(self.image_tokenizer)
+        if start is not None:
+            group.first_does(lambda: check_codes(start, self.image_tokenizer, self.fingerprint, self.image_tokenizer_folder))
         self.shards = self._open(config.data.split)
         self.held_out = self._open(config.data.validation_split) if config.data.validation_split else None
         self.order = token_order(config.data, self.shards, config.seed)
         self.drops = (PictureDrops(config.data, self.shards.source, group) if isinstance(self.shards, PictureTokens) else None)
-        together = group.first_then_others if config.text.kind == FrozenTextEncoder.kind else group.first_does
-        kept = self._kept_text()
-        self.text_source: TextSource = together(lambda: text_source_of_run(config.text, self.shards, kept))
+        loaded = config.init_from is not None or config.text.kind == FrozenTextEncoder.kind
+        together = group.first_then_others if loaded else group.first_does
+        self.text_source: TextSource = together(lambda: text_source_of(config, self.shards, start, kept))
         model_config = self._model_config()
+        if start is not None:
+            group.first_does(lambda: check_start(start, model_config))
         check_losses(config, model_config)
         group.first_does(lambda: refuse_what_cannot_fit(
             seq2seq_plan(config, precision, model_config, self.image_tokenizer.config), group))
         start_from = config.text.start_from
         if start_from and kept is None:
             group.first_does(lambda: check_text_start(model_config, start_from))
+        begun = group.first_then_others(lambda: model_of_start(model_config, start)) if start is not None else None
         self.run_state = RunState(config, group, self._facts(model_config))
         self.run_state.prepare()
-        group.first_does(self._keep_text_source)
-        self.visits, self.collate = self._visits(config.text.kind == ClassLabels.kind)
+        group.first_does(self._keep_tokenizers)
+        self.visits, self.collate = self._visits(self._classes())
         seed_everything(config.seed, 0)  # the same weights on every process
-        self.model = KINDS[config.model.kind](model_config)
+        self.model = begun if begun is not None else KINDS[config.model.kind](model_config)
         recompute_activations(self.model, config.train.gradient_checkpointing)
         if start_from and self.run_state.resume_from is None:
             if kept is not None:
@@ -109,12 +118,12 @@ class Seq2SeqTraining:
     def _open(self, split: str) -> TokenShards | PictureTokens:
         data = self.config.data
         if data.on_the_fly:
-            self.image_tokenizer.config.check_encodes(self.config.image_tokenizer)
+            self.image_tokenizer.config.check_encodes(self.image_tokenizer_folder)
             source = self.group.first_then_others(lambda: open_training_pictures(data, split))
             return PictureTokens(source, self.image_tokenizer, self.fingerprint)
         shards = self.group.first_then_others(lambda: TokenShards(data.path, split))
         check_same_tokenizer(shards.index, data.path, self.image_tokenizer.codebook_size, self.image_tokenizer.grid,
-                             self.fingerprint, self.config.image_tokenizer)
+                             self.fingerprint, self.image_tokenizer_folder)
         return shards
 
     def _visits(self, first_caption: bool) -> tuple[Any, CollateTokens | CollatePictures]:
@@ -133,6 +142,8 @@ class Seq2SeqTraining:
         facts: dict[str, Any] = {"model": {"kind": model.kind, **model.plain()}, "data rows": len(self.shards)}
         if self.config.train.weight_ema:
             facts["weight_ema"] = True
+        if self.config.init_from:
+            facts["init_from"] = self.config.init_from
         if self.config.text.start_from:
             facts["text.start_from"] = self.config.text.start_from
         if self.config.optim.name != "adamw":
@@ -142,13 +153,18 @@ class Seq2SeqTraining:
     def _kept_text(self) -> Path | None:
         """The text tokenizer of the run that is continued."""
         run = Path(self.config.run_dir)
-        continued = (run / "latest.json").is_file() and any((run / "checkpoints").glob("step-*"))
-        return run / TEXT_FOLDER if continued and self.config.checkpoint.resume != "never" else None
+        return None if facts_of_run(run, self.config.checkpoint.resume) is None else run / TEXT_FOLDER
 
-    def _keep_text_source(self) -> None:
-        folder = self.run_state.run_dir / TEXT_FOLDER
-        if not folder.exists():
-            self.text_source.save_pretrained(folder)
+    def _keep_tokenizers(self) -> None:
+        """In the run folder, so that a run which is continued needs neither its captions nor init_from."""
+        run = self.run_state.run_dir
+        if not (run / TEXT_FOLDER).exists():
+            self.text_source.save_pretrained(run / TEXT_FOLDER)
+        if self.config.image_tokenizer is None and not (run / IMAGE_FOLDER).exists():
+            self.image_tokenizer.save_pretrained(run / IMAGE_FOLDER)
+
+    def _classes(self) -> bool:
+        return isinstance(self.text_source, ClassLabels)
 
     def _captions(self) -> Captions:
         """What gives the batches their text: the source itself, or its features from disk."""
@@ -264,7 +280,7 @@ class Seq2SeqTraining:
     def _measure(self, model: ImageTransformer) -> HeldOut:
         assert self.held_out is not None
         return validation_loss(model.to(self.group.device), self.held_out, self.collate, self.config.seed,
-                               first_caption=self.config.text.kind == ClassLabels.kind)
+                               first_caption=self._classes())
 
     def finish(self) -> None:
         """Measure the held-out split and export run_dir/model."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +41,8 @@ from training.plan import tokenizer_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
-from training.tokenizer_start import start_from
+from training.start_folders import facts_of_run
+from training.tokenizer_start import take_tokenizer
 from training.validation import Measured
 from training.weight_average import weight_average
 
@@ -113,13 +113,12 @@ class TokenizerTraining:
                 build_discriminator(self.config.adversarial.discriminator, self.config.model.resolution)
 
     def _build(self) -> ImageTokenizer:
-        """The tokenizer to train, fresh or from train.start_from, with what does not learn frozen."""
-        train = self.config.train
-        tokenizer = build_tokenizer(self.config.model).train()
-        begun = self.config.checkpoint.resume != "never" and (Path(self.config.run_dir) / "latest.json").is_file()
-        if train.start_from and not begun:  # else a checkpoint follows
-            folder, decoder_only = train.start_from, train.trained_part == "decoder"
-            self.group.first_then_others(lambda: start_from(tokenizer, folder, decoder_only))
+        """The tokenizer to train, fresh or from init_from, with what does not learn frozen."""
+        config, train = self.config, self.config.train
+        tokenizer = build_tokenizer(config.model).train()
+        folder = config.init_from
+        if folder and facts_of_run(config.run_dir, config.checkpoint.resume) is None:  # else a checkpoint follows
+            self.group.first_then_others(lambda: take_tokenizer(tokenizer, folder, train.trained_part == "decoder"))
         if train.trained_part == "decoder":
             tokenizer.freeze_codes()
         tokenizer.gradient_checkpointing = train.gradient_checkpointing

@@ -1,5 +1,6 @@
 """Published checkpoints in and out: other projects' weights as Tokenloom folders with equal numbers, and back."""
 
+from inference.checkpoints.export import EXPORTS, export_checkpoint
 from inference.checkpoints.kinds import KINDS, ConvertOptions, convert, from_checkpoint
 
-__all__ = ["KINDS", "ConvertOptions", "convert", "from_checkpoint"]
+__all__ = ["EXPORTS", "KINDS", "ConvertOptions", "convert", "export_checkpoint", "from_checkpoint"]

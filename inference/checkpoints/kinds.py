@@ -18,6 +18,7 @@ KINDS: dict[str, str] = {
     "diffusers-vq": "a VQModel folder of diffusers (aMUSEd's too)",
     "min-dalle": "min-dalle's encoder.pt, decoder.pt, detoker.pt, vocab.json and merges.txt",
     "dalle-mini": "DALL-E mini or mega: flax_model.msgpack with its config.json and tokenizer",
+    "vqgan-jax": "DALL-E mini's image tokenizer: flax_model.msgpack with its config.json",
     "janus-vq": "the image tokenizer of Janus, as transformers or DeepSeek saves it",
 }
 """Kind -> what it is. Its converter is `convert` in the module of that name (with _ for -), imported when it is used."""
@@ -28,7 +29,8 @@ class ConvertOptions:
     """What a source does not say itself. A kind refuses what it does not read."""
 
     config: Path | None = None
-    """taming: its yaml. llamagen-gpt: n_head, where the size is not a published one. Others: their own config, elsewhere."""
+    """taming: its yaml. llamagen-gpt: n_head, where the size is not a published one. min-dalle: attention_head_count, where
+    heads are not 64 wide. Others: their own config, elsewhere."""
     resolution: int | None = None
     """Pixels of a side, where the source does not say."""
     image_tokenizer: Path | None = None

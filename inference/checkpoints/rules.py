@@ -51,10 +51,13 @@ class ConvertedPart:
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
+    def built_on_meta(self) -> PretrainedModule:
+        """The model without its numbers."""
+        return build_on_meta(self.model_class, self.config)
+
     def check(self) -> None:
         """UserError that lists up to five missing, unexpected and mis-shaped tensors, before anything is written."""
-        model = build_on_meta(self.model_class, self.config)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.built_on_meta().state_dict().items()}
         assert wanted.keys() == self.rules.keys(), sorted(wanted.keys() ^ self.rules.keys())[:LISTED]
         needed = {source for rule in self.rules.values() for source in rule.sources}
         missing = sorted(needed - self.weights.keys())

@@ -30,33 +30,37 @@ class StandIn:
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+
+def empty_dict(*args: Any) -> dict:
+    """In the place of a mapping that is made by a call."""
+    return {}
 
 
 HARMLESS = (
     *(f"pytorch_lightning.callbacks.{name}" for name in (
         "model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping", "lr_monitor.LearningRateMonitor",
         "progress.ProgressBar", "gradient_accumulation_scheduler.GradientAccumulationScheduler")),
-    "pytorch_lightning.utilities.parsing.AttributeDict",
     *(f"omegaconf.{name}" for name in (
         "dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata", "nodes.AnyNode",
         "nodes.IntegerNode", "nodes.FloatNode", "nodes.StringNode", "nodes.BooleanNode")),
     "typing.Any", "argparse.Namespace", "pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath",
-    "collections.defaultdict", "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str",
+    "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str",
     "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct", "numpy.ndarray",
     "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "deepspeed.utils.tensor_fragment.fragment_address",
 )
 """Classes whose instances in a checkpoint are skipped; none of them is imported."""
+MAPPINGS: dict[str, Any] = {"pytorch_lightning.utilities.parsing.AttributeDict": dict, "collections.defaultdict": empty_dict}
+"""Kinds of mappings -> what is made in their place, since torch's unpickler fills plain ones only."""
 
 
 def read_torch_file(path: Path) -> Any:
     """What the file holds, its tensors memory-mapped on the CPU. UserError, one line, for anything that is not such a file."""
     _refuse_other_archives(path)
     try:
-        with torch.serialization.safe_globals([(StandIn, name) for name in HARMLESS]):
+        with torch.serialization.safe_globals([*((StandIn, name) for name in HARMLESS),
+                                               *((made, name) for name, made in MAPPINGS.items())]):
             _refuse_classes(path)
             mapped = zipfile.is_zipfile(path)  # torch wrote no zip before 1.6, and that kind cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -92,7 +96,7 @@ def _refuse_classes(path: Path) -> None:
     """UserError naming the first class that is neither torch's own nor harmless, before anything is unpickled."""
     if not zipfile.is_zipfile(path):
         return  # torch lists the classes of zip files only; the unpickler refuses the others' while it reads
-    unknown = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) if name not in HARMLESS]
+    unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(HARMLESS) - set(MAPPINGS)
     if unknown:
         raise _refused(path, *sorted(unknown))
 

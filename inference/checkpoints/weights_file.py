@@ -74,7 +74,7 @@ def _sharded(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
         raise UserError(f"{index}: not an index of shards (no weight_map)") from None
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(wanted.values())):
-        if Path(file).name != file or file.startswith("."):
+        if not file or Path(file).name != file or file.startswith("."):
             raise UserError(f"{index}: names a file outside its folder ({file!r}); refused")
         found = _one_file(index.parent / file, containers)
         lacking = [name for name, place in wanted.items() if place == file and name not in found]

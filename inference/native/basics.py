@@ -121,13 +121,13 @@ def largest_size(values, count):
 
 
 @compiled_part
-def normed(source, target, count, kind, gain):
-    """target = the norm of source: RMS (gain holds the root of the width too), layer norm, or source itself."""
+def normed(source, target, count, kind, gain, epsilon):
+    """target = the norm of source: RMS (gain holds the root of the width, epsilon the width too) or layer norm."""
     if kind == RMS:
         total = np.float32(0)
         for at in range(count):
             total += source[at] * source[at]
-        factor = np.float32(1) / max(np.sqrt(total), np.float32(1e-12))
+        factor = np.float32(1) / max(np.sqrt(total + epsilon), np.float32(1e-12))
         for at in range(count):
             target[at] = source[at] * factor * gain[at]
         return
@@ -138,7 +138,7 @@ def normed(source, target, count, kind, gain):
     spread = np.float32(0)
     for at in range(count):
         spread += (source[at] - mean) * (source[at] - mean)
-    factor = np.float32(1) / np.sqrt(spread / np.float32(count) + np.float32(1e-5))
+    factor = np.float32(1) / np.sqrt(spread / np.float32(count) + epsilon)
     for at in range(count):
         target[at] = (source[at] - mean) * factor * gain[at]
 

@@ -53,6 +53,16 @@ def norm_of(table, at):
 
 
 @compiled_part
+def put_normed(norm, source, target, count):
+    """target = source through a norm of a table."""
+    normed(source, target, count, norm[t.KIND], floats(norm[t.GAIN], count), np.int32(norm[t.EPSILON]).view(np.float32))
+    if norm[t.NORM_BIAS]:
+        bias = floats(norm[t.NORM_BIAS], count)
+        for at in range(count):
+            target[at] += bias[at]
+
+
+@compiled_part
 def private_parts(step, number):
     """Of thread `number`: addresses of largest sizes [M], normed rows [M, I], rounded rows [M, I], scores [S or T]."""
     start = step[t.PRIVATE] + number * step[t.PRIVATE_BYTES]
@@ -66,10 +76,8 @@ def prepared(step, number, norm, source, stride, inputs):
     """Rows [M, I] at `source`, normed, and rounded where matrices are int8 -> (address, stride)."""
     most_at, rows, rounded, _ = private_parts(step, number)
     if norm[t.KIND] != t.NO_NORM:
-        gain = floats(norm[t.GAIN], inputs)
         for row in range(step[t.ROWS]):
-            values = floats(source + row * stride * 4, inputs)
-            normed(values, floats(rows + row * inputs * 4, inputs), inputs, norm[t.KIND], gain)
+            put_normed(norm, floats(source + row * stride * 4, inputs), floats(rows + row * inputs * 4, inputs), inputs)
         source, stride = rows, inputs
     if not step[t.INT8]:
         return source, stride
@@ -134,7 +142,7 @@ def add_projected(step, number, team, norm, matrix, source, stride, after):
         hidden = floats(step[t.HIDDEN] + row * width * 4, width)
         values = floats(step[t.AFTER] + row * width * 4, width)
         if after[t.KIND] != t.NO_NORM:
-            normed(values, values, width, after[t.KIND], floats(after[t.GAIN], width))
+            put_normed(after, values, values, width)
         for at in range(first, last):
             hidden[at] += values[at]
     barrier()
@@ -145,7 +153,7 @@ def turn_head(step, head, gain_at, slot):
     """A head [d] in place: its norm (gain at `gain_at`), and rotary by its slot's cosines and sines."""
     width = step[t.HEAD_DIM]
     if gain_at:
-        normed(head, head, width, t.RMS, floats(gain_at, width))
+        normed(head, head, width, t.RMS, floats(gain_at, width), np.float32(0))
     if step[t.TURNS]:
         angles = floats(step[t.TURNS] + slot * width * 4, width)
         for pair in range(width // 2):
@@ -233,7 +241,8 @@ def attend_to_caption(step, number, layer, at, row, head):
         place = (stream * heads + head) * width * 4
         query = step[t.HEADS_IN] + place
         if gain:
-            normed(floats(query, width), floats(query, width), width, t.RMS, floats(gain + head * width * 4, width))
+            normed(floats(query, width), floats(query, width), width, t.RMS, floats(gain + head * width * 4, width),
+                   np.float32(0))
         attend(query, keys, values, length, width, step[t.HEADS_OUT] + place, scores, seen, 0)
 
 

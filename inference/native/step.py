@@ -108,7 +108,10 @@ class NativeStep:
     def _put_norm(self, table: np.ndarray, start: int, norm: Norm | None) -> None:
         if norm is not None:
             table[start + tables.GAIN] = self._address(norm.scaled if norm.rms else norm.gain)
+            table[start + tables.NORM_BIAS] = self._address(norm.bias)
             table[start + tables.KIND] = tables.RMS if norm.rms else tables.LAYER_NORM
+            epsilon = norm.epsilon * len(norm.gain) if norm.rms else norm.epsilon
+            table[start + tables.EPSILON] = np.float32(epsilon).view(np.int32)
 
     def _put_matrix(self, table: np.ndarray, start: int, projection: Projection) -> None:
         matrix = projection.matrix

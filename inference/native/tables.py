@@ -6,9 +6,10 @@ from __future__ import annotations
 WEIGHT, SCALE, BIAS, OUTPUTS, INPUTS = range(5)
 MATRIX = 5
 
-# A norm: the address of its gain, and its kind
-GAIN, KIND = range(2)
-NORM = 2
+# A norm: the addresses of its gain and its bias, its kind, and the bits of a float32 that is added under the root (of an RMS
+# norm, whose gain holds the root of the width, times the width)
+GAIN, NORM_BIAS, KIND, EPSILON = range(4)
+NORM = 4
 NO_NORM, RMS, LAYER_NORM = range(3)
 
 # Activations of the feed-forward block
@@ -35,7 +36,8 @@ NOTHING = FEED_AFTER + NORM  # where no norm is
 LAYER = NOTHING + NORM
 
 # A step: the model ...
-(LAYERS, LAYER_COUNT, WIDTH, HEADS, KV_HEADS, HEAD_DIM, CROSSES, GATED, ACTIVATION, INT8, FINAL_NORM, _, TO_LOGITS, _, _, _, _,
+(LAYERS, LAYER_COUNT, WIDTH, HEADS, KV_HEADS, HEAD_DIM, CROSSES, GATED, ACTIVATION, INT8, FINAL_NORM, _, _, _,
+ TO_LOGITS, _, _, _, _,
  TURNS,  # cosines and sines [S, d / 2, 2]
  # ... the rows and what they keep ...
  ROWS,  # M
@@ -56,4 +58,4 @@ LAYER = NOTHING + NORM
  AFTER,  # [M, D]
  PRIVATE, PRIVATE_BYTES,  # of each thread
  MOST_INPUTS,  # I of the widest matrix
- STEP) = range(41)
+ STEP) = range(43)

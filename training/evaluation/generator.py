@@ -22,6 +22,7 @@ from torch import Tensor
 
 from inference import SamplingParams, TextToImage
 from inference.scorer import ImageTextScorer
+from seq2seq import TextBatch
 from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError
@@ -163,9 +164,9 @@ def _layouts(model: TextToImage, column: str) -> Layouts | None:
 def _loss_sums(model: TextToImage, pixels: Tensor, captions: list[str], layout: Tensor | None) -> Tensor:
     """Nats at each position, summed over a batch of pixels [B, S, S, 3], with and without the captions: [2, N] float64."""
     tokens = codes_to_tokens(model.image_tokenizer.encode(pixels_to_float(pixels).to(model.device)))  # [B, N]
-    source = model.text_tokenizer
-    return torch.stack([token_losses(model.seq2seq, text, tokens, layout).sum(dim=0)
-                        for text in (source.encode(captions), source.null_caption(len(captions)))])
+    text = model.text_tokenizer.encode(captions)
+    without = TextBatch(*(part.expand(len(captions), *part.shape[1:]) for part in model.text_tokenizer.null_for(text)))
+    return torch.stack([token_losses(model.seq2seq, each, tokens, layout).sum(dim=0) for each in (text, without)])
 
 
 def look_at_samples(model: TextToImage, questions: Sequence[Question], params: SamplingParams, judges: Judges,

@@ -1,0 +1,26 @@
+"""Convert a checkpoint in a process of its own and print the most memory that it took, beyond what it had before, in bytes.
+
+python -m tests.peak_of_conversion KIND SRC OUT [RESOLUTION]
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+from inference.checkpoints import ConvertOptions, convert
+from inference.checkpoints.writing import write_converted
+
+
+def peak() -> int:
+    """Most bytes that this process ever had in memory, mapped files among them."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+if __name__ == "__main__":
+    kind, source, out = sys.argv[1:4]
+    resolution = int(sys.argv[4]) if len(sys.argv) > 4 else None
+    before = peak()
+    write_converted(convert(kind, Path(source), ConvertOptions(resolution=resolution)), source, out)
+    print(peak() - before)
