@@ -243,6 +243,7 @@ def entry(**values):
     lambda p: p.write_bytes(struct.pack("<Q", 0) + p.read_bytes()[8:]),
     lambda p: p.write_bytes(p.read_bytes()[:8] + b"\xff" + p.read_bytes()[9:]),
     entry(data_offsets=[0, 1 << 50]), entry(data_offsets=[64, 0]), entry(data_offsets=[-1, 63]), entry(data_offsets=[64, 128]),
+    lambda p: with_header(p, lambda header: header.update(a={"dtype": "F32", "shape": [0, 1 << 63], "data_offsets": [0, 0]})),
     entry(shape=[1 << 40]), entry(shape=[1 << 32, 1 << 32]), entry(shape=[-16]), entry(dtype="F9"), entry(dtype="F64"),
     lambda p: with_header(p, lambda header: header.clear()),
 ])
@@ -255,10 +256,12 @@ def test_a_file_that_lies_is_one_line(toy, damage):
 
 @pytest.mark.parametrize(("values", "words"), [
     ({"frozen": {"shape": [4, 4]}}, r"1 mis-shaped \(frozen \[4, 4\] instead of \[16\]\)"),
-    ({"frozen": {"shape": [16, 0, 1 << 62], "data_offsets": None}}, "not a whole|mis-shaped"),
+    ({"frozen": {"shape": [16] + [1] * 5000}}, r"1 mis-shaped \(frozen \[16, 1, 1[^]]{,80} instead of \[16\]\)"),
+    ({"frozen": {"dtype": "I32"}}, "frozen holds int32, the model float32"),
+    ({"linear.bias": {"dtype": "U32"}}, "linear.bias holds uint32, the model float32"),
+    ({"count": {"dtype": "F64"}}, "count holds float64, the model int64"),
 ])
-def test_shapes_are_compared_with_the_config(toy, values, words):
-    with_header(toy / WEIGHTS_NAME, lambda header: [header[name].update({k: v for k, v in one.items() if v is not None})
-                                                    for name, one in values.items()])
+def test_shapes_and_types_are_compared_with_the_config(toy, values, words):
+    with_header(toy / WEIGHTS_NAME, lambda header: [header[name].update(one) for name, one in values.items()])
     with pytest.raises(UserError, match=words):
         Toy.from_pretrained(toy)

@@ -57,7 +57,7 @@ def _tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 tensor = file.get_tensor(name)
                 yield name, tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
-    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:200]}); "
                         "copy or download it again") from None
 
@@ -90,7 +90,7 @@ def check_tensors(expected: dict[str, tuple], found: dict[str, tuple], folder: P
     problems = []
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(" ".join(name.split())[:100] for name in found.keys() - expected.keys())
-    shapes = [f"{n} {list(found[n])} instead of {list(expected[n])}"
+    shapes = [f"{n} {str(list(found[n]))[:80]} instead of {list(expected[n])}"
               for n in sorted(expected.keys() & found.keys()) if expected[n] != found[n]]
     for what, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes)):
         if names:
