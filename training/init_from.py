@@ -47,7 +47,6 @@ def open_start(config: Seq2SeqRunConfig) -> StartFolder | None:
                             "it was trained with, or give a whole model folder")
         return start
     given = [name for name in ("tokenizer", "vocab_size", "text_length") if getattr(text, name) is not None]
-    given += ["padding"] * (text.padding != "right")
     kind = read_mapping(start.folder / TEXT_FOLDER / "config.json").get("kind")
     if text.kind != kind:
         raise UserError(f"init_from {start.name}: its text.kind is {kind}, this run's {text.kind}; leave text.* out, or "
