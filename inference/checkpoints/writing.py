@@ -61,7 +61,7 @@ def _card(converted: ConvertedPart | ConvertedModel, source: str | Path, license
     if isinstance(converted, ConvertedModel):
         usage = usage.format(caption=_caption(converted))
     notes = "\n".join(f"- {note}" for note in converted.notes)
-    summary = f"{_ARTICLE[what]} {what} with another project's weights, converted by Tokenloom: the same numbers, in its format."
+    summary = f"{_ARTICLE[what]} {what} with another project's weights, converted by Tokenloom: the same numbers in its format."
     return model_card(CardFacts(
         title=Path(source).stem.replace("_", " "), summary=summary, usage=usage, pipeline_tag=_TAGS[what], tags=("converted",),
         facts=(("converted from", Path(source).name), ("parameters", f"{count_parameters(converted):,}")),
