@@ -1,6 +1,6 @@
 """Convert a checkpoint in a process of its own and print the most memory that it took, beyond what it had before, in bytes.
 
-python -m tests.peak_of_conversion KIND SRC OUT [RESOLUTION]
+python -m tests.peak_of_conversion KIND SRC OUT [RESOLUTION [CONFIG]]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def peak() -> int:
 if __name__ == "__main__":
     kind, source, out = sys.argv[1:4]
     resolution = int(sys.argv[4]) if len(sys.argv) > 4 else None
+    config = Path(sys.argv[5]) if len(sys.argv) > 5 else None
     before = peak()
-    write_converted(convert(kind, Path(source), ConvertOptions(resolution=resolution)), source, out)
+    write_converted(convert(kind, Path(source), ConvertOptions(config=config, resolution=resolution)), source, out)
     print(peak() - before)
