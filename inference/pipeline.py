@@ -158,8 +158,8 @@ class TextToImage(Pushable):
     def check_savable(self) -> None:
         """UserError unless the weights are those of the parts."""
         if self.weights in ("bfloat16", "int8"):
-            raise UserError(f"the generator's weights were rounded to {self.weights} when they were loaded; load the model with "
-                            "weights='float32' to save or push it")
+            raise UserError(f"the generator's weights were rounded to {self.weights} when they were loaded; load the model "
+                            "with weights='float32' to save or push it")
 
     def generate(self, prompt: str | Sequence[str], num_images: int = 1, params: SamplingParams | None = None,
                  seed: int | Sequence[int] = 0, batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None,

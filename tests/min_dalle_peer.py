@@ -116,7 +116,8 @@ def run_peer(folder: Path, states: dict[str, dict[str, Tensor]], caption: str, b
 def assert_equal(model: TextToImage, peer: Peer, caption: str) -> None:
     """Memory, the logits of every step, and the tokens of a greedy guided picture."""
     source = model.text_tokenizer
-    text, mask = (torch.cat(parts) for parts in zip(source.null_caption(), source.encode([caption]), strict=True))
+    given = source.encode([caption])
+    text, mask = (torch.cat(parts) for parts in zip(source.null_for(given), given, strict=True))
     with torch.no_grad():
         memory = model.seq2seq.encode_text(text, mask)
         logits = model.seq2seq.decode(memory, mask, peer.tokens[:, :-1].expand(2, -1)).image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.decode_min_dalle import _package
 from inference import SamplingParams, TextToImage
 from inference.checkpoints import from_checkpoint
+from inference.checkpoints.bart import multiplier
 from inference.checkpoints.kinds import ConvertOptions, convert
 from inference.checkpoints.min_dalle import detokenizer_part
 from tests.min_dalle_peer import TEXT_ROWS, assert_equal, detokenizer, published_states, run_peer, shaken_norms
@@ -50,8 +52,9 @@ def model(folder) -> TextToImage:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_min_dalles_loop_gives_our_logits_and_tokens(folder, model, states):
-    assert_equal(model, run_peer(folder, states, CAPTION), CAPTION)
+@pytest.mark.parametrize(("caption", "steps"), [(CAPTION, 256), ("an octopus and a heart " * 12, 32)], ids=["short", "cut"])
+def test_min_dalles_loop_gives_our_logits_and_tokens(folder, model, states, caption, steps):
+    assert_equal(model, run_peer(folder, states, caption, steps=steps), caption)
     assert model.default_params == SamplingParams(guidance_scale=16.0, top_k=256, temperature=1.0)
 
 
@@ -61,7 +64,7 @@ def test_the_config_says_what_the_files_are(folder, model):
     assert (config.width, config.heads, config.encoder_layers, config.decoder_layers) == (32, 2, 2, 2)
     assert torch.equal(model.seq2seq.begin_of_image, model.seq2seq.image_embedding.weight[-1])
     converted: Any = convert("min-dalle", folder, ConvertOptions(folder / "heads.json"))
-    assert [note.split(" are not")[0] for note in converted.seq2seq.notes] == ["16 scales of norms"]
+    assert [note[:18] for note in converted.notes] == ["16 scales of norms", "pictures come from"]
 
 
 def test_the_written_folder_is_the_same_model_in_half_the_bytes(tmp_path, folder, model, states):
@@ -138,6 +141,19 @@ def test_other_tensors_are_named(tmp_path, folder, states, side, name, change, w
     state = {key: tensor for key, tensor in states[side].items() if key != name}
     torch.save(state if change is None else {**state, name: change}, place / f"{side}.pt")
     with pytest.raises(UserError, match=words):
+        convert("min-dalle", place, ConvertOptions(folder / "heads.json"))
+
+
+@pytest.mark.parametrize(("inner", "width"), [(2730, 1024), (4096, 2048), (47, 35), (43, 37), (53, 38)])
+def test_a_multiplier_gives_the_inner_width_again(inner, width):
+    assert int(width * multiplier(inner, width)) == inner  # as x-transformers computes it
+
+
+def test_another_padding_than_min_dalles_is_refused(tmp_path, folder):
+    place = arrange(folder, tmp_path / "m", {name: name for name in ("encoder.pt", "decoder.pt", "merges.txt", "detoker.pt")})
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf8"))
+    (place / "vocab.json").write_text(json.dumps({**vocab, "<pad>": 2, "</s>": 1}))
+    with pytest.raises(UserError, match="<pad> is 2, and min-dalle takes 1"):
         convert("min-dalle", place, ConvertOptions(folder / "heads.json"))
 
 

@@ -24,6 +24,7 @@ from training import encode_dataset
 from training.data.batches import ItemId
 from training.data.drops import BadItem, DropCounter
 from training.data.encoding_plan import prepare
+from training.data.origin import data_origin
 from training.data.sources import open_dataset
 from training.data.token_shards import TokenShards
 from training.data.views import picture_views, view_names
@@ -77,7 +78,8 @@ def test_shards_hold_the_tokens_of_every_usable_picture(made, tmp_path, group):
     assert [file.rows for file in files] == [6, 5, 6, 3]
     assert shards.index.dropped == {"not an image": 1}
     assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == [
-        "tokens.json", *(file.name for file in files)]
+        "README.md", "tokens.json", *(file.name for file in files)]
+    assert data_origin(str(tmp_path / "tokens")).name == "data"
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]  # neither a folder aside nor a lock
 
 

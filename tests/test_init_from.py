@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from inference import SamplingParams, save_model_folder
 from inference.model_folder import LoadedModel, load_model_folder
 from seq2seq import TEXT_SOURCES, ClassLabels, ClassLabelsConfig, FrozenTextEncoder, TextSource
-from tests import launching, tiny
+from tests import launching, test_bpe_tokenizer, tiny
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
-from tokenloom_common.errors import UserError, run_command
+from tokenloom_common.errors import ResumeError, UserError, run_command
 from training.config import TokenizerRunConfig
 from training.config_loading import load_config
 from training.data.batches import MicroBatches
 from training.data.shapes import build_shapes
 from training.data.training_sets import TokenRows
+from training.init_from import open_start
 from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes
@@ -165,6 +166,8 @@ def test_a_run_goes_on_without_the_folder_that_it_began_from(made, tmp_path, gro
     losses = [[row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "run")]
     assert len(losses[0]) == 4
     assert losses[0] == losses[1]
+    with pytest.raises(ResumeError, match=r"init_from .*source then, .*decoder_only now"):  # another start is another run
+        Seq2SeqTraining(recipe(made / "tokens", tmp_path / "run", *more, "--init_from", made / "decoder_only"), group)
     again.finish()
     assert code_fingerprint(load_model_folder(tmp_path / "run/model").image_tokenizer) == code_fingerprint(tiny.vqgan())
     config = load_config(Seq2SeqRunConfig, ["--config", str(tmp_path / "run/config.yaml")], "train", "")
@@ -181,21 +184,23 @@ def test_a_transformer_alone_takes_the_tokenizers_that_are_named(made, tmp_path,
     assert loss == pytest.approx(evaluation_loss(load_model_folder(made / "encoder_decoder"), rows), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["classes", "frozen"])
+@pytest.mark.parametrize("kind", ["classes", "bpe", "frozen"])
 def test_every_text_input_comes_with_its_model(made, tmp_path, group, kind):
     if kind == "classes":
         text: TextSource = ClassLabels(ClassLabelsConfig(classes=tuple(tiny.CAPTIONS)))
         source = save(tmp_path / "source", text)
+    elif kind == "bpe":
+        source = save(tmp_path / "source", test_bpe_tokenizer.source(test_bpe_tokenizer.bpe_files(tmp_path)))
     else:
-        text = FrozenTextEncoder.load(str(tiny.bert_folder(tmp_path / "bert")), 8)
+        text = FrozenTextEncoder.load(str(tiny.bert_folder(tmp_path / "bert")), 8, padding="left")
         source = save(tmp_path / "source", text, tiny.seq2seq, encoder_layers=0)
     loss, rows = first_loss(source, made / "tokens", tmp_path / "run", group, *PLAIN)
     assert loss == pytest.approx(evaluation_loss(load_model_folder(source), rows), abs=1e-5)
     if kind == "classes":  # a row's first caption is its class
         assert set(rows.captions) <= set(tiny.CAPTIONS[:5])
-    else:
-        with pytest.raises(UserError, match=r"brings its text tokenizer; leave text\.padding out"):
-            first_loss(source, made / "tokens", tmp_path / "other", group, *PLAIN, "--text.padding", "left")
+    if kind == "frozen":
+        with pytest.raises(UserError, match=r"leave text\.padding out"):
+            open_start(recipe(made / "tokens", tmp_path / "run", "--init_from", source, "--text.padding", "right"))
 
 
 def test_a_text_input_that_cannot_be_made_of_captions_is_named(monkeypatch):
@@ -259,12 +264,6 @@ def test_what_does_not_fit_is_one_line_and_touches_nothing(made, tmp_path, group
 def test_an_image_tokenizer_is_asked_for_where_nothing_brings_one(made, tmp_path):
     with pytest.raises(UserError, match="missing key 'image_tokenizer'"):
         recipe(made / "tokens", tmp_path / "run")
-
-
-def test_another_start_is_another_run(made, tmp_path, group):
-    train(recipe(made / "tokens", tmp_path / "run", *PLAIN, "--init_from", made / "encoder_decoder"), group)
-    with pytest.raises(UserError, match=r"init_from .*encoder_decoder then, .*float16 now"):
-        Seq2SeqTraining(recipe(made / "tokens", tmp_path / "run", *PLAIN, "--init_from", made / "float16"), group)
 
 
 def test_an_estimate_reads_the_sizes_of_the_folder(run, made, tmp_path):

@@ -11,14 +11,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests import launching, tiny
+from tests.llamagen_reference import Sizes
+from tests.llamagen_reference import make_state as make_gpt
+from tests.vqgan_references import Shape
+from tests.vqgan_references import make_state as make_vqgan
 
 PAGES = [launching.REPOSITORY / "README.md", *sorted((launching.REPOSITORY / "docs").glob("*.md"))]
 FEWER = {"training/train_tokenizer.py": ["--train.steps", "2", "--train.batch_size", "4", "--model.channels", "32"],
          "training/train_seq2seq.py": ["--train.steps", "2", "--train.batch_size", "4", "--model.width", "64",
-                                       "--model.encoder_layers", "1", "--model.decoder_layers", "1"]}
+                                       "--model.encoder_layers", "1", "--model.decoder_layers", "1"],
+         "llamagen-gpt": ["--config", "heads.json"]}  # whose published sizes are known by their shapes
 NOT_RUN = ("git ", "make ")
 
 
@@ -41,6 +47,10 @@ def place(tmp_path_factory) -> Path:
         Image.new("RGB", (70, 80), (number * 20, 90, 200 - number * 10)).save(folder / "my_pictures" / f"p{number}.png")
         (folder / "my_pictures" / f"p{number}.txt").write_text(f"a picture of number {number}\n")
     Image.new("RGB", (30, 30), "red").save(folder / "cat.png")
+    published = Shape(names="llamagen", multipliers=(1,) * 5, attention=(4,))  # f16, as its codes are
+    torch.save({"model": make_vqgan(published)}, folder / "vq_ds16_c2i.pt")
+    torch.save({"model": make_gpt(Sizes(codes=published.codes, side=16, classes=1001))}, folder / "c2i_B_256.pt")
+    (folder / "heads.json").write_text('{"n_head": 2}')
     return folder
 
 

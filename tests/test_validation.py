@@ -105,6 +105,7 @@ def test_the_last_measurement_is_the_one_that_is_exported_and_is_not_made_again(
     assert list(measured(tmp_path)) == [2, 4, 5]
     assert len(calls) == 3
     assert json.loads((tmp_path / "validation.json").read_text())["loss"] == measured(tmp_path)[5]
+    assert f" | {measured(tmp_path)[5]:.4f} |" in (tmp_path / "model/README.md").read_text()
     alone = real(training.full_model(), training.held_out, training.collate, 0)
     assert alone.loss == measured(tmp_path)[5]
     fresh = train(config(made, tmp_path / "fresh", train={"steps": 5, "validate_every": 0}), group)
@@ -137,6 +138,7 @@ def test_a_tokenizer_measures_psnr(made, tmp_path, group):
     found = measured(tmp_path, "validation_psnr")
     assert list(found) == [2, 3]
     assert found[2] != found[3] == json.loads((tmp_path / "validation.json").read_text())["psnr"]
+    assert f"| held-out PSNR, dB, on `unseen_combination` | {found[3]:.4f} |" in (tmp_path / "model/README.md").read_text()
     assert (tmp_path / "codebook.png").is_file()  # lines of the held-out split have no codebook
 
 

@@ -56,9 +56,9 @@ class CardFacts:
 def model_card(facts: CardFacts) -> str:
     """The whole README.md: metadata between lines of dashes, then Markdown."""
     parts = [f"---\n{_metadata(facts)}\n---", f"# {facts.title}", facts.summary]
-    rows = [*facts.facts, *((f"{one.name}, on `{one.split or one.dataset}`", f"{one.value:.4g}") for one in facts.measured)]
+    rows = [*facts.facts, *((f"{one.name}, on `{one.split or one.dataset}`", f"{one.value:.4f}") for one in facts.measured)]
     if not facts.measured:
-        rows.append(("measured", "nothing"))
+        rows.append(("quality", "not measured"))
     parts.append("\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)]))
     parts.append(f"```python\n{facts.usage}\n```")
     if facts.notes:

@@ -74,6 +74,10 @@ def _with_tensors(kind: type[Any], config: StrictConfig, tensors: dict[str, Tens
     own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     check_tensors({name: shape for name, (shape, _) in own.items()},
                   {name: tuple(t.shape) for name, t in tensors.items()}, path)
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or tensor.is_floating_point() != own[name][1].is_floating_point:
+            theirs, ours = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, own[name][1]))
+            raise UserError(f"{path}: the weights do not fit config.json: {name} holds {theirs}, the model {ours}")
     if keeps_what_no_file_has(model):
         with Undrawn():
             model = kind(config)

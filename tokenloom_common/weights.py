@@ -30,6 +30,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     shards = _weight_map(folder)
     if shards is None:
         return dict(_tensors_of(folder / WEIGHTS_NAME))
+    for file in shards:
+        _check_there(folder / file)
     tensors: dict[str, Tensor] = {}
     for file, named in shards.items():
         found = dict(_tensors_of(folder / file))
@@ -43,15 +45,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _check_there(path: Path) -> None:
     if not path.is_file():
         raise MissingFileError(f"{path}: weights are missing; copy or download the model folder again")
+
+
+def _tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
+    _check_there(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 tensor = file.get_tensor(name)
                 yield name, tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
-    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:200]}); "
                         "copy or download it again") from None
 
@@ -83,8 +89,8 @@ def check_tensors(expected: dict[str, tuple], found: dict[str, tuple], folder: P
     """UserError that lists up to five missing, unexpected and mis-shaped tensors and the folder."""
     problems = []
     missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = [f"{n} {list(found[n])} instead of {list(expected[n])}"
+    unexpected = sorted(" ".join(name.split())[:100] for name in found.keys() - expected.keys())
+    shapes = [f"{n} {str(list(found[n]))[:80]} instead of {list(expected[n])}"
               for n in sorted(expected.keys() & found.keys()) if expected[n] != found[n]]
     for what, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes)):
         if names:

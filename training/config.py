@@ -128,6 +128,14 @@ class LogConfig(StrictConfig):
         return self
 
 
+class CardConfig(StrictConfig):
+    """What the model card of the export says beside what the run knows."""
+
+    license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.+-]*$", description="of the exported weights, as the Hub "
+                                "names it: apache-2.0, cc-by-4.0, other; none = the card says that nobody has chosen one")
+    notes: str | None = Field(None, description="Markdown that the card carries: intended use, limits, whom to ask")
+
+
 class RunConfig(StrictConfig):
     """What every training script shares."""
 
@@ -137,6 +145,7 @@ class RunConfig(StrictConfig):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    card: CardConfig = CardConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @model_validator(mode="after")

@@ -53,6 +53,8 @@ from training.data.encoding_plan import (
     remove_notes,
 )
 from training.data.layouts import Layouts
+from training.data.origin import OWN_FILES as ORIGIN_FILES
+from training.data.origin import data_origin, write_origin
 from training.data.sources import list_splits
 from training.data.token_shards import INDEX_NAME, SUFFIX, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
 from training.data.views import picture_views, view_names
@@ -64,7 +66,7 @@ from training.token_config import EncodeRunConfig
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
-OWN_FILES = (INDEX_NAME, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}", "*-?????-of-?????.parquet")
+OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}", "*-?????-of-?????.parquet")
 PATIENCE = timedelta(hours=12)
 """That processes wait for one another: one may have hours of shards before it when the others are done."""
 
@@ -259,6 +261,8 @@ class DatasetEncoder:
             tokenizer_fingerprint=self.fingerprint, codebook_size=self.tokenizer.codebook_size, grid=self.tokenizer.grid,
             views=view_names(self.config.views), layout=layouts, dropped=dict(found),
             splits={split: SplitIndex(rows=sum(file.rows for file in part), files=part) for split, part in files.items()}))
+        write_origin(data_origin(self.config.data.path), self.aside,
+                     "Image tokens and captions of this data, made by Tokenloom's encode_dataset; tokens.json says with what.")
         publish_folder(self.aside, self.out)
         remove_notes(self.out)
         if found:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from seq2seq import KINDS, FrozenTextEncoder, ImageTransformer, TextSource, TransformerConfig, load_text_source
+from seq2seq import (
+    KINDS,
+    FrozenTextConfig,
+    FrozenTextEncoder,
+    ImageTransformer,
+    TextSource,
+    TransformerConfig,
+    load_text_source,
+)
 from seq2seq.config import DERIVED
 from tokenizer_image import ImageTokenizer
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
-from tokenloom_common.pretrained import check_tensors, read_tensors
+from tokenloom_common.pretrained import Undrawn, read_config
+from tokenloom_common.weights import check_tensors, read_tensors
 from training.start_folders import IMAGE_FOLDER, TEXT_FOLDER, StartFolder, find_start
 from training.text_input import CaptionRows
 from training.text_start import text_source_of_run
@@ -38,11 +47,13 @@ def open_start(config: Seq2SeqRunConfig) -> StartFolder | None:
                             "it was trained with, or give a whole model folder")
         return start
     given = [name for name in ("tokenizer", "vocab_size", "text_length") if getattr(text, name) is not None]
-    given += ["padding"] * (text.padding != "right")
     kind = read_mapping(start.folder / TEXT_FOLDER / "config.json").get("kind")
     if text.kind != kind:
         raise UserError(f"init_from {start.name}: its text.kind is {kind}, this run's {text.kind}; leave text.* out, or "
                         "a recipe's with --text null")
+    if kind == FrozenTextEncoder.kind:
+        padding = read_config(start.folder / TEXT_FOLDER, kind, FrozenTextConfig).padding
+        given += [] if padding == text.padding else ["padding"]
     if given:
         raise UserError(f"init_from {start.name} brings its text tokenizer; leave text.{given[0]} out, or a recipe's text.* "
                         "with --text null")
@@ -114,7 +125,9 @@ def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransf
 
     UserError naming folder and tensors where the weights do not fit.
     """
-    model, folder = KINDS[config.kind](config), start.transformer
+    folder = start.transformer
+    with Undrawn():
+        model = KINDS[config.kind](config)
     tensors = read_tensors(folder)
     ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (model.state_dict(), tensors))
     check_tensors(ours, theirs, folder)

@@ -128,8 +128,9 @@ def with_start(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text_input(folder: Path) -> dict[str, Any]:
-    """text.kind of a text tokenizer's folder, and where a frozen text encoder is."""
-    path = folder / "config.json"
-    kind = read_mapping(path).get("kind")
-    encoder = read_config(folder, FrozenTextEncoder.kind, FrozenTextConfig).name if kind == FrozenTextEncoder.kind else None
-    return {"kind": kind, **({"encoder": encoder} if encoder else {})}
+    """text.kind of a text tokenizer's folder; of a frozen text encoder also where it is, and how it pads."""
+    kind = read_mapping(folder / "config.json").get("kind")
+    if kind != FrozenTextEncoder.kind:
+        return {"kind": kind}
+    encoder = read_config(folder, kind, FrozenTextConfig)
+    return {"kind": kind, "encoder": encoder.name, "padding": encoder.padding}

@@ -46,7 +46,7 @@ from training.flops import forward_flops
 from training.init_from import check_codes, check_start, image_tokenizer_folder, model_of_start, open_start, text_source_of
 from training.log import sample_path
 from training.loop import Task
-from training.model_card import model_card
+from training.model_card import seq2seq_card
 from training.optim import build_optimizer
 from training.pictures import PictureDrops, open_training_pictures, token_order
 from training.plan import seq2seq_plan
@@ -298,7 +298,7 @@ class Seq2SeqTraining:
             log.info("held-out loss: %.4f nats a token", held_out.loss)
         folder = save_model_folder(self.run_state.run_dir / "model", self.image_tokenizer.cpu(), model.cpu(),
                                    self.text_source, self.generation(),
-                                   model_card(self.config, model.config, len(self.shards),
+                                   seq2seq_card(self.config, model.config, len(self.shards),
                                               held_out.loss if held_out else None))
         log.info("model folder: %s", folder)
 

@@ -34,6 +34,7 @@ from training.fits import refuse_what_cannot_fit
 from training.flops import tokenizer_forward_flops
 from training.log import read_metrics, sample_path
 from training.loop import Task
+from training.model_card import tokenizer_card
 from training.optim import build_optimizer
 from training.pictures import PictureDrops, open_training_pictures, picture_order
 from training.plan import tokenizer_plan
@@ -241,19 +242,20 @@ class TokenizerTraining:
         return evaluate_reconstruction(model.to(self.group.device), self.held_out, quiet=quiet)
 
     def finish(self) -> None:
-        """Export run_dir/model and measure the held-out split."""
+        """Measure the held-out split and export run_dir/model."""
         model = self.full_model()
         counts = self.health.counts()
         self.drops.say()
         if not self.group.is_first:
             return
-        folder = model.save_pretrained(self.run_state.run_dir / "model")
         self._draw(counts)
+        report = None
         if self.held_out is not None:
             report = self._measured_at.get(self.config.train.steps) or self._measure(model)
             write_json_atomic(self.run_state.run_dir / "validation.json", report)
             log.info("held-out pictures: %.2f dB PSNR, %.1f %% of codes used", report["psnr"], 100 * report["codebook_usage"])
-        log.info("image tokenizer: %s", folder)
+        card = tokenizer_card(self.config, model, len(self.visits), report)
+        log.info("image tokenizer: %s", model.save_pretrained(self.run_state.run_dir / "model", card=card))
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -61,7 +61,8 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedModel:
     check_sizes(bart)
     part = bart_part(bart)
     text, notes = _text_tokenizer(path.parent, said, part.config.text_vocab_size, part.config.text_length)
-    return ConvertedModel(image_tokenizer, part, text, DEFAULTS, notes)
+    pictures = image_tokenizer.notes if isinstance(image_tokenizer, ConvertedPart) else ()
+    return ConvertedModel(image_tokenizer, part, text, DEFAULTS, (*part.notes, *pictures, *notes))
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedModel:
     if text.pad_id != PAD_ID:
         raise UserError(f"{files.vocab}: <pad> is {text.pad_id}, and min-dalle takes {PAD_ID} for padding; give its own file")
     detokenizer = detokenizer_part(read_weights(files.detokenizer), part.config.grid[0], files.detokenizer)
-    notes = ("pictures come from codes only: min-dalle has no image encoder",)
+    notes = (*part.notes, "pictures come from codes only: min-dalle has no image encoder")
     return ConvertedModel(detokenizer, part, text, DEFAULTS, notes)
 
 

@@ -17,6 +17,7 @@ _USAGE = {
     "image tokenizer": 'from tokenloom import load_tokenizer\n\ntokenizer = load_tokenizer("path/to/this/folder")\n'
                        "codes = tokenizer.encode(image)    # image [B, 3, S, S] in [-1, 1] -> codes [B, h, w]",
     "transformer": 'from seq2seq import load_transformer\n\nmodel = load_transformer("path/to/this/folder")'}
+_ARTICLE = {"text-to-image model": "A", "image tokenizer": "An", "transformer": "A"}
 _TAGS = {"text-to-image model": "text-to-image", "image tokenizer": "image-to-image", "transformer": None}
 
 
@@ -60,9 +61,9 @@ def _card(converted: ConvertedPart | ConvertedModel, source: str | Path, license
     if isinstance(converted, ConvertedModel):
         usage = usage.format(caption=_caption(converted))
     notes = "\n".join(f"- {note}" for note in converted.notes)
+    summary = f"{_ARTICLE[what]} {what} with another project's weights, converted by Tokenloom: the same numbers in its format."
     return model_card(CardFacts(
-        title=Path(source).stem.replace("_", " "), summary=f"A {what} with another project's weights, converted by Tokenloom: "
-        "the same numbers, in Tokenloom's format.", usage=usage, pipeline_tag=_TAGS[what], tags=("converted",),
+        title=Path(source).stem.replace("_", " "), summary=summary, usage=usage, pipeline_tag=_TAGS[what], tags=("converted",),
         facts=(("converted from", Path(source).name), ("parameters", f"{count_parameters(converted):,}")),
         license=license_name, source=f"`{Path(source).name}`",
         notes=f"## Assumed in the conversion\n\n{notes}" if notes else None, config=config.plain()))
