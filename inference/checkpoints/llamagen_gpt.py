@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.kinds import ConvertOptions
-from inference.checkpoints.rules import ConvertedPart, Rule, tensor_names
+from inference.checkpoints.rules import ConvertedPart, Rule, multiplier, tensor_names
 from inference.checkpoints.weights_file import find_weights, read_weights
 from inference.sampling import SamplingParams
 from seq2seq import ClassLabels, ClassLabelsConfig, DecoderOnly, DecoderOnlyConfig, FrozenTextEncoder, TextSource
@@ -196,14 +196,6 @@ def _shape(weights: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, i
     if len(shape) != 2 or min(shape) < 1:
         raise UserError(f"{path}: {name} is of shape {list(shape)}, expected a matrix")
     return shape[0], shape[1]
-
-
-def multiplier(inner: int, width: int) -> float:
-    """The factor whose product with the width is cut to exactly `inner`."""
-    factor = inner / width
-    while int(width * factor) < inner:
-        factor = math.nextafter(factor, math.inf)
-    return factor
 
 
 def _part(weights: Mapping[str, Tensor], config: DecoderOnlyConfig, path: Path, notes: tuple[str, ...]) -> ConvertedPart:
