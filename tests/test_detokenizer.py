@@ -83,7 +83,7 @@ def test_trainings_that_encode_refuse_it_in_one_line(made, tmp_path, group: Proc
         "model": {"preset": "debug"}, "train": {"steps": 1, "batch_size": 4, "precision": "float32"}}, "test")
     with pytest.raises(UserError, match=f"^{tokenizer} {NO_ENCODER}"):
         Seq2SeqTraining(run, group)
-    base = {"data": data, "run_dir": str(tmp_path / "run"), "train": {"steps": 1, "start_from": tokenizer}}
+    base = {"data": data, "run_dir": str(tmp_path / "run"), "train": {"steps": 1}, "init_from": tokenizer}
     with pytest.raises(UserError, match=f"{tokenizer} {NO_ENCODER}"):
         TokenizerRunConfig.parse(base, "test")
     with pytest.raises(UserError, match=f"model {NO_ENCODER}"):
