@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from benchmarks.decode_min_dalle import _package
 from inference import SamplingParams, TextToImage
 from inference.checkpoints import from_checkpoint
-from inference.checkpoints.bart import multiplier
 from inference.checkpoints.kinds import ConvertOptions, convert
 from inference.checkpoints.min_dalle import detokenizer_part
+from inference.checkpoints.rules import multiplier
 from tests.min_dalle_peer import TEXT_ROWS, assert_equal, detokenizer, published_states, run_peer, shaken_norms
 from tests.test_bpe_tokenizer import bpe_files
 from tokenizer_image import VQGAN

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.kinds import ConvertOptions
-from inference.checkpoints.rules import ConvertedPart, Rule, tensor_names
+from inference.checkpoints.rules import ConvertedPart, Rule, multiplier, tensor_names
 from inference.checkpoints.weights_file import find_weights, read_weights
 from inference.sampling import SamplingParams
 from seq2seq import ClassLabels, ClassLabelsConfig, DecoderOnly, DecoderOnlyConfig, FrozenTextEncoder, TextSource
@@ -146,6 +146,9 @@ def _grid(tokenizer: ImageTokenizer | None, given: ModelArgs, options: ConvertOp
                             f"{'square' if side is None else f'{side} x {side}'}; give the image tokenizer for that resolution")
         return (rows, columns), () if side else (f"grid {rows} x {columns}: the image tokenizer's; the file does not say it",)
     if side is not None:
+        if options.resolution not in (None, side * PIXELS_A_CODE):
+            raise UserError(f"--resolution {options.resolution}: its config's block_size {given.block_size} is {side} x {side} "
+                            f"codes, {side * PIXELS_A_CODE} px; leave --resolution out")
         return (side, side), ()
     if options.resolution is None:
         raise UserError(f"{path}: does not say its grid of codes; give --image-tokenizer DIR, --resolution PIXELS, or --config "
@@ -193,14 +196,6 @@ def _shape(weights: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, i
     if len(shape) != 2 or min(shape) < 1:
         raise UserError(f"{path}: {name} is of shape {list(shape)}, expected a matrix")
     return shape[0], shape[1]
-
-
-def multiplier(inner: int, width: int) -> float:
-    """The factor whose product with the width is cut to exactly `inner`."""
-    factor = inner / width
-    while int(width * factor) < inner:
-        factor = math.nextafter(factor, math.inf)
-    return factor
 
 
 def _part(weights: Mapping[str, Tensor], config: DecoderOnlyConfig, path: Path, notes: tuple[str, ...]) -> ConvertedPart:
