@@ -368,7 +368,7 @@ def test_files_that_are_not_whole_are_refused_with_what_they_lack(parts, tmp_pat
 
 
 @pytest.mark.parametrize(("sizes", "changes", "words"), [
-    (CLASSES, {"text_encoder": "x"}, "leave --text-encoder out"), (TEXT, {"classes": Path("x")}, "leave --classes out"),
+    (CLASSES, {"text_encoder": "x"}, "leave --text-encoder out"), (TEXT, {"classes": Path("README.md")}, "leave --classes out"),
     (CLASSES, {"config": None}, "2 layers of width 32 are no published size.*n_head"),
     (CLASSES, {"image_tokenizer": None}, "does not say its grid of codes"),
     (CLASSES, {"image_tokenizer": None, "resolution": 40}, "not a multiple of 16"),
@@ -392,6 +392,18 @@ def test_wrong_configs_are_refused(parts, tmp_path, text, words):
     (tmp_path / "config.yaml").write_text(text + "\n")
     with pytest.raises(UserError, match=words):
         convert("llamagen-gpt", tmp_path / "model.pt", options(parts, CLASSES, config=tmp_path / "config.yaml"))
+
+
+def test_a_resolution_that_its_config_denies_is_refused(tmp_path):
+    saved(tmp_path / "model.pt", CLASSES)
+    (tmp_path / "config.yaml").write_text("n_head: 2\nblock_size: 16\n")
+    given = {"config": tmp_path / "config.yaml", "image_tokenizer": None}
+    with pytest.raises(UserError, match="block_size 16 is 4 x 4 codes, 64 px; leave --resolution out"):
+        convert("llamagen-gpt", tmp_path / "model.pt", ConvertOptions(**given, resolution=128))
+    for resolution in (None, 64):
+        part = convert("llamagen-gpt", tmp_path / "model.pt", ConvertOptions(**given, resolution=resolution))
+        assert isinstance(part, ConvertedPart)
+        assert part.config.grid == (4, 4)
 
 
 @pytest.mark.parametrize(("line", "words"), [("Tench", r"line 3: 'Tench' again \(line 1\)"), ("", "line 3: empty")])

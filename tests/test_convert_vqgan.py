@@ -115,6 +115,19 @@ def test_a_yaml_of_another_model_is_refused_naming_the_field(tmp_path, changes, 
         from_checkpoint("taming", tmp_path / "last.ckpt", taming_yaml(tmp_path / "other.yaml", Shape(), **changes))
 
 
+def test_a_yaml_may_name_attention_that_no_level_has(tmp_path):
+    """taming passes over it."""
+    shape = Shape()
+    torch.save(lightning(make_state(shape)), tmp_path / "last.ckpt")
+    path = taming_yaml(tmp_path / "last.yaml", shape)
+    text = path.read_text()
+    path.write_text(text.replace("      - 4\n", "      - 4\n      - 5\n      - none\n"))
+    assert from_checkpoint("taming", tmp_path / "last.ckpt").config.attention_resolutions == (4,)
+    path.write_text(text.replace("double_z: false", "double_z: false\n      tanh_out: true"))
+    with pytest.raises(UserError, match="tanh_out true"):
+        from_checkpoint("taming", tmp_path / "last.ckpt")
+
+
 def test_renumbered_codes_are_refused(tmp_path):
     torch.save({"state_dict": {**make_state(Shape()), "quantize.used": torch.arange(5)}}, tmp_path / "last.ckpt")
     with pytest.raises(UserError, match=r"quantize\.used"):

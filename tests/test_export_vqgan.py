@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from tests import tiny
 from tests.test_convert_vqgan import GUMBEL, LLAMAGEN, SIDE, codes_and_pictures, lightning, pictures, taming_yaml, vq_model
 from tests.vqgan_references import Functions, Shape, make_state
 from tokenizer_image import VQGAN, VQGANConfig
+from tokenizer_image.config import AS_RELEASED
+from tokenizer_image.quantizer_config import QuantizerConfig
 from tokenloom_common.errors import UserError
 
 
@@ -73,6 +76,35 @@ def test_diffusers_loads_what_we_export_and_it_is_what_came_in(tmp_path):
     assert not any(report.values())
     for ours, theirs in zip(codes_and_pictures(loaded.eval()), codes_and_pictures(model), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_number_of_norm_groups_comes_back_from_diffusers(tmp_path):
+    """Its config says it, and any number of them is ours."""
+    model = VQGAN(VQGANConfig(resolution=SIDE, channels=16, channel_multipliers=(1, 2), num_res_blocks=1, norm_groups=8,
+                              attention_resolutions=(), z_channels=16, codebook_size=64,
+                              quantizer=QuantizerConfig(l2_normalize=False, **AS_RELEASED))).eval()
+    model.save_pretrained(tmp_path / "ours")
+    out = export_checkpoint("diffusers-vq", tmp_path / "ours", tmp_path / "theirs")
+    back = from_checkpoint("diffusers-vq", out, resolution=SIDE)
+    assert back.config == model.config
+    config = json.loads((out / "config.json").read_text())
+    for wrong in (5, "x", None, 0):
+        (out / "config.json").write_text(json.dumps({**config, "norm_num_groups": wrong}))
+        with pytest.raises(UserError, match="norm_groups"):
+            from_checkpoint("diffusers-vq", out, resolution=SIDE)
+    (out / "config.json").write_text(json.dumps({**config, "block_out_channels": 16}))
+    with pytest.raises(UserError, match="expected a width for each level"):
+        from_checkpoint("diffusers-vq", out, resolution=SIDE)
+
+
+def test_a_yaml_beside_the_exported_file_is_not_overwritten(tmp_path):
+    torch.save({"state_dict": make_state(Shape())}, tmp_path / "in.ckpt")
+    folder = written("taming", tmp_path / "in.ckpt", tmp_path / "ours", SIDE)
+    (tmp_path / "out.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.yaml: exists already"):
+        export_checkpoint("taming", folder, tmp_path / "out.ckpt")
+    assert (tmp_path / "out.yaml").read_text() == "mine"
+    assert not (tmp_path / "out.ckpt").exists()
 
 
 def test_diffusers_gets_equal_numbers_from_a_tokenizer_with_unit_codes(tmp_path):

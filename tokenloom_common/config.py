@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tokenloom_common.errors import MissingFileError, UserError, nearest_name
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is something else
+MAX_VALUES = 1 << 20  # in it, every alias of YAML written out: a few lines of them can stand for more than a memory holds
 
 
 class StrictConfig(BaseModel):
@@ -104,12 +105,26 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        count = _written_out(values, {})
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: JSON, dates and numbers that are none
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if count > MAX_VALUES:
+        raise UserError(f"{path}: cannot be read: its aliases stand for more than {MAX_VALUES:,} values, or for themselves")
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
     return values
+
+
+def _written_out(value: Any, known: dict[int, int]) -> int:
+    """How many values there are with every alias written out; more than MAX_VALUES for one that holds itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MAX_VALUES + 1  # until it is counted
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_written_out(one, known) for one in inner)
+    return known[id(value)]

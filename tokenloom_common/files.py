@@ -63,6 +63,20 @@ def refuse_others(path: Path, own: Sequence[str]) -> None:
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(f"{path}: holds other files ({', '.join(others[:3])}{more}), which would be lost; give another folder")
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: is replaced as a whole, which the folder that a command runs in cannot be; give a name")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file (a full disk), or one beside `path` that is to become it, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        beside = f".{path.name}."
+        if error.errno is not None and (error.filename is None or beside in str(error.filename)):
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -73,14 +87,15 @@ def atomic_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
     name fits none of the patterns in `own`.
     """
     refuse_others(path, own)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    aside.mkdir()
-    try:
-        yield aside
-        publish_folder(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        aside.mkdir()
+        try:
+            yield aside
+            publish_folder(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def publish_folder(aside: Path, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.export import EXPORTS, export_checkpoint
 from inference.checkpoints.kinds import KINDS, ConvertOptions, convert
 from inference.checkpoints.rules import ConvertedPart
-from inference.checkpoints.writing import write_converted
+from inference.checkpoints.writing import refuse_loss, write_converted
 from tokenloom_common.errors import OneLineParser, UserError
 
 
@@ -21,11 +22,7 @@ def convert_command(argv: Sequence[str] | None = None) -> int:
     if len(args.names) not in (2, 3):
         raise UserError(f"give [KIND] SRC OUT, got {len(args.names)} names; see tokenloom convert --help")
     kind, source, out = args.names if len(args.names) == 3 else (None, *args.names)
-    if args.resolution is not None and not 1 <= args.resolution <= 1 << 14:
-        raise UserError(f"--resolution {args.resolution}: expected pixels of a side, 1 to {1 << 14:,}")
-    for flag, path in (("--config", args.config), ("--classes", args.classes), ("--image-tokenizer", args.image_tokenizer)):
-        if path is not None and not path.exists():
-            raise UserError(f"{flag} {path}: no such file or folder")
+    refuse_loss(source, out)
     converted = convert(kind, source, ConvertOptions(
         args.config, args.resolution, args.image_tokenizer, args.text_encoder, args.classes, args.like_transformers))
     kind, count = write_converted(converted, source, out, args.license)
@@ -66,6 +63,7 @@ def _convert_parser() -> argparse.ArgumentParser:
 
 def _next(converted: ConvertedPart | ConvertedModel, out: str) -> str:
     """What to do with it."""
+    out = shlex.quote(out)
     if isinstance(converted, ConvertedModel):
         return f'try: tokenloom generate "..." --model {out} --out pictures'
     if hasattr(converted.model_class, "encode"):

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from inference.checkpoints.min_dalle import SIZES
 from inference.checkpoints.msgpack_file import read_msgpack
 from inference.checkpoints.vqgan_jax import WEIGHTS_NAME
 from inference.checkpoints.weights_file import SUFFIXES, find_weights, read_weights
+from inference.checkpoints.writing import is_ours
+from inference.model_folder import INDEX_NAME
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
 
@@ -16,6 +19,8 @@ _WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model", "last", "consol
 
 def detect(source: Path) -> str:
     """The kind of a checkpoint. UserError, asking for it, where files or names fit none or several."""
+    if (source / INDEX_NAME).is_file() or is_ours(source):
+        raise UserError(f"{source}: is a Tokenloom folder already; tokenloom export KIND {source} OUT is the way back")
     found = _folder_kinds(source) if source.is_dir() else _file_kinds(source)
     if len(found) == 1:
         return found.pop()
@@ -27,7 +32,8 @@ def _folder_kinds(folder: Path) -> set[str]:
     found: set[str] = set()
     if (folder / WEIGHTS_NAME).is_file():
         found |= _flax_kinds(folder / WEIGHTS_NAME)
-    if any(folder.rglob("detoker.pt")) and any(folder.rglob("encoder*.pt")):
+    if any((place / "encoder.pt").is_file() or (place / "encoder_mini.pt").is_file() for place in
+           (folder, *(folder / size for size in SIZES))):
         found.add("min-dalle")
     for place in (folder, folder / "vqvae", folder / "movq"):
         if (place / "config.json").is_file():
@@ -40,7 +46,7 @@ def _folder_kinds(folder: Path) -> set[str]:
         return found
     if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("*.ckpt")):
         return {"taming"}
-    held = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+    held = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.is_file()]
     if len(held) == 1:
         return _file_kinds(held[0])
     return _names_kinds(read_weights(find_weights(folder, _WEIGHTS, "a checkpoint"))) if held else set()

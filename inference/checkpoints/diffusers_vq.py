@@ -33,7 +33,7 @@ from tokenloom_common.errors import MissingFileError, UserError
 STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16", "diffusion_pytorch_model.non_ema", "model")
 PLACES = ("vqvae", "movq", "vae")
 _OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_SAME = {"act_fn": ("silu", "swish"), "norm_type": ("group",), "norm_num_groups": (NORM_GROUPS,)}
+_SAME = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}
 """Fields of their config with the values that our VQGAN has."""
 _DOWN, _UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
@@ -48,13 +48,15 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
         if config.get(name, values[0]) not in values:
             raise UserError(f"{where}: {name} {config[name]!r} is not what a VQGAN here has ({' or '.join(map(str, values))})")
     weights = {_renamed(name): tensor for name, tensor in read_weights(find_weights(folder, STEMS, "a VQModel")).items()}
-    levels = len(config.get("block_out_channels", ()))
+    widths = config.get("block_out_channels")
+    levels = len(widths) if isinstance(widths, list) else 0
     if not 1 <= levels <= 12:
-        raise UserError(f"{where}: block_out_channels {config.get('block_out_channels')!r}: expected a width for each level")
+        raise UserError(f"{where}: block_out_channels {widths!r}: expected a width for each level")
     found = Inferred(weights, diffusers_name, levels, folder)
     resolution = options.resolution or DEFAULT_RESOLUTION
     notes = () if options.resolution else (f"resolution {resolution}: a VQModel's config does not say it (--resolution)",)
-    ours = found.config(resolution, quantizer_settings(l2_normalize=False), found.shape(CODEBOOK)[:2])
+    ours = found.config(resolution, quantizer_settings(l2_normalize=False), found.shape(CODEBOOK)[:2],
+                        config.get("norm_num_groups", NORM_GROUPS))
     _compare(config, ours, where)
     return vqgan_part(ours, weights, diffusers_name, codebook_rules(), folder, notes=notes)
 

@@ -21,8 +21,8 @@ from inference.checkpoints.vqgan_names import CODEBOOK, NORM_GROUPS, Naming, dif
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS
 from tokenizer_image import VQGAN, VQGANConfig
-from tokenloom_common.errors import UserError, choose
-from tokenloom_common.files import atomic_folder, sync_path, write_json_atomic, write_text_atomic
+from tokenloom_common.errors import RunFailedError, UserError, choose
+from tokenloom_common.files import atomic_folder, naming, sync_path, write_json_atomic, write_text_atomic
 from tokenloom_common.pretrained import check_tensors, read_config, read_tensors, resolve_folder
 from tokenloom_common.tensor_writer import write_shards
 
@@ -89,8 +89,11 @@ def _to_taming(folder: Path, out: Path) -> Path:
         if not config.quantizer.learn_codebook_by_gradient:
             for part in ("cluster_size", "embed_avg"):
                 state[f"quantize.embedding.{part}"] = tensors[f"quantizer.vq._codebook.{part}"][0]
+    beside = out.with_suffix(".yaml")
+    if beside.exists():
+        raise UserError(f"{beside}: exists already, and the yaml is written beside {out.name}; give another name")
     _write_file(out, {"state_dict": state}, state, (".ckpt", ".pt", ".safetensors"))
-    write_text_atomic(out.with_suffix(".yaml"), yaml.safe_dump(_taming_yaml(config), sort_keys=False))
+    write_text_atomic(beside, yaml.safe_dump(_taming_yaml(config), sort_keys=False))
     return out
 
 
@@ -160,7 +163,12 @@ def _write_file(out: Path, payload: Mapping[str, Any], state: Mapping[str, Tenso
     """One file, whole or not at all."""
     if out.suffix not in endings:
         raise UserError(f"{out}: give a file that ends in {', '.join(endings)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write_aside(out, payload, state)
+
+
+def _write_aside(out: Path, payload: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp{out.suffix}")
     try:
         if out.suffix == ".safetensors":
@@ -168,7 +176,12 @@ def _write_file(out: Path, payload: Mapping[str, Any], state: Mapping[str, Tenso
 
             write_tensors(aside, {name: tensor.to("meta") for name, tensor in state.items()}, state.__getitem__)
         else:
-            torch.save(payload, aside)
+            aside.touch()  # a path that cannot be written to is an OSError, which torch.save makes something else of
+            try:
+                torch.save(payload, aside)
+            except RuntimeError as error:
+                what = " ".join(str(error).split())[:120]
+                raise RunFailedError(f"{out}: cannot be written; is the disk full? ({what})") from None
         sync_path(aside)
         os.replace(aside, out)
     finally:

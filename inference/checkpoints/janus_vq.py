@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     options.only("janus-vq", "resolution", "like_transformers", "config")
     path = find_weights(source, ("model", "pytorch_model"), "Janus") if source.is_dir() else source
     beside = options.config or path.parent / "config.json"
-    config = read_mapping(beside) if beside.is_file() else {}
+    config = read_mapping(beside) if options.config or beside.is_file() else {}
     weights = below(read_weights(path), PREFIXES, "encoder.conv_in.weight", path)
     theirs = not any(name.startswith("encoder.conv_blocks.") for name in weights)
     levels = count_levels(weights, TAMING_LEVELS if theirs else LEVELS, path)
@@ -45,7 +46,8 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     if not theirs:
         if options.like_transformers:
             raise UserError(f"{path}: has DeepSeek's names; --like-transformers is for a model that transformers saved")
-        return llamagen_vqgan(weights, resolution or DEFAULT_RESOLUTION, path)
+        part = llamagen_vqgan(weights, resolution or DEFAULT_RESOLUTION, path)
+        return replace(part, notes=(*part.notes, *notes))
     found = Inferred(weights, janus_name, levels, path)
     quantizer = quantizer_settings(True, **({"raw_search": True} if options.like_transformers else {}))
     ours = found.config(resolution or DEFAULT_RESOLUTION, quantizer, found.shape(CODEBOOK)[:2])

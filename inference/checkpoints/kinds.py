@@ -23,6 +23,8 @@ KINDS: dict[str, str] = {
 }
 """Kind -> what it is. Its converter is `convert` in the module of that name (with _ for -), imported when it is used."""
 
+MAX_RESOLUTION = 1 << 14
+
 
 @dataclass(frozen=True)
 class ConvertOptions:
@@ -42,6 +44,16 @@ class ConvertOptions:
     like_transformers: bool = False
     """janus-vq: search codes as transformers' code does, not as the model was trained."""
 
+    def check(self) -> None:
+        """UserError for a resolution that no picture has, and for a file or folder that is not there."""
+        if self.resolution is not None and not (type(self.resolution) is int and 1 <= self.resolution <= MAX_RESOLUTION):
+            raise UserError(f"--resolution {self.resolution}: expected pixels of a side, 1 to {MAX_RESOLUTION:,}")
+        for flag, path in (("--config", self.config), ("--classes", self.classes)):
+            if path is not None and not path.is_file():
+                raise MissingFileError(f"{flag} {path}: {'is a folder; give the file' if path.is_dir() else 'no such file'}")
+        if self.image_tokenizer is not None and not self.image_tokenizer.exists():
+            raise MissingFileError(f"--image-tokenizer {self.image_tokenizer}: no such folder")
+
     def only(self, kind: str, *read: str) -> ConvertOptions:
         """Itself; UserError when an option is given that this kind does not read."""
         given = [name for name, field in self.__dataclass_fields__.items() if getattr(self, name) != field.default]
@@ -56,13 +68,15 @@ class ConvertOptions:
 def convert(kind: str | None, source: str | Path, options: ConvertOptions = ConvertOptions()) -> ConvertedPart | ConvertedModel:
     """What a published checkpoint becomes, checked and not yet written. kind: a name in KINDS; None = by what is in it."""
     path = Path(source)
-    if not path.exists():
-        raise MissingFileError(f"{path}: no such file or folder")
+    if not str(source) or not path.exists():
+        raise MissingFileError(f"{source!s}: no such file or folder" if str(source) else "the source is an empty name")
+    if kind is not None:
+        choose(KINDS, kind, "kind of checkpoint")
+    options.check()
     if kind is None:
         from inference.checkpoints.detect import detect
 
         kind = detect(path)
-    choose(KINDS, kind, "kind of checkpoint")
     converted = importlib.import_module(f"inference.checkpoints.{kind.replace('-', '_')}").convert(path, options)
     converted.check()
     return converted

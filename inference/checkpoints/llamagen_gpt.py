@@ -149,6 +149,9 @@ def _grid(tokenizer: ImageTokenizer | None, given: ModelArgs, options: ConvertOp
                             f"{'square' if side is None else f'{side} x {side}'}; give the image tokenizer for that resolution")
         return (rows, columns), () if side else (f"grid {rows} x {columns}: the image tokenizer's; the file does not say it",)
     if side is not None:
+        if options.resolution not in (None, side * PIXELS_A_CODE):
+            raise UserError(f"--resolution {options.resolution}: its config's block_size {given.block_size} is {side} x {side} "
+                            f"codes, {side * PIXELS_A_CODE} px; leave --resolution out")
         return (side, side), ()
     if options.resolution is None:
         raise UserError(f"{path}: does not say its grid of codes; give --image-tokenizer DIR, --resolution PIXELS, or --config "

@@ -42,7 +42,7 @@ CODES = 2**14  # that its loop draws from
 PAD_ID = 1  # that its models take for padding, whatever the vocabulary says
 DEFAULTS = SamplingParams(guidance_scale=16.0, top_k=256, temperature=1.0)  # of its generate_image
 _SUFFIXES = ("", "_mini")
-_SIZES = ("dalle_bart_mega", "dalle_bart_mini")
+SIZES = ("dalle_bart_mega", "dalle_bart_mini")
 
 
 class _Files(NamedTuple):
@@ -109,7 +109,7 @@ def _find(source: Path) -> _Files:
         if suffix is None:
             raise UserError(f"{source}: give the folder of min-dalle's files, or its encoder.pt")
         return _in_folder(source.parent, suffix)
-    sizes = [source / name for name in _SIZES if (source / name).is_dir()]
+    sizes = [source / name for name in SIZES if (source / name).is_dir()]
     if len(sizes) > 1:
         raise UserError(f"{source}: holds both sizes; give one of them, {' or '.join(map(str, sizes))}")
     folder = sizes[0] if sizes else source

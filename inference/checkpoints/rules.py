@@ -89,9 +89,13 @@ class ConvertedPart:
             yield f"{shapes}, which give {list(found)} instead of {list(wanted)}"
 
     def tensor(self, name: str) -> Tensor:
-        """One of our tensors, made of theirs."""
+        """One of our tensors, made of theirs. UserError for a number that is none: a training that broke down."""
         rule = self.rules[name]
-        return rule.make(*(self.weights[source] for source in rule.sources))
+        made = rule.make(*(self.weights[source] for source in rule.sources))
+        if made.is_floating_point() and made.numel() and not all(end.isfinite() for end in made.aminmax()):  # no copy
+            raise UserError(f"{self.where}: {', '.join(rule.sources)} holds numbers that are not finite (nan or inf); give a "
+                            "checkpoint from before its training broke down, or download it again")
+        return made
 
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor on the meta device, in the type that it is written in."""
@@ -129,3 +133,11 @@ def _listed(what: str, names: list[str]) -> str:
 def tensor_names(model_class: type[PretrainedModule], config: Any) -> list[str]:
     """The names of a model's state dict, without its numbers."""
     return list(build_on_meta(model_class, config).state_dict())
+
+
+def multiplier(inner: int, width: int) -> float:
+    """The factor whose product with the width of a model, cut to a whole number, is exactly `inner`."""
+    factor = inner / width
+    while int(width * factor) < inner:
+        factor = math.nextafter(factor, math.inf)
+    return factor

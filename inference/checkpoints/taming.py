@@ -121,6 +121,9 @@ def _written(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not the yaml of a VQGAN: model.params has no {one_key(error)}") from None
     if shape.get("double_z"):
         raise UserError(f"{path}: double_z true is an autoencoder without codes; there is nothing to tokenize with")
+    for name in ("tanh_out", "give_pre_end"):  # of latent diffusion's decoder; no tensor shows them
+        if shape.get(name):
+            raise UserError(f"{path}: {name} true is another end of the decoder than a VQGAN has here; it is not converted")
     return said
 
 
@@ -142,5 +145,9 @@ def _compare(written: dict[str, Any], config: VQGANConfig, settings: Path | None
     """UserError when the yaml describes another model than the tensors."""
     for name, said in written.items():
         found = getattr(config, name)
-        if (sorted(said) != sorted(found)) if name == "attention_resolutions" else said != found:
+        if name == "attention_resolutions":  # taming passes over one that no level has
+            differs = {side for side in config.level_resolutions if side in said} != set(found)
+        else:
+            differs = said != found
+        if differs:
             raise UserError(f"{settings}: {name} {said!r}, but the weights have {found!r}; give the yaml of this checkpoint")

@@ -24,7 +24,7 @@ Naming = Callable[[str, int], str]
 """(our name outside the quantizer, number of levels) -> their name."""
 
 CODEBOOK = "quantize.embedding.weight"
-NORM_GROUPS = 32  # of every published VQGAN; a file does not say
+NORM_GROUPS = 32  # of every published VQGAN; only diffusers' config says
 DEFAULT_RESOLUTION = 256
 
 _LEVEL = re.compile(r"^(?P<side>encoder\.down|decoder\.up)\.(?P<level>\d+)\."
@@ -102,7 +102,8 @@ class Inferred:
             number += 1
         return number
 
-    def config(self, resolution: int, quantizer: Mapping[str, Any], code_shape: tuple[int, ...]) -> VQGANConfig:
+    def config(self, resolution: int, quantizer: Mapping[str, Any], code_shape: tuple[int, ...],
+               norm_groups: int = NORM_GROUPS) -> VQGANConfig:
         """The config of the model that has these tensors. quantizer: its settings; code_shape [K, D]."""
         channels, pixels = self.shape("encoder.conv_in.weight")[:2]
         widths = [self.shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(self.levels)]
@@ -116,7 +117,7 @@ class Inferred:
         return VQGANConfig.parse({
             "resolution": resolution, "in_channels": pixels, "channels": channels, "channel_multipliers": multipliers,
             "num_res_blocks": blocks, "attention_resolutions": [resolution >> level for level in attends],
-            "mid_attention": self.has("encoder.mid.attn_1.q.weight"), "norm_groups": NORM_GROUPS,
+            "mid_attention": self.has("encoder.mid.attn_1.q.weight"), "norm_groups": norm_groups,
             "z_channels": self.shape("encoder.conv_out.weight")[0], "embed_dim": code_shape[1], "codebook_size": code_shape[0],
             "quantizer": {**quantizer},
             **({"decoder_channels": decoder_channels} if decoder_channels != channels else {}),
