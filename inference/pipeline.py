@@ -34,7 +34,7 @@ from inference.projection import Precision
 from inference.sampling import SamplingParams
 from inference.scheduler import KEPT_UNGUIDED
 from inference.scorer import Scorer, check_rerank, keep_best
-from seq2seq import BPETokenizer, FrozenTextEncoder, ImageTransformer, TextBatch
+from seq2seq import ImageTransformer, TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
@@ -267,16 +267,8 @@ class TextToImage(Pushable):
         largest = Workload.of_request(prompts, num_images, batch_size)
         work = self._workload(largest.pictures, largest.captions, options.params.guidance_scale != 1,
                               kept=prompts * num_images, decoded=min(batch_size, prompts * num_images), window=options.jacobi,
-                              unguided_each=options.negative_prompt is None and self._leads_from_each)
+                              unguided_each=options.negative_prompt is None and self.text_tokenizer.null_each)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
-
-    @property
-    def _leads_from_each(self) -> bool:
-        """Whether guidance leads away from a null text of each caption's own (`null_for`)."""
-        source = self.text_tokenizer
-        if isinstance(source, BPETokenizer):
-            return source.config.splitting == "spaces"
-        return isinstance(source, FrozenTextEncoder) and source.config.null_features
 
     def _workload(self, pictures: int, captions: int, guided: bool, **others: Any) -> Workload:
         low = self.seq2seq.image_embedding.weight.dtype == torch.bfloat16

@@ -123,10 +123,15 @@ class BPETokenizer:
         """<s></s>, `count` times: what training drops captions to and guidance starts from."""
         return self.encode([""] * count)
 
+    @property
+    def null_each(self) -> bool:
+        """Whether each caption has a null caption of its own."""
+        return self.config.splitting == "spaces"
+
     def null_for(self, captions: TextBatch) -> TextBatch:
         """What guidance leads away from: the null caption; min-dalle takes a caption's first and last id, and the last one of a
         cut caption is no </s>."""
-        if self.config.splitting == "bytes":
+        if not self.null_each:
             return self.null_caption()
         text_ids, mask = captions
         last = mask.sum(dim=1, keepdim=True) - 1  # [C, 1]

@@ -42,6 +42,7 @@ class ClassLabels(SavedAsConfig):
 
     kind: ClassVar[str] = "classes"
     feature_width: ClassVar[None] = None
+    null_each: ClassVar[bool] = False
 
     def __init__(self, config: ClassLabelsConfig) -> None:
         self.config = config

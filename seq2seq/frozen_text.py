@@ -135,6 +135,11 @@ class FrozenTextEncoder(SavedAsConfig):
         """The features of an empty caption, `count` times: what training drops captions to and guidance starts from."""
         return self.encode([""] * count)
 
+    @property
+    def null_each(self) -> bool:
+        """Whether each caption has a null caption of its own."""
+        return self.null_features is not None
+
     def null_for(self, captions: TextBatch) -> TextBatch:
         """What guidance leads away from for encoded captions: one null caption for all of them; or, with null features, one for
         each, whose padding is where the caption's is (LlamaGen)."""

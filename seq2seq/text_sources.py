@@ -13,8 +13,9 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError, choose
 
 TextSource = TextTokenizer | BPETokenizer | ClassLabels | FrozenTextEncoder
-"""Each has `encode(captions)` and `null_caption(count)` -> TextBatch, `null_for(encoded captions)` -> TextBatch of one row or
-of as many as there are captions, `config.text_length`, and one of `vocab_size` and `feature_width` (the other is None)."""
+"""Each has `encode(captions)` and `null_caption(count)` -> TextBatch, `null_for(encoded captions)` -> TextBatch of one row, or
+with `null_each` of as many as there are captions, `config.text_length`, and one of `vocab_size` and `feature_width` (the other
+is None)."""
 
 TEXT_SOURCES: dict[str, type[TextSource]] = {
     kind.kind: kind for kind in (TextTokenizer, BPETokenizer, ClassLabels, FrozenTextEncoder)}

@@ -49,6 +49,7 @@ class TextTokenizer:
 
     kind: ClassVar[str] = KIND
     feature_width: ClassVar[None] = None
+    null_each: ClassVar[bool] = False
 
     def __init__(self, model_proto: bytes, config: TextTokenizerConfig) -> None:
         self.config = config

@@ -18,7 +18,7 @@ from training.config import TokenizerRunConfig
 from training.encode_dataset import DatasetEncoder
 from training.process_group import Processes
 from training.token_config import EncodeRunConfig, Seq2SeqRunConfig
-from training.tokenizer_start import start_from
+from training.tokenizer_start import take_tokenizer
 from training.train_seq2seq import Seq2SeqTraining
 
 NO_ENCODER = r"has no encoder \(has_encoder is false in its config\).*convert the whole VQGAN"
@@ -83,11 +83,11 @@ def test_trainings_that_encode_refuse_it_in_one_line(made, tmp_path, group: Proc
         "model": {"preset": "debug"}, "train": {"steps": 1, "batch_size": 4, "precision": "float32"}}, "test")
     with pytest.raises(UserError, match=f"^{tokenizer} {NO_ENCODER}"):
         Seq2SeqTraining(run, group)
-    base = {"data": data, "run_dir": str(tmp_path / "run"), "train": {"steps": 1, "start_from": tokenizer}}
+    base = {"data": data, "run_dir": str(tmp_path / "run"), "train": {"steps": 1}, "init_from": tokenizer}
     with pytest.raises(UserError, match=f"{tokenizer} {NO_ENCODER}"):
         TokenizerRunConfig.parse(base, "test")
     with pytest.raises(UserError, match=f"model {NO_ENCODER}"):
         TokenizerRunConfig.parse({**base, "model": {"preset": "debug", "has_encoder": False}, "train": {"steps": 1}}, "test")
-    with pytest.raises(UserError, match=f"^train.start_from {tokenizer} {NO_ENCODER}"):
-        start_from(tiny.vqgan(), tokenizer, decoder_only=False)
+    with pytest.raises(UserError, match=f"^init_from {tokenizer} {NO_ENCODER}"):
+        take_tokenizer(tiny.vqgan(), tokenizer, decoder_only=False)
     assert not (tmp_path / "run").exists()

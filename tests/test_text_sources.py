@@ -104,6 +104,7 @@ def test_null_features_stand_for_no_caption_under_each_captions_mask(t5, tmp_pat
     assert (loaded.config.padding, loaded.config.null_features) == ("left", True)
     captions = loaded.encode(CAPTIONS)
     without = loaded.null_for(captions)
+    assert loaded.null_each
     assert torch.equal(without.text_mask, captions.text_mask)
     assert torch.equal(without.text_input, null.float().expand(3, -1, -1))
     empty = loaded.encode(["", "octopus", " "])
@@ -116,6 +117,7 @@ def test_other_sources_have_one_null_caption_for_all(t5, encoder):
     for source in (encoder, ClassLabels.collect(["dog"]), tiny.text_tokenizer()):
         ours, null = source.null_for(source.encode(["dog", "dog"])), source.null_caption()
         assert all(torch.equal(a, b) for a, b in zip(ours, null, strict=True))
+        assert not source.null_each
 
 
 @pytest.mark.parametrize(("harm", "words"), [

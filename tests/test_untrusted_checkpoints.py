@@ -159,9 +159,9 @@ def header(path: Path, change: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize("change", [
     lambda h: h["quant_conv.bias"].update(shape=[1 << 50]), lambda h: h["quant_conv.bias"].update(data_offsets=[0, 1 << 60]),
     lambda h: h["quant_conv.bias"].update(dtype="F8_NO"), lambda h: h["quant_conv.bias"].update(data_offsets=[9, 3]),
-    lambda h: h["quant_conv.bias"].update(shape=[-1]),
+    lambda h: h["quant_conv.bias"].update(shape=[-1]), lambda h: h["quant_conv.bias"].update(shape=[0, 1 << 63]),
     lambda h: h.update(x={"dtype": "F32", "shape": [2], "data_offsets": [0, 8]})],
-    ids=["huge shape", "huge offsets", "unknown type", "backwards", "negative", "overlapping"])
+    ids=["huge shape", "huge offsets", "unknown type", "backwards", "negative", "nothing but huge", "overlapping"])
 def test_a_header_that_lies_is_one_line(tmp_path, state, change):
     from safetensors.torch import save_file
 

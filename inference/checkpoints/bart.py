@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.checkpoints.rules import ConvertedPart, Rule, tensor_names
+from inference.checkpoints.rules import ConvertedPart, Rule, multiplier, tensor_names
 from seq2seq import PRESETS, EncoderDecoder, Seq2SeqConfig
 from tokenloom_common.errors import UserError
 
@@ -85,12 +85,6 @@ class BartSource:
             "grid": (side, side), "width": width, "heads": heads, "head_dim": width // heads,
             "encoder_layers": self.layers("encoder"), "decoder_layers": self.layers("decoder"),
             "feedforward_multiplier": multiplier(inner, width)}, f"{self.where}: the shapes say")
-
-
-def multiplier(inner: int, width: int) -> float:
-    """A number that times `width`, rounded down, is `inner`."""
-    found = inner / width
-    return found if int(width * found) == inner else math.nextafter(found, math.inf)
 
 
 def bart_part(source: BartSource, notes: tuple[str, ...] = ()) -> ConvertedPart:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.kinds import ConvertOptions
-from inference.checkpoints.rules import ConvertedPart, Rule, tensor_names
+from inference.checkpoints.rules import ConvertedPart, Rule, multiplier, tensor_names
 from inference.checkpoints.weights_file import find_weights, read_weights
 from inference.sampling import SamplingParams
 from seq2seq import ClassLabels, ClassLabelsConfig, DecoderOnly, DecoderOnlyConfig, FrozenTextEncoder, TextSource
@@ -50,6 +50,8 @@ FEED = {"0.0.weight": "ffn_norm.weight", "1.ff.2.weight": "feed_forward.w2.weigh
 our first matrix of the feed-forward two of theirs."""
 SAMPLING = {"classes": {"guidance_scale": 4.0, "top_k": 2000}, "text": {"guidance_scale": 7.5, "top_k": 1000}}
 """What its sampling scripts draw with."""
+CAPTIONS_NOTE = ("captions are read as they are given; LlamaGen's script lowers their case and takes out links, tags and some "
+                 "punctuation first")
 
 
 class ModelArgs(StrictConfig):
@@ -98,7 +100,8 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart | ConvertedM
         raise UserError(f"{options.image_tokenizer}: has {tokenizer.codebook_size} codes, {path.name} draws "
                         f"{part.config.codebook_size}; give the image tokenizer that it was trained with")
     sampling = SamplingParams(**SAMPLING["text" if of_text else "classes"])
-    return ConvertedModel(tokenizer, part, text, sampling, part.notes)
+    notes = (*part.notes, *([CAPTIONS_NOTE] if of_text else []))
+    return ConvertedModel(tokenizer, part, text, sampling, notes)
 
 
 def _check_options(options: ConvertOptions, of_text: bool, path: Path) -> None:
@@ -193,14 +196,6 @@ def _shape(weights: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, i
     if len(shape) != 2 or min(shape) < 1:
         raise UserError(f"{path}: {name} is of shape {list(shape)}, expected a matrix")
     return shape[0], shape[1]
-
-
-def multiplier(inner: int, width: int) -> float:
-    """The factor whose product with the width is cut to exactly `inner`."""
-    factor = inner / width
-    while int(width * factor) < inner:
-        factor = math.nextafter(factor, math.inf)
-    return factor
 
 
 def _part(weights: Mapping[str, Tensor], config: DecoderOnlyConfig, path: Path, notes: tuple[str, ...]) -> ConvertedPart:

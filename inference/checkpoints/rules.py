@@ -5,6 +5,7 @@ Nothing is built to convert: shapes are compared on the meta device, then each t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from inference.meta_device import build_on_meta
 from tokenloom_common.errors import UserError
-from tokenloom_common.pretrained import PretrainedModule, write_config
+from tokenloom_common.pretrained import PretrainedModule, Undrawn, write_config
 from tokenloom_common.tensor_writer import write_shards
 
 LISTED = 5  # names of each kind of problem that an error shows
@@ -106,9 +107,18 @@ class ConvertedPart:
     def load(self) -> PretrainedModule:
         """The model in memory, float32, eval mode. UserError as in `check`."""
         self.check()
-        model = self.model_class(self.config)
+        with Undrawn():
+            model = self.model_class(self.config)
         model.load_state_dict({name: self.tensor(name) for name in self.rules})
         return model.eval()
+
+
+def multiplier(inner: int, width: int) -> float:
+    """The factor whose product with the width, rounded down, is exactly `inner`."""
+    factor = inner / width
+    while int(width * factor) < inner:
+        factor = math.nextafter(factor, math.inf)
+    return factor
 
 
 def _listed(what: str, names: list[str]) -> str:

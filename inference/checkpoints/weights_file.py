@@ -58,7 +58,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, OverflowError, TypeError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:160]}); "
                         "download it again") from None
 
