@@ -87,6 +87,12 @@ class FrozenTextEncoder(SavedAsConfig):
         """F."""
         return self.config.feature_width
 
+    @property
+    def pads_left(self) -> bool:
+        """Whether a short caption's padding is on its left: as the config says, or where the encoder's own tokenizer puts it
+        there (Gemma's, Qwen's)."""
+        return self.config.padding == "left" or self._tokenizer.padding_side == "left"
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextBatch:
         """Captions -> features [B, T, F] float32 (zeros at padding) and their mask [B, T]. Too long ones are cut, with one
@@ -141,6 +147,12 @@ class FrozenTextEncoder(SavedAsConfig):
             return self.null_caption()
         features = self.null_features.to(captions.text_input)
         return TextBatch(features.expand(len(captions.text_mask), -1, -1), captions.text_mask)
+
+    def without_null_features(self) -> FrozenTextEncoder:
+        """The same encoder, which reads an empty caption as any other."""
+        if self.null_features is None:
+            return self
+        return FrozenTextEncoder(self._tokenizer, self._model, self.config.model_copy(update={"null_features": False}))
 
     def words(self, caption: str) -> list[str]:
         """The piece at each position that is not padding."""

@@ -232,7 +232,8 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "other text": (["--init_from", "MADE/encoder_decoder/seq2seq", "--image_tokenizer", "MADE/tokenizer", "--text.tokenizer",
                     "MADE/classes"], "text_vocab_size is"),
     "no weights": (["--init_from", "MADE/no_weights"], "weights are missing"),
-    "other weights": (["--init_from", "MADE/other_weights"], "do not fit config.json")}
+    "other weights": (["--init_from", "MADE/other_weights"], "do not fit config.json"),
+    "whole numbers": (["--init_from", "MADE/whole_numbers"], "holds int32, the model float32")}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -246,6 +247,8 @@ def test_what_does_not_fit_is_one_line_and_touches_nothing(made, tmp_path, group
     if name == "other weights":
         shutil.copytree(made / "encoder_decoder", made / "other_weights")
         shutil.copy(made / "decoder_only/seq2seq/model.safetensors", made / "other_weights/seq2seq")
+    if name == "whole numbers":
+        store_as(shutil.copytree(made / "encoder_decoder", made / "whole_numbers"), torch.int32)
     arguments, words = WRONG[name]
     more = [str(word).replace("MADE", str(made)) for word in arguments]
 
@@ -259,6 +262,18 @@ def test_what_does_not_fit_is_one_line_and_touches_nothing(made, tmp_path, group
     assert words in said
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_a_run_does_not_take_apart_the_model_that_it_begins_from(made, pictures, tmp_path, group, inside):
+    for kind, run in (("encoder_decoder", recipe), ("tokenizer", tokenizer_recipe)):
+        start = shutil.copytree(made / kind, tmp_path / kind / inside)
+        files = sorted(start.rglob("*"))
+        data = made / "tokens" if run is recipe else pictures
+        asked = run(data, tmp_path / kind, "--init_from", start, *(PLAIN if run is recipe else ()))
+        with pytest.raises(UserError, match=r"lies in run_dir .* give another --run_dir"):
+            (Seq2SeqTraining if run is recipe else TokenizerTraining)(asked, group)
+        assert sorted(start.rglob("*")) == files
 
 
 def test_an_image_tokenizer_is_asked_for_where_nothing_brings_one(made, tmp_path):
@@ -323,6 +338,13 @@ def test_a_tokenizers_run_goes_on_without_the_folder_that_it_began_from(made, pi
                 source.rename(tmp_path / "gone")
         states.append(training.full_model().state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    with pytest.raises(ResumeError, match=r"init_from .*source then, .*tokenizer now"):  # another start is another run
+        TokenizerTraining(tokenizer_recipe(pictures, tmp_path / "run", *more, "--init_from", made / "tokenizer"), group)
+    manifest = tmp_path / "run/checkpoints/step-00000002/MANIFEST.json"
+    before = json.loads(manifest.read_text())
+    del before["facts"]["init_from"]  # as runs wrote it that began before there was one
+    manifest.write_text(json.dumps(before))
+    assert TokenizerTraining(run, group).run_state.resume_from == manifest.parent
 
 
 @pytest.mark.parametrize("given", [["--train.start_from", "x"], ["--config", "old.yaml"]])

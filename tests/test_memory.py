@@ -30,7 +30,7 @@ from inference.memory import (
 )
 from inference.meta_device import Alive
 from seq2seq import KINDS, PRESETS, TextBatch
-from tests import launching, tiny
+from tests import launching, test_bpe_tokenizer, tiny
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.images import float_to_pixels
 from tokenizer_image.kinds import PRESETS as TOKENIZERS
@@ -240,6 +240,18 @@ def test_the_refusal_says_how_many_would_fit(monkeypatch):
     streamed = Workload(pictures=100, streamed=True)
     with pytest.raises(UserError, match=r"num_images=\d+$"):
         check_sampling(config, tokenizer, streamed, "cpu")
+
+
+@pytest.mark.parametrize(("splitting", "each"), [("spaces", True), ("bytes", False)])
+def test_a_null_text_of_each_caption_is_counted(tmp_path, monkeypatch, splitting, each):
+    text, tokenizer = test_bpe_tokenizer.source(test_bpe_tokenizer.bpe_files(tmp_path), splitting=splitting), tiny.vqgan()
+    model = tiny.seq2seq(text_vocab_size=text.vocab_size, text_length=text.config.text_length)
+    asked: list[Workload] = []
+    monkeypatch.setattr("inference.pipeline.check_sampling", lambda config, tokenizer, work, device: asked.append(work))
+    pipeline = TextToImage(LoadedModel(tokenizer, model, text, SamplingParams(guidance_scale=2.0), tmp_path))
+    pipeline.generate(["a red heart", "a circle"])
+    pipeline.generate(["a red heart", "a circle"], negative_prompt="green")  # one for all
+    assert [work.unguided_each for work in asked] == [each, False]
 
 
 def test_the_refusal_names_other_weights_where_not_one_fits(monkeypatch):

@@ -54,6 +54,9 @@ def test_a_tokenizers_card_says_data_recipe_metrics_and_licence(data):
                   "Nobody has chosen a licence", "The data says `other` of itself", "| round | Ada |", "lr: 0.002"):
         assert words in card.text, words
     assert "secret" not in card.content  # where the run was is nobody's business
+    assert "begun with" not in card.text
+    tuned = tokenizer_run(data, init_from="some-one/start", model={"kind": "vqgan"})
+    assert "| begun with the weights of | `some-one/start` |" in tokenizer_card(tuned, tiny.vqgan(), 4321, REPORT)
 
 
 def test_the_card_section_names_licence_and_notes(data):

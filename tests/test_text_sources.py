@@ -212,6 +212,22 @@ def test_cached_features_know_padding_and_null_features(tmp_path, t5):
     assert torch.equal(kept.text_mask, fresh.text_mask)
     assert (kept.text_input - fresh.text_input).abs().max() < 2e-3
     assert (kept.text_input[1] == 1).all()
+    plain = FrozenTextEncoder.load(str(t5), LENGTH)  # which may share the folder, and has no null features
+    shared, fresh = CachedFeatures(plain, tmp_path / "cache").encode([""]), plain.encode([""])
+    assert torch.equal(shared.text_mask, fresh.text_mask)
+    assert (shared.text_input - fresh.text_input).abs().max() < 2e-3
+
+
+def test_cached_features_lie_where_the_encoders_own_tokenizer_puts_them(tmp_path):
+    bert = tiny.bert_folder(tmp_path / "bert")
+    path = bert / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
+    source = FrozenTextEncoder.load(str(bert), LENGTH)
+    write_features(tmp_path / "cache", source, CAPTIONS)
+    kept, fresh = CachedFeatures(source, tmp_path / "cache").encode(CAPTIONS), source.encode(CAPTIONS)
+    assert not fresh.text_mask[0, 0]
+    assert torch.equal(kept.text_mask, fresh.text_mask)
+    assert (kept.text_input - fresh.text_input).abs().max() < 2e-3
 
 
 def test_a_cache_is_made_once_and_again_for_new_captions(tmp_path, encoder, monkeypatch):

@@ -21,7 +21,7 @@ from tokenloom_common.hub import Pushable, resolve_folder
 from tokenloom_common.model_card import CARD_NAME, CardFacts, model_card, read_card
 from tokenloom_common.tensor_writer import INDEX_NAME, write_shards
 from tokenloom_common.weights import WEIGHTS_NAME as WEIGHTS_NAME
-from tokenloom_common.weights import check_tensors, read_tensors
+from tokenloom_common.weights import check_numbers, check_tensors, read_tensors
 
 SCHEMA_VERSION = 1
 OWN_FILES = ("config.json", "model*.safetensors", INDEX_NAME, CARD_NAME)
@@ -74,10 +74,7 @@ def _with_tensors(kind: type[Any], config: StrictConfig, tensors: dict[str, Tens
     own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     check_tensors({name: shape for name, (shape, _) in own.items()},
                   {name: tuple(t.shape) for name, t in tensors.items()}, path)
-    for name, tensor in tensors.items():
-        if tensor.is_complex() or tensor.is_floating_point() != own[name][1].is_floating_point:
-            theirs, ours = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, own[name][1]))
-            raise UserError(f"{path}: the weights do not fit config.json: {name} holds {theirs}, the model {ours}")
+    check_numbers({name: dtype for name, (_, dtype) in own.items()}, tensors, path)
     if keeps_what_no_file_has(model):
         with Undrawn():
             model = kind(config)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -83,6 +84,14 @@ def _weight_map(folder: Path) -> dict[str, set[str]] | None:
         raise UserError(f"{folder}: holds {WEIGHTS_NAME} and an index of other files, and only one of them can be the model; "
                         f"delete {WEIGHTS_NAME} or {INDEX_NAME}")
     return dict(sorted(shards.items()))
+
+
+def check_numbers(expected: dict[str, torch.dtype], found: dict[str, Tensor], folder: Path) -> None:
+    """UserError for a tensor of another kind of number than the model's, which a cast would turn into wrong ones."""
+    for name, tensor in found.items():
+        if tensor.is_complex() or tensor.is_floating_point() != expected[name].is_floating_point:
+            theirs, ours = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, expected[name]))
+            raise UserError(f"{folder}: the weights do not fit config.json: {name} holds {theirs}, the model {ours}")
 
 
 def check_tensors(expected: dict[str, tuple], found: dict[str, tuple], folder: Path) -> None:

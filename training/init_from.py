@@ -19,8 +19,8 @@ from tokenizer_image import ImageTokenizer
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 from tokenloom_common.pretrained import Undrawn, read_config
-from tokenloom_common.weights import check_tensors, read_tensors
-from training.start_folders import IMAGE_FOLDER, TEXT_FOLDER, StartFolder, find_start
+from tokenloom_common.weights import check_numbers, check_tensors, read_tensors
+from training.start_folders import IMAGE_FOLDER, TEXT_FOLDER, StartFolder, find_start, refuse_own_run
 from training.text_input import CaptionRows
 from training.text_start import text_source_of_run
 from training.token_config import Seq2SeqRunConfig
@@ -38,6 +38,7 @@ def open_start(config: Seq2SeqRunConfig) -> StartFolder | None:
     if config.init_from is None:
         return None
     start, text = find_start(config.init_from), config.text
+    refuse_own_run(config.init_from, start.folder, config.run_dir)
     if not start.whole:
         named = {"image_tokenizer": config.image_tokenizer,
                  "text.tokenizer": text.tokenizer or text.kind == FrozenTextEncoder.kind}
@@ -129,8 +130,10 @@ def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransf
     with Undrawn():
         model = KINDS[config.kind](config)
     tensors = read_tensors(folder)
-    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (model.state_dict(), tensors))
+    own = model.state_dict()
+    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, tensors))
     check_tensors(ours, theirs, folder)
+    check_numbers({name: tensor.dtype for name, tensor in own.items()}, tensors, folder)
     model.load_state_dict(tensors)
     log.info("init_from %s: %s numbers of %d tensors taken over", start.name,
              f"{sum(tensor.numel() for tensor in tensors.values()):,}", len(tensors))

@@ -18,14 +18,14 @@ def run_card(run: RunConfig, data: DataConfig, rows: int, facts: tuple[tuple[str
              measured: tuple[tuple[str, str, float], ...], notes: str, **about: Any) -> CardFacts:
     """The facts of a run's card. rows: training pictures; facts: rows of the table that only this kind of model has;
     measured: name, the Hub's metric and value of what the held-out split said; about: further fields of CardFacts."""
-    origin = data_origin(data.path)
+    origin, start = data_origin(data.path), getattr(run, "init_from", None)  # a matcher begins from nothing
     split = f", split `{data.split}`" if data.split else ""
     train, optim = run.train, run.optim
     recipe = (("training pictures", f"{rows:,} (`{origin.name}`{split})"),
               ("steps x batch", f"{train.steps:,} x {train.batch_size}"),
               ("optimizer", f"{optim.name}, learning rate {optim.lr:g} ({optim.schedule}), weight decay "
                             f"{optim.weight_decay:g}"),
-              ("seed", str(run.seed)))
+              ("seed", str(run.seed)), *((("begun with the weights of", f"`{start}`"),) if start else ()))
     config = {name: value for name, value in run.plain().items() if name not in NOT_LEARNED_FROM}
     return CardFacts(
         facts=(*recipe, *facts),

@@ -71,6 +71,14 @@ def find_tokenizer(name: str, patterns: tuple[str, ...] = TOKENIZER_FILES) -> Pa
     return folder / IMAGE_FOLDER
 
 
+def refuse_own_run(name: str, folder: Path, run_dir: str) -> None:
+    """UserError when the folder that a fresh run begins from is its run_dir or lies there: a fresh start puts aside what a run
+    folder holds, so the model would be taken apart."""
+    if folder.resolve().is_relative_to(Path(run_dir).resolve()):
+        raise UserError(f"init_from {name}: lies in run_dir {run_dir}, where a fresh run puts aside what is there; give "
+                        "another --run_dir")
+
+
 def _resolved(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         return resolve_folder(name, patterns=patterns)

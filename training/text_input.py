@@ -83,6 +83,7 @@ class CachedFeatures:
         """UserError when the folder holds features of another encoder or length."""
         self.encoder, self.config = encoder, encoder.config
         check_features(folder, encoder)
+        self._left = encoder.pads_left
         self._null = encoder.null_features  # of an empty caption, where the encoder's own are not read
         captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
         self._rows = {caption: row for row, caption in enumerate(captions)}
@@ -106,7 +107,7 @@ class CachedFeatures:
                 features[row], mask[row] = self._null.float().cpu(), True
                 continue
             first, last = self._offsets[self._rows[caption]: self._rows[caption] + 2]
-            at = slice(length - (last - first), length) if self.config.padding == "left" else slice(0, last - first)
+            at = slice(length - (last - first), length) if self._left else slice(0, last - first)
             features[row, at] = torch.from_numpy(self._features[first:last].astype(numpy.float32))
             mask[row, at] = True
         return TextBatch(features, mask)
@@ -132,6 +133,7 @@ def check_features(folder: Path, encoder: FrozenTextEncoder) -> FeatureIndex:
 
 def write_features(folder: Path, encoder: FrozenTextEncoder, captions: Iterable[str]) -> None:
     """Encode every different caption (and the null caption) once; the folder appears whole."""
+    encoder = encoder.without_null_features()  # a model's own, and others with this encoder may read the folder too
     unique = sorted({"", *captions}, key=lambda caption: (len(caption), caption))  # like lengths together: less padding
     with atomic_folder(folder, OWN_FILES) as aside:
         offsets = [0]

@@ -6,18 +6,20 @@ import logging
 
 from tokenizer_image import ImageTokenizer, load_tokenizer
 from tokenloom_common.errors import UserError
-from training.start_folders import find_tokenizer
+from training.start_folders import find_tokenizer, refuse_own_run
 
 log = logging.getLogger(__name__)
 
 
-def take_tokenizer(tokenizer: ImageTokenizer, folder: str, decoder_only: bool) -> None:
-    """Copy weights of a trained tokenizer into one that is to be trained.
+def take_tokenizer(tokenizer: ImageTokenizer, folder: str, decoder_only: bool, run_dir: str) -> None:
+    """Copy weights of a trained tokenizer into one that is to be trained, in `run_dir`.
 
     decoder_only: what decides codes must fit exactly; the rest is taken over if all of it fits, and starts fresh in a
     larger decoder. Otherwise everything must fit. UserError naming the folder and up to five tensors that do not.
     """
-    trained = load_tokenizer(find_tokenizer(folder))
+    found = find_tokenizer(folder)
+    refuse_own_run(folder, found, run_dir)
+    trained = load_tokenizer(found)
     trained.config.check_encodes(f"init_from {folder}")
     ours, theirs = tokenizer.state_dict(), trained.state_dict()
     codes = tuple(f"{name}." for name in tokenizer.code_parts)

@@ -102,6 +102,9 @@ class TokenizerTraining:
             facts["discriminator"] = adversarial.discriminator.plain()
         if train.weight_ema:
             facts["weight_ema"] = True
+        then = facts_of_run(self.config.run_dir, self.config.checkpoint.resume)
+        if self.config.init_from and (then is None or "init_from" in then):  # runs from before init_from did not keep it
+            facts["init_from"] = self.config.init_from
         facts |= self.order.facts()
         names = {"optim.name": self.config.optim.name, "discriminator_optim.name": self.config.discriminator_optim.name}
         facts |= {key: name for key, name in names.items() if name != "adamw"}
@@ -116,9 +119,9 @@ class TokenizerTraining:
         """The tokenizer to train, fresh or from init_from, with what does not learn frozen."""
         config, train = self.config, self.config.train
         tokenizer = build_tokenizer(config.model).train()
-        folder = config.init_from
+        folder, decoder_only = config.init_from, train.trained_part == "decoder"
         if folder and facts_of_run(config.run_dir, config.checkpoint.resume) is None:  # else a checkpoint follows
-            self.group.first_then_others(lambda: take_tokenizer(tokenizer, folder, train.trained_part == "decoder"))
+            self.group.first_then_others(lambda: take_tokenizer(tokenizer, folder, decoder_only, config.run_dir))
         if train.trained_part == "decoder":
             tokenizer.freeze_codes()
         tokenizer.gradient_checkpointing = train.gradient_checkpointing
