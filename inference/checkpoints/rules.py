@@ -133,11 +133,3 @@ def _listed(what: str, names: list[str]) -> str:
 def tensor_names(model_class: type[PretrainedModule], config: Any) -> list[str]:
     """The names of a model's state dict, without its numbers."""
     return list(build_on_meta(model_class, config).state_dict())
-
-
-def multiplier(inner: int, width: int) -> float:
-    """The factor whose product with the width of a model, cut to a whole number, is exactly `inner`."""
-    factor = inner / width
-    while int(width * factor) < inner:
-        factor = math.nextafter(factor, math.inf)
-    return factor
