@@ -58,15 +58,17 @@ def _stored(folder: Path) -> tuple[VQGANConfig, dict[str, Tensor], Path]:
 
 def _refuse(config: VQGANConfig, project: str, where: Path, **wanted: Any) -> None:
     """UserError for the first field that is not what the other project's code has. A set holds several values that are fine."""
+    if not config.has_encoder:
+        raise UserError(f"{where}: has no encoder (has_encoder False), and {project}'s files have one; there is nothing to export")
     plain: dict[str, Any] = {"norm_groups": NORM_GROUPS, "norm_eps": 1e-6, "input_range": "signed", "output_range": "signed",
-                             "has_encoder": True, "decoder_channels": {None, config.channels},
+                             "decoder_channels": {None, config.channels},
                              "decoder_res_blocks": {None, config.num_res_blocks}, **wanted}
     for name, value in plain.items():
         owner: Any = config.quantizer if name.startswith("quantizer.") else config
         found = getattr(owner, name.removeprefix("quantizer."))
         if found not in (value if isinstance(value, set) else {value}):
             shown = value if not isinstance(value, set) else " or ".join(sorted(map(str, value - {None})))
-            raise UserError(f"{where}: {project} cannot express {name} {found!r}, only {shown!r}; export it as another kind")
+            raise UserError(f"{where}: {project} cannot express {name} {found!r}, only {shown!r}; try another kind")
 
 
 def _plain_names(tensors: Mapping[str, Tensor], config: VQGANConfig, naming: Naming) -> dict[str, Tensor]:
