@@ -59,7 +59,7 @@ def _stored(folder: Path) -> tuple[VQGANConfig, dict[str, Tensor], Path]:
 def _refuse(config: VQGANConfig, project: str, where: Path, **wanted: Any) -> None:
     """UserError for the first field that is not what the other project's code has. A set holds several values that are fine."""
     if not config.has_encoder:
-        raise UserError(f"{where}: has no encoder (has_encoder False), and {project}'s files have one; there is nothing to export")
+        raise UserError(f"{where}: has no encoder (has_encoder False), and {project}'s files have one; it cannot be exported")
     plain: dict[str, Any] = {"norm_groups": NORM_GROUPS, "norm_eps": 1e-6, "input_range": "signed", "output_range": "signed",
                              "decoder_channels": {None, config.channels},
                              "decoder_res_blocks": {None, config.num_res_blocks}, **wanted}
