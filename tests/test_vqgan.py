@@ -275,7 +275,7 @@ def test_half_a_model_folder_is_refused(tmp_path):
 def test_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
     model = trained_vqgan().eval()
     model.save_pretrained(tmp_path / "m")
-    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("tokenloom_common.tensor_writer.write_tensors", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         make_vqgan().save_pretrained(tmp_path / "m")
     image = make_image()
