@@ -89,5 +89,5 @@ def test_trainings_that_encode_refuse_it_in_one_line(made, tmp_path, group: Proc
     with pytest.raises(UserError, match=f"model {NO_ENCODER}"):
         TokenizerRunConfig.parse({**base, "init_from": None, "model": {"preset": "debug", "has_encoder": False}}, "test")
     with pytest.raises(UserError, match=f"^init_from {tokenizer} {NO_ENCODER}"):
-        take_tokenizer(tiny.vqgan(), tokenizer, str(tmp_path / "run"), decoder_only=False)
+        take_tokenizer(tiny.vqgan(), tokenizer, decoder_only=False, run_dir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

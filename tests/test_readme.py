@@ -59,6 +59,7 @@ def run(command: list[str], place: Path) -> subprocess.CompletedProcess:
                           check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_readmes_commands_run(place):
     lines = commands(PAGES[0])
@@ -76,6 +77,7 @@ def test_the_readmes_commands_run(place):
     assert len(list((place / "pictures").glob("a-cat-on-a-chair-seed*.png"))) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_examples_run(page, place):
     for number, block in enumerate(blocks(page, "python")):

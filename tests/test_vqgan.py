@@ -368,9 +368,10 @@ def test_a_decoder_of_the_unit_range_gives_signed_pictures():
             each.last_layer.mul_(5)
         raw = model.decode_vectors(model.lookup(codes))
         assert raw.min() < 0 and raw.max() > 1
-        torch.testing.assert_close(unit.decode(codes), raw.clamp(0, 1) * 2 - 1)
-        torch.testing.assert_close(unit(image).reconstruction, raw * 2 - 1)
-        torch.testing.assert_close(unit.freeze_codes()(image).reconstruction, raw * 2 - 1)
+        # encode, decode and forward lay memory out differently, and convolutions round differently then; pixels are up to 10
+        torch.testing.assert_close(unit.decode(codes), raw.clamp(0, 1) * 2 - 1, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(unit(image).reconstruction, raw * 2 - 1, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(unit.freeze_codes()(image).reconstruction, raw * 2 - 1, atol=1e-4, rtol=1e-5)
     assert code_fingerprint(unit) == code_fingerprint(model)
 
 
