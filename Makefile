@@ -1,6 +1,6 @@
 # make demo       real pictures from captions, everything from scratch (about 15 minutes on 2 CPU cores)
 # make test       the tests (`make test-all`: the slow ones too)
-# make readme     the README's commands and the docs' code, run as they stand
+# make examples   the README's commands and the docs' code as they stand, a quick benchmark of training
 # make lint       style, types, import direction
 #
 # The virtual environment is .venv. TORCH chooses the torch to install (default: the tested CPU build), for example
@@ -21,7 +21,7 @@ BIN := $(VENV)/bin/
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test test-all readme lint setup clean force
+.PHONY: demo test test-all examples lint setup clean force
 
 setup: $(READY)
 
@@ -34,8 +34,8 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)python -m pytest -m "not gpu or gpu"
 
-readme: $(READY)
-	$(BIN)python -m pytest tests/test_readme.py -m "slow or not slow"
+examples: $(READY)
+	$(BIN)python -m pytest tests/test_readme.py tests/test_benchmark_training.py -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)ruff check .

@@ -15,8 +15,8 @@ from training.process_group import Processes
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--kills 100`: how often tests/test_killed.py kills a training; `--mutations 10000`: of files that are read."""
-    parser.addoption("--kills", type=int, default=10)
-    parser.addoption("--mutations", type=int, default=300)
+    parser.addoption("--kills", type=int, default=6)
+    parser.addoption("--mutations", type=int, default=200)
 
 
 @pytest.fixture(scope="session")

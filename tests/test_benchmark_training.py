@@ -12,6 +12,7 @@ from benchmarks.__main__ import main
 from tests import launching
 
 
+@pytest.mark.slow
 def test_quick_run_ends_with_one_document():
     result = launching.python("-m", "benchmarks", "training", "--quick", "--threads", 1, "--repeats", 1, "--stages", "1")
     assert result.returncode == 0, result.stderr[-2000:]
