@@ -133,6 +133,16 @@ def test_archives_of_other_kinds_are_refused(tmp_path):
             read_weights(tmp_path / name)
 
 
+def test_an_archive_that_claims_to_span_disks_is_one_line(tmp_path, state):
+    """What zipfile says even when it is asked whether a file is a zip."""
+    torch.save({"model": state}, tmp_path / "vq.pt")
+    data = (tmp_path / "vq.pt").read_bytes()
+    end = data.rindex(b"PK\5\6")
+    (tmp_path / "vq.pt").write_bytes(data[:end] + struct.pack("<4sLQL", b"PK\6\7", 0, 0, 2) + data[end:])
+    with pytest.raises(UserError, match="not a whole torch checkpoint"):
+        read_weights(tmp_path / "vq.pt")
+
+
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, state):
     """A small file could hold gigabytes of pickle."""
     torch.save({"model": state}, tmp_path / "plain.pt")

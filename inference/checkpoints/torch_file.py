@@ -62,7 +62,7 @@ def read_torch_file(path: Path) -> Any:
         with torch.serialization.safe_globals([*((StandIn, name) for name in HARMLESS),
                                                *((made, name) for name, made in MAPPINGS.items())]):
             _refuse_classes(path)
-            mapped = zipfile.is_zipfile(path)  # torch wrote no zip before 1.6, and that kind cannot be mapped
+            mapped = _is_zip(path)  # torch wrote no zip before 1.6, and that kind cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UserError:
         raise
@@ -75,9 +75,17 @@ def read_torch_file(path: Path) -> Any:
         raise _damaged(path, error) from None
 
 
+def _is_zip(path: Path) -> bool:
+    """Whether it is a zip file, as torch writes since 1.6. UserError for a damaged one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:  # it reads the directory's place, and may stumble over it
+        raise _damaged(path, error) from None
+
+
 def _refuse_other_archives(path: Path) -> None:
     """A zip that is not torch's, or one whose pickle alone would fill the memory."""
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -94,7 +102,7 @@ def _refuse_other_archives(path: Path) -> None:
 
 def _refuse_classes(path: Path) -> None:
     """UserError naming the first class that is neither torch's own nor harmless, before anything is unpickled."""
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         return  # torch lists the classes of zip files only; the unpickler refuses the others' while it reads
     unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(HARMLESS) - set(MAPPINGS)
     if unknown:
