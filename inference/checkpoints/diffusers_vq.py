@@ -7,7 +7,6 @@ Attention projections are linear layers there and 1x1 convolutions here. Codes a
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from inference.checkpoints.vqgan_names import (
     CODEBOOK,
     DEFAULT_RESOLUTION,
     NORM_GROUPS,
+    PROJECTION,
     Inferred,
     codebook_rules,
     diffusers_name,
@@ -117,5 +117,4 @@ def diffusers_state(tokenizer: VQGAN) -> dict[str, Tensor]:
 
 def as_linear(name: str, tensor: Tensor) -> Tensor:
     """Our attention's 1x1 convolution `name` [C, C, 1, 1] as a matrix [C, C]; anything else as it is."""
-    is_projection = re.search(r"\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight$", name)
-    return tensor[:, :, 0, 0] if is_projection else tensor
+    return tensor[:, :, 0, 0] if PROJECTION.search(name) else tensor

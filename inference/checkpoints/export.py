@@ -1,4 +1,4 @@
-"""Our image tokenizers as other projects' files: the way back, bit-exact.
+"""Our image tokenizers and transformers as other projects' files: the way back, bit-exact.
 
 What another project's code cannot express is refused by the field's name, never approximated.
 """
@@ -18,15 +18,16 @@ from torch import Tensor
 from inference.checkpoints.diffusers_vq import as_linear, diffusers_config
 from inference.checkpoints.rules import tensor_names
 from inference.checkpoints.vqgan_names import CODEBOOK, NORM_GROUPS, Naming, diffusers_name, llamagen_name, taming_name
+from inference.meta_device import build_on_meta
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenloom_common.errors import RunFailedError, UserError, choose
 from tokenloom_common.files import atomic_folder, naming, sync_path, write_json_atomic, write_text_atomic
 from tokenloom_common.pretrained import check_tensors, read_config, read_tensors, resolve_folder
-from tokenloom_common.tensor_writer import write_shards
+from tokenloom_common.tensor_writer import write_shards, write_tensors
 
-DIFFUSERS_VERSION = "0.35.0"  # the oldest that these files were loaded with
+DIFFUSERS_VERSION = "0.42.1"  # that these files were loaded with
 USED_CODES = 65_536  # a statistic of LlamaGen's training, which its strict loading wants to find
 _BOOK = "quantizer.vq._codebook.embed"
 
@@ -34,8 +35,8 @@ _BOOK = "quantizer.vq._codebook.embed"
 def export_checkpoint(kind: str, folder: str | Path, out: str | Path) -> Path:
     """Write one of our folders as another project's checkpoint -> what was written.
 
-    kind: a name in EXPORTS. folder: of an image tokenizer, or a whole model folder. out: a file that does not exist
-    (a folder for diffusers-vq). UserError naming the field that the other project's code cannot express.
+    kind: a name in EXPORTS. folder: of an image tokenizer or a transformer, or a whole model folder. out: a file that does not
+    exist (a folder for diffusers-vq). UserError naming the field that the other project's code cannot express.
     """
     exporter = choose(EXPORTS, kind, "kind of checkpoint to export")
     path = Path(out)
@@ -49,8 +50,6 @@ def _stored(folder: Path) -> tuple[VQGANConfig, dict[str, Tensor], Path]:
     place = folder / PARTS[0] if (folder / MODEL_INDEX).is_file() else folder
     config = read_config(place, VQGAN.kind, VQGANConfig)
     tensors = read_tensors(place)
-    from inference.meta_device import build_on_meta
-
     wanted = {name: tuple(tensor.shape) for name, tensor in build_on_meta(VQGAN, config).state_dict().items()}
     check_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, place)
     return config, tensors, place
@@ -174,8 +173,6 @@ def _write_aside(out: Path, payload: Mapping[str, Any], state: Mapping[str, Tens
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp{out.suffix}")
     try:
         if out.suffix == ".safetensors":
-            from tokenloom_common.tensor_writer import write_tensors
-
             write_tensors(aside, {name: tensor.to("meta") for name, tensor in state.items()}, state.__getitem__)
         else:
             aside.touch()  # a path that cannot be written to is an OSError, which torch.save makes something else of

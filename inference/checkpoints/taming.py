@@ -34,7 +34,7 @@ from tokenloom_common.errors import MissingFileError, UserError
 LEVELS = r"encoder\.down\.(\d+)\."
 PREFIXES = ("", "first_stage_model.", "model.", "vae.", "vqvae.")
 """Where a VQGAN stands in larger checkpoints: taming's and latent diffusion's second stages, ruDALL-E."""
-IGNORED = ("loss.*", "discriminator.*", "perceptual_loss.*", "model_ema.*", "quantize.used", "colorize")
+IGNORED = ("loss.*", "discriminator.*", "perceptual_loss.*", "model_ema.*", "colorize")
 _MOVING = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
 _GUMBEL = {"quantizer.proj.weight": "quantize.proj.weight", "quantizer.proj.bias": "quantize.proj.bias",
            "quantizer.embed.weight": "quantize.embed.weight"}

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from inference.checkpoints.rules import ConvertedPart, Rule, tensor_names
+from inference.checkpoints.rules import ConvertedPart, Rule, only, tensor_names
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import AS_RELEASED
 from tokenloom_common.errors import UserError
@@ -27,6 +27,8 @@ CODEBOOK = "quantize.embedding.weight"
 NORM_GROUPS = 32  # of every published VQGAN; only diffusers' config says
 DEFAULT_RESOLUTION = 256
 
+PROJECTION = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight$")
+"""Our names of an attention's matrices: 1x1 convolutions here, linear layers in diffusers."""
 _LEVEL = re.compile(r"^(?P<side>encoder\.down|decoder\.up)\.(?P<level>\d+)\."
                     r"(?P<part>block|attn|downsample|upsample)\.(?P<rest>.+)$")
 _DIFFUSERS_PARTS = {"block": "resnets", "attn": "attentions", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}
@@ -161,8 +163,7 @@ def vqgan_part(config: VQGANConfig, weights: Mapping[str, Tensor], naming: Namin
         if name.startswith("quantizer."):
             rules[name] = quantizer[name]
         else:
-            is_projection = re.search(r"\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight$", name) is not None
-            rules[name] = Rule((naming(name, levels),), _as_convolution if is_projection else lambda tensor: tensor)
+            rules[name] = Rule((naming(name, levels),), _as_convolution if PROJECTION.search(name) else only)
     return ConvertedPart(VQGAN, config, rules, weights, where, ignored, notes)
 
 
