@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inference import GenerationResult, GenerationStep, PromptRequest, SamplingParams, TextToImage, load_matcher
+    from inference import (
+        GenerationResult,
+        GenerationStep,
+        PromptRequest,
+        SamplingParams,
+        TextToImage,
+        load_matcher,
+    )
     from inference.checkpoints import export_checkpoint, from_checkpoint
     from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
     from tokenizer_image import VQGAN, ImageTokenizer, VQGANConfig, load_tokenizer

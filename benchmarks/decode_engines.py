@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.decode_reference import TOP_K, Work, are_codes, forced_logits, make_model, make_work, verdict
+from benchmarks.decode_reference import (
+    TOP_K,
+    Work,
+    are_codes,
+    forced_logits,
+    make_model,
+    make_work,
+    verdict,
+)
 from benchmarks.harness import SEED, Case
 from inference.calibration import way_for
 from inference.decoder import CachedDecoder

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from inference.cli import add_revision, choose_device
-from inference.memory import WEIGHT_BYTES, MemoryEstimate, Workload, available_memory, estimate, human, largest_batch
+from inference.memory import (
+    WEIGHT_BYTES,
+    MemoryEstimate,
+    Workload,
+    available_memory,
+    estimate,
+    human,
+    largest_batch,
+)
 from inference.model_folder import GENERATION_NAME, read_model_index
 from inference.pipeline import check_counts
 from inference.sampling import SamplingParams

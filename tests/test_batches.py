@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from tokenloom_common.errors import DataError
-from training.data.batches import DataOrder, ItemId, MicroBatches, batch_loader, item_random, uniform, visit_bits
+from training.data.batches import (
+    DataOrder,
+    ItemId,
+    MicroBatches,
+    batch_loader,
+    item_random,
+    uniform,
+    visit_bits,
+)
 
 
 def test_every_item_once_an_epoch_and_another_order_in_the_next():

@@ -15,7 +15,14 @@ from inference import SamplingParams
 from inference.checkpoints import from_checkpoint
 from inference.checkpoints.kinds import ConvertOptions, convert
 from tests.flax_files import nested, write_flax
-from tests.min_dalle_peer import IMAGE_ROWS, assert_equal, detokenizer, published_states, run_peer, shaken_norms
+from tests.min_dalle_peer import (
+    IMAGE_ROWS,
+    assert_equal,
+    detokenizer,
+    published_states,
+    run_peer,
+    shaken_norms,
+)
 from tests.test_bpe_tokenizer import bpe_files
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import AS_RELEASED

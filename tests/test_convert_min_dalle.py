@@ -16,7 +16,14 @@ from inference.checkpoints import from_checkpoint
 from inference.checkpoints.kinds import ConvertOptions, convert
 from inference.checkpoints.min_dalle import detokenizer_part
 from inference.checkpoints.rules import multiplier
-from tests.min_dalle_peer import TEXT_ROWS, assert_equal, detokenizer, published_states, run_peer, shaken_norms
+from tests.min_dalle_peer import (
+    TEXT_ROWS,
+    assert_equal,
+    detokenizer,
+    published_states,
+    run_peer,
+    shaken_norms,
+)
 from tests.test_bpe_tokenizer import bpe_files
 from tokenizer_image import VQGAN
 from tokenloom_common.errors import UserError

@@ -29,7 +29,15 @@ from tokenloom_common.errors import DataError, RunFailedError, UserError
 from training.data.scenes import COMBINATIONS, describe, draw_scene, make_scene
 from training.data.sources import open_dataset
 from training.evaluation.features import EXTRACTORS, FeatureExtractor
-from training.evaluation.generator import Judges, Looked, diversity, judge, measure_real, picture_retrieval, shuffled
+from training.evaluation.generator import (
+    Judges,
+    Looked,
+    diversity,
+    judge,
+    measure_real,
+    picture_retrieval,
+    shuffled,
+)
 from training.evaluation.questions import Question, choose_questions
 
 ROWS = 20

@@ -29,7 +29,12 @@ from tokenizer_image.perceptual import NETWORKS
 from tokenloom_common.errors import DataError, RunFailedError, UserError
 from training.data.sources import open_dataset
 from training.evaluation import features, inception, metrics
-from training.evaluation.features import EFFNET_INSTALL_HINT, EXTRACTORS, FeatureExtractor, load_extractor
+from training.evaluation.features import (
+    EFFNET_INSTALL_HINT,
+    EXTRACTORS,
+    FeatureExtractor,
+    load_extractor,
+)
 from training.evaluation.metrics import Moments, frechet_distance, psnr, ssim
 from training.evaluation.reconstruction import (
     CROP,
@@ -39,7 +44,12 @@ from training.evaluation.reconstruction import (
     evaluate_tokenizer,
     preparation,
 )
-from training.evaluation.reference import ReferenceStatistics, check_reference, load_reference, save_reference
+from training.evaluation.reference import (
+    ReferenceStatistics,
+    check_reference,
+    load_reference,
+    save_reference,
+)
 
 SIDE = 32  # the smallest whole number of code cells that AlexNet's 31 pixels fit in
 TINY_FEATURES = 12

@@ -13,7 +13,16 @@ from inference.checkpoints import ConvertOptions, convert, export_checkpoint, fr
 from inference.checkpoints.weights_file import read_weights
 from inference.checkpoints.writing import write_converted
 from tests import tiny
-from tests.test_convert_vqgan import GUMBEL, LLAMAGEN, SIDE, codes_and_pictures, lightning, pictures, taming_yaml, vq_model
+from tests.test_convert_vqgan import (
+    GUMBEL,
+    LLAMAGEN,
+    SIDE,
+    codes_and_pictures,
+    lightning,
+    pictures,
+    taming_yaml,
+    vq_model,
+)
 from tests.vqgan_references import Functions, Shape, make_state
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import AS_RELEASED

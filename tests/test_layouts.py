@@ -15,7 +15,14 @@ from seq2seq.losses import region_token_weights
 from tests import tiny
 from tokenloom_common.errors import DataError, UserError
 from training.data.layouts import coarser
-from training.data.token_shards import LayoutIndex, SplitIndex, TokenIndex, TokenShards, write_index, write_shard
+from training.data.token_shards import (
+    LayoutIndex,
+    SplitIndex,
+    TokenIndex,
+    TokenShards,
+    write_index,
+    write_shard,
+)
 
 GRID = (2, 3)
 LAYOUT = {"layout_kind": "colors", "layout_classes": 27, "layout_grid": GRID}

@@ -25,7 +25,14 @@ from tokenloom_common.errors import UserError
 from training import script, train_seq2seq
 from training.config import LogConfig, RunConfig
 from training.log import RunLog, in_short, read_metrics, sample_path
-from training.log_writers import GROUPS, KINDS, TensorBoardWriter, check_writers, grouped, open_writers
+from training.log_writers import (
+    GROUPS,
+    KINDS,
+    TensorBoardWriter,
+    check_writers,
+    grouped,
+    open_writers,
+)
 from training.loop import run_training
 from training.process_group import Processes
 from training.token_config import Seq2SeqRunConfig

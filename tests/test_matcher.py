@@ -14,7 +14,12 @@ import torch
 from PIL import Image
 
 from inference.matcher import MAX_SCALE, Matcher, MatcherConfig
-from inference.matcher_folder import MatcherScorer, load_matcher, load_matcher_folder, save_matcher_folder
+from inference.matcher_folder import (
+    MatcherScorer,
+    load_matcher,
+    load_matcher_folder,
+    save_matcher_folder,
+)
 from seq2seq.losses import mask_text, masked_text_loss
 from tests import tiny
 from tokenizer_image.images import image_to_pixels, pixels_to_float

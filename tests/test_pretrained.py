@@ -19,7 +19,13 @@ from tokenizer_image import KINDS, PRESETS, build_tokenizer
 from tokenloom_common import weights
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import MissingFileError, UserError
-from tokenloom_common.pretrained import INDEX_NAME, WEIGHTS_NAME, PretrainedModule, Undrawn, keeps_what_no_file_has
+from tokenloom_common.pretrained import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    PretrainedModule,
+    Undrawn,
+    keeps_what_no_file_has,
+)
 from tokenloom_common.tensor_writer import ALIGNMENT, write_tensors
 from tokenloom_common.weights import read_tensors
 

@@ -11,7 +11,18 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from tokenloom_common.errors import UserError
-from training.data.scenes import COLORS, COMBINATIONS, NUMBERS, OPPOSITE, SHAPES, Scene, Thing, describe, draw_scene, make_scene
+from training.data.scenes import (
+    COLORS,
+    COMBINATIONS,
+    NUMBERS,
+    OPPOSITE,
+    SHAPES,
+    Scene,
+    Thing,
+    describe,
+    draw_scene,
+    make_scene,
+)
 from training.evaluation.scene_captions import (
     LARGE_FROM,
     Verdict,

@@ -25,7 +25,12 @@ from training.data.batches import ItemId
 from training.data.captioned_visits import CaptionedVisits, CollateCaptioned
 from training.data.shapes import build_shapes
 from training.data.sources import open_dataset
-from training.evaluation.retrieval import choose_pairs, evaluate_retrieval, ranks, retrieval_accuracy
+from training.evaluation.retrieval import (
+    choose_pairs,
+    evaluate_retrieval,
+    ranks,
+    retrieval_accuracy,
+)
 from training.log import read_metrics
 from training.loop import run_training
 from training.matcher_config import MatcherRunConfig

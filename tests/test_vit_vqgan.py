@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer_image import QuantizerConfig, TokenizerLossConfig, ViTVQGAN, ViTVQGANConfig, preset, tokenizer_loss
+from tokenizer_image import (
+    QuantizerConfig,
+    TokenizerLossConfig,
+    ViTVQGAN,
+    ViTVQGANConfig,
+    preset,
+    tokenizer_loss,
+)
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.vit_vqgan import TransformerBlock, sincos_positions
 from tokenloom_common.errors import UserError

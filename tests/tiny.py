@@ -11,7 +11,14 @@ from PIL import Image
 from inference import Matcher, MatcherConfig, SamplingParams, TextTowerConfig, save_model_folder
 from inference.matcher import ImageTowerConfig
 from inference.matcher_folder import save_matcher_folder
-from seq2seq import DecoderOnly, DecoderOnlyConfig, EncoderDecoder, ImageTransformer, Seq2SeqConfig, TextTokenizer
+from seq2seq import (
+    DecoderOnly,
+    DecoderOnlyConfig,
+    EncoderDecoder,
+    ImageTransformer,
+    Seq2SeqConfig,
+    TextTokenizer,
+)
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.fingerprint import code_fingerprint
 from training.data.token_shards import LayoutIndex, SplitIndex, TokenIndex, write_index, write_shard

@@ -16,7 +16,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.test_engine import batch, config, engine_for, not_differentiable_here, small, squared_error, train
+from tests.test_engine import (
+    batch,
+    config,
+    engine_for,
+    not_differentiable_here,
+    small,
+    squared_error,
+    train,
+)
 from training.engine import Engine, processes
 from training.process_group import Processes
 

@@ -65,7 +65,12 @@ def _http_error() -> type[Exception]:
 
 def _why_not_fetched(name: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if isinstance(error, RevisionNotFoundError):
         return f"{name}: the hub model has no revision '{revision}'; give a branch, a tag or a whole commit hash"

@@ -19,7 +19,12 @@ from seq2seq.config import LayersConfig
 from seq2seq.layers import recompute_activations
 from seq2seq.losses import TokenLossConfig, loss_parts, masked_text_loss, region_token_weights
 from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer, tokenizer_loss
-from tokenizer_image.adversarial import LeCAM, discriminator_objective, generator_loss, generator_weight
+from tokenizer_image.adversarial import (
+    LeCAM,
+    discriminator_objective,
+    generator_loss,
+    generator_weight,
+)
 from tokenizer_image.discriminators import build_discriminator
 from tokenizer_image.quantizers import Quantizer, QuantizerConfig
 from training.config import TokenizerRunConfig

@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from tokenloom_common.config import StrictConfig, dotted_names, merge, nearest_key, read_mapping, sections
+from tokenloom_common.config import (
+    StrictConfig,
+    dotted_names,
+    merge,
+    nearest_key,
+    read_mapping,
+    sections,
+)
 from tokenloom_common.errors import UserError, nearest_name
 
 Config = TypeVar("Config", bound=StrictConfig)

@@ -29,7 +29,11 @@ from tokenloom_common.errors import OneLineParser, RunFailedError, choose, run_c
 from tokenloom_common.files import refuse_others, write_json_atomic
 from training.data.emoji import build_emoji
 from training.data.sources import list_splits, open_dataset
-from training.evaluation.caption_accuracy import TrainingPictures, choose_questions, sample_questions
+from training.evaluation.caption_accuracy import (
+    TrainingPictures,
+    choose_questions,
+    sample_questions,
+)
 from training.evaluation.pictures import labelled_grid, plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.log import read_metrics, setup_console

@@ -56,7 +56,15 @@ from training.data.layouts import Layouts
 from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
 from training.data.sources import list_splits
-from training.data.token_shards import INDEX_NAME, SUFFIX, SplitIndex, TokenIndex, token_dtype, write_index, write_shard
+from training.data.token_shards import (
+    INDEX_NAME,
+    SUFFIX,
+    SplitIndex,
+    TokenIndex,
+    token_dtype,
+    write_index,
+    write_shard,
+)
 from training.data.views import picture_views, view_names
 from training.engine import processes
 from training.log import setup_console

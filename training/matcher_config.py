@@ -5,7 +5,14 @@ from __future__ import annotations
 from copy import copy
 from typing import Any, Optional
 
-from pydantic import Field, SerializeAsAny, ValidationError, create_model, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from inference.matcher import ImageTowerConfig, MatcherConfig, TextTowerConfig
 from seq2seq import PRESETS

@@ -26,7 +26,12 @@ from training.activations import (
 )
 from training.config import RunConfig, TokenizerRunConfig
 from training.deepspeed_json import deepspeed_json
-from training.flops import forward_flops, matcher_forward_flops, tokenizer_training_flops, training_flops
+from training.flops import (
+    forward_flops,
+    matcher_forward_flops,
+    tokenizer_training_flops,
+    training_flops,
+)
 from training.matcher_config import MatcherRunConfig
 from training.matcher_objective import MatcherObjective
 from training.rank_memory import (

@@ -26,7 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenloom_common.errors import ResumeError, RunFailedError, UserError
-from tokenloom_common.files import file_hash, publish_folder, sync_path, write_json_atomic, write_text_atomic
+from tokenloom_common.files import (
+    file_hash,
+    publish_folder,
+    sync_path,
+    write_json_atomic,
+    write_text_atomic,
+)
 from training.agreement import by_dotted_name, check_same
 from training.config import RunConfig
 from training.config_loading import dump_config

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from inference.matcher import Matcher, MatcherConfig, TextTowerConfig
 from inference.matcher_folder import find_matcher_folder, load_matcher_folder
-from seq2seq import EncoderDecoder, ImageTransformer, Seq2SeqConfig, TextSource, TransformerConfig, load_text_source
+from seq2seq import (
+    EncoderDecoder,
+    ImageTransformer,
+    Seq2SeqConfig,
+    TextSource,
+    TransformerConfig,
+    load_text_source,
+)
 from seq2seq.config import LayersConfig
 from tokenloom_common.errors import UserError
 from tokenloom_common.pretrained import read_config

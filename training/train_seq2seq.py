@@ -35,7 +35,13 @@ from tokenizer_image.images import image_grid
 from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.data.batches import MicroBatches, batch_loader
-from training.data.picture_tokens import CollatePictures, PictureBatch, PictureTokens, PictureTokenVisits, with_tokens
+from training.data.picture_tokens import (
+    CollatePictures,
+    PictureBatch,
+    PictureTokens,
+    PictureTokenVisits,
+    with_tokens,
+)
 from training.data.token_shards import TokenShards, check_same_tokenizer
 from training.data.training_sets import Captions, CollateTokens, TokenBatch, TokenVisits
 from training.deepspeed_json import deepspeed_json
@@ -43,7 +49,14 @@ from training.engine import Engine, resolve_precision
 from training.evaluation.pictures import plot_positions
 from training.fits import refuse_what_cannot_fit
 from training.flops import forward_flops
-from training.init_from import check_codes, check_start, image_tokenizer_folder, model_of_start, open_start, text_source_of
+from training.init_from import (
+    check_codes,
+    check_start,
+    image_tokenizer_folder,
+    model_of_start,
+    open_start,
+    text_source_of,
+)
 from training.log import sample_path
 from training.loop import Task
 from training.model_card import seq2seq_card

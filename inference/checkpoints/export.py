@@ -17,13 +17,26 @@ from torch import Tensor
 
 from inference.checkpoints.diffusers_vq import as_linear, diffusers_config
 from inference.checkpoints.rules import tensor_names
-from inference.checkpoints.vqgan_names import CODEBOOK, NORM_GROUPS, Naming, diffusers_name, llamagen_name, taming_name
+from inference.checkpoints.vqgan_names import (
+    CODEBOOK,
+    NORM_GROUPS,
+    Naming,
+    diffusers_name,
+    llamagen_name,
+    taming_name,
+)
 from inference.meta_device import build_on_meta
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenloom_common.errors import RunFailedError, UserError, choose
-from tokenloom_common.files import atomic_folder, naming, sync_path, write_json_atomic, write_text_atomic
+from tokenloom_common.files import (
+    atomic_folder,
+    naming,
+    sync_path,
+    write_json_atomic,
+    write_text_atomic,
+)
 from tokenloom_common.pretrained import check_tensors, read_config, read_tensors, resolve_folder
 from tokenloom_common.tensor_writer import write_shards, write_tensors
 

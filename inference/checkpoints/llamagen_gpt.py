@@ -24,7 +24,14 @@ from inference.checkpoints.kinds import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart, Rule, multiplier, tensor_names
 from inference.checkpoints.weights_file import find_weights, read_weights
 from inference.sampling import SamplingParams
-from seq2seq import ClassLabels, ClassLabelsConfig, DecoderOnly, DecoderOnlyConfig, FrozenTextEncoder, TextSource
+from seq2seq import (
+    ClassLabels,
+    ClassLabelsConfig,
+    DecoderOnly,
+    DecoderOnlyConfig,
+    FrozenTextEncoder,
+    TextSource,
+)
 from seq2seq.positions import ROTARY_BASE
 from seq2seq.presets import LLAMAGEN, LLAMAGEN_HEADS
 from tokenizer_image import ImageTokenizer, load_tokenizer

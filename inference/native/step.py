@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inference.decoder_layers import CrossAttention, FeedForward, HeadNorm, Norm, SelfAttention, Slots
+from inference.decoder_layers import (
+    CrossAttention,
+    FeedForward,
+    HeadNorm,
+    Norm,
+    SelfAttention,
+    Slots,
+)
 from inference.kv_cache import CaptionMemory
 from inference.native import tables
 from inference.native.kernels import step_function

@@ -16,10 +16,21 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch import distributed as dist
 from vector_quantize_pytorch import VectorQuantize
-from vector_quantize_pytorch.vector_quantize_pytorch import batched_sample_vectors, kmeans, noop, rotate_to
+from vector_quantize_pytorch.vector_quantize_pytorch import (
+    batched_sample_vectors,
+    kmeans,
+    noop,
+    rotate_to,
+)
 
 from tokenizer_image.quantizer_config import QuantizerConfig
-from tokenizer_image.quantizers.base import LossPart, Quantized, Quantizer, nearest_code, process_count
+from tokenizer_image.quantizers.base import (
+    LossPart,
+    Quantized,
+    Quantizer,
+    nearest_code,
+    process_count,
+)
 
 LEAST_USE = 1e-6  # a moving average of fewer latents than this says nothing about where a code belongs
 

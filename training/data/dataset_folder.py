@@ -88,7 +88,11 @@ def card_head(licence: str, names: list[str]) -> str:
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
     """Within the block, `datasets` draws no progress bars and the hub's client logs errors only; then as before."""
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+    from datasets.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+    )
 
     bars_were_on = is_progress_bar_enabled()
     hub_log = logging.getLogger("huggingface_hub")

@@ -21,7 +21,14 @@ from typing import Any
 from tokenloom_common.errors import DataError, RunFailedError, UserError, choose, nearest_name
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
-from training.data.dataset_folder import OWN_NAMES, card_head, previous_build, require_extra, write_record, write_splits
+from training.data.dataset_folder import (
+    OWN_NAMES,
+    card_head,
+    previous_build,
+    require_extra,
+    write_record,
+    write_splits,
+)
 from training.data.emoji_art import Art, read_iconify, read_named_files, render_png
 from training.data.emoji_names import (
     Emoji,

@@ -18,7 +18,14 @@ from tokenizer_image.images import pixels_to_float
 from training.data.batches import ItemId, uniform, visit_bits
 from training.data.captioned_images import CaptionedImages
 from training.data.token_shards import TokenIndex
-from training.data.training_sets import Captions, Dropped, ImageVisits, TokenBatch, corrupted, without_dropped
+from training.data.training_sets import (
+    Captions,
+    Dropped,
+    ImageVisits,
+    TokenBatch,
+    corrupted,
+    without_dropped,
+)
 
 
 class PictureTokens:

@@ -18,8 +18,24 @@ from PIL import Image
 from tokenloom_common.errors import UserError
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
-from training.data.dataset_folder import OWN_NAMES, card_head, previous_build, require_extra, write_record, write_splits
-from training.data.scenes import COLORS, COMBINATIONS, SHAPES, Combination, Scene, describe, draw_scene, make_scene
+from training.data.dataset_folder import (
+    OWN_NAMES,
+    card_head,
+    previous_build,
+    require_extra,
+    write_record,
+    write_splits,
+)
+from training.data.scenes import (
+    COLORS,
+    COMBINATIONS,
+    SHAPES,
+    Combination,
+    Scene,
+    describe,
+    draw_scene,
+    make_scene,
+)
 
 log = logging.getLogger(__name__)
 MIN_SIZE, MAX_SIZE, MAX_OBJECTS = 16, 512, 4

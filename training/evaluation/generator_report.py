@@ -43,7 +43,13 @@ from training.evaluation.pictures import labelled_grid, plot_lines
 from training.evaluation.questions import Question, choose_questions
 from training.evaluation.reconstruction import CROP, RESIZE, preparation
 from training.evaluation.reference import check_reference, load_reference
-from training.evaluation.report import REPORT_NAME, check_out, default_split, frechet_section, package_versions
+from training.evaluation.report import (
+    REPORT_NAME,
+    check_out,
+    default_split,
+    frechet_section,
+    package_versions,
+)
 from training.evaluation.retrieval import TOP
 from training.evaluation.scene_captions import parse_caption
 from training.evaluation.scene_reader import LARGEST, SMALLEST

@@ -26,7 +26,12 @@ from tokenloom_common.files import atomic_folder, refuse_others, write_json_atom
 from training.data.captioned_images import CaptionedImages
 from training.data.sources import list_splits, open_dataset
 from training.evaluation.cli import TOKENIZER_COMMAND as COMMAND
-from training.evaluation.features import EXTRACTORS, FID_WEIGHTS_NAME, FeatureExtractor, load_extractor
+from training.evaluation.features import (
+    EXTRACTORS,
+    FID_WEIGHTS_NAME,
+    FeatureExtractor,
+    load_extractor,
+)
 from training.evaluation.pictures import side_by_side
 from training.evaluation.reconstruction import (
     CROP,
