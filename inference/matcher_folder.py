@@ -33,7 +33,7 @@ CLASS_NAME = "Matcher"
 SCHEMA_VERSION = 1
 PARTS = ("matcher", "text_tokenizer")
 PIPELINE_TAG = "zero-shot-image-classification"
-USAGE = """from tokenloom import TextToImage, load_matcher
+MATCHER_USAGE = """from tokenloom import TextToImage, load_matcher
 
 matcher = load_matcher("path/or/hub-id")
 matcher.scores([picture], ["a red heart", "a blue circle"])  # cosine similarity [1, 2]
@@ -54,7 +54,7 @@ class MatcherScorer(ImageTextScorer, Pushable):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the whole matcher folder, with the card that it came with; it appears whole."""
         card = self.card or model_card(CardFacts(
-            title="Matcher", summary="Saved with Tokenloom. Nothing is known here of its training.", usage=USAGE,
+            title="Matcher", summary="Saved with Tokenloom. Nothing is known here of its training.", usage=MATCHER_USAGE,
             pipeline_tag=PIPELINE_TAG))
         return save_matcher_folder(folder, self.matcher, self.text_source, card)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from inference.matcher import MatcherConfig
-from inference.matcher_folder import PIPELINE_TAG, USAGE
+from inference.matcher_folder import PIPELINE_TAG, MATCHER_USAGE
 from tokenloom_common.model_card import model_card
 from training.matcher_config import MatcherRunConfig
 from training.run_card import run_card
@@ -28,4 +28,4 @@ def matcher_card(run: MatcherRunConfig, model: MatcherConfig, rows: int, retriev
         run, run.data, rows, tuple(facts), measured, NOTES, title="Matcher: how well a caption fits a picture",
         summary="A small contrastive image-text model, trained with Tokenloom. It knows its own training pictures' world and "
                 "nothing else.",
-        usage=USAGE, pipeline_tag=PIPELINE_TAG, tags=("matcher",)))
+        usage=MATCHER_USAGE, pipeline_tag=PIPELINE_TAG, tags=("matcher",)))
