@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import _status
-from benchmarks.training import Options, make_data, run_config
+from benchmarks.training import make_data
+from benchmarks.training_loops import Options, run_config
 from training.engine import processes
 from training.loop import run_training
 from training.plan import layout_of, plan_of, rank_memory

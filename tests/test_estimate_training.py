@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import tokenloom
+from benchmarks.scaling_table import HEADER, PROCESSES, SIZES, rows_of_size
 from seq2seq import Seq2SeqConfig
 from tests import launching, tiny
 from training.flops import forward_flops, tokenizer_training_flops, training_flops
 from training.model_settings import read_settings
 from training.plan import checkpoint_bytes
-from training.scaling import HEADER, PROCESSES, SIZES, rows_of_size
 
 GB = 10**9
 GPUS = ("--gpus", 8, "--gpu", "H100")

@@ -1,6 +1,6 @@
 """The table of docs/scaling.md: how Parti's sizes would train on many GPUs. Calculated, nothing of it measured.
 
-    python -m training.scaling             (a few minutes: the largest size has 80 layers)
+    python -m benchmarks.scaling_table             (a few minutes: the largest size has 80 layers)
 """
 
 from __future__ import annotations
