@@ -10,7 +10,7 @@ from tokenloom_common.errors import UserError, nearest_name, run_command
 
 BENCHMARKS = {
     "tokenizer": ("benchmarks.tokenizer", "main", "image tokenizers: speed and memory beside diffusers, cost of our options"),
-    "decode": ("benchmarks.decode", "main", "drawing image tokens: ours beside x-transformers, transformers and min-dalle"),
+    "decode": ("benchmarks.decode.run", "main", "drawing image tokens: ours beside x-transformers, transformers and min-dalle"),
     "training": ("benchmarks.training", "main", "a training step: ours beside plain PyTorch and x-transformers"),
     "data": ("benchmarks.data", "main", "reading data: our readers beside datasets and webdataset"),
     "attention": ("benchmarks.attention", "main", "sparse attention patterns: speed and memory beside a dense mask"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.decode_reference import TOP_K, Work, are_codes, verdict
+from benchmarks.decode.reference import TOP_K, Work, are_codes, verdict
 from benchmarks.harness import SEED
 from seq2seq import EncoderDecoder
 from seq2seq.config import Seq2SeqConfig

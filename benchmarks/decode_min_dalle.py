@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.attention import relative_gap
-from benchmarks.decode_reference import (
+from benchmarks.decode.reference import (
     PAD_ID,
     TOP_K,
     Work,

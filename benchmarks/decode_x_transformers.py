@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
 from benchmarks.attention import relative_gap
-from benchmarks.decode_reference import (
+from benchmarks.decode.reference import (
     TOP_K,
     Work,
     are_codes,

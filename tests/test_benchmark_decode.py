@@ -1,4 +1,4 @@
-"""benchmarks/decode.py on tiny sizes: what is timed, that it is refused where it differs, and what is written."""
+"""benchmarks/decode/run.py on tiny sizes: what is timed, that it is refused where it differs, and what is written."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import decode, decode_chart, decode_subject, harness
-from benchmarks.decode import GUIDANCE, Bench
-from benchmarks.decode_engines import Mode, OurEngine, our_case
-from benchmarks.decode_limits import Limits, StepCost, measure_limits, step_cost
-from benchmarks.decode_reference import make_model, make_work
+from benchmarks import harness
+from benchmarks.decode.engines import Mode, OurEngine, our_case
+from benchmarks.decode.limits import Limits, StepCost, measure_limits, step_cost
+from benchmarks.decode.reference import make_model, make_work
+from benchmarks.decode.run import GUIDANCE, Bench
+from benchmarks.decode.run import chart as decode_chart
+from benchmarks.decode.run import run as decode
+from benchmarks.decode.run import subject as decode_subject
 from inference.decoder import CachedDecoder
 from tests import tiny
 from tests.test_benchmarks import last_line, threads_as_before  # noqa: F401

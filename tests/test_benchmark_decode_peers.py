@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode_peers, decode_reference, harness
+from benchmarks import harness
 from benchmarks.attention import relative_gap
-from benchmarks.decode_reference import TOLERANCE, make_model, make_work
+from benchmarks.decode.reference import TOLERANCE, make_model, make_work
+from benchmarks.decode.run import peers as decode_peers
+from benchmarks.decode.run import reference as decode_reference
 from benchmarks.decode_x_transformers import XTransformersPeer
 from seq2seq.layers import PatternAttend
 from seq2seq.presets import PRESETS
@@ -332,7 +334,7 @@ def test_every_peer_draws_through_its_case():
         small = name == "min-dalle"
         config = json.loads(json.dumps({**MINI} if small else FLAT))
         guidance = 3.0 if small else 1.0
-        tokens = harness._case("benchmarks.decode_peers:peer_case", {
+        tokens = harness._case("benchmarks.decode.peers:peer_case", {
             "peer": name, "pictures": 2, "tokens": 256 if small else 5, "guidance": guidance, "config": config, "device": "cpu",
             "dtype": "float32"})()
         assert tokens.shape == (2, 256 if small else 5)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.decode_reference import (
+from benchmarks.decode.reference import (
     TOP_K,
     Work,
     are_codes,

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import harness
-from benchmarks.decode_engines import Mode, OurEngine
-from benchmarks.decode_limits import Limits, measure_limits, step_cost
-from benchmarks.decode_peers import PEERS, Peer, make_peer, missing, peer_version
-from benchmarks.decode_reference import Work
-from benchmarks.decode_subject import Subject, subject_of
+from benchmarks.decode.engines import Mode, OurEngine
+from benchmarks.decode.limits import Limits, measure_limits, step_cost
+from benchmarks.decode.peers import PEERS, Peer, make_peer, missing, peer_version
+from benchmarks.decode.reference import Work
+from benchmarks.decode.subject import Subject, subject_of
 from benchmarks.harness import Case, Timing, speed_ratio, time_alternating
 from inference.memory import Workload, estimate
 from tokenloom_common.errors import RunFailedError, UserError, choose
@@ -175,7 +175,7 @@ def memory(bench: Bench) -> list[dict[str, Any]]:
         config = bench.subject.model.config
         work = Workload(pictures, pictures, guidance != 1, weights=options.dtype)
         predicted = estimate(config, None, work)
-        measured = harness.peak_memory("benchmarks.decode_engines:our_case", {
+        measured = harness.peak_memory("benchmarks.decode.engines:our_case", {
             "pictures": pictures, "tokens": config.num_tokens, "guidance": guidance, "config": config.model_dump(mode="json"),
             "device": options.device, "dtype": options.dtype}, options.device, options.threads)
         weights, beyond = (round(part / harness.MIB, 2) for part in (predicted.weights, predicted.drawing))

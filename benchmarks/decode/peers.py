@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from benchmarks.decode_reference import Work, make_model, make_work
+from benchmarks.decode.reference import Work, make_model, make_work
 from benchmarks.harness import Case
 from seq2seq import EncoderDecoder
 from tokenloom_common.errors import choose

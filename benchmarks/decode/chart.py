@@ -1,6 +1,6 @@
 """Documents of `benchmarks decode` as a chart: ms a token of each engine over the batch, guidance off and on.
 
-    python -m benchmarks.decode_chart results/decode-*.json chart.png
+    python -m benchmarks.decode.chart results/decode-*.json chart.png
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The last argument is the picture's name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) < 2 or not arguments[-1].endswith(".png"):
-        raise UserError("usage: python -m benchmarks.decode_chart DOCUMENT.json ... CHART.png")
+        raise UserError("usage: python -m benchmarks.decode.chart DOCUMENT.json ... CHART.png")
     try:
         documents = [json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments[:-1]]
     except (OSError, ValueError) as error:
@@ -67,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda rest: main(rest), sys.argv[1:], "benchmarks.decode_chart"))
+    sys.exit(run_command(lambda rest: main(rest), sys.argv[1:], "benchmarks.decode.chart"))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.decode_peers import PEERS, make_peer, peer_work
-from benchmarks.decode_reference import Work, make_model, make_work
+from benchmarks.decode.peers import PEERS, make_peer, peer_work
+from benchmarks.decode.reference import Work, make_model, make_work
 from seq2seq import EncoderDecoder, TextBatch
 from seq2seq.presets import PRESETS
 from tokenloom_common.errors import UserError, nearest_name

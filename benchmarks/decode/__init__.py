@@ -1,0 +1,1 @@
+"""`python -m benchmarks decode`: token sampling speed and memory, ours beside each peer's in one run."""
