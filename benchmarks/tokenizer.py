@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.diffusers_vq import Peer, peer_version, verify
 from benchmarks.harness import Case, Timing, peak_memory, speed_ratio, time_alternating
+from benchmarks.peers.diffusers_vq import Peer, peer_version, verify
 from benchmarks.tokenizer_cases import large_case, make_image, make_tokenizer, nearest_case, sized
 from tokenizer_image import VQGAN
 from tokenizer_image.config import VQGAN_PRESETS

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.diffusers_vq import Peer
 from benchmarks.harness import SEED, Case
+from benchmarks.peers.diffusers_vq import Peer
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import VQGAN_PRESETS
 from tokenizer_image.tiling import decode_tiled, encode_tiled

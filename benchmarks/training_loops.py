@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.decode_x_transformers import XTransformersPeer
+from benchmarks.peers.x_transformers_sampler import XTransformersPeer
 from seq2seq.losses import image_token_loss
 from training.optim import build_optimizer, lr_at
 from training.process_group import Processes

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.decode_min_dalle import _package
+from benchmarks.peers.min_dalle import _package
 from inference import SamplingParams, TextToImage
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import AS_RELEASED

@@ -11,7 +11,7 @@ from benchmarks.attention import relative_gap
 from benchmarks.decode.reference import TOLERANCE, make_model, make_work
 from benchmarks.decode.run import peers as decode_peers
 from benchmarks.decode.run import reference as decode_reference
-from benchmarks.decode_x_transformers import XTransformersPeer
+from benchmarks.peers.x_transformers_sampler import XTransformersPeer
 from seq2seq.layers import PatternAttend
 from seq2seq.presets import PRESETS
 from tests.test_benchmarks import threads_as_before  # noqa: F401
@@ -111,7 +111,7 @@ def test_x_transformers_attends_with_its_own_attention_and_draws_every_row():
 
 
 def test_x_transformers_draws_among_the_k_likeliest(monkeypatch):
-    monkeypatch.setattr("benchmarks.decode_x_transformers.TOP_K", 1)
+    monkeypatch.setattr("benchmarks.peers.x_transformers_sampler.TOP_K", 1)
     _, runner, work = built(FLAT, "x-transformers", pictures=3)
     assert torch.equal(runner.sample(work), runner.greedy(work))
 
@@ -246,7 +246,7 @@ def test_barts_layers_are_as_large_as_ours(change):
 def mini():
     if (reason := decode_peers.missing("min-dalle")) is not None:  # importorskip would leave gradients off and threads changed
         pytest.skip(reason)
-    from benchmarks.decode_min_dalle import MinDallePeer
+    from benchmarks.peers.min_dalle import MinDallePeer
 
     return MinDallePeer(make_model(MINI, "cpu", "float32"))
 

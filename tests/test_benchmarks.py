@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import diffusers_vq, harness, tokenizer
+from benchmarks import harness, tokenizer
+from benchmarks.peers import diffusers_vq
 from inference.checkpoints.vqgan_names import diffusers_name
 from tests import launching
 from tokenizer_image import VQGAN, VQGANConfig

@@ -56,7 +56,7 @@ def captions(count=300):
 
 
 def test_splitting_by_spaces_gives_min_dalles_ids(files):
-    from benchmarks.decode_min_dalle import _package
+    from benchmarks.peers.min_dalle import _package
 
     _package()  # its import sets threads and gradients for the whole process, which this undoes
     from min_dalle.text_tokenizer import TextTokenizer

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.decode_min_dalle import _package
+from benchmarks.peers.min_dalle import _package
 from inference import SamplingParams, TextToImage
 from inference.checkpoints import from_checkpoint
 from inference.checkpoints.kinds import ConvertOptions, convert

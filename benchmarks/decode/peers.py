@@ -49,11 +49,11 @@ class Kind(NamedTuple):
 
 
 PEERS = {
-    "x-transformers": Kind("benchmarks.decode_x_transformers", "XTransformersPeer", {}, True),
-    "x-transformers, no cache": Kind("benchmarks.decode_x_transformers", "XTransformersPeer", {"cached": False}, True),
-    "transformers": Kind("benchmarks.decode_bart", "BartPeer", {"cache": "dynamic"}, False),
-    "transformers, static cache": Kind("benchmarks.decode_bart", "BartPeer", {"cache": "static"}, False),
-    "min-dalle": Kind("benchmarks.decode_min_dalle", "MinDallePeer", {}, True),
+    "x-transformers": Kind("benchmarks.peers.x_transformers_sampler", "XTransformersPeer", {}, True),
+    "x-transformers, no cache": Kind("benchmarks.peers.x_transformers_sampler", "XTransformersPeer", {"cached": False}, True),
+    "transformers": Kind("benchmarks.peers.bart", "BartPeer", {"cache": "dynamic"}, False),
+    "transformers, static cache": Kind("benchmarks.peers.bart", "BartPeer", {"cache": "static"}, False),
+    "min-dalle": Kind("benchmarks.peers.min_dalle", "MinDallePeer", {}, True),
 }
 """Name -> what it is."""
 

@@ -1,0 +1,1 @@
+"""Other projects' samplers and tokenizers, wrapped for the benchmarks."""
