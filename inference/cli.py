@@ -18,9 +18,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from inference.attention_maps import word_positions
-from inference.many import PromptRequest, read_prompts
-from inference.model_folder import INDEX_NAME, PARTS, load_model_folder, toolkit_version
-from inference.pipeline import GenerationResult, TextToImage, check_counts, check_prompts
+from inference.model_folder import (
+    load_image_tokenizer,
+    load_model_folder,
+    toolkit_version,
+)
+from inference.pipeline import TextToImage
+from inference.requests import PromptRequest, check_counts, check_prompts, read_prompts
+from inference.results import GenerationResult
 from inference.sampling import SamplingParams
 from inference.sampling_options import (
     add_sampling_options,
@@ -30,7 +35,7 @@ from inference.sampling_options import (
     given_params,
 )
 from inference.scorer import check_candidates
-from tokenizer_image import ImageTokenizer, load_tokenizer
+from tokenizer_image import ImageTokenizer
 from tokenizer_image.images import (
     BadImageError,
     float_to_pixels,
@@ -42,7 +47,6 @@ from tokenizer_image.images import (
 )
 from tokenizer_image.tiling import decode_tiled, encode_tiled
 from tokenloom_common.errors import OneLineParser, RunFailedError, UserError, one_line
-from tokenloom_common.pretrained import resolve_folder
 from tokenloom_common.progress import progress
 
 PNG_KEY = "tokenloom"  # text chunk with everything needed to make the picture again
@@ -314,13 +318,6 @@ def _both(tokenizer: ImageTokenizer, pixels: numpy.ndarray, tiled: bool, device:
     error = float((original.double() - rebuilt.double()).square().mean())
     decibel = 100.0 if error == 0 else min(100.0, float(10 * numpy.log10(255.0**2 / error)))
     return image_grid(pixels_to_images(torch.cat([original, rebuilt])), columns=2), decibel
-
-
-def load_image_tokenizer(name: str, device: str, revision: str | None = None) -> ImageTokenizer:
-    """The image tokenizer of a model folder, or the one whose own folder is named."""
-    folder = resolve_folder(name, revision)
-    part = folder / PARTS[0] if (folder / INDEX_NAME).is_file() else folder
-    return load_tokenizer(part, device)
 
 
 def info(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from inference.memory import (
     largest_batch,
 )
 from inference.model_folder import GENERATION_NAME, read_model_index
-from inference.pipeline import check_counts
+from inference.requests import check_counts
 from inference.sampling import SamplingParams
 from seq2seq import KINDS as TRANSFORMER_KINDS
 from seq2seq import PRESETS, FrozenTextConfig, FrozenTextEncoder, TransformerConfig

@@ -15,7 +15,7 @@ import torch
 from inference.sampling import SamplingParams
 from seq2seq import KINDS as TRANSFORMER_KINDS
 from seq2seq import TEXT_SOURCES, FrozenTextEncoder, ImageTransformer, TextSource, load_text_source
-from tokenizer_image import KINDS, ImageTokenizer
+from tokenizer_image import KINDS, ImageTokenizer, load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError, choose
@@ -157,3 +157,10 @@ def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | Writ
         if theirs != ours:
             raise UserError(f"{where}: the {part} has {what} {theirs}, the transformer was trained for {ours}; "
                             f"use the {part} that it was trained with")
+
+
+def load_image_tokenizer(name: str, device: str, revision: str | None = None) -> ImageTokenizer:
+    """The image tokenizer of a model folder, or the one whose own folder is named."""
+    folder = resolve_folder(name, revision)
+    part = folder / PARTS[0] if (folder / INDEX_NAME).is_file() else folder
+    return load_tokenizer(part, device)

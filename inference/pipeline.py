@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -19,98 +18,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from inference.attention_maps import attention_to_text, overlay, word_positions
+from inference.attention_maps import attention_to_text, word_positions
 from inference.calibration import way_for
 from inference.decoder import CachedDecoder
 from inference.generate import Generation, Request, generate_tokens, token_steps
 from inference.layouts import read_layout
-from inference.many import ManyResult, PromptRequest, generate_many
+from inference.many import generate_many
 from inference.matcher_folder import load_matcher
 from inference.memory import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
 from inference.picture_job import PictureJob
-from inference.previews import PreviewBudget
 from inference.projection import Precision
+from inference.requests import (
+    PromptRequest,
+    _check_params,
+    _Options,
+    _seeds,
+    check_counts,
+    check_prompts,
+)
+from inference.results import GenerationResult, ManyResult
 from inference.sampling import SamplingParams
 from inference.scheduler import KEPT_UNGUIDED
 from inference.scorer import Scorer, check_rerank, keep_best
+from inference.streaming import GenerationStep, PreviewBudget
 from seq2seq import ImageTransformer, TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
 from tokenloom_common.hub import Pushable
-
-MAX_PROMPT_CHARACTERS = 10_000
-MAX_SEED = (1 << 63) - 1  # of the last picture; what a torch generator takes
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """images: B pictures; image_tokens: LongTensor [B, N] on the CPU; seeds and prompts: one a picture; params: as used;
-    layouts: LongTensor [B, L] of models with a layout, given or sampled; scores: one a picture where a matcher chose."""
-
-    images: list[Image.Image]
-    image_tokens: Tensor
-    prompts: list[str]
-    seeds: list[int]
-    params: SamplingParams
-    layouts: Tensor | None = None
-    model: TextToImage | None = field(default=None, repr=False, compare=False)
-    scores: list[float] | None = None
-
-    def attention(self, word: str, picture: int = 0) -> Tensor:
-        """How much each image token of a picture attended to `word` of its prompt, [h, w] float32: the mean over layers and
-        heads. UserError when the prompt has no such word, or there is no such picture."""
-        if self.model is None:
-            raise UserError("this result does not know its model; ask the result that TextToImage.generate returned")
-        if not 0 <= picture < len(self.image_tokens):
-            raise UserError(f"picture {picture}: the result holds pictures 0 to {len(self.image_tokens) - 1}")
-        layout = None if self.layouts is None else self.layouts[picture: picture + 1]
-        return self.model.attention_map(self.prompts[picture], word, self.image_tokens[picture: picture + 1], layout)
-
-    def attention_overlay(self, word: str, picture: int = 0) -> Image.Image:
-        """The picture with `attention` over it: bright and reddish where its tokens attended to the word most."""
-        return overlay(self.images[picture], self.attention(word, picture))
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What every way of sampling takes beside prompts and counts."""
-
-    params: SamplingParams
-    negative_prompt: str | None
-    layout: Any
-    jacobi: int = 1
-
-
-class GenerationStep:
-    """One position of a stream: `position` (0 .. N-1), `image_tokens` [B, position+1] so far, `is_last`, `preview`."""
-
-    def __init__(self, model: TextToImage, image_tokens: Tensor, total: int, budget: PreviewBudget | None = None) -> None:
-        self._model = model
-        self._budget = budget
-        self.image_tokens = image_tokens
-        self.position = image_tokens.shape[1] - 1
-        self.total = total
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the picture is complete."""
-        return self.position == self.total - 1
-
-    @property
-    def previews(self) -> list[Image.Image]:
-        """The pictures so far, decoded when asked for; positions not yet drawn repeat the last token."""
-        missing = self.total - self.image_tokens.shape[1]
-        filled = torch.cat([self.image_tokens, self.image_tokens[:, -1:].expand(-1, missing)], dim=1)
-        if self._budget is None:
-            return self._model.decode_step(filled)
-        return self._budget.spent_on(lambda: self._model.decode_step(filled))
-
-    @property
-    def preview(self) -> Image.Image:
-        """The first picture so far."""
-        return self.previews[0]
 
 
 class TextToImage(Pushable):
@@ -360,42 +296,3 @@ def check_precision(name: object) -> None:
         raise UserError(f"weights '{name}': not a precision of weights; choose {', '.join(get_args(Precision))}")
 
 
-def check_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """One prompt or several -> a list. UserError for none, for what is not text, and for more than 10,000 characters."""
-    if isinstance(prompt, str):
-        prompts = [prompt]
-    elif isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
-        raise UserError(f"a prompt must be text, got {type(prompt).__name__}")
-    else:
-        prompts = list(prompt)
-    if not prompts:
-        raise UserError("no prompt given")
-    for text in prompts:
-        if not isinstance(text, str):
-            raise UserError(f"a prompt must be text, got {type(text).__name__}")
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise UserError(f"a prompt has {len(text):,} characters, the limit is {MAX_PROMPT_CHARACTERS:,}; shorten it")
-    return prompts
-
-
-def _seeds(seed: int | Sequence[int], prompts: int, num_images: int, batch_size: int) -> list[int]:
-    """One a prompt. UserError for another number of them, or for what check_counts refuses."""
-    seeds = [seed] * prompts if not isinstance(seed, Sequence) or isinstance(seed, str) else list(seed)
-    if len(seeds) != prompts:
-        raise UserError(f"{len(seeds)} seeds for {prompts} prompts; give one seed, or one a prompt")
-    for value in seeds:
-        check_counts(num_images, batch_size, value)
-    return seeds
-
-
-def _check_params(params: object) -> None:
-    if params is not None and not isinstance(params, SamplingParams):
-        raise UserError(f"params must be SamplingParams, got {type(params).__name__}")
-
-
-def check_counts(num_images: int, batch_size: int, seed: int) -> None:
-    for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if seed + num_images - 1 > MAX_SEED:
-        raise UserError(f"seed must be at most {MAX_SEED} for the last picture too, got {seed} for {num_images}")

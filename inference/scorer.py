@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenloom_common.errors import UserError
 
 if TYPE_CHECKING:
-    from inference.pipeline import GenerationResult
+    from inference.results import GenerationResult
 
 
 class Scorer(Protocol):

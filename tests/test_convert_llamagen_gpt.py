@@ -160,7 +160,7 @@ def test_guided_pictures_of_text_equal_those_of_plain_functions(parts, tmp_path)
     model.save_pretrained(tmp_path / "again")
     again = load_text_source(tmp_path / "again" / "text_tokenizer")
     assert torch.equal(again.null_features, state["cls_embedding.uncond_embedding"])
-    from inference.many import PromptRequest
+    from inference.requests import PromptRequest
 
     queued = model.generate_many([PromptRequest(prompt, params=greedy) for prompt in PROMPTS], batch_size=4)
     drawn = {result.request: result.image_tokens for result in queued}

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from inference import memory
-from inference.many import PromptRequest, read_prompts
+from inference.requests import PromptRequest, read_prompts
 from tests import tiny
 from tokenloom import SamplingParams, TextToImage, main
 from tokenloom_common.errors import UserError

@@ -14,7 +14,7 @@ from PIL import Image
 
 from inference import model_folder as folders
 from inference.decoder import CachedDecoder
-from inference.previews import SHARE, PreviewBudget
+from inference.streaming import SHARE, PreviewBudget
 from tests import tiny
 from tokenloom import SamplingParams, TextToImage
 from tokenloom_common.errors import MissingFileError, UserError

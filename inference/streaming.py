@@ -1,4 +1,4 @@
-"""When a stream may stop for a preview: all previews together stay within a share of the time."""
+"""Streaming: one step of a growing image, and previews within a time budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,46 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
+from PIL import Image
+from torch import Tensor
+
+from inference.pipeline import TextToImage
+
+
+class GenerationStep:
+    """One position of a stream: `position` (0 .. N-1), `image_tokens` [B, position+1] so far, `is_last`, `preview`."""
+
+    def __init__(self, model: TextToImage, image_tokens: Tensor, total: int, budget: PreviewBudget | None = None) -> None:
+        self._model = model
+        self._budget = budget
+        self.image_tokens = image_tokens
+        self.position = image_tokens.shape[1] - 1
+        self.total = total
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the picture is complete."""
+        return self.position == self.total - 1
+
+    @property
+    def previews(self) -> list[Image.Image]:
+        """The pictures so far, decoded when asked for; positions not yet drawn repeat the last token."""
+        missing = self.total - self.image_tokens.shape[1]
+        filled = torch.cat([self.image_tokens, self.image_tokens[:, -1:].expand(-1, missing)], dim=1)
+        if self._budget is None:
+            return self._model.decode_step(filled)
+        return self._budget.spent_on(lambda: self._model.decode_step(filled))
+
+    @property
+    def preview(self) -> Image.Image:
+        """The first picture so far."""
+        return self.previews[0]
+
+
 Result = TypeVar("Result")
+
+
 SHARE = 0.035
 """Of the time without previews. 5 % is promised; that caches a preview swept slow the next steps is not on its clock."""
 
