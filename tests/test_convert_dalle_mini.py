@@ -13,7 +13,8 @@ from torch import Tensor
 
 from inference import SamplingParams
 from inference.checkpoints import from_checkpoint
-from inference.checkpoints.kinds import ConvertOptions, convert
+from inference.checkpoints.convert import convert
+from inference.checkpoints.options import ConvertOptions
 from tests.flax_files import nested, write_flax
 from tests.min_dalle_peer import (
     IMAGE_ROWS,

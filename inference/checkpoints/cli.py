@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from inference.checkpoints.convert import KINDS, convert
 from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.export import EXPORTS, export_checkpoint
-from inference.checkpoints.kinds import KINDS, ConvertOptions, convert
+from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 from inference.checkpoints.writing import refuse_loss, write_converted
 from tokenloom_common.errors import OneLineParser, UserError

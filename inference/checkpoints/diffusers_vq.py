@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from inference.checkpoints.kinds import ConvertOptions
+from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 from inference.checkpoints.vqgan_names import (
     CODEBOOK,

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inference.checkpoints.kinds import ConvertOptions
 from inference.checkpoints.llamagen_vq import LEVELS, llamagen_vqgan
+from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 from inference.checkpoints.taming import LEVELS as TAMING_LEVELS
 from inference.checkpoints.vqgan_names import (

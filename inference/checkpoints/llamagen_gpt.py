@@ -20,7 +20,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from inference.checkpoints.converted import ConvertedModel
-from inference.checkpoints.kinds import ConvertOptions
+from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart, Rule, multiplier, tensor_names
 from inference.checkpoints.weights_file import find_weights, read_weights
 from inference.sampling import SamplingParams

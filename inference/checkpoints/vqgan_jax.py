@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from inference.checkpoints.kinds import ConvertOptions
 from inference.checkpoints.msgpack_file import read_msgpack
+from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 from inference.checkpoints.taming import taming_vqgan
 from inference.checkpoints.vqgan_names import DEFAULT_RESOLUTION
