@@ -13,8 +13,8 @@ from torch import Tensor
 from inference import SamplingParams, TextToImage
 from inference.checkpoints import ConvertOptions, convert, export_checkpoint, from_checkpoint
 from inference.checkpoints.converted import ConvertedModel
+from inference.checkpoints.files.weights_file import read_weights
 from inference.checkpoints.rules import ConvertedPart, multiplier
-from inference.checkpoints.weights_file import read_weights
 from inference.checkpoints.writing import write_converted
 from inference.decoder import CachedDecoder
 from inference.projection import Way

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inference.checkpoints import ConvertOptions, convert, export_checkpoint, from_checkpoint
-from inference.checkpoints.weights_file import read_weights
+from inference.checkpoints.files.weights_file import read_weights
 from inference.checkpoints.writing import write_converted
 from tests import tiny
 from tests.test_convert_vqgan import (

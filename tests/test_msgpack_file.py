@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from inference.checkpoints.msgpack_file import read_msgpack
+from inference.checkpoints.files.msgpack_file import read_msgpack
 from tests.flax_files import flax_bytes, packed
 from tokenloom_common.errors import MissingFileError, UserError
 

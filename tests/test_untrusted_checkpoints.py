@@ -21,8 +21,8 @@ from torch import Tensor
 
 import tokenloom
 from inference.checkpoints import ConvertOptions, convert, from_checkpoint
-from inference.checkpoints.torch_file import HARMLESS
-from inference.checkpoints.weights_file import read_weights
+from inference.checkpoints.files.torch_file import HARMLESS
+from inference.checkpoints.files.weights_file import read_weights
 from tests.vqgan_references import Shape, make_state
 from tokenloom_common.errors import MissingFileError, UserError
 

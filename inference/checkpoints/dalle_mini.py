@@ -19,7 +19,7 @@ from torch import Tensor
 from inference.checkpoints import vqgan_jax
 from inference.checkpoints.bart import BartSource, bart_part, check_sizes, head_count
 from inference.checkpoints.converted import ConvertedModel
-from inference.checkpoints.msgpack_file import read_msgpack
+from inference.checkpoints.files.msgpack_file import read_msgpack
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 from inference.sampling import SamplingParams

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from inference.checkpoints.files.msgpack_file import read_msgpack
+from inference.checkpoints.files.weights_file import SUFFIXES, find_weights, read_weights
 from inference.checkpoints.min_dalle import SIZES
-from inference.checkpoints.msgpack_file import read_msgpack
 from inference.checkpoints.vqgan_jax import WEIGHTS_NAME
-from inference.checkpoints.weights_file import SUFFIXES, find_weights, read_weights
 from inference.checkpoints.writing import is_ours
 from inference.model_folder import INDEX_NAME
 from tokenloom_common.config import read_mapping

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from inference.checkpoints.files.weights_file import find_weights, read_weights
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 from inference.checkpoints.vqgan_names import (
@@ -25,7 +26,6 @@ from inference.checkpoints.vqgan_names import (
     quantizer_settings,
     vqgan_part,
 )
-from inference.checkpoints.weights_file import find_weights, read_weights
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from inference.checkpoints.files.weights_file import below, find_weights, read_weights
 from inference.checkpoints.llamagen_vq import LEVELS, llamagen_vqgan
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
@@ -24,7 +25,6 @@ from inference.checkpoints.vqgan_names import (
     quantizer_settings,
     vqgan_part,
 )
-from inference.checkpoints.weights_file import below, find_weights, read_weights
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
 

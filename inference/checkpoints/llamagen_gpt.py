@@ -20,9 +20,9 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from inference.checkpoints.converted import ConvertedModel
+from inference.checkpoints.files.weights_file import find_weights, read_weights
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart, Rule, multiplier, tensor_names
-from inference.checkpoints.weights_file import find_weights, read_weights
 from inference.sampling import SamplingParams
 from seq2seq import (
     ClassLabels,

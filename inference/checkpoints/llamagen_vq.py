@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from inference.checkpoints.files.weights_file import find_weights, read_weights
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 from inference.checkpoints.vqgan_names import (
@@ -16,7 +17,6 @@ from inference.checkpoints.vqgan_names import (
     quantizer_settings,
     vqgan_part,
 )
-from inference.checkpoints.weights_file import find_weights, read_weights
 
 CONTAINERS = ("ema", "model", "state_dict")  # the order in which LlamaGen's own scripts look
 LEVELS = r"encoder\.conv_blocks\.(\d+)\."

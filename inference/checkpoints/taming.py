@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from inference.checkpoints.files.weights_file import SUFFIXES, below, read_weights
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart, Rule
 from inference.checkpoints.vqgan_names import (
@@ -26,7 +27,6 @@ from inference.checkpoints.vqgan_names import (
     taming_name,
     vqgan_part,
 )
-from inference.checkpoints.weights_file import SUFFIXES, below, read_weights
 from tokenizer_image import VQGANConfig
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError

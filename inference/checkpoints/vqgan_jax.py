@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from inference.checkpoints.msgpack_file import read_msgpack
+from inference.checkpoints.files.msgpack_file import read_msgpack
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 from inference.checkpoints.taming import taming_vqgan

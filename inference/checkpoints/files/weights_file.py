@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from inference.checkpoints.torch_file import checked, read_torch_file
+from inference.checkpoints.files.torch_file import checked, read_torch_file
 from tokenloom_common.errors import MissingFileError, UserError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")

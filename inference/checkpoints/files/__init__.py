@@ -1,0 +1,1 @@
+"""Readers of untrusted weight files: PyTorch, safetensors, msgpack."""
