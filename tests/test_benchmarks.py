@@ -10,7 +10,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import harness, tokenizer
 from benchmarks.peers import diffusers_vq
-from inference.checkpoints.vqgan_names import diffusers_name
+from inference.checkpoints.formats.vqgan_names import diffusers_name
 from tests import launching
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.config import VQGAN_PRESETS

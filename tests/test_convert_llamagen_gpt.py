@@ -260,7 +260,7 @@ def test_published_sizes_are_known_by_their_shapes(tmp_path, monkeypatch, name, 
     layers, heads, width, inner, of_classes, of_text = PUBLISHED[name]
     sizes = Sizes(width, heads, heads, layers, inner, 16_384, 16, 1001, features)
     weights = {key: torch.empty(shape, device="meta") for key, shape in shapes(sizes).items()}
-    monkeypatch.setattr("inference.checkpoints.llamagen_gpt.read_weights", lambda *_: weights)
+    monkeypatch.setattr("inference.checkpoints.formats.llamagen_gpt.read_weights", lambda *_: weights)
     (tmp_path / "x.pt").touch()
     part = convert("llamagen-gpt", tmp_path / "x.pt", ConvertOptions(resolution=256))
     preset = {key: value for key, value in PRESETS[f"llamagen-{name}"].items() if key != "kind"}

@@ -14,7 +14,7 @@ from benchmarks.peers.min_dalle import _package
 from inference import SamplingParams, TextToImage
 from inference.checkpoints import from_checkpoint
 from inference.checkpoints.convert import convert
-from inference.checkpoints.min_dalle import detokenizer_part
+from inference.checkpoints.formats.min_dalle import detokenizer_part
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import multiplier
 from tests.min_dalle_peer import (

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from inference.checkpoints import KINDS, from_checkpoint
-from inference.checkpoints.vqgan_names import diffusers_name, janus_name, llamagen_name
+from inference.checkpoints.formats.vqgan_names import diffusers_name, janus_name, llamagen_name
 from tests.vqgan_references import Functions, Shape, make_state
 from tokenizer_image import VQGAN, load_tokenizer, preset
 from tokenloom_common.errors import UserError

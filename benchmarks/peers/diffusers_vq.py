@@ -1,6 +1,6 @@
 """The peer of the CNN tokenizers: diffusers' `VQModel` with the weights of one of our VQGANs.
 
-Names and config are those of the export to diffusers (inference/checkpoints/diffusers_vq.py).
+Names and config are those of the export to diffusers (inference/checkpoints/formats/diffusers_vq.py).
 
 Axes: B batch, h w code grid, D length of a code vector.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inference.checkpoints.diffusers_vq import diffusers_config, diffusers_state
+from inference.checkpoints.formats.diffusers_vq import diffusers_config, diffusers_state
 from tokenizer_image import VQGAN
 
 PICTURE_TOLERANCE = 2e-4  # float32 rounding through some 40 layers: up to 6e-5 was seen

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from inference.checkpoints.files.msgpack_file import read_msgpack
 from inference.checkpoints.files.weights_file import SUFFIXES, find_weights, read_weights
-from inference.checkpoints.min_dalle import SIZES
-from inference.checkpoints.vqgan_jax import WEIGHTS_NAME
+from inference.checkpoints.formats.min_dalle import SIZES
+from inference.checkpoints.formats.vqgan_jax import WEIGHTS_NAME
 from inference.checkpoints.writing import is_ours
 from inference.model_folder import INDEX_NAME
 from tokenloom_common.config import read_mapping

@@ -15,9 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from inference.checkpoints.diffusers_vq import as_linear, diffusers_config
-from inference.checkpoints.rules import tensor_names
-from inference.checkpoints.vqgan_names import (
+from inference.checkpoints.formats.diffusers_vq import as_linear, diffusers_config
+from inference.checkpoints.formats.vqgan_names import (
     CODEBOOK,
     NORM_GROUPS,
     Naming,
@@ -25,6 +24,7 @@ from inference.checkpoints.vqgan_names import (
     llamagen_name,
     taming_name,
 )
+from inference.checkpoints.rules import tensor_names
 from inference.meta_device import build_on_meta
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.checkpoints.llamagen_gpt import NULL, rule_of
+from inference.checkpoints.formats.llamagen_gpt import NULL, rule_of
 from inference.checkpoints.rules import tensor_names
 from inference.meta_device import build_on_meta
 from inference.model_folder import INDEX_NAME as MODEL_INDEX

@@ -15,9 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from inference.checkpoints.files.weights_file import SUFFIXES, below, read_weights
-from inference.checkpoints.options import ConvertOptions
-from inference.checkpoints.rules import ConvertedPart, Rule
-from inference.checkpoints.vqgan_names import (
+from inference.checkpoints.formats.vqgan_names import (
     CODEBOOK,
     DEFAULT_RESOLUTION,
     Inferred,
@@ -27,6 +25,8 @@ from inference.checkpoints.vqgan_names import (
     taming_name,
     vqgan_part,
 )
+from inference.checkpoints.options import ConvertOptions
+from inference.checkpoints.rules import ConvertedPart, Rule
 from tokenizer_image import VQGANConfig
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from inference.checkpoints.files.weights_file import find_weights, read_weights
-from inference.checkpoints.options import ConvertOptions
-from inference.checkpoints.rules import ConvertedPart
-from inference.checkpoints.vqgan_names import (
+from inference.checkpoints.formats.vqgan_names import (
     CODEBOOK,
     DEFAULT_RESOLUTION,
     Inferred,
@@ -17,6 +15,8 @@ from inference.checkpoints.vqgan_names import (
     quantizer_settings,
     vqgan_part,
 )
+from inference.checkpoints.options import ConvertOptions
+from inference.checkpoints.rules import ConvertedPart
 
 CONTAINERS = ("ema", "model", "state_dict")  # the order in which LlamaGen's own scripts look
 LEVELS = r"encoder\.conv_blocks\.(\d+)\."

@@ -17,12 +17,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from inference.checkpoints.bart import BartSource, bart_part, check_sizes, head_count
 from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.files.weights_file import read_weights
-from inference.checkpoints.options import ConvertOptions
-from inference.checkpoints.rules import ConvertedPart
-from inference.checkpoints.vqgan_names import (
+from inference.checkpoints.formats.bart import BartSource, bart_part, check_sizes, head_count
+from inference.checkpoints.formats.vqgan_names import (
     CODEBOOK,
     NORM_GROUPS,
     Inferred,
@@ -32,6 +30,8 @@ from inference.checkpoints.vqgan_names import (
     taming_name,
     vqgan_part,
 )
+from inference.checkpoints.options import ConvertOptions
+from inference.checkpoints.rules import ConvertedPart
 from inference.sampling import SamplingParams
 from seq2seq import BPETokenizer, BPETokenizerConfig
 from tokenizer_image import VQGANConfig

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from inference.checkpoints.files.weights_file import below, find_weights, read_weights
-from inference.checkpoints.llamagen_vq import LEVELS, llamagen_vqgan
-from inference.checkpoints.options import ConvertOptions
-from inference.checkpoints.rules import ConvertedPart
-from inference.checkpoints.taming import LEVELS as TAMING_LEVELS
-from inference.checkpoints.vqgan_names import (
+from inference.checkpoints.formats.llamagen_vq import LEVELS, llamagen_vqgan
+from inference.checkpoints.formats.taming import LEVELS as TAMING_LEVELS
+from inference.checkpoints.formats.vqgan_names import (
     CODEBOOK,
     Inferred,
     codebook_rules,
@@ -25,6 +23,8 @@ from inference.checkpoints.vqgan_names import (
     quantizer_settings,
     vqgan_part,
 )
+from inference.checkpoints.options import ConvertOptions
+from inference.checkpoints.rules import ConvertedPart
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
 

@@ -13,9 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from inference.checkpoints.files.weights_file import find_weights, read_weights
-from inference.checkpoints.options import ConvertOptions
-from inference.checkpoints.rules import ConvertedPart
-from inference.checkpoints.vqgan_names import (
+from inference.checkpoints.formats.vqgan_names import (
     CODEBOOK,
     DEFAULT_RESOLUTION,
     NORM_GROUPS,
@@ -26,6 +24,8 @@ from inference.checkpoints.vqgan_names import (
     quantizer_settings,
     vqgan_part,
 )
+from inference.checkpoints.options import ConvertOptions
+from inference.checkpoints.rules import ConvertedPart
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError

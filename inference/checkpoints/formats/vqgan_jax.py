@@ -14,10 +14,10 @@ from pathlib import Path
 from torch import Tensor
 
 from inference.checkpoints.files.msgpack_file import read_msgpack
+from inference.checkpoints.formats.taming import taming_vqgan
+from inference.checkpoints.formats.vqgan_names import DEFAULT_RESOLUTION
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
-from inference.checkpoints.taming import taming_vqgan
-from inference.checkpoints.vqgan_names import DEFAULT_RESOLUTION
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 

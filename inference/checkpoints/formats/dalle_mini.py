@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from inference.checkpoints import vqgan_jax
-from inference.checkpoints.bart import BartSource, bart_part, check_sizes, head_count
 from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.files.msgpack_file import read_msgpack
+from inference.checkpoints.formats import vqgan_jax
+from inference.checkpoints.formats.bart import BartSource, bart_part, check_sizes, head_count
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 from inference.sampling import SamplingParams
