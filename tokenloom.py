@@ -32,11 +32,11 @@ _NAMES = {"TextToImage": "inference", "SamplingParams": "inference", "Generation
           "ImageTokenizer": "tokenizer_image", "load_tokenizer": "tokenizer_image"}
 
 COMMANDS = {
-    "generate": ("inference.cli", "generate", "sample pictures for a caption"),
-    "reconstruct": ("inference.cli", "reconstruct", "send pictures through the image tokenizer and back"),
-    "info": ("inference.cli", "info", "say what a model folder holds"),
-    "convert": ("inference.checkpoints.cli", "convert_command", "turn another project's checkpoint into a folder of ours"),
-    "export": ("inference.checkpoints.cli", "export_command", "write a folder of ours as another project's checkpoint"),
+    "generate": ("inference.commands.generate", "generate", "sample pictures for a caption"),
+    "reconstruct": ("inference.commands.generate", "reconstruct", "send pictures through the image tokenizer and back"),
+    "info": ("inference.commands.generate", "info", "say what a model folder holds"),
+    "convert": ("inference.commands.convert", "convert_command", "turn another project's checkpoint into a folder of ours"),
+    "export": ("inference.commands.convert", "export_command", "write a folder of ours as another project's checkpoint"),
     "estimate": ("training.estimate_cli", "main", "say what sampling or a training needs: memory, time, disk"),
     "data": ("training.data.cli", "main", "build and check captioned image data"),
     "evaluate": ("training.evaluation.cli", "main", "measure an image tokenizer or a text-to-image model"),

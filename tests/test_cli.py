@@ -104,7 +104,7 @@ def test_every_public_name_is_there():
     ("tokenloom", ("torch", "numpy", "deepspeed", "datasets", "pydantic", "x_transformers")),
     ("training.data.cli", ("torch", "deepspeed", "datasets")),
     ("inference", ("deepspeed", "datasets", "matplotlib", "pyarrow", "training")),
-    ("inference.cli", ("deepspeed", "datasets", "matplotlib", "pyarrow", "training")),
+    ("inference.commands.generate", ("deepspeed", "datasets", "matplotlib", "pyarrow", "training")),
 ])
 def test_importing_brings_in_only_what_is_needed(module, absent):
     code = f"import sys, {module}; sys.exit(' '.join(m for m in {absent!r} if m in sys.modules))"

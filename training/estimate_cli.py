@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from inference import estimate_cli
-from inference.estimate_cli import MIB, bytes_of
+from inference.commands import estimate as estimate_cli
+from inference.commands.estimate import MIB, bytes_of
 from inference.memory import available_memory, human
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import OneLineParser, UserError, choose

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from inference.estimate_cli import PRESET_SIZES, grid_of
+from inference.commands.estimate import PRESET_SIZES, grid_of
 from inference.matcher import Matcher, MatcherConfig
 from inference.matcher_folder import find_matcher_folder
 from seq2seq import ClassLabels, FrozenTextEncoder, TransformerConfig, load_text_source

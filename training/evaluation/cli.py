@@ -67,7 +67,7 @@ def _tokenizer_parser() -> OneLineParser:
 
 
 def _generator_parser() -> OneLineParser:
-    from inference.sampling_options import add_sampling_options  # not above: it takes seconds
+    from inference.commands.options import add_sampling_options  # not above: it takes seconds
 
     parser = OneLineParser(prog=f"tokenloom {GENERATOR_COMMAND}", epilog=GENERATOR_EXAMPLES, allow_abbrev=False,
                            description="Ask a text-to-image model for the captions of a split, and measure what it draws.",

@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 from inference import SamplingParams, TextToImage
-from inference.cli import choose_device
+from inference.commands.options import choose_device, given_params
 from inference.matcher_folder import load_matcher
-from inference.sampling_options import given_params
 from seq2seq import ClassLabels
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.errors import UserError, choose

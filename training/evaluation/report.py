@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from inference.cli import choose_device
+from inference.commands.options import choose_device
 from inference.model_folder import load_image_tokenizer, toolkit_version
 from tokenizer_image import LPIPS, ImageTokenizer
 from tokenizer_image.fingerprint import code_fingerprint

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from inference.cli import add_revision, choose_device
+from inference.commands.options import add_revision, choose_device
 from inference.memory import (
     WEIGHT_BYTES,
     MemoryEstimate,

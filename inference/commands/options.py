@@ -1,4 +1,4 @@
-"""Options of every command that samples: which tokens are drawn, and how fast."""
+"""Command-line options shared by the sampling commands."""
 
 from __future__ import annotations
 
@@ -12,6 +12,30 @@ from inference.pipeline import TextToImage
 from inference.projection import Precision
 from inference.sampling import SamplingParams
 from tokenloom_common.errors import OneLineParser, UserError
+
+
+def _parser(name: str, text: str, examples: str) -> OneLineParser:
+    return OneLineParser(prog=f"tokenloom {name}", description=text, epilog=f"examples:\n{examples}", allow_abbrev=False,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """--revision, beside an option that takes a hub id."""
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
+
+
+def choose_device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {name}: this machine has no usable GPU; leave --device out, or say --device cpu")
+        torch.zeros(1, device=device).item()  # torch knows devices that this machine or this build does not have
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: not a device of this machine; use cpu, cuda or cuda:0") from None
+    return name
+
 
 MAX_THREADS = 4096  # and of the Jacobi window
 

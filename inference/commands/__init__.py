@@ -1,0 +1,1 @@
+"""The sampling commands: argument parsing, calls into the library, output."""
