@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.decoder import CachedDecoder
-from inference.kv_cache import CaptionMemory, SelfCache
+from inference.decoder.cached_decoder import CachedDecoder
+from inference.decoder.kv_cache import CaptionMemory, SelfCache
 from inference.sampling import SamplingParams, guidance_at, guide, guided_steps, noise_keys, sample
 from seq2seq import TextBatch
 

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from inference.decoder.kv_cache import CaptionMemory, SelfCache
 from inference.generate import Generation
-from inference.kv_cache import CaptionMemory, SelfCache
 from inference.sampling import guidance_at, guide, sample
 
 

@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from inference.attention_maps import attention_to_text, word_positions
-from inference.calibration import way_for
-from inference.decoder import CachedDecoder
+from inference.decoder.calibration import _decoder
+from inference.decoder.projection import Precision, check_precision
 from inference.generate import Generation, Request, generate_tokens, token_steps
 from inference.layouts import read_layout
 from inference.many import generate_many
@@ -28,7 +28,6 @@ from inference.matcher_folder import load_matcher
 from inference.memory import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
 from inference.picture_job import PictureJob
-from inference.projection import Precision
 from inference.requests import (
     PromptRequest,
     _check_params,
@@ -42,7 +41,7 @@ from inference.sampling import SamplingParams
 from inference.scheduler import KEPT_UNGUIDED
 from inference.scorer import Scorer, check_rerank, keep_best
 from inference.streaming import GenerationStep, PreviewBudget
-from seq2seq import ImageTransformer, TextBatch
+from seq2seq import TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
@@ -278,21 +277,5 @@ class TextToImage(Pushable):
         images = self.decode_tokens(image_tokens)
         self._preview_seconds[len(images)] = time.perf_counter() - start
         return images
-
-
-def _decoder(model: ImageTransformer, weights: Precision | None) -> CachedDecoder:
-    """The model in this precision, taken over by a decoder whose matrices lie as is fastest here."""
-    on_cpu = model.image_embedding.weight.device.type == "cpu"
-    if weights == "bfloat16" or (weights == "int8" and not on_cpu):
-        model.bfloat16()
-    elif weights is not None:
-        model.float()
-    return CachedDecoder(model, int8=weights == "int8", way=way_for(model, weights == "int8"))
-
-
-def check_precision(name: object) -> None:
-    """UserError unless None or the name of a precision."""
-    if name is not None and name not in get_args(Precision):
-        raise UserError(f"weights '{name}': not a precision of weights; choose {', '.join(get_args(Precision))}")
 
 

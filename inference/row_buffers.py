@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.decoder import CachedDecoder
-from inference.kv_cache import CaptionMemory, SelfCache
+from inference.decoder.cached_decoder import CachedDecoder
+from inference.decoder.kv_cache import CaptionMemory, SelfCache
 
 
 @dataclass

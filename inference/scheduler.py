@@ -25,8 +25,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from inference.decoder import CachedDecoder
-from inference.kv_cache import CaptionMemory, SelfCache
+from inference.decoder.cached_decoder import CachedDecoder
+from inference.decoder.kv_cache import CaptionMemory, SelfCache
 from inference.picture_job import FailedPicture, FinishedPicture, PictureJob, check_job
 from inference.row_buffers import RowBuffers
 from inference.sampling import SamplingParams, guidance_at, guide, guided_steps, noise_keys, sample

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
+from inference.decoder.kv_cache import CaptionMemory, SelfCache
 from inference.generate import Generation
-from inference.kv_cache import CaptionMemory, SelfCache
 from inference.sampling import SamplingParams, guidance_at, guide, sample
 
 KEPT = 8

@@ -2,7 +2,7 @@
 
     [begin of text, where text is predicted]  [text]  [begin of layout, layout]  [begin of image]  [image tokens]
 
-This is the training graph; sampling reads the same parameters through `inference/decoder.py`.
+This is the training graph; sampling reads the same parameters through `inference/decoder/cached_decoder.py`.
 """
 
 # Axes: B batch, T text ids, F width of text features, N image tokens, n <= N, L layout tokens, D width, K codebook size

@@ -1,6 +1,6 @@
 """Parti-style encoder-decoder: captions are encoded once, image tokens are decoded one after another.
 
-This is the training graph; sampling reads the same parameters through `inference/decoder.py`.
+This is the training graph; sampling reads the same parameters through `inference/decoder/cached_decoder.py`.
 """
 
 # Axes: B batch, T text ids, F width of text features, N image tokens, n <= N, L layout tokens, D width, K codebook size

@@ -17,7 +17,7 @@ from benchmarks.decode.run import GUIDANCE, Bench
 from benchmarks.decode.run import chart as decode_chart
 from benchmarks.decode.run import run as decode
 from benchmarks.decode.run import subject as decode_subject
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
 from tests import tiny
 from tests.test_benchmarks import last_line, threads_as_before  # noqa: F401
 from tokenloom_common.errors import UserError

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inference import calibration
-from inference.calibration import fastest, fastest_threads, fastest_way
+from inference.decoder.cached_decoder import calibration
+from inference.decoder.calibration import fastest, fastest_threads, fastest_way
+from inference.decoder.projection import Way
 from inference.native import threads
-from inference.projection import Way
 
 
 class Clock:

@@ -16,8 +16,8 @@ from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.files.weights_file import read_weights
 from inference.checkpoints.rules import ConvertedPart, multiplier
 from inference.checkpoints.writing import write_converted
-from inference.decoder import CachedDecoder
-from inference.projection import Way
+from inference.decoder.cached_decoder import CachedDecoder
+from inference.decoder.projection import Way
 from seq2seq import PRESETS, TextBatch, load_text_source, load_transformer
 from tests import llamagen_reference as reference
 from tests import tiny

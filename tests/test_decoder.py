@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
+from inference.decoder.projection import Way
+from inference.decoder.slots import SharedSlots
 from inference.generate import Request
 from inference.generate import generate_tokens as generate_request
-from inference.projection import Way
 from inference.sampling import SamplingParams, guide
-from inference.slots import SharedSlots
 from seq2seq import DecoderOnly, TextBatch, load_transformer
 from tests import tiny
 

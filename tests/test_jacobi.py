@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
 from inference.generate import Generation, Request, generate_tokens
 from inference.jacobi import jacobi_steps
 from inference.sampling import SamplingParams, filtered_probabilities, guidance_at, guide

@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from inference import large_pages
-from inference.large_pages import CHUNK, LEAST, PAGE, LargePages
+from inference.decoder.cached_decoder import large_pages
+from inference.decoder.large_pages import CHUNK, LEAST, PAGE, LargePages
 
 
 @pytest.mark.skipif(not hasattr(large_pages.mmap, "MADV_HUGEPAGE"), reason="Linux alone has them")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
 from inference.generate import Generation, Request, generate_tokens
 from inference.layouts import color_layout, color_picture, read_layout
 from inference.sampling import SamplingParams

@@ -15,7 +15,7 @@ import torch
 from benchmarks.harness import peak_memory
 from inference import LoadedModel, SamplingParams, TextToImage
 from inference import memory as memory_module
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
 from inference.memory import (
     DRAWING_BYTES,
     FIRST_USE,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from inference import model_folder as folders
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
 from inference.streaming import SHARE, PreviewBudget
 from tests import tiny
 from tokenloom import SamplingParams, TextToImage

@@ -8,9 +8,9 @@ import weakref
 import pytest
 import torch
 
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
+from inference.decoder.kv_cache import SelfCache
 from inference.generate import Request, generate_tokens
-from inference.kv_cache import SelfCache
 from inference.picture_job import FailedPicture, FinishedPicture, PictureJob
 from inference.sampling import SamplingParams
 from inference.scheduler import KEPT_UNGUIDED, Scheduler

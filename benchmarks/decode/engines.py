@@ -21,8 +21,8 @@ from benchmarks.decode.reference import (
     verdict,
 )
 from benchmarks.harness import SEED, Case
-from inference.calibration import way_for
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
+from inference.decoder.calibration import way_for
 from inference.generate import Generation, Request, token_steps
 from inference.sampling import SamplingParams
 from seq2seq import EncoderDecoder

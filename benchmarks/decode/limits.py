@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import harness
-from inference.decoder import CachedDecoder
+from inference.decoder.cached_decoder import CachedDecoder
 
 STREAMED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}

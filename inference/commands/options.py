@@ -7,9 +7,9 @@ from typing import get_args
 
 import torch
 
-from inference.calibration import fastest_threads
+from inference.decoder.calibration import fastest_threads
+from inference.decoder.projection import Precision
 from inference.pipeline import TextToImage
-from inference.projection import Precision
 from inference.sampling import SamplingParams
 from tokenloom_common.errors import OneLineParser, UserError
 

@@ -1,4 +1,4 @@
-"""One step of the lean decoder as compiled code that every thread of a team runs: what `inference.decoder_layers` computes.
+"""One step of the lean decoder as compiled code that every thread of a team runs: what `inference.decoder.layers` computes.
 
 Between matrices there are hundreds of small sums over a few hundred numbers, each of which costs more to start from Python
 than to do. Here a step is one call. Threads share each part of a layer, by outputs, heads or rows, and wait for each other

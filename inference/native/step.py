@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inference.decoder_layers import (
+from inference.decoder.kv_cache import CaptionMemory
+from inference.decoder.layers import (
     CrossAttention,
     FeedForward,
     HeadNorm,
@@ -19,15 +20,14 @@ from inference.decoder_layers import (
     SelfAttention,
     Slots,
 )
-from inference.kv_cache import CaptionMemory
+from inference.decoder.projection import Projection
+from inference.decoder.slots import SharedSlots
 from inference.native import tables
 from inference.native.kernels import step_function
 from inference.native.threads import run
-from inference.projection import Projection
-from inference.slots import SharedSlots
 
 if TYPE_CHECKING:
-    from inference.decoder import CachedDecoder
+    from inference.decoder.cached_decoder import CachedDecoder
 
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.SiLU: tables.SILU, nn.GELU: tables.GELU}
 

@@ -9,13 +9,14 @@ names and values and nothing is held twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.large_pages import LargePages
+from inference.decoder.large_pages import LargePages
+from tokenloom_common.errors import UserError
 
 Storage = Literal["rows", "columns"]
 """How float matrices lie in memory: `rows` [O, I] as torch's Linear has them, or `columns` [I, O]."""
@@ -43,7 +44,7 @@ class Projection(Protocol):
 
 
 class Way(NamedTuple):
-    """How float matrices lie in memory, and how few rows are multiplied with them; `inference.calibration` measures it.
+    """How float matrices lie in memory, and how few rows are multiplied with them; `inference.decoder.calibration` measures it.
 
     With storage `rows`: vector, whether one row is a product of the matrix and a vector; flipped_from, the number of rows from
     which W x^T is computed in the place of x W^T (0 = never); native_to, the number of rows up to which a step is compiled code
@@ -186,3 +187,9 @@ def project(parent: nn.Module, names: Sequence[str], plan: Plan) -> Projection:
     for name, replacement in zip(names, fused.replacements(sources), strict=True):
         setattr(parent, name, replacement)
     return fused
+
+
+def check_precision(name: object) -> None:
+    """UserError unless None or the name of a precision."""
+    if name is not None and name not in get_args(Precision):
+        raise UserError(f"weights '{name}': not a precision of weights; choose {', '.join(get_args(Precision))}")

@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from inference.large_pages import LargePages
-from inference.projection import Int8Projection, Plan, Way
+from inference.decoder.cached_decoder import CachedDecoder
+from inference.decoder.large_pages import LargePages
+from inference.decoder.projection import Int8Projection, Plan, Precision, Way
 from seq2seq import ImageTransformer
 
 Name = TypeVar("Name")
@@ -146,3 +147,13 @@ def fastest_threads(step: Callable[[], object], most: int) -> int:
     best, _ = fastest({count: with_threads(count) for count in counts})
     torch.set_num_threads(best)
     return best
+
+
+def _decoder(model: ImageTransformer, weights: Precision | None) -> CachedDecoder:
+    """The model in this precision, taken over by a decoder whose matrices lie as is fastest here."""
+    on_cpu = model.image_embedding.weight.device.type == "cpu"
+    if weights == "bfloat16" or (weights == "int8" and not on_cpu):
+        model.bfloat16()
+    elif weights is not None:
+        model.float()
+    return CachedDecoder(model, int8=weights == "int8", way=way_for(model, weights == "int8"))

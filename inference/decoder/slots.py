@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inference.kv_cache import SelfCache
+from inference.decoder.kv_cache import SelfCache
 from seq2seq.attention import Pattern, alone
 
 

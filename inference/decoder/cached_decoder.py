@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inference.decoder_layers import CrossAttention, FeedForward, Norm, SelfAttention, Slots
-from inference.kv_cache import CaptionMemory, SelfCache
-from inference.large_pages import LargePages
-from inference.projection import Plan, Way, project
-from inference.slots import RowSlots, SharedSlots, added
+from inference.decoder.kv_cache import CaptionMemory, SelfCache
+from inference.decoder.large_pages import LargePages
+from inference.decoder.layers import CrossAttention, FeedForward, Norm, SelfAttention, Slots
+from inference.decoder.projection import Plan, Way, project
+from inference.decoder.slots import RowSlots, SharedSlots, added
 from seq2seq import DecoderOnly, EncoderDecoder, ImageTransformer, TextBatch
 from seq2seq.layers import layer_blocks
 
@@ -30,8 +30,8 @@ from seq2seq.layers import layer_blocks
 class CachedDecoder:
     """Takes a transformer in eval mode over: its parameters become views of fused ones, with the same names and values.
 
-    int8: the decoder's matrices in 8 bits (`inference.projection.Int8Projection`); embeddings and the text encoder stay.
-    way: how float matrices lie in memory and are multiplied; `inference.calibration` says what is fastest here.
+    int8: the decoder's matrices in 8 bits (`inference.decoder.projection.Int8Projection`); embeddings and the text encoder stay.
+    way: how float matrices lie in memory and are multiplied; `inference.decoder.calibration` says what is fastest here.
     """
 
     def __init__(self, model: ImageTransformer, int8: bool = False, way: Way = Way()) -> None:  # noqa: B008  (a tuple)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.kv_cache import CaptionMemory
-from inference.projection import Plan, Projection, project
-from inference.slots import RowSlots, SharedSlots
+from inference.decoder.kv_cache import CaptionMemory
+from inference.decoder.projection import Plan, Projection, project
+from inference.decoder.slots import RowSlots, SharedSlots
 from seq2seq.layers import LAYER_NORM_EPS, Block
 
 Slots = SharedSlots | RowSlots

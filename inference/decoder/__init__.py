@@ -1,0 +1,1 @@
+"""The serving decoder: prefill, cached steps, fused weights, KV cache."""
