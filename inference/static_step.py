@@ -1,7 +1,7 @@
 """One token of every row as a function of tensors alone, sampling included: what CUDA captures as a graph and replays.
 
 A step reads and writes the same memory each time and never looks at a value. Batches are padded to a few sizes, so that few
-graphs serve all. (On the CPU a step is compiled code: `inference.native`.)
+graphs serve all. (On the CPU a step is compiled code: `inference.decoder.native`.)
 """
 
 # Axes: P pictures (padded), B pictures of a request, R rows (P, or 2P under guidance), N image tokens, K codebook size

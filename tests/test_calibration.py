@@ -7,8 +7,8 @@ import torch
 
 from inference.decoder.cached_decoder import calibration
 from inference.decoder.calibration import fastest, fastest_threads, fastest_way
+from inference.decoder.native import threads
 from inference.decoder.projection import Way
-from inference.native import threads
 
 
 class Clock:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from inference.decoder.cached_decoder import CachedDecoder, calibration
+from inference.decoder.native import basics, threads
+from inference.decoder.native.basics import error_function, exponential, version
+from inference.decoder.native.trial import products
 from inference.decoder.projection import Way
 from inference.generate import generate_tokens
-from inference.native import basics, threads
-from inference.native.basics import error_function, exponential, version
-from inference.native.trial import products
 from tests.test_decoder import SHAPES, WAYS, begun, build, cached_with, tokens
 from tests.test_jacobi import PARAMS, request
 

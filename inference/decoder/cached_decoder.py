@@ -62,9 +62,7 @@ class CachedDecoder:
         self._native_to = way.native_to
         self._native: Callable[[Tensor, list[CaptionMemory], Slots], Tensor] | None = None
         if way.native_to:
-            from inference.native.step import (
-                NativeStep,  # compiles, or loads what it compiled before
-            )
+            from inference.decoder.native.step import NativeStep
 
             self._native = NativeStep(self)
 

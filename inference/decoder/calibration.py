@@ -60,7 +60,7 @@ def fastest_way(inputs: int, outputs: int, threads: int, int8: bool = False) -> 
     """How matrices [outputs, inputs], float32 or int8, should lie in memory and be multiplied with few rows. threads: torch's
     current count, which the answer is for.
 
-    Compiled steps (`inference.native`) up to the most of NATIVE_ROWS that they are fastest for; where they are for none, the
+    Compiled steps (`inference.decoder.native`) up to the most of NATIVE_ROWS that they are fastest for; where they are for none, the
     storage whose best times over ROWS, each against the best of all, add up to less.
     """
     if inputs * outputs < SMALL_MATRIX:
@@ -75,11 +75,11 @@ def fastest_way(inputs: int, outputs: int, threads: int, int8: bool = False) -> 
 
 def _native_way(plain: list[Tensor], int8: bool, generator: torch.Generator) -> Way:
     """By measuring compiled products against torch's, from the matrices [O, I]."""
-    from inference.native.threads import library
+    from inference.decoder.native.threads import library
 
     if library() is None:
         return Way()
-    from inference.native.trial import products
+    from inference.decoder.native.trial import products
 
     ways: dict[str, Multiply] = {name: partial(_each, plain, PRODUCTS[name]) for name in ("rows", "flipped")}
     matrices = plain

@@ -48,7 +48,7 @@ class Way(NamedTuple):
 
     With storage `rows`: vector, whether one row is a product of the matrix and a vector; flipped_from, the number of rows from
     which W x^T is computed in the place of x W^T (0 = never); native_to, the number of rows up to which a step is compiled code
-    of our own (`inference.native`; 0 = never).
+    of our own (`inference.decoder.native`; 0 = never).
     """
 
     storage: Storage = "rows"

@@ -13,9 +13,9 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from inference.native.basics import share, version
-from inference.native.products import PANEL, multiply_floats, multiply_integers
-from inference.native.threads import barrier, compiled, run, team_size, thread_number
+from inference.decoder.native.basics import share, version
+from inference.decoder.native.products import PANEL, multiply_floats, multiply_integers
+from inference.decoder.native.threads import barrier, compiled, run, team_size, thread_number
 
 COUNT, ROWS, INPUTS, OUTPUTS, X, OUT, MATRICES = range(7)
 

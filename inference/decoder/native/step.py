@@ -1,4 +1,4 @@
-"""The lean decoder's step on the CPU in one call: fills the tables that `inference.native.kernels` reads, and runs it."""
+"""The lean decoder's step on the CPU in one call: fills the tables that `inference.decoder.native.kernels` reads, and runs it."""
 
 # Axes: M rows of the stream (R rows x s slots), R rows, s slots at once, D width, H heads, G key/value heads, d head width,
 #       S slots, C captions, n images a caption, T text slots, K codebook size
@@ -20,11 +20,11 @@ from inference.decoder.layers import (
     SelfAttention,
     Slots,
 )
+from inference.decoder.native import tables
+from inference.decoder.native.kernels import step_function
+from inference.decoder.native.threads import run
 from inference.decoder.projection import Projection
 from inference.decoder.slots import SharedSlots
-from inference.native import tables
-from inference.native.kernels import step_function
-from inference.native.threads import run
 
 if TYPE_CHECKING:
     from inference.decoder.cached_decoder import CachedDecoder

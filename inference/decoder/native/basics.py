@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from inference.native.tables import RMS
+from inference.decoder.native.tables import RMS
 
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 ROOT_HALF = np.float32(math.sqrt(0.5))
