@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from inference.picture_job import FailedPicture, PictureJob
+from inference.generation.picture_job import FailedPicture, PictureJob
+from inference.generation.scheduler import Scheduler
 from inference.sampling import SamplingParams
-from inference.scheduler import Scheduler
 from tokenloom_common.errors import UserError
 
 if TYPE_CHECKING:

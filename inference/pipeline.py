@@ -21,13 +21,15 @@ from torch import Tensor
 from inference.attention_maps import attention_to_text, word_positions
 from inference.decoder.calibration import _decoder
 from inference.decoder.projection import Precision, check_precision
-from inference.generate import Generation, Request, generate_tokens, token_steps
+from inference.generation.batch import Generation, Request
+from inference.generation.picture_job import PictureJob
+from inference.generation.scheduler import KEPT_UNGUIDED
+from inference.generation.ways import generate_tokens, token_steps
 from inference.layouts import read_layout
 from inference.many import generate_many
 from inference.matcher_folder import load_matcher
 from inference.memory import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
-from inference.picture_job import PictureJob
 from inference.requests import (
     PromptRequest,
     _check_params,
@@ -38,7 +40,6 @@ from inference.requests import (
 )
 from inference.results import GenerationResult, ManyResult
 from inference.sampling import SamplingParams
-from inference.scheduler import KEPT_UNGUIDED
 from inference.scorer import Scorer, check_rerank, keep_best
 from inference.streaming import GenerationStep, PreviewBudget
 from seq2seq import TextBatch
@@ -107,7 +108,7 @@ class TextToImage(Pushable):
         `inference.layouts.read_layout`; sampled when None.
         rerank_from: draw so many candidates a prompt, seed + 0, seed + 1, ..., and keep the num_images that fit it best in the
         eyes of `matcher` (default: the one of from_pretrained), the best first, with their seeds and scores.
-        jacobi: tokens worked on at once (`inference.jacobi`), 1 = one after another; the tokens are the same, the time is not.
+        jacobi: tokens worked on at once (`inference.generation.jacobi`), 1 = one after another; the tokens are the same, the time is not.
         UserError for an empty list, a prompt that is not text, num_images or batch_size below 1, rerank_from below num_images
         or without a matcher.
         """

@@ -6,7 +6,7 @@ Every function is pure: logits in, a new tensor out, randomness passed in. A fil
 A token is drawn by the Gumbel-max trick: the kept token whose logit plus noise is largest. The noise is a function of (seed,
 position, token id) and of nothing else. So a picture's tokens do not depend on what shares its batch, a position can be drawn
 again with the same noise, and two nearly equal distributions draw the same token nearly always, which is what
-`inference/jacobi.py` lives on.
+`inference/generation/jacobi.py` lives on.
 """
 
 # Axes: B rows (one picture each), K codebook size, k tokens that top-k leaves, N positions

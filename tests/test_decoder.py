@@ -8,8 +8,8 @@ import torch
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.projection import Way
 from inference.decoder.slots import SharedSlots
-from inference.generate import Request
-from inference.generate import generate_tokens as generate_request
+from inference.generation.batch import Request
+from inference.generation.ways import generate_tokens as generate_request
 from inference.sampling import SamplingParams, guide
 from seq2seq import DecoderOnly, TextBatch, load_transformer
 from tests import tiny

@@ -10,8 +10,9 @@ import scipy.stats
 import torch
 
 from inference.decoder.cached_decoder import CachedDecoder
-from inference.generate import Generation, Request, generate_tokens
-from inference.jacobi import jacobi_steps
+from inference.generation.batch import Generation, Request
+from inference.generation.jacobi import jacobi_steps
+from inference.generation.ways import generate_tokens
 from inference.sampling import SamplingParams, filtered_probabilities, guidance_at, guide
 from seq2seq import TextBatch
 from tests import tiny

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from inference.decoder.cached_decoder import CachedDecoder
-from inference.generate import Generation, Request, generate_tokens
+from inference.generation.batch import Generation, Request
+from inference.generation.ways import generate_tokens
 from inference.layouts import color_layout, color_picture, read_layout
 from inference.sampling import SamplingParams
 from seq2seq.losses import region_token_weights

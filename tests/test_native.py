@@ -17,7 +17,7 @@ from inference.decoder.native import basics, threads
 from inference.decoder.native.basics import error_function, exponential, version
 from inference.decoder.native.trial import products
 from inference.decoder.projection import Way
-from inference.generate import generate_tokens
+from inference.generation.ways import generate_tokens
 from tests.test_decoder import SHAPES, WAYS, begun, build, cached_with, tokens
 from tests.test_jacobi import PARAMS, request
 

@@ -10,10 +10,11 @@ import torch
 
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.kv_cache import SelfCache
-from inference.generate import Request, generate_tokens
-from inference.picture_job import FailedPicture, FinishedPicture, PictureJob
+from inference.generation.batch import Request
+from inference.generation.picture_job import FailedPicture, FinishedPicture, PictureJob
+from inference.generation.scheduler import KEPT_UNGUIDED, Scheduler
+from inference.generation.ways import generate_tokens
 from inference.sampling import SamplingParams
-from inference.scheduler import KEPT_UNGUIDED, Scheduler
 from seq2seq import TextBatch
 from tests import tiny
 from tests.test_decoder import SHAPES, build, caption
@@ -57,7 +58,7 @@ def job(text: TextBatch, at: int, params: SamplingParams, seeds, layout=None, un
 
 
 def alone(decoder: CachedDecoder, one: PictureJob):
-    """Tokens [n, N] and layout [n, L] as `inference.generate` draws them."""
+    """Tokens [n, N] and layout [n, L] as `inference.generation.ways` draws them."""
     return generate_tokens(decoder, Request(one.captions, one.unguided, len(one.seeds), one.params, one.seeds, one.layout))
 
 

@@ -9,9 +9,9 @@ import weakref
 import pytest
 import torch
 
-from inference import static_step
-from inference.generate import Generation
-from inference.static_step import StaticStep, padded, static_steps
+from inference.generation import cuda_graph as static_step
+from inference.generation.batch import Generation
+from inference.generation.cuda_graph import StaticStep, padded, static_steps
 from tests.test_decoder import SHAPES
 from tests.test_jacobi import PARAMS, request
 

@@ -23,7 +23,8 @@ from benchmarks.decode.reference import (
 from benchmarks.harness import SEED, Case
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.calibration import way_for
-from inference.generate import Generation, Request, token_steps
+from inference.generation.batch import Generation, Request
+from inference.generation.ways import token_steps
 from inference.sampling import SamplingParams
 from seq2seq import EncoderDecoder
 
@@ -44,7 +45,7 @@ class Mode(NamedTuple):
 
 
 class OurEngine:
-    """Draws some work through `inference.generate`; with a copy of the model, which the decoder takes over."""
+    """Draws some work through `inference.generation.ways`; with a copy of the model, which the decoder takes over."""
 
     def __init__(self, model: EncoderDecoder, int8: bool = False) -> None:
         model = copy.deepcopy(model)

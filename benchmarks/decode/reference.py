@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import SEED
 from inference.decoder.cached_decoder import CachedDecoder
-from inference.generate import Request, generate_tokens
+from inference.generation.batch import Request
+from inference.generation.ways import generate_tokens
 from inference.sampling import SamplingParams, guide
 from seq2seq import EncoderDecoder, Seq2SeqConfig, TextBatch
 

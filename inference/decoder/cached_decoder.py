@@ -57,7 +57,7 @@ class CachedDecoder:
         self._positions = None if learned is None else learned.detach()  # [N, D]
         angles = model.rotary_angles()
         self.turns = None if angles is None else torch.polar(torch.ones_like(angles[0, :, ::2]), angles[0, :, ::2])  # [S, d/2]
-        self.recorded_steps: OrderedDict[tuple, Any] = OrderedDict()  # `inference.static_step` keeps them here
+        self.recorded_steps: OrderedDict[tuple, Any] = OrderedDict()  # `inference.generation.cuda_graph` keeps them here
         self.hides_text = bool(model.text_slots) and config.text_padding == "masked"
         self._native_to = way.native_to
         self._native: Callable[[Tensor, list[CaptionMemory], Slots], Tensor] | None = None

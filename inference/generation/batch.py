@@ -1,6 +1,4 @@
-"""Captions -> image tokens, one token after another, with guidance; a layout first, for models that have one."""
-
-# Axes: B pictures, C captions, n pictures a caption, N image tokens, L layout tokens, K codebook size
+"""A batch of captions being generated: the request and its state."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ class Request:
 
     unguided: the text of the other branch, which guidance leads away from: one caption for all (the null caption or a negative
     prompt), or C of them. layout [B, L] is given, or None: sampled, where the model has one. window: tokens that Jacobi
-    decoding (`inference.jacobi`) works on at once; 1 = one after another.
+    decoding (`inference.generation.jacobi`) works on at once; 1 = one after another.
     """
 
     captions: TextBatch
@@ -119,19 +117,3 @@ class Generation:
         if scale != 1.0:
             logits = guide(logits[:count], logits[count:], scale)
         return sample(logits[:count], params, keys)
-
-
-def generate_tokens(decoder: CachedDecoder, request: Request) -> tuple[Tensor, Tensor | None]:
-    """All steps -> image_tokens [B, N] int64 in raster order, and the layout [B, L] of models that have one."""
-    generation = Generation(decoder, request)
-    return torch.stack(list(token_steps(generation)), dim=1), generation.layout
-
-
-def token_steps(generation: Generation) -> Iterator[Tensor]:
-    """Yield the next ids [B] for each of the N positions, in the way that suits request and device; the tokens are the same."""
-    from inference.jacobi import jacobi_steps
-    from inference.static_step import static_steps
-
-    if generation.request.window > 1:
-        return jacobi_steps(generation)
-    return static_steps(generation) if generation.decoder.device.type == "cuda" else generation.steps()

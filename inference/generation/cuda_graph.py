@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.kv_cache import CaptionMemory, SelfCache
-from inference.generate import Generation
+from inference.generation.batch import Generation
 from inference.sampling import SamplingParams, guidance_at, guide, sample
 
 KEPT = 8

@@ -6,7 +6,7 @@
 
 A picture takes one row of the batch, and a second one while guidance acts on it. A step of the decoder moves all pictures on
 by one token, wherever each of them is; a row that becomes free is given to the queue's next picture at the step after. A
-picture's tokens are those of `inference.generate`, whatever shares its batch and whenever it began.
+picture's tokens are those of `inference.generation.ways`, whatever shares its batch and whenever it began.
 
 One thread at a time may call a Scheduler.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import count
 
 import torch
@@ -27,9 +26,10 @@ from torch import Tensor
 
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.kv_cache import CaptionMemory, SelfCache
-from inference.picture_job import FailedPicture, FinishedPicture, PictureJob, check_job
-from inference.row_buffers import RowBuffers
-from inference.sampling import SamplingParams, guidance_at, guide, guided_steps, noise_keys, sample
+from inference.generation.drawing import _drawn, _scales
+from inference.generation.picture_job import FailedPicture, FinishedPicture, PictureJob, check_job
+from inference.generation.row_buffers import RowBuffers
+from inference.sampling import SamplingParams, guided_steps, noise_keys
 from seq2seq import TextBatch
 from tokenloom_common.errors import UserError, one_line
 
@@ -309,15 +309,3 @@ def _on(text: TextBatch, device: torch.device) -> TextBatch:
     return TextBatch(*(part.to(device) for part in text))
 
 
-@lru_cache(maxsize=64)
-def _scales(params: SamplingParams, total: int, device: torch.device) -> Tensor:
-    """Guidance [N] (or [L]) of each of `total` tokens."""
-    return torch.tensor([guidance_at(params, at, total) for at in range(total)], device=device)
-
-
-def _drawn(logits: Tensor, pictures: int, params: SamplingParams, scales: Tensor, keys: Tensor) -> Tensor:
-    """Ids [b] from logits [b, K], or [2b, K] with the second branch's after them; guidance [b] or one for all; keys [b]."""
-    logits = logits.float()
-    if len(logits) > pictures:
-        logits = guide(logits[:pictures], logits[pictures:], scales.view(-1, 1))
-    return sample(logits, params, keys)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inference.decoder.kv_cache import CaptionMemory, SelfCache
-from inference.generate import Generation
+from inference.generation.batch import Generation
 from inference.sampling import guidance_at, guide, sample
 
 

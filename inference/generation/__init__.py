@@ -1,0 +1,1 @@
+"""Token generation: plain, Jacobi, CUDA graphs, continuous batching. Knows tokens, not pixels."""
