@@ -28,7 +28,7 @@ from inference.generation.ways import generate_tokens, token_steps
 from inference.layouts import read_layout
 from inference.many import generate_many
 from inference.matcher_folder import load_matcher
-from inference.memory import Workload, check_sampling
+from inference.memory.estimate import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
 from inference.requests import (
     PromptRequest,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from inference.checkpoints import ConvertOptions, convert
 from inference.checkpoints.writing import write_converted
-from inference.meta_device import build_on_meta
+from inference.memory.meta_device import build_on_meta
 from tokenizer_image import VQGAN, preset
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference import memory as memory_module
+from inference.memory.estimate import estimate as memory_module
 from tests import tiny
 from tokenloom_common.errors import UserError
 from training import fits

@@ -14,21 +14,21 @@ import torch
 
 from benchmarks.harness import peak_memory
 from inference import LoadedModel, SamplingParams, TextToImage
-from inference import memory as memory_module
 from inference.decoder.cached_decoder import CachedDecoder
-from inference.memory import (
+from inference.memory.available import available_memory
+from inference.memory.estimate import (
     DRAWING_BYTES,
     FIRST_USE,
     Workload,
-    available_memory,
     check_fits,
     check_sampling,
     estimate,
-    human,
     largest_batch,
-    picture_bytes,
 )
-from inference.meta_device import Alive
+from inference.memory.estimate import estimate as memory_module
+from inference.memory.meta_device import Alive
+from inference.memory.parts import picture_bytes
+from inference.memory.sizes import human
 from seq2seq import KINDS, PRESETS, TextBatch
 from tests import launching, test_bpe_tokenizer, tiny
 from tokenizer_image import VQGAN, VQGANConfig
@@ -348,7 +348,7 @@ def test_the_peak_of_a_run_is_predicted():
 @pytest.mark.slow
 def test_a_limit_that_is_too_small_is_noticed_in_a_process_of_its_own():
     """ulimit -v: what is left of it is what can be allocated."""
-    code = ("import resource, inference.memory as m, torch; size = [int(l.split()[1]) for l in open('/proc/self/status') "
+    code = ("import resource, inference.memory.estimate as m, torch; size = [int(l.split()[1]) for l in open('/proc/self/status') "
             "if l.startswith('VmSize')][0] * 1024; resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2); "
             "print(m.available_memory('cpu'))")
     done = subprocess.run([sys.executable, "-c", code], cwd=launching.REPOSITORY, env=launching.environment(), text=True,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from inference.meta_device import Alive
+from inference.memory.meta_device import Alive
 from tests import tiny
 from training.activations import Activations
 from training.loop import run_training

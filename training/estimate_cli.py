@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from inference.commands import estimate as estimate_cli
-from inference.commands.estimate import MIB, bytes_of
-from inference.memory import available_memory, human
+from inference.memory.available import available_memory
+from inference.memory.sizes import MIB, bytes_of, human
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import OneLineParser, UserError, choose
 from training.config import RunConfig, TokenizerRunConfig

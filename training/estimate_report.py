@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from inference.memory import human
+from inference.memory.sizes import human
 from tokenloom_common.errors import UserError
 from training.activations import Activations
 from training.data.token_shards import token_dtype

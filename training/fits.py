@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from inference.memory import available_memory, human
+from inference.memory.available import available_memory
+from inference.memory.sizes import human
 from tokenloom_common.errors import UserError
 from training.activations import Activations
 from training.config import RunConfig

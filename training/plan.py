@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from inference.matcher import Matcher, MatcherConfig
-from inference.memory import Workload
-from inference.memory import estimate as sampling_memory
-from inference.meta_device import build_on_meta
+from inference.memory.estimate import Workload
+from inference.memory.estimate import estimate as sampling_memory
+from inference.memory.meta_device import build_on_meta
 from seq2seq import TransformerConfig
 from tokenizer_image import LPIPS, ImageTokenizerConfig, build_tokenizer
 from tokenizer_image.discriminators import build_discriminator

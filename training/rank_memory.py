@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inference.meta_device import Alive
+from inference.memory.meta_device import Alive
 from training.activations import Activations
 from training.optim import OPTIMIZERS, build_optimizer
 from training.optim_config import OptimConfig

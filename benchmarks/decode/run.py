@@ -30,7 +30,7 @@ from benchmarks.decode.peers import PEERS, Peer, make_peer, missing, peer_versio
 from benchmarks.decode.reference import Work
 from benchmarks.decode.subject import Subject, subject_of
 from benchmarks.harness import Case, Timing, speed_ratio, time_alternating
-from inference.memory import Workload, estimate
+from inference.memory.estimate import Workload, estimate
 from tokenloom_common.errors import RunFailedError, UserError, choose
 
 GUIDANCE = {"on": (3.0,), "off": (1.0,), "both": (1.0, 3.0)}

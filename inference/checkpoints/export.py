@@ -25,7 +25,7 @@ from inference.checkpoints.formats.vqgan_names import (
     taming_name,
 )
 from inference.checkpoints.rules import tensor_names
-from inference.meta_device import build_on_meta
+from inference.memory.meta_device import build_on_meta
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS
 from tokenizer_image import VQGAN, VQGANConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference.checkpoints.formats.llamagen_gpt import NULL, rule_of
 from inference.checkpoints.rules import tensor_names
-from inference.meta_device import build_on_meta
+from inference.memory.meta_device import build_on_meta
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS
 from seq2seq import ClassLabels, DecoderOnly, DecoderOnlyConfig, FrozenTextConfig, FrozenTextEncoder

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inference.meta_device import build_on_meta
+from inference.memory.meta_device import build_on_meta
 from tokenloom_common.errors import UserError
 from tokenloom_common.pretrained import PretrainedModule, Undrawn, write_config
 from tokenloom_common.tensor_writer import write_shards

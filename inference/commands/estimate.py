@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from inference.commands.options import add_revision, choose_device
-from inference.memory import (
-    WEIGHT_BYTES,
-    MemoryEstimate,
-    Workload,
-    available_memory,
-    estimate,
-    human,
-    largest_batch,
-)
+from inference.memory.available import available_memory
+from inference.memory.estimate import MemoryEstimate, Workload, estimate, largest_batch
+from inference.memory.parts import WEIGHT_BYTES
+from inference.memory.sizes import MIB, PRESET_SIZES, bytes_of, grid_of, human
 from inference.model_folder import GENERATION_NAME, read_model_index
 from inference.requests import check_counts
 from inference.sampling import SamplingParams
@@ -32,11 +25,6 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import OneLineParser, UserError, choose
 from tokenloom_common.pretrained import read_config, resolve_folder
 
-MIB = 1 << 20
-UNITS = {"": 1, "B": 1, **{f"{letter}{end}": base**power for power, letter in enumerate("KMGT", 1)
-                           for end, base in (("B", 1000), ("iB", 1024))}}
-PRESET_SIZES: dict[str, Any] = {"grid": "16x16", "codebook_size": 16384, "text_length": 64, "vocab_size": 16384}
-"""What a preset leaves open, as options, and what they are by default."""
 PARTS = ("weights", "image_tokenizer", "self_cache", "caption_memory", "working", "pictures", "results")
 
 
@@ -109,22 +97,6 @@ def _memory(text: str | None, device: str | None) -> tuple[int | None, str]:
     if device is not None:
         raise UserError("--memory and --device: the one says how much memory there is, the other where to look; give one")
     return bytes_of(text), "--memory"
-
-
-def bytes_of(text: str) -> int:
-    """"8GiB" -> 8,589,934,592."""
-    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([A-Za-z]*)", text.strip())
-    if not found or found[2] not in UNITS:
-        raise UserError(f"--memory '{text}': expected a number and a unit ({', '.join(filter(None, UNITS))}), such as 8GiB")
-    return int(Fraction(found[1]) * UNITS[found[2]])
-
-
-def grid_of(text: str) -> tuple[int, int]:
-    """"16x16" -> (16, 16)."""
-    sides = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
-    if not sides:
-        raise UserError(f"--grid '{text}': expected rows x columns, such as 16x16")
-    return int(sides[1]), int(sides[2])
 
 
 def _preset(args: argparse.Namespace) -> _Model:

@@ -10,22 +10,24 @@ decoder by running it on the meta device, where tensors have shapes and no numbe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from inference.meta_device import build_on_meta, peak_on_meta
-from seq2seq import KINDS, TransformerConfig
+from inference.memory.available import available_memory
+from inference.memory.parts import (
+    WEIGHT_BYTES,
+    _Sizes,
+    _sizes,
+    _slot_bytes,
+    _tokenizer_bytes,
+    picture_bytes,
+)
+from inference.memory.sizes import _both
+from seq2seq import TransformerConfig
 from tokenizer_image.config import ImageTokenizerConfig
-from tokenizer_image.images import float_to_pixels
-from tokenizer_image.kinds import build_tokenizer
 from tokenloom_common.errors import UserError, choose
 
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-"""Precision of the decoder's matrices -> bytes a number."""
 FIRST_USE = 24 << 20
 """Bytes that the first use of a process's kernels takes once: thread pools and scratch (15 MiB measured in float32 and 21 in
 bfloat16, torch 2.13, CPU)."""
@@ -199,120 +201,8 @@ def remedy(fit: int, work: Workload) -> str:
 
 # ---- what there is
 
-def available_memory(device: str | torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that can still be allocated; None where that is unknown.
-
-    CPU: the least of what the machine has left, the limits of the process's control groups (v1 or v2) and its own limit on
-    addresses (ulimit -v). CUDA: what the driver has left and what torch holds without using it.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    found = [_numbers(root / "proc/meminfo").get("MemAvailable:", None), *_control_groups(root), _address_space(root)]
-    known = [value for value in found if value is not None]
-    return max(0, min(known)) if known else None
-
-
-def _control_groups(root: Path) -> list[int]:
-    """What each control group that the process is in, and those above it, leave; empty without limits."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    left = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top, limit, usage, cache = ("", "memory.max", "memory.current", "inactive_file") if not controllers else (
-            "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        mount = root / "sys/fs/cgroup" / top
-        inside = mount / path.strip("/")
-        for folder in (inside, *(above for above in inside.parents if above.is_relative_to(mount))):
-            most, used = _number(folder / limit), _number(folder / usage)
-            if most is not None and used is not None:  # files that were read count as used, and give way
-                left.append(most - used + _numbers(folder / "memory.stat", unit=1).get(cache, 0))
-    return left
-
-
-def _address_space(root: Path) -> int | None:
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    used = _numbers(root / "proc/self/status").get("VmSize:", 0)
-    return None if limit == resource.RLIM_INFINITY else limit - used
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file of the kernel's; None for "max" or without the file."""
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
-
-
-def _numbers(path: Path, unit: int = 1024) -> dict[str, int]:
-    """Lines `name number [kB]` of a file of the kernel's -> bytes by name; empty without the file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    words = [line.split() for line in lines]
-    return {line[0]: int(line[1]) * unit for line in words if len(line) > 1 and line[1].isdecimal()}
-
-
-def human(count: int) -> str:
-    """1,610,612,736 -> "1.50 GiB"."""
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 1 << power:
-            return f"{count / (1 << power):,.2f} {unit}"
-    return f"{count} bytes"
-
-
-def _both(count: int) -> str:
-    return f"{count:,} bytes ({human(count)})" if count >= 1024 else human(count)
-
 
 # ---- the parts
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Of a transformer: numbers in the decoder's matrices and their output rows, all other parameters, the largest matrix;
-    slots of a row's sequence, and those of them that are text (0 where the text is attended to across)."""
-
-    matrices: int
-    matrix_rows: int
-    others: int
-    largest: int
-    slots: int
-    text_slots: int
-
-    def weight_bytes(self, weights: str, number: int) -> int:
-        """int8: one byte a number of a matrix and a scale an output row; the rest, and the text encoder, in `number` bytes."""
-        if weights == "int8":
-            return self.matrices + (self.matrix_rows + self.others) * number
-        return (self.matrices + self.others) * WEIGHT_BYTES[weights]
-
-
-@lru_cache(maxsize=32)
-def _sizes(config: TransformerConfig) -> _Sizes:
-    model = build_on_meta(KINDS[config.kind], config)
-    linear = [m for part in (model.decoder, model.to_logits) for m in part.modules() if isinstance(m, nn.Linear)]
-    matrices = sum(layer.weight.numel() for layer in linear)
-    return _Sizes(matrices, sum(layer.out_features for layer in linear), sum(p.numel() for p in model.parameters()) - matrices,
-                  max(layer.weight.numel() for layer in linear), model.prefix_slots + model.image_slots, model.text_slots)
-
-
-def _slot_bytes(config: TransformerConfig, number: int) -> int:
-    """Keys and values of one slot in all decoder layers."""
-    layers: int = config.decoder_layers  # type: ignore[attr-defined]
-    return 2 * layers * (config.kv_heads or config.heads) * config.head_dim * number
 
 
 def _working(config: TransformerConfig, sizes: _Sizes, work: Workload) -> int:
@@ -335,26 +225,3 @@ def _working(config: TransformerConfig, sizes: _Sizes, work: Workload) -> int:
     return max(encoding, steps + logits + drawing) + tokens + tables + unpacked
 
 
-@lru_cache(maxsize=32)
-def _tokenizer_bytes(config: ImageTokenizerConfig) -> int:
-    """Parameters and buffers of both halves; an image tokenizer is float32 whatever the transformer is."""
-    model = build_on_meta(build_tokenizer, config)
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
-@lru_cache(maxsize=32)
-def picture_bytes(config: ImageTokenizerConfig) -> tuple[int, int]:
-    """(bytes however many, bytes a picture) at the peak of decoding codes to pixels uint8."""
-    model = build_on_meta(build_tokenizer, config).eval()
-    family: Any = config
-    (rows, columns), length = config.grid, family.embed_dim
-
-    def peak(pictures: int) -> int:
-        def decode() -> None:
-            vectors = torch.empty(pictures, length, rows, columns // config.depth, device="meta")
-            float_to_pixels(model.decode_vectors(vectors).clamp(-1.0, 1.0))
-        return peak_on_meta(decode, model)
-
-    one, two = peak(1), peak(2)
-    codebook = 2 * 4 * config.codebook_size * config.depth * length  # normalised or mapped anew for each look-up
-    return 2 * one - two + codebook, two - one

@@ -1,0 +1,1 @@
+"""Memory of sampling, predicted before it is allocated."""
