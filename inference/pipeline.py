@@ -27,7 +27,6 @@ from inference.generation.scheduler import KEPT_UNGUIDED
 from inference.generation.ways import generate_tokens, token_steps
 from inference.layouts import read_layout
 from inference.many import generate_many
-from inference.matcher_folder import load_matcher
 from inference.memory.estimate import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
 from inference.requests import (
@@ -40,7 +39,9 @@ from inference.requests import (
 )
 from inference.results import GenerationResult, ManyResult
 from inference.sampling import SamplingParams
-from inference.scorer import Scorer, check_rerank, keep_best
+from inference.scoring.matcher_folder import load_matcher
+from inference.scoring.rerank import check_rerank, keep_best
+from inference.scoring.scorer import Scorer
 from inference.streaming import GenerationStep, PreviewBudget
 from seq2seq import TextBatch
 from tokenizer_image.grid import tokens_to_codes
@@ -76,7 +77,7 @@ class TextToImage(Pushable):
 
         revision: of a hub id: branch, tag or commit (default: main).
         text_encoder: folder or hub id of the frozen text encoder that the model was trained with, if it is not where it was.
-        matcher: what `rerank_from` chooses with, see `inference.matcher_folder.load_matcher`.
+        matcher: what `rerank_from` chooses with, see `inference.scoring.matcher_folder.load_matcher`.
         weights: float32 (default on the CPU), bfloat16 (default on CUDA) or int8. UserError for another name.
         """
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from inference.matcher import Matcher
 from inference.memory.meta_device import Alive, fused_attention
+from inference.scoring.matcher import Matcher
 from seq2seq import KINDS
 from seq2seq.layers import recompute_activations
 from seq2seq.losses import TokenLossConfig

@@ -18,7 +18,7 @@ from torch import nn
 import tokenloom
 from inference import SamplingParams, TextToImage, save_model_folder
 from inference.layouts import color_layout
-from inference.scorer import ImageTextScorer
+from inference.scoring.scorer import ImageTextScorer
 from seq2seq import ClassLabels
 from tests import tiny
 from tests.bad_images import corrupt_png

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants
 
 import tokenloom
 from inference import load_matcher
-from inference.matcher_folder import MatcherScorer
+from inference.scoring.matcher_folder import MatcherScorer
 from seq2seq import load_transformer
 from seq2seq.frozen_text import FrozenTextEncoder
 from tests import tiny

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from inference.matcher import MAX_SCALE, Matcher, MatcherConfig
-from inference.matcher_folder import (
+from inference.scoring.matcher import MAX_SCALE, Matcher, MatcherConfig
+from inference.scoring.matcher_folder import (
     MatcherScorer,
     load_matcher,
     load_matcher_folder,

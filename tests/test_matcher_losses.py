@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference.matcher import Embeddings
+from inference.scoring.matcher import Embeddings
 from seq2seq.losses import mask_text, masked_text_loss
 from seq2seq.text_tokenizer import END, NULL, PAD, UNKNOWN
 from tests import tiny

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from inference.matcher import MAX_SCALE
-from inference.matcher_folder import load_matcher
+from inference.scoring.matcher import MAX_SCALE
+from inference.scoring.matcher_folder import load_matcher
 from seq2seq import PRESETS, BPETokenizer, BPETokenizerConfig, FrozenTextEncoder, TextTokenizer
 from seq2seq.losses import MaskedText, masked_text_loss
 from tests import tiny

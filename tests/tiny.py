@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from inference import Matcher, MatcherConfig, SamplingParams, TextTowerConfig, save_model_folder
-from inference.matcher import ImageTowerConfig
-from inference.matcher_folder import save_matcher_folder
+from inference.scoring.matcher import ImageTowerConfig
+from inference.scoring.matcher_folder import save_matcher_folder
 from seq2seq import (
     DecoderOnly,
     DecoderOnlyConfig,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inference.matcher import Matcher, MatcherConfig
 from inference.memory.meta_device import Alive, autocast_on_meta, build_on_meta, fused_attention
+from inference.scoring.matcher import Matcher, MatcherConfig
 from seq2seq import KINDS, DecoderOnly, ImageTransformer, TransformerConfig
 from seq2seq.config import LayersConfig
 from seq2seq.layers import recompute_activations

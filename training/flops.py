@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from inference.matcher import Matcher, MatcherConfig
 from inference.memory.meta_device import autocast_on_meta, build_on_meta
+from inference.scoring.matcher import Matcher, MatcherConfig
 from seq2seq import KINDS, TransformerConfig
 from tokenizer_image import ImageTokenizer, ImageTokenizerConfig, build_tokenizer
 from tokenizer_image.quantizers import Quantizer

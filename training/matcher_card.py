@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from inference.matcher import MatcherConfig
-from inference.matcher_folder import MATCHER_USAGE, PIPELINE_TAG
+from inference.scoring.matcher import MatcherConfig
+from inference.scoring.matcher_folder import MATCHER_USAGE, PIPELINE_TAG
 from tokenloom_common.model_card import model_card
 from training.matcher_config import MatcherRunConfig
 from training.run_card import run_card

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from inference.matcher import ImageTowerConfig, MatcherConfig, TextTowerConfig
+from inference.scoring.matcher import ImageTowerConfig, MatcherConfig, TextTowerConfig
 from seq2seq import PRESETS
 from seq2seq.config import DERIVED
 from tokenloom_common.config import StrictConfig, explain

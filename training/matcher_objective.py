@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference.matcher import Embeddings, Matcher
+from inference.scoring.matcher import Embeddings, Matcher
 from training.matcher_config import MatcherLossConfig
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from inference.matcher import Matcher, MatcherConfig
 from inference.memory.estimate import Workload
 from inference.memory.estimate import estimate as sampling_memory
 from inference.memory.meta_device import build_on_meta
+from inference.scoring.matcher import Matcher, MatcherConfig
 from seq2seq import TransformerConfig
 from tokenizer_image import LPIPS, ImageTokenizerConfig, build_tokenizer
 from tokenizer_image.discriminators import build_discriminator

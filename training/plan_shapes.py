@@ -7,9 +7,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from inference.matcher import Matcher, MatcherConfig
-from inference.matcher_folder import find_matcher_folder
 from inference.memory.sizes import PRESET_SIZES, grid_of
+from inference.scoring.matcher import Matcher, MatcherConfig
+from inference.scoring.matcher_folder import find_matcher_folder
 from seq2seq import ClassLabels, FrozenTextEncoder, TransformerConfig, load_text_source
 from seq2seq.config import DERIVED
 from tokenizer_image import KINDS, ImageTokenizerConfig

@@ -6,8 +6,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from inference.matcher import Matcher, MatcherConfig, TextTowerConfig
-from inference.matcher_folder import find_matcher_folder, load_matcher_folder
+from inference.scoring.matcher import Matcher, MatcherConfig, TextTowerConfig
+from inference.scoring.matcher_folder import find_matcher_folder, load_matcher_folder
 from seq2seq import (
     EncoderDecoder,
     ImageTransformer,

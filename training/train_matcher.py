@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.matcher import Matcher, MatcherConfig
-from inference.matcher_folder import MatcherScorer, save_matcher_folder
+from inference.scoring.matcher import Matcher, MatcherConfig
+from inference.scoring.matcher_folder import MatcherScorer, save_matcher_folder
 from seq2seq import FrozenTextEncoder, TextSource, TextTokenizer
 from seq2seq.layers import recompute_activations
 from seq2seq.losses import masked_text_loss

@@ -27,7 +27,7 @@ from inference.pipeline import TextToImage
 from inference.requests import PromptRequest, check_counts, check_prompts, read_prompts
 from inference.results import GenerationResult
 from inference.sampling import SamplingParams
-from inference.scorer import check_candidates
+from inference.scoring.rerank import check_candidates
 from tokenizer_image.images import (
     BadImageError,
     image_grid,

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from inference import SamplingParams, TextToImage
-from inference.scorer import ImageTextScorer
+from inference.scoring.scorer import ImageTextScorer
 from seq2seq import TextBatch
 from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import image_to_pixels, pixels_to_float

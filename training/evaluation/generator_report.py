@@ -16,7 +16,7 @@ from PIL import Image
 
 from inference import SamplingParams, TextToImage
 from inference.commands.options import choose_device, given_params
-from inference.matcher_folder import load_matcher
+from inference.scoring.matcher_folder import load_matcher
 from seq2seq import ClassLabels
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.errors import UserError, choose

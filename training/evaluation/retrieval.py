@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inference.scorer import ImageTextScorer
+from inference.scoring.scorer import ImageTextScorer
 from tokenloom_common.errors import DataError, RunFailedError
 from training.data.batches import ItemId, item_random
 from training.data.captioned_images import BAD_ITEM_ERRORS, CaptionedImages

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from inference.scorer import ImageTextScorer
+from inference.scoring.scorer import ImageTextScorer
 from tokenizer_image.images import to_rgb
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError, choose

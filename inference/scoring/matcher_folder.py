@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from inference.matcher import Matcher
 from inference.model_folder import INDEX_NAME as MODEL_INDEX_NAME
 from inference.model_folder import toolkit_version
-from inference.scorer import ImageTextScorer
-from inference.transformers_scorer import TransformersScorer
+from inference.scoring.matcher import Matcher
+from inference.scoring.scorer import ImageTextScorer
+from inference.scoring.transformers_scorer import TransformersScorer
 from seq2seq import FrozenTextEncoder, TextSource, load_text_source
 from tokenizer_image.images import image_to_pixels, pixels_to_float, to_rgb
 from tokenloom_common.config import read_mapping

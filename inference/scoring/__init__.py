@@ -1,0 +1,1 @@
+"""Image-text scores: our matcher, CLIP and SigLIP, reranking of candidates."""
