@@ -20,7 +20,8 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.quantizer_config import READ_BY_KIND, QuantizerConfig
 from tokenizer_image.quantizers import QUANTIZERS, Quantizer, base, build_quantizer
 from tokenizer_image.quantizers.gumbel import gumbel_softmax
-from tokenizer_image.quantizers.vector import ResidualQuantizer, SimVQuantizer, VectorQuantizer
+from tokenizer_image.quantizers.residual import ResidualQuantizer
+from tokenizer_image.quantizers.vector import SimVQuantizer, VectorQuantizer
 from tokenizer_image.vqgan import VQGAN
 from tokenloom_common.errors import UserError
 

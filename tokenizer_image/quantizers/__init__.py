@@ -3,8 +3,9 @@
 from tokenizer_image.quantizer_config import QuantizerConfig
 from tokenizer_image.quantizers.base import LossPart, Quantized, Quantizer
 from tokenizer_image.quantizers.gumbel import GumbelQuantizer
+from tokenizer_image.quantizers.residual import ResidualQuantizer
 from tokenizer_image.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
-from tokenizer_image.quantizers.vector import ResidualQuantizer, SimVQuantizer, VectorQuantizer
+from tokenizer_image.quantizers.vector import SimVQuantizer, VectorQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer, "residual": ResidualQuantizer, "fsq": FiniteScalarQuantizer, "lfq": LookupFreeQuantizer,
