@@ -128,3 +128,11 @@ def _written_out(value: Any, known: dict[int, int]) -> int:
         inner = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_written_out(one, known) for one in inner)
     return known[id(value)]
+
+
+def by_dotted_name(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of plain values, flat."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(by_dotted_name(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat

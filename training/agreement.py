@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tokenloom_common.config import by_dotted_name
 from tokenloom_common.errors import UserError
 from training.process_group import Processes, shared
 
@@ -77,9 +78,3 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def by_dotted_name(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of plain values, flat."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat.update(by_dotted_name(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat

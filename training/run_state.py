@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tokenloom_common.config import by_dotted_name
 from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from tokenloom_common.files import (
     file_hash,
@@ -33,7 +34,7 @@ from tokenloom_common.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from training.agreement import by_dotted_name, check_same
+from training.agreement import check_same
 from training.config import RunConfig
 from training.config_loading import dump_config
 from training.process_group import Processes

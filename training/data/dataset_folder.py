@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -16,12 +15,6 @@ from tokenloom_common.files import write_json_atomic
 BUILD_NAME = "build.json"
 FORMAT_VERSION = 1  # raise it when a builder makes other rows of the same arguments
 OWN_NAMES = {"data", "README.md", "ATTRIBUTION.md", BUILD_NAME}
-
-
-def require_extra(module: str) -> None:
-    """UserError that names the extra if a package of it is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"needs {module.replace('_', '-')}: pip install tokenloom[train]")
 
 
 def previous_build(out: Path, builder: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import DataError, RunFailedError, UserError, choose, nearest_name
+from tokenloom_common.extras import require_extra
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
 from training.data.dataset_folder import (
     OWN_NAMES,
     card_head,
     previous_build,
-    require_extra,
     write_record,
     write_splits,
 )

@@ -16,13 +16,13 @@ from typing import Any
 from PIL import Image
 
 from tokenloom_common.errors import UserError
+from tokenloom_common.extras import require_extra
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
 from training.data.dataset_folder import (
     OWN_NAMES,
     card_head,
     previous_build,
-    require_extra,
     write_record,
     write_splits,
 )

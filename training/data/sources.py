@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import DataError, UserError
+from tokenloom_common.extras import require_extra
 from training.data.captioned_images import SCAN_ROWS, CaptionedImages, caption_values
 from training.data.captions import clean_captions
-from training.data.dataset_folder import require_extra
 from training.data.drops import BadItem, in_words
 from training.data.folder_source import Collector, as_dataset, read_metadata, read_sidecars
 from training.data.in_place import RowGroups, indexed_tars
