@@ -37,11 +37,11 @@ COMMANDS = {
     "info": ("inference.commands.generate", "info", "say what a model folder holds"),
     "convert": ("inference.commands.convert", "convert_command", "turn another project's checkpoint into a folder of ours"),
     "export": ("inference.commands.convert", "export_command", "write a folder of ours as another project's checkpoint"),
-    "estimate": ("training.estimate_cli", "main", "say what sampling or a training needs: memory, time, disk"),
-    "data": ("training.data.cli", "main", "build and check captioned image data"),
-    "evaluate": ("training.evaluation.cli", "main", "measure an image tokenizer or a text-to-image model"),
-    "runs": ("training.runs_cli", "runs", "compare training runs in a table"),
-    "report": ("training.runs_cli", "report", "write one HTML page about a training run"),
+    "estimate": ("training.commands.estimate", "main", "say what sampling or a training needs: memory, time, disk"),
+    "data": ("training.commands.data", "main", "build and check captioned image data"),
+    "evaluate": ("training.commands.evaluate", "main", "measure an image tokenizer or a text-to-image model"),
+    "runs": ("training.commands.runs", "runs", "compare training runs in a table"),
+    "report": ("training.commands.runs", "report", "write one HTML page about a training run"),
 }
 """Command -> module, function taking argv, one line of help."""
 

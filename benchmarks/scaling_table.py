@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from training.activations import Activations
-from training.estimate_cli import GPU_MEMORY
+from training.commands.estimate import GPU_MEMORY
 from training.fits import Change, Fitting
 from training.flops import peak_flops
 from training.plan import Plan, checkpoint_bytes, seq2seq_plan

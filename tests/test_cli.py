@@ -102,7 +102,7 @@ def test_every_public_name_is_there():
 
 @pytest.mark.parametrize(("module", "absent"), [
     ("tokenloom", ("torch", "numpy", "deepspeed", "datasets", "pydantic", "x_transformers")),
-    ("training.data.cli", ("torch", "deepspeed", "datasets")),
+    ("training.commands.data", ("torch", "deepspeed", "datasets")),
     ("inference", ("deepspeed", "datasets", "matplotlib", "pyarrow", "training")),
     ("inference.commands.generate", ("deepspeed", "datasets", "matplotlib", "pyarrow", "training")),
 ])

@@ -9,8 +9,8 @@ import pytest
 
 from tests.bad_images import ACCEPTED, REFUSED, encode, photo
 from tokenloom_common.errors import UserError, run_command
+from training.commands.data import main
 from training.data.check import check_data, format_report
-from training.data.cli import main
 
 
 @pytest.fixture(autouse=True)

@@ -180,7 +180,7 @@ def test_the_table_for_people(run):
 
 
 def test_on_a_cpu_time_is_unknown_and_memory_is_shared(run, monkeypatch):
-    monkeypatch.setattr("training.estimate_cli.available_memory", lambda device: 8 << 30)
+    monkeypatch.setattr("training.commands.estimate.available_memory", lambda device: 8 << 30)
     found = values(run, "--config", "debug_seq2seq", "--gpus", 2)
     assert (found["device"], found["precision"], found["hours"], found["memory"]) == ("cpu", "float32", None, 4 << 30)
     assert "time: unknown for this device; give --gpu" in run("--config", "debug_seq2seq")[1]

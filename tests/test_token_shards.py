@@ -13,9 +13,9 @@ import torch
 
 from tests import tiny
 from tokenloom_common.errors import DataError, MissingFileError, UserError
+from training.commands.data import main as data_command
 from training.data import token_shards
 from training.data.batches import ItemId
-from training.data.cli import main as data_command
 from training.data.token_shards import (
     SplitIndex,
     TokenIndex,

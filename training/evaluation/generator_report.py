@@ -22,9 +22,9 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from tokenloom_common.pretrained import WEIGHTS_NAME, resolve_folder
+from training.commands.evaluate import GENERATOR_COMMAND as COMMAND
 from training.data.captioned_images import CaptionedImages
 from training.data.sources import open_dataset
-from training.evaluation.cli import GENERATOR_COMMAND as COMMAND
 from training.evaluation.features import EXTRACTORS, load_extractor, sha256
 from training.evaluation.generator import (
     Diversity,

@@ -23,9 +23,9 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.perceptual import NETWORKS
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, refuse_others, write_json_atomic
+from training.commands.evaluate import TOKENIZER_COMMAND as COMMAND
 from training.data.captioned_images import CaptionedImages
 from training.data.sources import list_splits, open_dataset
-from training.evaluation.cli import TOKENIZER_COMMAND as COMMAND
 from training.evaluation.features import (
     EXTRACTORS,
     FID_WEIGHTS_NAME,

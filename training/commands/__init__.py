@@ -1,0 +1,1 @@
+"""The training side's commands: data, evaluate, estimate, runs, report."""
