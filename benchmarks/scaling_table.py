@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from training.activations import Activations
 from training.commands.estimate import GPU_MEMORY
+from training.config.seq2seq import Seq2SeqRunConfig
 from training.fits import Change, Fitting
 from training.flops import peak_flops
 from training.plan import Plan, checkpoint_bytes, seq2seq_plan
-from training.token_config import Seq2SeqRunConfig
 
 SIZES = ("parti-350m", "parti-750m", "parti-3b", "parti-20b")
 PROCESSES = (8, 64, 256)

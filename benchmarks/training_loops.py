@@ -17,9 +17,9 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.peers.x_transformers_sampler import XTransformersPeer
 from seq2seq.losses import image_token_loss
+from training.config.seq2seq import Seq2SeqRunConfig
 from training.optim import build_optimizer, lr_at
 from training.process_group import Processes
-from training.token_config import Seq2SeqRunConfig
 from training.train_seq2seq import Seq2SeqTraining
 from training.watchdog import Watchdog
 

@@ -25,9 +25,9 @@ from training.activations import (
     transformer_activations,
     transformer_step,
 )
-from training.config import TokenizerRunConfig
+from training.config.matcher import MatcherLossConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.engine import DTYPES
-from training.matcher_config import MatcherLossConfig
 from training.matcher_objective import MatcherObjective, contrastive_loss
 
 MODELS = {

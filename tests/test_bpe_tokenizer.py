@@ -13,8 +13,8 @@ from inference.attention_maps import word_positions
 from seq2seq import BPETokenizer, BPETokenizerConfig, load_text_source
 from tests import tiny
 from tokenloom_common.errors import MissingFileError, UserError
+from training.config.text import TextConfig
 from training.text_input import choose_text_source
-from training.token_config import TextConfig
 
 LENGTH = 16
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]

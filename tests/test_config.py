@@ -14,10 +14,11 @@ from tests import tiny
 from tokenizer_image import preset
 from tokenloom_common.config import dotted_names
 from tokenloom_common.errors import UserError
-from training.config import TokenizerRunConfig
-from training.config_loading import dump_config, load_config
-from training.matcher_config import MatcherRunConfig
-from training.token_config import EncodeRunConfig, Seq2SeqRunConfig
+from training.config.encoding import EncodeRunConfig
+from training.config.loading import dump_config, load_config
+from training.config.matcher import MatcherRunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "training" / "recipes").glob("*.yaml"))

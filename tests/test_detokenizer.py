@@ -14,10 +14,11 @@ from tests import tiny
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.errors import UserError
-from training.config import TokenizerRunConfig
+from training.config.encoding import EncodeRunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.encode_dataset import DatasetEncoder
 from training.process_group import Processes
-from training.token_config import EncodeRunConfig, Seq2SeqRunConfig
 from training.tokenizer_start import take_tokenizer
 from training.train_seq2seq import Seq2SeqTraining
 

@@ -21,6 +21,8 @@ from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.config import merge
 from tokenloom_common.errors import DataError, ResumeError, RunFailedError, UserError
 from training import encode_dataset
+from training.config.encoding import EncodeRunConfig, ViewsConfig
+from training.config.seq2seq import Seq2SeqRunConfig
 from training.data.batches import ItemId
 from training.data.drops import BadItem, DropCounter
 from training.data.encoding_plan import prepare
@@ -32,7 +34,6 @@ from training.encode_dataset import DatasetEncoder
 from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes
-from training.token_config import EncodeRunConfig, Seq2SeqRunConfig, ViewsConfig
 from training.train_seq2seq import Seq2SeqTraining
 
 ROWS = 21

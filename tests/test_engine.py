@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tokenloom_common.errors import RunFailedError, UserError
-from training.config import RunConfig
+from training.config.optim import OptimConfig
+from training.config.run import RunConfig
 from training.deepspeed_json import deepspeed_json
 from training.engine import Engine, resolve_precision
 from training.optim import build_optimizer, lr_at
-from training.optim_config import OptimConfig
 from training.process_group import Processes
 
 STAGES = (0, 1, 2, 3)

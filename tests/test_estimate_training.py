@@ -12,8 +12,8 @@ import tokenloom
 from benchmarks.scaling_table import HEADER, PROCESSES, SIZES, rows_of_size
 from seq2seq import Seq2SeqConfig
 from tests import launching, tiny
+from training.config.transformer import read_settings
 from training.flops import forward_flops, tokenizer_training_flops, training_flops
-from training.model_settings import read_settings
 from training.plan import checkpoint_bytes
 
 GB = 10**9
@@ -129,7 +129,7 @@ def test_an_image_tokenizers_training_is_told_by_its_keys(run):
 
 
 def test_a_tokenizers_arithmetic_is_that_of_its_step():
-    from training.config import TokenizerRunConfig
+    from training.config.tokenizer import TokenizerRunConfig
 
     def flops(**changes) -> int:
         return tokenizer_training_flops(TokenizerRunConfig.parse(
@@ -229,8 +229,8 @@ def test_every_recipe_is_estimated(run, recipe):
 
 
 def test_a_checkpoint_has_the_files_of_all_processes():
+    from training.config.seq2seq import Seq2SeqRunConfig
     from training.plan import plan_of
-    from training.token_config import Seq2SeqRunConfig
 
     config = Seq2SeqRunConfig.parse({"run_dir": "-", "data": {"path": "-"}, "image_tokenizer": "-"}, "test")
     plan = plan_of(config, "float32", model=small())

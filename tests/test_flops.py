@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seq2seq import DecoderOnlyConfig, Seq2SeqConfig
 from tests import tiny
 from tokenizer_image import KINDS, PRESETS, VQGANConfig, build_tokenizer
+from training.config.transformer import read_settings
 from training.flops import (
     PEAK_FLOPS,
     forward_flops,
@@ -20,7 +21,6 @@ from training.flops import (
     tokenizer_forward_flops,
     training_flops,
 )
-from training.model_settings import read_settings
 
 SHAPE = {"text_vocab_size": 320, "text_length": 12, "codebook_size": 32, "grid": (4, 4), "width": 32, "heads": 2,
          "head_dim": 16, "feedforward": "gelu", "feedforward_multiplier": 4.0}

@@ -20,8 +20,10 @@ from tests import launching, test_bpe_tokenizer, tiny
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.errors import ResumeError, UserError, run_command
-from training.config import TokenizerRunConfig
-from training.config_loading import load_config
+from training.config.loading import load_config
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.text import TextConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.data.batches import MicroBatches
 from training.data.shapes import build_shapes
 from training.data.training_sets import TokenRows
@@ -30,7 +32,6 @@ from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes
 from training.text_input import choose_text_source
-from training.token_config import Seq2SeqRunConfig, TextConfig
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
 
@@ -54,7 +55,7 @@ def train(run: Seq2SeqRunConfig, group: Processes) -> Seq2SeqTraining:
 
 def first_rows(training: Seq2SeqTraining) -> TokenRows:
     """Captions and image tokens of a run's first step."""
-    run = training.config.train
+    run = training.config.run.train
     return training.visits.__getitems__(next(iter(MicroBatches(training.order, run.batch_size, 1, 0, 1, 0, run.steps))))
 
 

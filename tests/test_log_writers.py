@@ -23,7 +23,8 @@ from tests import tiny
 from tokenloom_common.config import merge
 from tokenloom_common.errors import UserError
 from training import script, train_seq2seq
-from training.config import LogConfig, RunConfig
+from training.config.run import LogConfig, RunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
 from training.log import RunLog, in_short, read_metrics, sample_path
 from training.log_writers import (
     GROUPS,
@@ -35,7 +36,6 @@ from training.log_writers import (
 )
 from training.loop import run_training
 from training.process_group import Processes
-from training.token_config import Seq2SeqRunConfig
 from training.train_seq2seq import Seq2SeqTraining
 
 

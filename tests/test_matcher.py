@@ -25,7 +25,7 @@ from tests import tiny
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.config import merge
 from tokenloom_common.errors import MissingFileError, UserError
-from training.matcher_config import MatcherLossConfig
+from training.config.matcher import MatcherLossConfig
 from training.matcher_objective import MatcherObjective, contrastive_loss
 
 # ---- the model ----

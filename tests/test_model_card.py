@@ -13,12 +13,12 @@ from tokenizer_image import VQGAN, load_tokenizer
 from tokenloom import TextToImage
 from tokenloom_common.errors import UserError
 from tokenloom_common.model_card import CardFacts, Measurement, model_card, read_metadata
-from training.config import TokenizerRunConfig
+from training.config.matcher import MatcherRunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.data.origin import data_origin, write_origin
 from training.matcher_card import matcher_card
-from training.matcher_config import MatcherRunConfig
 from training.model_card import seq2seq_card, tokenizer_card
-from training.token_config import Seq2SeqRunConfig
 
 ATTRIBUTION = "# Attribution\n\n| style | authors |\n|---|---|\n| round | Ada |\n"
 REPORT = {"psnr": 21.25, "codebook_usage": 0.5, "codebook_perplexity": 12.5, "pictures": 9}

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tokenloom_common.errors import UserError
-from training.config import RunConfig, TokenizerRunConfig
-from training.config_loading import dump_config, load_config
+from training.config.loading import dump_config, load_config
+from training.config.optim import OptimConfig
+from training.config.run import RunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.deepspeed_json import deepspeed_json
 from training.engine import Engine
 from training.optim import OPTIMIZERS, SCHEDULES, Adafactor, build_optimizer, lr_at
-from training.optim_config import OptimConfig
 from training.process_group import Processes
-from training.token_config import Seq2SeqRunConfig
 
 PARTI = {"name": "adafactor", "lr": 4.5e-5, "betas": (0.9, 0.96), "weight_decay": 0.045, "warmup_steps": 5000,
          "schedule": "exponential", "decay_start_step": 85_000, "final_lr_ratio": 0.025, "gradient_clipping": 4.0}

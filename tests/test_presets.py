@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seq2seq import KINDS, PRESETS
-from training.model_settings import read_settings
+from training.config.transformer import read_settings
 
 PARTI = {"text_vocab_size": 16_000, "text_length": 128, "codebook_size": 8192, "grid": (32, 32)}
 CLASSES = {"text_vocab_size": 1001, "text_length": 1, "codebook_size": 16_384, "grid": (16, 16)}

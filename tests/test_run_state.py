@@ -19,7 +19,7 @@ import yaml
 from tokenloom_common import files
 from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from training import run_state as run_state_module
-from training.config import RunConfig
+from training.config.run import RunConfig
 from training.log import RunLog, read_metrics
 from training.process_group import Processes
 from training.run_state import MANIFEST, RunState, seed_everything

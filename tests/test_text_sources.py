@@ -13,8 +13,8 @@ from seq2seq import ClassLabels, FrozenTextEncoder, TextTokenizer, load_text_sou
 from seq2seq.class_labels import ClassLabelsConfig
 from tests import tiny
 from tokenloom_common.errors import MissingFileError, UserError
+from training.config.text import TextConfig
 from training.text_input import CachedFeatures, cached, choose_text_source, write_features
-from training.token_config import TextConfig
 
 CAPTIONS = ["a red heart", "a large blue apple tree", "octopus"]
 LENGTH = 10

@@ -21,6 +21,7 @@ from tests.test_bpe_tokenizer import bpe_files
 from tokenloom_common.config import merge
 from tokenloom_common.errors import MissingFileError, ResumeError, UserError
 from training import train_matcher
+from training.config.matcher import MatcherRunConfig
 from training.data.batches import ItemId
 from training.data.captioned_visits import CaptionedVisits, CollateCaptioned
 from training.data.shapes import build_shapes
@@ -33,7 +34,6 @@ from training.evaluation.retrieval import (
 )
 from training.log import read_metrics
 from training.loop import run_training
-from training.matcher_config import MatcherRunConfig
 from training.matcher_objective import contrastive_loss
 from training.process_group import Processes
 from training.text_start import check_text_start, matcher_text_source, take_text_encoder

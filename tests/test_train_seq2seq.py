@@ -16,13 +16,13 @@ from seq2seq.losses import token_loss
 from tests import tiny
 from tokenloom_common.config import merge
 from tokenloom_common.errors import ResumeError, UserError
+from training.config.seq2seq import Seq2SeqRunConfig
 from training.data.batches import ItemId
 from training.flops import forward_flops, training_flops
 from training.incidents import read_incidents
 from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes
-from training.token_config import Seq2SeqRunConfig
 from training.train_seq2seq import Seq2SeqTraining
 
 ROWS, LAYOUT_GRID = 12, (2, 2)
@@ -198,7 +198,7 @@ def test_a_run_starts_from_a_matchers_text_encoder_and_its_vocabulary(made, tmp_
     taken = tiny.matcher().text_encoder.state_dict()
     assert all(torch.equal(value, taken[name]) for name, value in training.model.text_encoder.state_dict().items())
     assert training.text_source.model_proto == tiny.text_tokenizer().model_proto
-    run_training(training.task(), training.config, group, training.run_state)
+    run_training(training.task(), training.config.run, group, training.run_state)
     after = training.model.text_encoder.state_dict()
     assert not all(torch.equal(value, taken[name]) for name, value in after.items())  # it is trained on
     (matcher / "matcher_index.json").unlink()  # a run that is continued no longer needs the matcher

@@ -19,8 +19,8 @@ from tokenizer_image.adversarial import discriminator_objective, generator_loss,
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import dotted_names, merge
 from tokenloom_common.errors import ResumeError, RunFailedError, UserError
-from training.config import TokenizerRunConfig
-from training.config_loading import load_config
+from training.config.loading import load_config
+from training.config.tokenizer import TokenizerRunConfig
 from training.data.shapes import build_shapes
 from training.log import read_metrics
 from training.loop import run_training

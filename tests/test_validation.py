@@ -16,13 +16,13 @@ from tests import tiny
 from tokenloom_common.config import merge
 from tokenloom_common.errors import UserError
 from training import train_seq2seq
-from training.config import TokenizerRunConfig
+from training.config.matcher import MatcherRunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.data.shapes import build_shapes
 from training.log import read_metrics
 from training.loop import run_training
-from training.matcher_config import MatcherRunConfig
 from training.process_group import Processes
-from training.token_config import Seq2SeqRunConfig
 from training.train_matcher import MatcherTraining
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
@@ -91,7 +91,7 @@ def test_the_time_of_other_work_is_not_the_trainings(made, tmp_path, group, monk
     owner = training.run_state if work == "save" else task
     real = getattr(owner, work)
     monkeypatch.setattr(owner, work, lambda *args: now.append(now[-1] + 1000) or real(*args))
-    run_training(task, training.config, group, training.run_state)
+    run_training(task, training.config.run, group, training.run_state)
     assert now[-1] > 3000
     assert all(row["samples_per_s"] >= 4 / 10 for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row)
 

@@ -19,7 +19,7 @@ from tokenizer_image.adversarial import (
     warmin,
 )
 from tokenizer_image.discriminators import build_discriminator
-from training.config import TokenizerRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.engine import Engine
 from training.optim import build_optimizer
 from training.process_group import Processes

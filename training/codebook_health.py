@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenizer_image import CodebookUsage, Usage
 from tokenizer_image.usage import usage_of_counts
-from training.config import TokenizerRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.evaluation.pictures import plot_codebook
 from training.log import read_metrics
 from training.process_group import Processes

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import UserError, nearest_name
-from training.config import RunConfig
-from training.optim_config import OptimConfig
+from training.config.optim import OptimConfig
+from training.config.run import RunConfig
 
 LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's default
 AUTO = "auto"

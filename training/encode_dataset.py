@@ -34,7 +34,8 @@ from tokenloom_common.errors import DataError, RunFailedError, UserError, run_co
 from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
 from training.agreement import check_same, check_shared
-from training.config_loading import load_config
+from training.config.encoding import EncodeRunConfig
+from training.config.loading import load_config
 from training.data.batches import careful_loader
 from training.data.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.drops import ALWAYS_TOLERATED, DropCounter, in_words
@@ -70,7 +71,6 @@ from training.engine import processes
 from training.log import setup_console
 from training.pictures import count_opened, open_pictures
 from training.process_group import Processes, peers_may_go
-from training.token_config import EncodeRunConfig
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenloom_common.errors import RunFailedError, UserError
-from training.config import RunConfig
+from training.config.optim import OptimConfig
+from training.config.run import RunConfig
 from training.deepspeed_json import deepspeed_json
 from training.optim import lr_at
-from training.optim_config import OptimConfig
 from training.process_group import Processes, meeting, processes_here
 from training.stopping import STARTED_ALONE
 from training.universal import INFO, to_universal

@@ -17,8 +17,8 @@ from inference.memory.available import available_memory
 from inference.memory.sizes import human
 from tokenloom_common.errors import UserError
 from training.activations import Activations
-from training.config import RunConfig
-from training.matcher_config import MatcherRunConfig
+from training.config.matcher import MatcherRunConfig
+from training.config.run import RunConfig
 from training.plan import Plan, RankMemory, layout_of, rank_memory
 from training.process_group import Processes, processes_here
 

@@ -25,7 +25,7 @@ from seq2seq import KINDS, TransformerConfig
 from tokenizer_image import ImageTokenizer, ImageTokenizerConfig, build_tokenizer
 from tokenizer_image.quantizers import Quantizer
 from training.activations import text_on_meta, tokenizer_step
-from training.config import TokenizerRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 
 
 @lru_cache(maxsize=32)

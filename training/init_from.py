@@ -20,7 +20,8 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 from tokenloom_common.pretrained import Undrawn, read_config
 from tokenloom_common.weights import check_numbers, check_tensors, read_tensors
-from training.start_folders import (
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.start_folders import (
     IMAGE_FOLDER,
     TEXT_FOLDER,
     StartFolder,
@@ -29,7 +30,6 @@ from training.start_folders import (
 )
 from training.text_input import CaptionRows
 from training.text_start import text_source_of_run
-from training.token_config import Seq2SeqRunConfig
 
 log = logging.getLogger(__name__)
 

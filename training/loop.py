@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenloom_common.errors import RunFailedError, StoppedBySignalError
-from training.config import RunConfig
+from training.config.run import RunConfig
 from training.data.batches import DataOrder
 from training.engine import Engine
 from training.flops import peak_flops, training_flops

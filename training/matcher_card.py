@@ -7,7 +7,7 @@ from typing import Any
 from inference.scoring.matcher import MatcherConfig
 from inference.scoring.matcher_folder import MATCHER_USAGE, PIPELINE_TAG
 from tokenloom_common.model_card import model_card
-from training.matcher_config import MatcherRunConfig
+from training.config.matcher import MatcherRunConfig
 from training.run_card import run_card
 
 NOTES = ("Scores compare captions of one picture, or pictures of one caption; they are no probabilities. The bias of the "

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.scoring.matcher import Embeddings, Matcher
-from training.matcher_config import MatcherLossConfig
+from training.config.matcher import MatcherLossConfig
 
 
 def contrastive_loss(embeddings: Embeddings, scale: Tensor, same_caption: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from inference.model_folder import USAGE
 from seq2seq import Seq2SeqConfig, TransformerConfig
 from tokenizer_image import ImageTokenizer
 from tokenloom_common.model_card import model_card
-from training.config import TokenizerRunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.run_card import LIMITS, run_card
-from training.token_config import Seq2SeqRunConfig
 
 
 def seq2seq_card(run: Seq2SeqRunConfig, model: TransformerConfig, rows: int, held_out_loss: float | None) -> str:

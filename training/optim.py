@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.optim_config import OptimConfig
+from training.config.optim import OptimConfig
 
 SMALLEST_SQUARE = 1e-30  # eps1 of Shazeer & Stern 2018: added to every squared gradient
 SMALLEST_SCALE = 1e-3  # eps2: what a weight of zeros counts as when steps are scaled by the weights

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 import torch
 
 from tokenloom_common.errors import DataError
-from training.config import DataConfig, PicturesConfig
+from training.config.run import DataConfig, PicturesConfig
+from training.config.seq2seq import TokenDataConfig
 from training.data.batches import DataOrder
 from training.data.captioned_images import CaptionedImages
 from training.data.drops import DropCounter, in_words
@@ -18,7 +19,6 @@ from training.data.sources import open_dataset
 from training.data.token_shards import TokenShards
 from training.data.training_sets import Dropped
 from training.process_group import Processes
-from training.token_config import TokenDataConfig
 
 log = logging.getLogger(__name__)
 

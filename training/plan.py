@@ -24,7 +24,10 @@ from training.activations import (
     transformer_activations,
     transformer_model,
 )
-from training.config import RunConfig, TokenizerRunConfig
+from training.config.matcher import MatcherRunConfig
+from training.config.run import RunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.deepspeed_json import deepspeed_json
 from training.flops import (
     forward_flops,
@@ -32,7 +35,6 @@ from training.flops import (
     tokenizer_training_flops,
     training_flops,
 )
-from training.matcher_config import MatcherRunConfig
 from training.matcher_objective import MatcherObjective
 from training.rank_memory import (
     LOW_PRECISION,
@@ -44,7 +46,6 @@ from training.rank_memory import (
     TrainedModule,
     engine_memory,
 )
-from training.token_config import Seq2SeqRunConfig
 
 NO_ACTIVATIONS = Activations(((0, 0),))
 SAMPLE_PICTURES = 8

@@ -16,13 +16,14 @@ from tokenizer_image import KINDS, ImageTokenizerConfig
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.pretrained import read_config
-from training.config import DataConfig, RunConfig
+from training.config.matcher import MatcherRunConfig
+from training.config.run import DataConfig, RunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.start_folders import CONFIGS, IMAGE_FOLDER, find_start
+from training.config.text import TextConfig
 from training.data.token_shards import INDEX_NAME, read_index
-from training.matcher_config import MatcherRunConfig
 from training.pictures import open_pictures
-from training.start_folders import CONFIGS, IMAGE_FOLDER, find_start
 from training.text_input import DEFAULT_TEXT_LENGTH, DEFAULT_VOCAB_SIZE
-from training.token_config import Seq2SeqRunConfig, TextConfig
 
 DEFAULTS: dict[str, Any] = {**PRESET_SIZES, "text_length": DEFAULT_TEXT_LENGTH, "vocab_size": DEFAULT_VOCAB_SIZE,
                             "feature_width": 768, "rows": None}

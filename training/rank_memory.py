@@ -18,8 +18,8 @@ from torch import nn
 
 from inference.memory.meta_device import Alive
 from training.activations import Activations
+from training.config.optim import OptimConfig
 from training.optim import OPTIMIZERS, build_optimizer
-from training.optim_config import OptimConfig
 
 Shapes = tuple[tuple[int, ...], ...]
 

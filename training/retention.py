@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from tokenloom_common.files import write_json_atomic
-from training.config import CheckpointConfig
-from training.start_folders import MANIFEST
+from training.config.run import CheckpointConfig
+from training.config.start_folders import MANIFEST
 from training.validation import Measured
 
 MEASURED = "measured"  # in a manifest: what the held-out split says of this step

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokenloom_common.model_card import CardFacts, Measurement
-from training.config import DataConfig, RunConfig
+from training.config.run import DataConfig, RunConfig
 from training.data.origin import data_origin
 
 NOT_LEARNED_FROM = ("run_dir", "card", "checkpoint", "log")

@@ -35,11 +35,11 @@ from tokenloom_common.files import (
     write_text_atomic,
 )
 from training.agreement import check_same
-from training.config import RunConfig
-from training.config_loading import dump_config
+from training.config.loading import dump_config
+from training.config.run import RunConfig
+from training.config.start_folders import MANIFEST
 from training.process_group import Processes
 from training.retention import BEST, MEASURED, delete_old
-from training.start_folders import MANIFEST
 from training.validation import Measured
 
 log = logging.getLogger(__name__)

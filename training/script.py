@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.agreement import check_same, check_shared
-from training.config import RunConfig
-from training.config_loading import load_config
+from training.config.loading import load_config
+from training.config.run import RunConfig
 from training.engine import processes
 from training.log import setup_console
 from training.log_writers import check_writers

@@ -25,7 +25,7 @@ from tokenloom_common.config import StrictConfig, read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from tokenloom_common.progress import progress
-from training.token_config import TextConfig
+from training.config.text import TextConfig
 
 log = logging.getLogger(__name__)
 

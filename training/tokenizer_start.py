@@ -6,7 +6,7 @@ import logging
 
 from tokenizer_image import ImageTokenizer, load_tokenizer
 from tokenloom_common.errors import UserError
-from training.start_folders import find_tokenizer, refuse_own_run
+from training.config.start_folders import find_tokenizer, refuse_own_run
 
 log = logging.getLogger(__name__)
 

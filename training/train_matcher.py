@@ -24,6 +24,8 @@ from seq2seq.layers import recompute_activations
 from seq2seq.losses import masked_text_loss
 from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
+from training.config.matcher import MatcherRunConfig
+from training.config.start_folders import TEXT_FOLDER
 from training.data.batches import MicroBatches, batch_loader
 from training.data.captioned_images import CaptionedImages
 from training.data.captioned_visits import CaptionedBatch, CaptionedVisits, CollateCaptioned
@@ -37,7 +39,6 @@ from training.flops import matcher_forward_flops
 from training.log import read_metrics
 from training.loop import Task
 from training.matcher_card import matcher_card
-from training.matcher_config import MatcherRunConfig
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 from training.optim import build_optimizer
 from training.pictures import PictureDrops, open_training_pictures, picture_order
@@ -45,7 +46,6 @@ from training.plan import matcher_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
-from training.start_folders import TEXT_FOLDER
 from training.text_input import cached, choose_text_source
 from training.validation import Measured
 from training.weight_average import average_state, restore_average, weight_average

@@ -34,6 +34,8 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.images import image_grid
 from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.start_folders import IMAGE_FOLDER, TEXT_FOLDER, facts_of_run
 from training.data.batches import MicroBatches, batch_loader
 from training.data.picture_tokens import (
     CollatePictures,
@@ -66,10 +68,8 @@ from training.plan import seq2seq_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
-from training.start_folders import IMAGE_FOLDER, TEXT_FOLDER, facts_of_run
 from training.text_input import cached
 from training.text_start import check_text_start, take_text_encoder
-from training.token_config import Seq2SeqRunConfig
 from training.token_validation import HeldOut, validation_loss
 from training.validation import Measured
 from training.weight_average import average_state, restore_average, weight_average

@@ -22,7 +22,8 @@ from tokenloom_common.errors import run_command
 from tokenloom_common.files import write_json_atomic
 from training.adversary import Adversary
 from training.codebook_health import CodebookHealth
-from training.config import TokenizerRunConfig
+from training.config.start_folders import facts_of_run
+from training.config.tokenizer import TokenizerRunConfig
 from training.data.batches import ItemId, MicroBatches, batch_loader
 from training.data.captioned_images import CaptionedImages
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
@@ -41,7 +42,6 @@ from training.plan import tokenizer_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
-from training.start_folders import facts_of_run
 from training.tokenizer_start import take_tokenizer
 from training.validation import Measured
 from training.weight_average import weight_average

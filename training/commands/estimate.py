@@ -16,15 +16,16 @@ from inference.memory.available import available_memory
 from inference.memory.sizes import MIB, bytes_of, human
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import OneLineParser, UserError, choose
-from training.config import RunConfig, TokenizerRunConfig
-from training.config_loading import find_recipe, load_config
+from training.config.loading import find_recipe, load_config
+from training.config.matcher import MatcherRunConfig
+from training.config.run import RunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.tokenizer import TokenizerRunConfig
 from training.engine import resolve_precision
 from training.estimate_report import PARTS, Machine, Report, report_of, require_precision
 from training.flops import PEAK_FLOPS, known_gpu, peak_flops
-from training.matcher_config import MatcherRunConfig
 from training.plan import plan_of
 from training.plan_shapes import DEFAULTS, Sizes, shape_of
-from training.token_config import Seq2SeqRunConfig
 
 KINDS: dict[str, type[RunConfig]] = {"seq2seq": Seq2SeqRunConfig, "tokenizer": TokenizerRunConfig, "matcher": MatcherRunConfig}
 STAND_INS = {"run_dir": "RUN", "data.path": "DATA", "image_tokenizer": "TOKENIZER"}

@@ -8,7 +8,7 @@ import numpy
 from PIL import Image
 
 from tokenizer_image.images import image_to_pixels
-from training.token_config import ViewsConfig
+from training.config.encoding import ViewsConfig
 
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
 MIRRORED = " mirrored"

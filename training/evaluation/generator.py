@@ -27,6 +27,7 @@ from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError
 from tokenloom_common.progress import progress
+from training.config.encoding import LayoutConfig
 from training.data.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.layouts import Layouts
 from training.evaluation.features import FeatureExtractor
@@ -37,7 +38,6 @@ from training.evaluation.reference import PictureHash, ReferenceStatistics
 from training.evaluation.retrieval import retrieval_accuracy
 from training.evaluation.scene_captions import accuracy, parse_caption
 from training.evaluation.scene_reader import Seen, read_scene
-from training.token_config import LayoutConfig
 from training.token_validation import token_losses
 
 SHOWN_PICTURES = 16

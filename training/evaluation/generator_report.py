@@ -23,6 +23,7 @@ from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from tokenloom_common.pretrained import WEIGHTS_NAME, resolve_folder
 from training.commands.evaluate import GENERATOR_COMMAND as COMMAND
+from training.config.encoding import LayoutConfig
 from training.data.captioned_images import CaptionedImages
 from training.data.sources import open_dataset
 from training.evaluation.features import EXTRACTORS, load_extractor, sha256
@@ -52,7 +53,6 @@ from training.evaluation.report import (
 from training.evaluation.retrieval import TOP
 from training.evaluation.scene_captions import parse_caption
 from training.evaluation.scene_reader import LARGEST, SMALLEST
-from training.token_config import LayoutConfig
 
 SCHEMA_VERSION = 1
 SHEET_NAME, CURVE_NAME = "contact_sheet.png", "guidance.png"

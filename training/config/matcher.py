@@ -19,8 +19,8 @@ from seq2seq import PRESETS
 from seq2seq.config import DERIVED
 from tokenloom_common.config import StrictConfig, explain
 from tokenloom_common.errors import nearest_name
-from training.config import DataConfig, RunConfig
-from training.token_config import TextConfig
+from training.config.run import DataConfig, RunConfig
+from training.config.text import TextConfig
 
 _WITH_ENCODER = [name for name, values in PRESETS.items() if "encoder_layers" in values]
 _STAND_INS = {"text_vocab_size": 300, "text_length": 16}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from seq2seq import TEXT_SOURCES, ClassLabels, FrozenTextEncoder
+from seq2seq import ClassLabels, FrozenTextEncoder
 from seq2seq.losses import TokenLossConfig
-from tokenloom_common.config import StrictConfig
-from tokenloom_common.errors import choose
-from training.config import DataConfig, PicturesConfig, RunConfig
-from training.model_settings import TransformerSettings, read_settings
-from training.start_folders import with_start
+from training.config.run import DataConfig, RunConfig
+from training.config.start_folders import with_start
+from training.config.text import TextConfig
+from training.config.transformer import TransformerSettings, read_settings
 
 
 class TokenDataConfig(DataConfig):
@@ -38,105 +37,6 @@ class TokenDataConfig(DataConfig):
         if given:
             raise ValueError(f"data.{given[0]} is for pictures, with data.on_the_fly true; token shards have it from "
                              "encode_dataset")
-        return self
-
-
-class LayoutConfig(StrictConfig):
-    """A coarse grid of classes that models may be given, or sample, before the image tokens."""
-
-    kind: Literal["none", "classes", "colors"] = Field("none", description="classes: from a column of the data; colors: the "
-                                                       "picture's own, in 27 classes")
-    grid: tuple[int, int] = Field((4, 4), description="rows and columns that are kept")
-    column: str = Field("layout", description="column with the classes, in raster order of a square grid; for kind classes")
-    classes: int | None = Field(None, ge=2, le=1 << 16, description="number of classes in the column; for kind classes")
-
-    @model_validator(mode="after")
-    def _check(self) -> LayoutConfig:
-        if min(self.grid) < 1 or max(self.grid) > 64:
-            raise ValueError(f"layout.grid {self.grid}: give 1 to 64 rows and columns")
-        if (self.kind == "classes") != (self.classes is not None):
-            raise ValueError("layout.classes, the number of classes, is for layout.kind classes, which needs it")
-        if self.kind != "classes" and self.column != "layout":
-            raise ValueError(f"layout.column is for layout.kind classes, not {self.kind}; leave it out")
-        return self
-
-
-class ViewsConfig(StrictConfig):
-    """Further encodings of a picture, beside the one as it is: training draws one at each visit."""
-
-    flip: bool = Field(False, description="every view mirrored too; a caption that says left or right is then wrong half the "
-                       "time")
-    corners: bool = Field(False, description="the four corners of a slightly enlarged picture too (LlamaGen, with flip: ten "
-                          "crops)")
-    enlarged: float = Field(1.1, gt=1, le=2, description="by how much, for corners")
-
-    @model_validator(mode="after")
-    def _read(self) -> ViewsConfig:
-        if not self.corners and self.enlarged != type(self).model_fields["enlarged"].default:
-            raise ValueError("views.enlarged is for views.corners true; leave it out")
-        return self
-
-
-class EncodeRunConfig(StrictConfig):
-    """training/encode_dataset.py: captioned images + an image tokenizer -> token shards."""
-
-    image_tokenizer: str = Field(description="folder of the image tokenizer")
-    data: PicturesConfig
-    out: str = Field(description="folder for the token shards")
-    layout: LayoutConfig = LayoutConfig()
-    views: ViewsConfig = ViewsConfig()
-    splits: list[str] | None = Field(None, min_length=1, description="splits to encode; none = every split of the data")
-    batch_size: int = Field(64, ge=1, description="pictures at a time and process")
-    shard_rows: int = Field(50_000, ge=1, le=1_000_000, description="rows per shard; a run that is started again goes on after "
-                            "the last whole one")
-    workers: int = Field(0, ge=0, le=256, description="processes that read pictures, per rank; 0 = the encoding one")
-    threads: int = Field(0, ge=0, description="CPU threads per process; 0 = cores / processes of this machine")
-
-    @model_validator(mode="after")
-    def _layouts_of_views(self) -> EncodeRunConfig:
-        if self.views.corners and self.layout.kind == "classes":
-            raise ValueError("views.corners shows other parts of a picture than the classes of layout.kind classes describe; "
-                             "use layout.kind colors, or views.flip alone")
-        return self
-
-
-class TextConfig(StrictConfig):
-    """What the model reads: ids of a text tokenizer, a class, or the features of a frozen text encoder."""
-
-    kind: str = Field(
-        "sentencepiece", description="sentencepiece: captions as ids; classes: a row's first caption is its class, one learned "
-        "vector each; frozen: features of a pretrained text encoder")
-    tokenizer: str | None = Field(None, description="folder of a trained text tokenizer (for sentencepiece also of a published "
-                                  "model's byte-pair encoding); none = train one on the captions")
-    vocab_size: int | None = Field(None, ge=264, le=1 << 20, description="of the one that is trained; none = 2048")
-    text_length: int | None = Field(None, ge=2, le=4096, description="ids per caption, the end included; none = 32")
-    encoder: str | None = Field(None, description="folder or hub id of the text encoder, for kind frozen")
-    feature_cache: str | None = Field(None, description="folder where its features are kept and found again; none = encode "
-                                      "each caption whenever it comes")
-    padding: Literal["right", "left"] = Field("right", description="of short captions, for kind frozen; left: LlamaGen, whose "
-                                              "last text slot predicts the first token")
-
-    @field_validator("kind")
-    @classmethod
-    def _known(cls, kind: str) -> str:
-        choose(TEXT_SOURCES, kind, "text.kind")
-        return kind
-
-    @model_validator(mode="after")
-    def _only_what_is_read(self) -> TextConfig:
-        frozen = self.kind == "frozen"
-        if frozen != (self.encoder is not None):
-            raise ValueError("text.encoder, the folder or hub id of a text encoder, is for text.kind frozen, which needs it")
-        if self.feature_cache and not frozen:
-            raise ValueError(f"text.feature_cache is for text.kind frozen, not {self.kind}; leave it out")
-        if self.padding == "left" and not frozen:
-            raise ValueError(f"text.padding left is for text.kind frozen, not {self.kind}; leave it out")
-        if frozen and (self.tokenizer or self.vocab_size):
-            raise ValueError("text.kind frozen has a tokenizer of its own; leave text.tokenizer and text.vocab_size out")
-        if self.kind == "classes" and (self.vocab_size or self.text_length):
-            raise ValueError("text.kind classes reads one id a class; leave text.vocab_size and text.text_length out")
-        if self.tokenizer and (self.vocab_size or self.text_length):
-            raise ValueError("text.tokenizer names a trained one, which has its own vocab_size and text_length; leave them out")
         return self
 
 

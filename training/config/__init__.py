@@ -1,0 +1,1 @@
+"""Configs of the training scripts: defaults < YAML recipe < command line."""
