@@ -14,7 +14,7 @@ from seq2seq import BPETokenizer, BPETokenizerConfig, load_text_source
 from tests import tiny
 from tokenloom_common.errors import MissingFileError, UserError
 from training.config.text import TextConfig
-from training.text_input import choose_text_source
+from training.data.text_input import choose_text_source
 
 LENGTH = 16
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]

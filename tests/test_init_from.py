@@ -26,12 +26,12 @@ from training.config.text import TextConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.batches import MicroBatches
 from training.data.shapes import build_shapes
+from training.data.text_input import choose_text_source
 from training.data.training_sets import TokenRows
 from training.init_from import open_start
 from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes
-from training.text_input import choose_text_source
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
 

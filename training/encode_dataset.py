@@ -56,6 +56,7 @@ from training.data.encoding_plan import (
 from training.data.layouts import Layouts
 from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
+from training.data.run_data import count_opened, open_pictures
 from training.data.sources import list_splits
 from training.data.token_shards import (
     INDEX_NAME,
@@ -69,7 +70,6 @@ from training.data.token_shards import (
 from training.data.views import picture_views, view_names
 from training.engine import processes
 from training.log import setup_console
-from training.pictures import count_opened, open_pictures
 from training.process_group import Processes, peers_may_go
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"

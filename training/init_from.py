@@ -28,7 +28,7 @@ from training.config.start_folders import (
     find_start,
     refuse_own_run,
 )
-from training.text_input import CaptionRows
+from training.data.text_input import CaptionRows
 from training.text_start import text_source_of_run
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from seq2seq.config import LayersConfig
 from tokenloom_common.errors import UserError
 from tokenloom_common.pretrained import read_config
 from training.config.seq2seq import Seq2SeqTextConfig
-from training.text_input import CaptionRows, choose_text_source
+from training.data.text_input import CaptionRows, choose_text_source
 
 log = logging.getLogger(__name__)
 

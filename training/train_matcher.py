@@ -29,6 +29,8 @@ from training.config.start_folders import TEXT_FOLDER
 from training.data.batches import MicroBatches, batch_loader
 from training.data.captioned_images import CaptionedImages
 from training.data.captioned_visits import CaptionedBatch, CaptionedVisits, CollateCaptioned
+from training.data.run_data import PictureDrops, open_training_pictures, picture_order
+from training.data.text_input import cached, choose_text_source
 from training.data.training_sets import Captions
 from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
@@ -41,12 +43,10 @@ from training.loop import Task
 from training.matcher_card import matcher_card
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 from training.optim import build_optimizer
-from training.pictures import PictureDrops, open_training_pictures, picture_order
 from training.plan import matcher_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
-from training.text_input import cached, choose_text_source
 from training.validation import Measured
 from training.weight_average import average_state, restore_average, weight_average
 

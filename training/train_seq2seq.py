@@ -44,6 +44,8 @@ from training.data.picture_tokens import (
     PictureTokenVisits,
     with_tokens,
 )
+from training.data.run_data import PictureDrops, open_training_pictures, token_order
+from training.data.text_input import cached
 from training.data.token_shards import TokenShards, check_same_tokenizer
 from training.data.training_sets import Captions, CollateTokens, TokenBatch, TokenVisits
 from training.deepspeed_json import deepspeed_json
@@ -63,12 +65,10 @@ from training.log import sample_path
 from training.loop import Task
 from training.model_card import seq2seq_card
 from training.optim import build_optimizer
-from training.pictures import PictureDrops, open_training_pictures, token_order
 from training.plan import seq2seq_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
-from training.text_input import cached
 from training.text_start import check_text_start, take_text_encoder
 from training.token_validation import HeldOut, validation_loss
 from training.validation import Measured

@@ -26,6 +26,7 @@ from training.config.start_folders import facts_of_run
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.batches import ItemId, MicroBatches, batch_loader
 from training.data.captioned_images import CaptionedImages
+from training.data.run_data import PictureDrops, open_training_pictures, picture_order
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
 from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
@@ -37,7 +38,6 @@ from training.log import read_metrics, sample_path
 from training.loop import Task
 from training.model_card import tokenizer_card
 from training.optim import build_optimizer
-from training.pictures import PictureDrops, open_training_pictures, picture_order
 from training.plan import tokenizer_plan
 from training.process_group import Processes
 from training.run_state import RunState, seed_everything
