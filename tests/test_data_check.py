@@ -112,8 +112,8 @@ def test_command_line_values_reach_the_builders(tmp_path, capsys, monkeypatch, d
                     "dropped": {"blank picture": 2}}
         return fake
 
-    monkeypatch.setattr("training.data.emoji.build_emoji", build("emoji"))
-    monkeypatch.setattr("training.data.shapes.build_shapes", build("shapes"))
+    monkeypatch.setattr("training.data.builders.emoji.build_emoji", build("emoji"))
+    monkeypatch.setattr("training.data.builders.shapes.build_shapes", build("shapes"))
     assert main(["emoji", "--out", "e", "--size", "48", "--styles", "noto,twemoji", "openmoji", "--source", "pip",
                  f"--num{dash}concepts", "30", f"--with{dash}tones", "--seed", "5"]) == 0
     assert main(["shapes", "--out", "s", "--size", "40", f"--num{dash}scenes", "50", f"--max{dash}objects", "3",

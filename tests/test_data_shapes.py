@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tokenloom_common.errors import UserError
-from training.data.scenes import (
+from training.data.builders.scenes import (
     COLORS,
     COMBINATIONS,
     SHAPES,
@@ -21,7 +21,7 @@ from training.data.scenes import (
     layout_grid,
     make_scene,
 )
-from training.data.shapes import build_shapes, choose_unseen
+from training.data.builders.shapes import build_shapes, choose_unseen
 from training.data.sources import open_dataset
 
 
@@ -126,7 +126,7 @@ def test_no_picture_occurs_twice_and_too_many_are_refused(tmp_path, monkeypatch)
         color, shape = generator.choice(required or allowed)
         return Scene((Thing(shape, color, 0.5, 0.5, 0.5),))
 
-    monkeypatch.setattr("training.data.shapes.make_scene", coarse)
+    monkeypatch.setattr("training.data.builders.shapes.make_scene", coarse)
     build_shapes(tmp_path / "s", num_scenes=36)
     rows = pq.read_table(tmp_path / "s" / "data" / "train-00000-of-00001.parquet").to_pylist()
     assert len({row["image"]["bytes"] for row in rows}) == len(rows) == 32

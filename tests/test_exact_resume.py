@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import launching, tiny
-from training.data.shapes import build_shapes
+from training.data.builders.shapes import build_shapes
 from training.log import read_metrics
 
 STEPS, STOP, LOG_EVERY, BATCH, ROWS = 20, 11, 4, 8, 37

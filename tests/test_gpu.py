@@ -11,7 +11,7 @@ import torch
 from tests import launching, tiny
 from tokenizer_image import load_tokenizer
 from tokenloom import SamplingParams, TextToImage
-from training.data.shapes import build_shapes
+from training.data.builders.shapes import build_shapes
 from training.log import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import launching, tiny
-from training.data.shapes import build_shapes
+from training.data.builders.shapes import build_shapes
 from training.log import read_metrics
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from tokenloom_common.errors import UserError
-from training.data.scenes import (
+from training.data.builders.scenes import (
     COLORS,
     COMBINATIONS,
     NUMBERS,

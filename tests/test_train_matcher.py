@@ -23,8 +23,8 @@ from tokenloom_common.errors import MissingFileError, ResumeError, UserError
 from training import train_matcher
 from training.config.matcher import MatcherRunConfig
 from training.data.batches import ItemId
+from training.data.builders.shapes import build_shapes
 from training.data.captioned_visits import CaptionedVisits, CollateCaptioned
-from training.data.shapes import build_shapes
 from training.data.sources import open_dataset
 from training.evaluation.retrieval import (
     choose_pairs,

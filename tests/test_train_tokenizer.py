@@ -21,7 +21,7 @@ from tokenloom_common.config import dotted_names, merge
 from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from training.config.loading import load_config
 from training.config.tokenizer import TokenizerRunConfig
-from training.data.shapes import build_shapes
+from training.data.builders.shapes import build_shapes
 from training.log import read_metrics
 from training.loop import run_training
 from training.optim import build_optimizer, lr_at

@@ -18,7 +18,7 @@ from tests import launching
 from tests.bad_images import REFUSED
 from tokenizer_image import VQGAN
 from tokenloom import TextToImage
-from training.data.shapes import build_shapes
+from training.data.builders.shapes import build_shapes
 from training.data.token_shards import TokenShards
 from training.log import read_metrics
 

@@ -19,7 +19,7 @@ from training import train_seq2seq
 from training.config.matcher import MatcherRunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
-from training.data.shapes import build_shapes
+from training.data.builders.shapes import build_shapes
 from training.log import read_metrics
 from training.loop import run_training
 from training.process_group import Processes

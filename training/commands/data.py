@@ -72,7 +72,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> OneLineParser:
 
 
 def _emoji(arguments: argparse.Namespace) -> int:
-    from training.data.emoji import build_emoji
+    from training.data.builders.emoji import build_emoji
 
     styles = [s for word in arguments.styles for s in word.split(",") if s] if arguments.styles else None
     report = build_emoji(arguments.out, arguments.size, styles, arguments.source, arguments.num_concepts,
@@ -82,7 +82,7 @@ def _emoji(arguments: argparse.Namespace) -> int:
 
 
 def _shapes(arguments: argparse.Namespace) -> int:
-    from training.data.shapes import build_shapes
+    from training.data.builders.shapes import build_shapes
 
     report = build_shapes(arguments.out, arguments.size, arguments.num_scenes, arguments.seed, arguments.max_objects)
     _print_build(arguments.out, report)

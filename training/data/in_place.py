@@ -17,7 +17,7 @@ import numpy
 
 from tokenloom_common.errors import RunFailedError, one_line
 from tokenloom_common.files import sync_path
-from training.data.dataset_folder import quiet_datasets
+from training.data.builders.dataset_folder import quiet_datasets
 from training.data.drops import BadItem, BadItemError
 from training.data.folder_source import Collector, as_dataset
 from training.data.tar_source import read_tars

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenloom_common.errors import DataError, MissingFileError, UserError, nearest_name, one_line
-from training.data.dataset_folder import quiet_datasets
+from training.data.builders.dataset_folder import quiet_datasets
 from training.data.drops import BadItem
 from training.data.folder_source import CAPTION_COLUMNS
 from training.data.layout import EXPECTED

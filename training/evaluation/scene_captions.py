@@ -1,6 +1,6 @@
 """Does a picture of coloured shapes show what its caption says? Exact compositional accuracy, from what `read_scene` sees.
 
-A caption of `training.data.scenes.describe` is a complete statement about a scene, so each part of it is right or wrong.
+A caption of `training.data.builders.scenes.describe` is a complete statement about a scene, so each part of it is right or wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenloom_common.errors import UserError
-from training.data.scenes import COLORS, COMBINATIONS, NUMBERS, OPPOSITE, SHAPES, Combination, Thing
+from training.data.builders.scenes import (
+    COLORS,
+    COMBINATIONS,
+    NUMBERS,
+    OPPOSITE,
+    SHAPES,
+    Combination,
+    Thing,
+)
 from training.evaluation.scene_reader import Seen, read_scene
 
 LARGE_FROM = 0.45  # the size from which `describe` calls a thing large

@@ -1,4 +1,4 @@
-"""Which coloured shapes does a picture show? Reads pictures of `training.data.scenes`, drawn or generated; needs no network.
+"""Which coloured shapes does a picture show? Reads pictures of `training.data.builders.scenes`, drawn or generated; needs no network.
 
 1  Paint: every pixel is a mixture of white and one palette colour; project it on each line from white to a colour. The edge
    of a red thing is then pale red, not orange. The colour is that of the nearest line, averaged over 3 x 3 pixels.
@@ -36,9 +36,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from tokenloom_common.errors import UserError
-from training.data.scenes import COLORS, SHAPES, Combination, Scene, Thing, draw_scene
+from training.data.builders.scenes import COLORS, SHAPES, Combination, Scene, Thing, draw_scene
 
-SMALLEST, LARGEST = 16, 512  # pixels on a side, as in training.data.shapes
+SMALLEST, LARGEST = 16, 512  # pixels on a side, as in training.data.builders.shapes
 WORKING_SIDE = 64  # larger pictures are averaged down to at least this, by a whole factor
 UNCLEAR = "unclear"  # the color or shape of a thing that resembles none; no caption asks for it
 MIN_WHITE = 0.4  # of the pixels: with less background, the picture is not a scene at all

@@ -19,14 +19,14 @@ from tokenloom_common.errors import UserError
 from tokenloom_common.extras import require_extra
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
-from training.data.dataset_folder import (
+from training.data.builders.dataset_folder import (
     OWN_NAMES,
     card_head,
     previous_build,
     write_record,
     write_splits,
 )
-from training.data.scenes import (
+from training.data.builders.scenes import (
     COLORS,
     COMBINATIONS,
     SHAPES,

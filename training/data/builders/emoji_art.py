@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.data.emoji_names import Emoji, plain_code
+from training.data.builders.emoji_names import Emoji, plain_code
 
 Art = str | Path  # SVG text, or the path of a ready picture
 _SVG_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{}">{}</svg>'

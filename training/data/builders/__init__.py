@@ -1,0 +1,1 @@
+"""Build captioned data sets: emoji, shapes, scenes."""
