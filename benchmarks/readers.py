@@ -11,8 +11,8 @@ import numpy
 
 from benchmarks import harness
 from training.data.batches import DataOrder, MicroBatches, batch_loader
-from training.data.captioned_images import CaptionedImages
-from training.data.sources import open_dataset
+from training.data.sources.captioned_images import CaptionedImages
+from training.data.sources.open_dataset import open_dataset
 from training.data.token_shards import TokenShards
 from training.data.training_sets import ImageVisits, TokenRows, TokenVisits
 

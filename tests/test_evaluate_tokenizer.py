@@ -27,7 +27,7 @@ from tokenizer_image import LPIPS, VQGAN, VQGANConfig
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenizer_image.perceptual import NETWORKS
 from tokenloom_common.errors import DataError, RunFailedError, UserError
-from training.data.sources import open_dataset
+from training.data.sources.open_dataset import open_dataset
 from training.evaluation import features, inception, metrics
 from training.evaluation.features import (
     EFFNET_INSTALL_HINT,

@@ -13,8 +13,8 @@ from PIL import Image
 from tests import tiny
 from tests.bad_images import corrupt_png
 from tokenloom_common.errors import DataError
-from training.data.captioned_images import CaptionedImages
-from training.data.sources import open_dataset
+from training.data.sources.captioned_images import CaptionedImages
+from training.data.sources.open_dataset import open_dataset
 from training.evaluation.caption_accuracy import (
     FEATURE_SIDE,
     Question,

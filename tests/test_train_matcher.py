@@ -25,7 +25,7 @@ from training.config.matcher import MatcherRunConfig
 from training.data.batches import ItemId
 from training.data.builders.shapes import build_shapes
 from training.data.captioned_visits import CaptionedVisits, CollateCaptioned
-from training.data.sources import open_dataset
+from training.data.sources.open_dataset import open_dataset
 from training.evaluation.retrieval import (
     choose_pairs,
     evaluate_retrieval,

@@ -28,7 +28,7 @@ from inference import TextToImage
 from tokenloom_common.errors import OneLineParser, RunFailedError, choose, run_command
 from tokenloom_common.files import refuse_others, write_json_atomic
 from training.data.builders.emoji import build_emoji
-from training.data.sources import list_splits, open_dataset
+from training.data.sources.open_dataset import list_splits, open_dataset
 from training.evaluation.caption_accuracy import (
     TrainingPictures,
     choose_questions,

@@ -37,8 +37,6 @@ from training.agreement import check_same, check_shared
 from training.config.encoding import EncodeRunConfig
 from training.config.loading import load_config
 from training.data.batches import careful_loader
-from training.data.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
-from training.data.drops import ALWAYS_TOLERATED, DropCounter, in_words
 from training.data.encoding_plan import (
     FAILED,
     NOTES,
@@ -57,7 +55,9 @@ from training.data.layouts import Layouts
 from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
 from training.data.run_data import count_opened, open_pictures
-from training.data.sources import list_splits
+from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, in_words
+from training.data.sources.open_dataset import list_splits
 from training.data.token_shards import (
     INDEX_NAME,
     SUFFIX,

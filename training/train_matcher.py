@@ -27,9 +27,9 @@ from tokenloom_common.files import write_json_atomic
 from training.config.matcher import MatcherRunConfig
 from training.config.start_folders import TEXT_FOLDER
 from training.data.batches import MicroBatches, batch_loader
-from training.data.captioned_images import CaptionedImages
 from training.data.captioned_visits import CaptionedBatch, CaptionedVisits, CollateCaptioned
 from training.data.run_data import PictureDrops, open_training_pictures, picture_order
+from training.data.sources.captioned_images import CaptionedImages
 from training.data.text_input import cached, choose_text_source
 from training.data.training_sets import Captions
 from training.deepspeed_json import deepspeed_json

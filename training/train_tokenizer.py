@@ -25,8 +25,8 @@ from training.codebook_health import CodebookHealth
 from training.config.start_folders import facts_of_run
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.batches import ItemId, MicroBatches, batch_loader
-from training.data.captioned_images import CaptionedImages
 from training.data.run_data import PictureDrops, open_training_pictures, picture_order
+from training.data.sources.captioned_images import CaptionedImages
 from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
 from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision

@@ -16,7 +16,7 @@ from seq2seq import TextBatch
 from seq2seq.losses import MaskedText, mask_text
 from tokenizer_image.images import pixels_to_float
 from training.data.batches import ItemId, item_random
-from training.data.captioned_images import CaptionedImages
+from training.data.sources.captioned_images import CaptionedImages
 from training.data.training_sets import Captions, Dropped, ImageVisits, PixelItem
 
 

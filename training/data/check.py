@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.progress import progress
-from training.data.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
-from training.data.drops import BadItem
-from training.data.sources import load_source
+from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.sources.drops import BadItem
+from training.data.sources.open_dataset import load_source
 
 SHOWN = 20  # unusable items listed by name
 

@@ -12,10 +12,10 @@ from tokenloom_common.errors import DataError
 from training.config.run import DataConfig, PicturesConfig
 from training.config.seq2seq import TokenDataConfig
 from training.data.batches import DataOrder
-from training.data.captioned_images import CaptionedImages
-from training.data.drops import DropCounter, in_words
 from training.data.picture_tokens import PictureTokens
-from training.data.sources import open_dataset
+from training.data.sources.captioned_images import CaptionedImages
+from training.data.sources.drops import DropCounter, in_words
+from training.data.sources.open_dataset import open_dataset
 from training.data.token_shards import TokenShards
 from training.data.training_sets import Dropped
 from training.process_group import Processes

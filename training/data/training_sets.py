@@ -17,7 +17,7 @@ from seq2seq import TextBatch
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError
 from training.data.batches import STEP, ItemId, Items, item_random, mix, uniform, visit_bits
-from training.data.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.token_shards import TokenShards
 
 

@@ -20,7 +20,7 @@ from inference import TextToImage
 from tokenizer_image.images import image_to_pixels
 from tokenloom_common.errors import DataError
 from tokenloom_common.progress import progress
-from training.data.captioned_images import CaptionedImages
+from training.data.sources.captioned_images import CaptionedImages
 
 FEATURE_SIDE = 16
 FEATURE_SPACE = "mean squared distance on a 16x16 RGB downscale"

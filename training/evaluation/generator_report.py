@@ -24,8 +24,8 @@ from tokenloom_common.files import atomic_folder, write_json_atomic
 from tokenloom_common.pretrained import WEIGHTS_NAME, resolve_folder
 from training.commands.evaluate import GENERATOR_COMMAND as COMMAND
 from training.config.encoding import LayoutConfig
-from training.data.captioned_images import CaptionedImages
-from training.data.sources import open_dataset
+from training.data.sources.captioned_images import CaptionedImages
+from training.data.sources.open_dataset import open_dataset
 from training.evaluation.features import EXTRACTORS, load_extractor, sha256
 from training.evaluation.generator import (
     Diversity,

@@ -6,7 +6,7 @@ import random
 from typing import NamedTuple
 
 from training.data.batches import ItemId, item_random
-from training.data.captioned_images import CaptionedImages
+from training.data.sources.captioned_images import CaptionedImages
 from training.evaluation.reconstruction import choose_rows
 
 

@@ -18,7 +18,7 @@ from tokenizer_image.images import float_to_pixels, image_to_pixels, pixels_to_f
 from tokenizer_image.usage import Usage, usage_of_counts
 from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.progress import progress
-from training.data.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.evaluation.features import FeatureExtractor
 from training.evaluation.metrics import PERFECT_DB, WINDOW, Moments, frechet_distance, psnr, ssim
 from training.evaluation.reference import PictureHash, Preparation, ReferenceStatistics

@@ -24,8 +24,8 @@ from tokenizer_image.perceptual import NETWORKS
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, refuse_others, write_json_atomic
 from training.commands.evaluate import TOKENIZER_COMMAND as COMMAND
-from training.data.captioned_images import CaptionedImages
-from training.data.sources import list_splits, open_dataset
+from training.data.sources.captioned_images import CaptionedImages
+from training.data.sources.open_dataset import list_splits, open_dataset
 from training.evaluation.features import (
     EXTRACTORS,
     FID_WEIGHTS_NAME,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import UserError
 from tokenloom_common.files import write_json_atomic
+from training.data.sources.hf_datasets import quiet_datasets
 
 BUILD_NAME = "build.json"
 FORMAT_VERSION = 1  # raise it when a builder makes other rows of the same arguments
@@ -78,23 +77,3 @@ def card_head(licence: str, names: list[str]) -> str:
     return "\n".join([*lines, "---", ""])
 
 
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Within the block, `datasets` draws no progress bars and the hub's client logs errors only; then as before."""
-    from datasets.utils.logging import (
-        disable_progress_bar,
-        enable_progress_bar,
-        is_progress_bar_enabled,
-    )
-
-    bars_were_on = is_progress_bar_enabled()
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
-    disable_progress_bar()
-    hub_log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        hub_log.setLevel(level)
-        if bars_were_on:
-            enable_progress_bar()

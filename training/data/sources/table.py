@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenloom_common.errors import DataError, MissingFileError, UserError, nearest_name, one_line
-from training.data.builders.dataset_folder import quiet_datasets
-from training.data.drops import BadItem
-from training.data.folder_source import CAPTION_COLUMNS
-from training.data.layout import EXPECTED
+from training.data.sources.drops import BadItem
+from training.data.sources.folder import CAPTION_COLUMNS
+from training.data.sources.hf_datasets import quiet_datasets
+from training.data.sources.locate import EXPECTED
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
 

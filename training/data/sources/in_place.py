@@ -17,10 +17,10 @@ import numpy
 
 from tokenloom_common.errors import RunFailedError, one_line
 from tokenloom_common.files import sync_path
-from training.data.builders.dataset_folder import quiet_datasets
-from training.data.drops import BadItem, BadItemError
-from training.data.folder_source import Collector, as_dataset
-from training.data.tar_source import read_tars
+from training.data.sources.drops import BadItem, BadItemError
+from training.data.sources.folder import Collector, as_dataset
+from training.data.sources.hf_datasets import quiet_datasets
+from training.data.sources.tar import read_tars
 
 MAX_OPEN = 32  # files; a process may often have 1,024, and workers multiply them
 OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM}

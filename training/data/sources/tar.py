@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.data.drops import BadItemError
-from training.data.folder_source import MAX_TEXT_BYTES, Collector, pop_captions
+from training.data.sources.drops import BadItemError
+from training.data.sources.folder import MAX_TEXT_BYTES, Collector, pop_captions
 
 MAX_MEMBER_BYTES = 64 << 20
 PICTURES = ("jpg", "jpeg", "png", "webp")

@@ -14,11 +14,11 @@ from typing import Any
 from PIL import Image
 
 from tokenizer_image.images import BadImageError, open_image
-from training.data.captions import clean_captions
-from training.data.drops import BadItem, BadItemError
-from training.data.in_place import RowGroups
-from training.data.layout import below
-from training.data.tar_source import read_member
+from training.data.sources.captions import clean_captions
+from training.data.sources.drops import BadItem, BadItemError
+from training.data.sources.in_place import RowGroups
+from training.data.sources.locate import below
+from training.data.sources.tar import read_member
 
 BAD_ITEM_ERRORS = (BadImageError, BadItemError)  # what asking for one item may raise: catch, count by .reason, go on
 SCAN_ROWS = 10_000

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.data.captions import clean_captions
-from training.data.drops import BadItem
-from training.data.layout import IMAGE_SUFFIXES, METADATA_NAMES, inside, walk_files
+from training.data.sources.captions import clean_captions
+from training.data.sources.drops import BadItem
+from training.data.sources.locate import IMAGE_SUFFIXES, METADATA_NAMES, inside, walk_files
 
 CAPTION_COLUMNS = ("text", "captions", "caption", "prompt")
 MAX_TEXT_BYTES = 1 << 20  # of one caption file or one line of metadata

@@ -12,14 +12,14 @@ from typing import Any
 
 from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.extras import require_extra
-from training.data.captioned_images import SCAN_ROWS, CaptionedImages, caption_values
-from training.data.captions import clean_captions
-from training.data.drops import BadItem, in_words
-from training.data.folder_source import Collector, as_dataset, read_metadata, read_sidecars
-from training.data.in_place import RowGroups, indexed_tars
-from training.data.layout import Layout, find_layout
-from training.data.table_source import hub_splits, read_hub, read_parquet, whole_files
-from training.data.tar_source import read_tars
+from training.data.sources.captioned_images import SCAN_ROWS, CaptionedImages, caption_values
+from training.data.sources.captions import clean_captions
+from training.data.sources.drops import BadItem, in_words
+from training.data.sources.folder import Collector, as_dataset, read_metadata, read_sidecars
+from training.data.sources.in_place import RowGroups, indexed_tars
+from training.data.sources.locate import Layout, find_layout
+from training.data.sources.table import hub_splits, read_hub, read_parquet, whole_files
+from training.data.sources.tar import read_tars
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Open captioned images: folders, tar shards, tables, `datasets`."""
