@@ -37,7 +37,7 @@ from benchmarks.readers import (
     token_readers,
 )
 from tokenloom_common.errors import UserError
-from training.data.token_shards import SplitIndex, TokenIndex, write_index, write_shard
+from training.data.tokens.shards import SplitIndex, TokenIndex, write_index, write_shard
 
 
 class Options(NamedTuple):

@@ -13,7 +13,7 @@ from benchmarks import harness
 from training.data.batches import DataOrder, MicroBatches, batch_loader
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.open_dataset import open_dataset
-from training.data.token_shards import TokenShards
+from training.data.tokens.shards import TokenShards
 from training.data.training_sets import ImageVisits, TokenRows, TokenVisits
 
 TOKENS, CODES, SHARD_ROWS, BATCH, SIDE = 256, 1024, 50_000, 256, 64

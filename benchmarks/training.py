@@ -39,7 +39,7 @@ from benchmarks.training_loops import (
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.errors import UserError
-from training.data.token_shards import SplitIndex, TokenIndex, write_index, write_shard
+from training.data.tokens.shards import SplitIndex, TokenIndex, write_index, write_shard
 from training.engine import processes
 from training.loop import run_training
 from training.process_group import Processes

@@ -15,8 +15,8 @@ from inference.sampling import SamplingParams
 from seq2seq.losses import region_token_weights
 from tests import tiny
 from tokenloom_common.errors import DataError, UserError
-from training.data.layouts import coarser
-from training.data.token_shards import (
+from training.data.tokens.layouts import coarser
+from training.data.tokens.shards import (
     LayoutIndex,
     SplitIndex,
     TokenIndex,

@@ -14,9 +14,9 @@ import torch
 from tests import tiny
 from tokenloom_common.errors import DataError, MissingFileError, UserError
 from training.commands.data import main as data_command
-from training.data import token_shards
 from training.data.batches import ItemId
-from training.data.token_shards import (
+from training.data.tokens import shards as token_shards
+from training.data.tokens.shards import (
     SplitIndex,
     TokenIndex,
     TokenShards,

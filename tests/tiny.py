@@ -21,7 +21,13 @@ from seq2seq import (
 )
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.fingerprint import code_fingerprint
-from training.data.token_shards import LayoutIndex, SplitIndex, TokenIndex, write_index, write_shard
+from training.data.tokens.shards import (
+    LayoutIndex,
+    SplitIndex,
+    TokenIndex,
+    write_index,
+    write_shard,
+)
 
 CAPTIONS = [f"a {size}{color} {thing}" for size in ("", "large ", "small ") for color in ("red", "green", "blue", "yellow")
             for thing in ("heart", "circle", "square", "octopus", "apple tree")]

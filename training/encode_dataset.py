@@ -37,7 +37,13 @@ from training.agreement import check_same, check_shared
 from training.config.encoding import EncodeRunConfig
 from training.config.loading import load_config
 from training.data.batches import careful_loader
-from training.data.encoding_plan import (
+from training.data.origin import OWN_FILES as ORIGIN_FILES
+from training.data.origin import data_origin, write_origin
+from training.data.run_data import count_opened, open_pictures
+from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, in_words
+from training.data.sources.open_dataset import list_splits
+from training.data.tokens.encoding_plan import (
     FAILED,
     NOTES,
     PLAN,
@@ -51,14 +57,8 @@ from training.data.encoding_plan import (
     reasons,
     remove_notes,
 )
-from training.data.layouts import Layouts
-from training.data.origin import OWN_FILES as ORIGIN_FILES
-from training.data.origin import data_origin, write_origin
-from training.data.run_data import count_opened, open_pictures
-from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
-from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, in_words
-from training.data.sources.open_dataset import list_splits
-from training.data.token_shards import (
+from training.data.tokens.layouts import Layouts
+from training.data.tokens.shards import (
     INDEX_NAME,
     SUFFIX,
     SplitIndex,
@@ -67,7 +67,7 @@ from training.data.token_shards import (
     write_index,
     write_shard,
 )
-from training.data.views import picture_views, view_names
+from training.data.tokens.views import picture_views, view_names
 from training.engine import processes
 from training.log import setup_console
 from training.process_group import Processes, peers_may_go

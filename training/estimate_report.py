@@ -9,7 +9,7 @@ from inference.memory.sizes import human
 from tokenloom_common.errors import UserError
 from training.activations import Activations
 from training.config.seq2seq import Seq2SeqRunConfig
-from training.data.token_shards import token_dtype
+from training.data.tokens.shards import token_dtype
 from training.fits import Change, Fitting, least_memory
 from training.plan import Plan, RankMemory, checkpoint_bytes
 

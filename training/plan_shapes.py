@@ -23,7 +23,7 @@ from training.config.start_folders import CONFIGS, IMAGE_FOLDER, find_start
 from training.config.text import TextConfig
 from training.data.run_data import open_pictures
 from training.data.text_input import DEFAULT_TEXT_LENGTH, DEFAULT_VOCAB_SIZE
-from training.data.token_shards import INDEX_NAME, read_index
+from training.data.tokens.shards import INDEX_NAME, read_index
 
 DEFAULTS: dict[str, Any] = {**PRESET_SIZES, "text_length": DEFAULT_TEXT_LENGTH, "vocab_size": DEFAULT_VOCAB_SIZE,
                             "feature_width": 768, "rows": None}

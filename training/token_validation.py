@@ -15,7 +15,7 @@ from torch import Tensor
 from seq2seq import ImageTransformer, TextBatch
 from training.data.batches import ItemId
 from training.data.picture_tokens import PictureTokens, PictureTokenVisits, with_tokens
-from training.data.token_shards import TokenShards
+from training.data.tokens.shards import TokenShards
 from training.data.training_sets import TokenVisits
 
 

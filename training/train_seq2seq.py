@@ -46,7 +46,7 @@ from training.data.picture_tokens import (
 )
 from training.data.run_data import PictureDrops, open_training_pictures, token_order
 from training.data.text_input import cached
-from training.data.token_shards import TokenShards, check_same_tokenizer
+from training.data.tokens.shards import TokenShards, check_same_tokenizer
 from training.data.training_sets import Captions, CollateTokens, TokenBatch, TokenVisits
 from training.deepspeed_json import deepspeed_json
 from training.engine import Engine, resolve_precision

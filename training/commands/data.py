@@ -105,7 +105,7 @@ def _is_report(path: Path) -> bool:
 
 def _check(arguments: argparse.Namespace) -> int:
     from training.data.check import check_data, format_report
-    from training.data.token_check import check_tokens, format_token_report, is_token_folder
+    from training.data.tokens.check import check_tokens, format_token_report, is_token_folder
 
     if arguments.json and arguments.json.exists() and not _is_report(arguments.json):
         raise UserError(f"--json {arguments.json}: exists and is not a report of this command; give another file")

@@ -17,7 +17,7 @@ from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import pixels_to_float
 from training.data.batches import ItemId, uniform, visit_bits
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.token_shards import TokenIndex
+from training.data.tokens.shards import TokenIndex
 from training.data.training_sets import (
     Captions,
     Dropped,

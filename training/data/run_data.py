@@ -16,7 +16,7 @@ from training.data.picture_tokens import PictureTokens
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.drops import DropCounter, in_words
 from training.data.sources.open_dataset import open_dataset
-from training.data.token_shards import TokenShards
+from training.data.tokens.shards import TokenShards
 from training.data.training_sets import Dropped
 from training.process_group import Processes
 

@@ -18,7 +18,7 @@ from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError
 from training.data.batches import STEP, ItemId, Items, item_random, mix, uniform, visit_bits
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
-from training.data.token_shards import TokenShards
+from training.data.tokens.shards import TokenShards
 
 
 class Dropped(NamedTuple):

@@ -28,8 +28,8 @@ from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.errors import DataError
 from tokenloom_common.progress import progress
 from training.config.encoding import LayoutConfig
-from training.data.layouts import Layouts
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.tokens.layouts import Layouts
 from training.evaluation.features import FeatureExtractor
 from training.evaluation.metrics import Moments
 from training.evaluation.questions import Question

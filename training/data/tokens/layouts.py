@@ -13,8 +13,8 @@ from inference.layouts import COLOR_CLASSES, color_layout
 from tokenloom_common.errors import DataError
 from training.config.encoding import LayoutConfig
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.token_shards import LayoutIndex
-from training.data.views import mirrored
+from training.data.tokens.shards import LayoutIndex
+from training.data.tokens.views import mirrored
 
 
 class Layouts:

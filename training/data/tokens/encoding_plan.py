@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tokenloom_common.config import by_dotted_name
 from tokenloom_common.errors import ResumeError, RunFailedError
 from tokenloom_common.files import file_hash, write_json_atomic
-from training.data.token_shards import SUFFIX, ShardFile
+from training.data.tokens.shards import SUFFIX, ShardFile
 
 log = logging.getLogger(__name__)
 

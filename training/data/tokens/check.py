@@ -12,7 +12,7 @@ import numpy
 
 from tokenloom_common.errors import UserError, nearest_name
 from tokenloom_common.progress import progress
-from training.data.token_shards import INDEX_NAME, TokenShards, read_index
+from training.data.tokens.shards import INDEX_NAME, TokenShards, read_index
 
 
 def is_token_folder(path: str | Path) -> bool:

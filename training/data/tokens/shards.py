@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 from tokenloom_common.config import StrictConfig, read_mapping
 from tokenloom_common.errors import DataError, MissingFileError, UserError, nearest_name
 from tokenloom_common.files import file_hash, sync_path, write_json_atomic
-from training.data.token_file import AGAIN, TokenFile, open_token_file, require_pyarrow
+from training.data.tokens.file import AGAIN, TokenFile, open_token_file, require_pyarrow
 
 INDEX_NAME = "tokens.json"
 SCHEMA_VERSION = 2

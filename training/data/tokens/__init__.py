@@ -1,0 +1,1 @@
+"""Token shards: encoded images with their captions on disk."""
