@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import numpy
 
 from benchmarks import harness
-from training.data.batches import DataOrder, MicroBatches, batch_loader
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.open_dataset import open_dataset
 from training.data.tokens.shards import TokenShards
-from training.data.training_sets import ImageVisits, TokenRows, TokenVisits
+from training.data.visits.images import ImageVisits
+from training.data.visits.loader import batch_loader
+from training.data.visits.order import DataOrder, MicroBatches
+from training.data.visits.tokens import TokenRows, TokenVisits
 
 TOKENS, CODES, SHARD_ROWS, BATCH, SIDE = 256, 1024, 50_000, 256, 64
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tokenloom_common.errors import DataError
-from training.data.batches import (
+from training.data.visits.loader import batch_loader
+from training.data.visits.order import (
     DataOrder,
     ItemId,
     MicroBatches,
-    batch_loader,
     item_random,
     uniform,
     visit_bits,

@@ -23,13 +23,13 @@ from tokenloom_common.errors import DataError, ResumeError, RunFailedError, User
 from training import encode_dataset
 from training.config.encoding import EncodeRunConfig, ViewsConfig
 from training.config.seq2seq import Seq2SeqRunConfig
-from training.data.batches import ItemId
 from training.data.origin import data_origin
 from training.data.sources.drops import BadItem, DropCounter
 from training.data.sources.open_dataset import open_dataset
 from training.data.tokens.encoding_plan import prepare
 from training.data.tokens.shards import TokenShards
 from training.data.tokens.views import picture_views, view_names
+from training.data.visits.order import ItemId
 from training.encode_dataset import DatasetEncoder
 from training.log import read_metrics
 from training.loop import run_training

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from training.data.batches import DataOrder
+from training.data.visits.order import DataOrder
 from training.incidents import LEAST, Incidents, read_incidents
 
 

@@ -24,10 +24,10 @@ from training.config.loading import load_config
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.text import TextConfig
 from training.config.tokenizer import TokenizerRunConfig
-from training.data.batches import MicroBatches
 from training.data.builders.shapes import build_shapes
 from training.data.text_input import choose_text_source
-from training.data.training_sets import TokenRows
+from training.data.visits.order import MicroBatches
+from training.data.visits.tokens import TokenRows
 from training.init_from import open_start
 from training.log import read_metrics
 from training.loop import run_training

@@ -14,7 +14,7 @@ from seq2seq.losses import mask_text, masked_text_loss
 from seq2seq.text_tokenizer import END, NULL, PAD, UNKNOWN
 from tests import tiny
 from training.config.matcher import MatcherLossConfig
-from training.data.captioned_visits import same_captions
+from training.data.visits.captioned import same_captions
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 
 # ---- the contrastive loss ----

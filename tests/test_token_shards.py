@@ -14,7 +14,6 @@ import torch
 from tests import tiny
 from tokenloom_common.errors import DataError, MissingFileError, UserError
 from training.commands.data import main as data_command
-from training.data.batches import ItemId
 from training.data.tokens import shards as token_shards
 from training.data.tokens.shards import (
     SplitIndex,
@@ -25,7 +24,8 @@ from training.data.tokens.shards import (
     write_index,
     write_shard,
 )
-from training.data.training_sets import CollateTokens, TokenVisits
+from training.data.visits.order import ItemId
+from training.data.visits.tokens import CollateTokens, TokenVisits
 
 NAMES = [f"train-0000{number}-of-00002.arrow" for number in range(2)]
 TOKENS = numpy.arange(24, dtype=numpy.uint16).reshape(6, 4)

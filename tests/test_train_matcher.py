@@ -22,10 +22,10 @@ from tokenloom_common.config import merge
 from tokenloom_common.errors import MissingFileError, ResumeError, UserError
 from training import train_matcher
 from training.config.matcher import MatcherRunConfig
-from training.data.batches import ItemId
 from training.data.builders.shapes import build_shapes
-from training.data.captioned_visits import CaptionedVisits, CollateCaptioned
 from training.data.sources.open_dataset import open_dataset
+from training.data.visits.captioned import CaptionedVisits, CollateCaptioned
+from training.data.visits.order import ItemId
 from training.evaluation.retrieval import (
     choose_pairs,
     evaluate_retrieval,

@@ -17,7 +17,7 @@ from tests import tiny
 from tokenloom_common.config import merge
 from tokenloom_common.errors import ResumeError, UserError
 from training.config.seq2seq import Seq2SeqRunConfig
-from training.data.batches import ItemId
+from training.data.visits.order import ItemId
 from training.flops import forward_flops, training_flops
 from training.incidents import read_incidents
 from training.log import read_metrics

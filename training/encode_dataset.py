@@ -36,7 +36,6 @@ from tokenloom_common.progress import progress
 from training.agreement import check_same, check_shared
 from training.config.encoding import EncodeRunConfig
 from training.config.loading import load_config
-from training.data.batches import careful_loader
 from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
 from training.data.run_data import count_opened, open_pictures
@@ -68,6 +67,7 @@ from training.data.tokens.shards import (
     write_shard,
 )
 from training.data.tokens.views import picture_views, view_names
+from training.data.visits.loader import careful_loader
 from training.engine import processes
 from training.log import setup_console
 from training.process_group import Processes, peers_may_go

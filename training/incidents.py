@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.files import write_text_atomic
-from training.data.batches import DataOrder
+from training.data.visits.order import DataOrder
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenloom_common.errors import RunFailedError, StoppedBySignalError
 from training.config.run import RunConfig
-from training.data.batches import DataOrder
+from training.data.visits.order import DataOrder
 from training.engine import Engine
 from training.flops import peak_flops, training_flops
 from training.incidents import Incidents

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seq2seq import ImageTransformer, TextBatch
-from training.data.batches import ItemId
-from training.data.picture_tokens import PictureTokens, PictureTokenVisits, with_tokens
 from training.data.tokens.shards import TokenShards
-from training.data.training_sets import TokenVisits
+from training.data.visits.on_the_fly import PictureTokens, PictureTokenVisits, with_tokens
+from training.data.visits.order import ItemId
+from training.data.visits.tokens import TokenVisits
 
 
 @dataclass(frozen=True)

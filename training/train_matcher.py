@@ -26,12 +26,13 @@ from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.config.matcher import MatcherRunConfig
 from training.config.start_folders import TEXT_FOLDER
-from training.data.batches import MicroBatches, batch_loader
-from training.data.captioned_visits import CaptionedBatch, CaptionedVisits, CollateCaptioned
 from training.data.run_data import PictureDrops, open_training_pictures, picture_order
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.text_input import cached, choose_text_source
-from training.data.training_sets import Captions
+from training.data.visits.captioned import CaptionedBatch, CaptionedVisits, CollateCaptioned
+from training.data.visits.loader import batch_loader
+from training.data.visits.order import MicroBatches
+from training.data.visits.tokens import Captions
 from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
 from training.evaluation.pictures import plot_curves

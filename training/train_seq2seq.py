@@ -36,18 +36,19 @@ from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.start_folders import IMAGE_FOLDER, TEXT_FOLDER, facts_of_run
-from training.data.batches import MicroBatches, batch_loader
-from training.data.picture_tokens import (
+from training.data.run_data import PictureDrops, open_training_pictures, token_order
+from training.data.text_input import cached
+from training.data.tokens.shards import TokenShards, check_same_tokenizer
+from training.data.visits.loader import batch_loader
+from training.data.visits.on_the_fly import (
     CollatePictures,
     PictureBatch,
     PictureTokens,
     PictureTokenVisits,
     with_tokens,
 )
-from training.data.run_data import PictureDrops, open_training_pictures, token_order
-from training.data.text_input import cached
-from training.data.tokens.shards import TokenShards, check_same_tokenizer
-from training.data.training_sets import Captions, CollateTokens, TokenBatch, TokenVisits
+from training.data.visits.order import MicroBatches
+from training.data.visits.tokens import Captions, CollateTokens, TokenBatch, TokenVisits
 from training.deepspeed_json import deepspeed_json
 from training.engine import Engine, resolve_precision
 from training.evaluation.pictures import plot_positions

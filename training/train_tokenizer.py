@@ -24,10 +24,11 @@ from training.adversary import Adversary
 from training.codebook_health import CodebookHealth
 from training.config.start_folders import facts_of_run
 from training.config.tokenizer import TokenizerRunConfig
-from training.data.batches import ItemId, MicroBatches, batch_loader
 from training.data.run_data import PictureDrops, open_training_pictures, picture_order
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.training_sets import ImageVisits, PixelBatch, collate_pixels
+from training.data.visits.images import ImageVisits, PixelBatch, collate_pixels
+from training.data.visits.loader import batch_loader
+from training.data.visits.order import ItemId, MicroBatches
 from training.deepspeed_json import deepspeed_json
 from training.engine import DTYPES, Engine, resolve_precision
 from training.evaluation.pictures import plot_curves

@@ -11,13 +11,13 @@ import torch
 from tokenloom_common.errors import DataError
 from training.config.run import DataConfig, PicturesConfig
 from training.config.seq2seq import TokenDataConfig
-from training.data.batches import DataOrder
-from training.data.picture_tokens import PictureTokens
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.drops import DropCounter, in_words
 from training.data.sources.open_dataset import open_dataset
 from training.data.tokens.shards import TokenShards
-from training.data.training_sets import Dropped
+from training.data.visits.images import Dropped
+from training.data.visits.on_the_fly import PictureTokens
+from training.data.visits.order import DataOrder
 from training.process_group import Processes
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from training.data.batches import ItemId, item_random
 from training.data.sources.captioned_images import CaptionedImages
+from training.data.visits.order import ItemId, item_random
 from training.evaluation.reconstruction import choose_rows
 
 

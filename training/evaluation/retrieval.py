@@ -13,8 +13,8 @@ from torch import Tensor
 
 from inference.scoring.scorer import ImageTextScorer
 from tokenloom_common.errors import DataError, RunFailedError
-from training.data.batches import ItemId, item_random
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.visits.order import ItemId, item_random
 
 MOST_CAPTIONS = 500
 TOP = (1, 5)

@@ -15,9 +15,10 @@ from torch import Tensor
 from seq2seq import TextBatch
 from seq2seq.losses import MaskedText, mask_text
 from tokenizer_image.images import pixels_to_float
-from training.data.batches import ItemId, item_random
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.training_sets import Captions, Dropped, ImageVisits, PixelItem
+from training.data.visits.images import Dropped, ImageVisits, PixelItem
+from training.data.visits.order import ItemId, item_random
+from training.data.visits.tokens import Captions
 
 
 @dataclass(frozen=True)

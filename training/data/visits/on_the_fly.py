@@ -15,17 +15,11 @@ from seq2seq import TextBatch
 from tokenizer_image import ImageTokenizer
 from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import pixels_to_float
-from training.data.batches import ItemId, uniform, visit_bits
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.tokens.shards import TokenIndex
-from training.data.training_sets import (
-    Captions,
-    Dropped,
-    ImageVisits,
-    TokenBatch,
-    corrupted,
-    without_dropped,
-)
+from training.data.visits.images import Dropped, ImageVisits
+from training.data.visits.order import ItemId, uniform, visit_bits
+from training.data.visits.tokens import Captions, TokenBatch, corrupted, without_dropped
 
 
 class PictureTokens:
