@@ -12,10 +12,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from training.activations import Activations
-from training.commands.estimate import GPU_MEMORY
 from training.config.seq2seq import Seq2SeqRunConfig
+from training.engine.gpus import GPU_MEMORY, peak_flops
 from training.fits import Change, Fitting
-from training.flops import peak_flops
 from training.plan import Plan, checkpoint_bytes, seq2seq_plan
 
 SIZES = ("parti-350m", "parti-750m", "parti-3b", "parti-20b")

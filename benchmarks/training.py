@@ -40,12 +40,12 @@ from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.errors import UserError
 from training.data.tokens.shards import SplitIndex, TokenIndex, write_index, write_shard
-from training.engine import processes
+from training.engine.launch import processes
+from training.engine.processes import Processes
+from training.engine.stopping import STARTED_ALONE
+from training.engine.universal import LAUNCHERS_NAMES
 from training.loop import run_training
-from training.process_group import Processes
-from training.stopping import STARTED_ALONE
 from training.train_seq2seq import Seq2SeqTraining
-from training.universal import LAUNCHERS_NAMES
 
 TOLERANCE = 2e-4
 """Largest difference of two loops' losses, as a share; float32 sums in another order come to 1e-6."""

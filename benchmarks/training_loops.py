@@ -18,10 +18,10 @@ from benchmarks import harness
 from benchmarks.peers.x_transformers_sampler import XTransformersPeer
 from seq2seq.losses import image_token_loss
 from training.config.seq2seq import Seq2SeqRunConfig
-from training.optim import build_optimizer, lr_at
-from training.process_group import Processes
+from training.engine.optim import build_optimizer, lr_at
+from training.engine.processes import Processes
+from training.engine.watchdog import Watchdog
 from training.train_seq2seq import Seq2SeqTraining
-from training.watchdog import Watchdog
 
 
 class Options(NamedTuple):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tokenloom
-from training.engine import processes
-from training.process_group import Processes
+from training.engine.launch import processes
+from training.engine.processes import Processes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training import loop, train_seq2seq
-from training.engine import _import_deepspeed
+from training.engine.launch import _import_deepspeed
 
 LONGEST_SECONDS = 2.0  # that a child lives; starting takes about one
 SAVING_EVERY = 5

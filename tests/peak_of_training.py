@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.harness import _status
 from benchmarks.training import make_data
 from benchmarks.training_loops import Options, run_config
-from training.engine import processes
+from training.engine.launch import processes
+from training.engine.processes import Processes
 from training.loop import run_training
 from training.plan import layout_of, plan_of, rank_memory
-from training.process_group import Processes
 from training.train_seq2seq import Seq2SeqTraining
 
 LARGE = {"width": 384, "layers": 4, "grid": 8, "batch": 8}  # 14 million numbers

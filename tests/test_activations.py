@@ -27,7 +27,7 @@ from training.activations import (
 )
 from training.config.matcher import MatcherLossConfig
 from training.config.tokenizer import TokenizerRunConfig
-from training.engine import DTYPES
+from training.engine.launch import DTYPES
 from training.matcher_objective import MatcherObjective, contrastive_loss
 
 MODELS = {

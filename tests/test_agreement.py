@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from tokenloom_common.errors import MissingFileError, RunFailedError, UserError
-from training import agreement, process_group
-from training.agreement import check_same, check_shared
-from training.process_group import Processes, meeting, peers_may_go
+from training.engine.agreement import check_same, check_shared
+from training.engine.deepspeed_engine import agreement
+from training.engine.deepspeed_engine import processes as process_group
+from training.engine.processes import Processes, meeting, peers_may_go
 
 RANKS = 3
 

@@ -11,7 +11,7 @@ from tokenloom_common.config import dotted_names
 from tokenloom_common.errors import UserError
 from training.config.optim import OptimConfig
 from training.config.run import RunConfig
-from training.deepspeed_json import AUTO, ELSEWHERE, KEYS, OURS, deepspeed_json
+from training.engine.deepspeed_json import AUTO, ELSEWHERE, KEYS, OURS, deepspeed_json
 
 
 def derived(tmp_path, users=None, world_size=2, precision="bfloat16", optim=None, **changes):

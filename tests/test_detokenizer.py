@@ -18,7 +18,7 @@ from training.config.encoding import EncodeRunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.encode_dataset import DatasetEncoder
-from training.process_group import Processes
+from training.engine.processes import Processes
 from training.tokenizer_start import take_tokenizer
 from training.train_seq2seq import Seq2SeqTraining
 

@@ -31,9 +31,9 @@ from training.data.tokens.shards import TokenShards
 from training.data.tokens.views import picture_views, view_names
 from training.data.visits.order import ItemId
 from training.encode_dataset import DatasetEncoder
+from training.engine.processes import Processes
 from training.log import read_metrics
 from training.loop import run_training
-from training.process_group import Processes
 from training.train_seq2seq import Seq2SeqTraining
 
 ROWS = 21

@@ -15,10 +15,11 @@ from tests import tiny
 from tokenloom_common.errors import RunFailedError, UserError
 from training.config.optim import OptimConfig
 from training.config.run import RunConfig
-from training.deepspeed_json import deepspeed_json
-from training.engine import Engine, resolve_precision
-from training.optim import build_optimizer, lr_at
-from training.process_group import Processes
+from training.engine.deepspeed_engine import Engine
+from training.engine.deepspeed_json import deepspeed_json
+from training.engine.launch import resolve_precision
+from training.engine.optim import build_optimizer, lr_at
+from training.engine.processes import Processes
 
 STAGES = (0, 1, 2, 3)
 

@@ -13,7 +13,8 @@ from benchmarks.scaling_table import HEADER, PROCESSES, SIZES, rows_of_size
 from seq2seq import Seq2SeqConfig
 from tests import launching, tiny
 from training.config.transformer import read_settings
-from training.flops import forward_flops, tokenizer_training_flops, training_flops
+from training.engine.gpus import training_flops
+from training.flops import forward_flops, tokenizer_training_flops
 from training.plan import checkpoint_bytes
 
 GB = 10**9

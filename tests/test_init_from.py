@@ -28,10 +28,10 @@ from training.data.builders.shapes import build_shapes
 from training.data.text_input import choose_text_source
 from training.data.visits.order import MicroBatches
 from training.data.visits.tokens import TokenRows
+from training.engine.processes import Processes
 from training.init_from import open_start
 from training.log import read_metrics
 from training.loop import run_training
-from training.process_group import Processes
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
 
@@ -135,7 +135,7 @@ def test_sharded_weights_and_the_average_begin_with_the_sources(made, tmp_path, 
         run = recipe(made / "tokens", tmp_path / str(stage), *more, "--deepspeed.zero_stage", stage,
                      "--train.weight_ema", average)
         training = Seq2SeqTraining(run, group)
-        states = [training.engine.full_state(), *([training.average.module.state_dict()] if training.average else [])]
+        states = [training.engine.deepspeed_engine.full_state(), *([training.average.module.state_dict()] if training.average else [])]
         assert len(states) == 1 + bool(average)
         for state in states:
             assert all(value.dtype == torch.float32 and torch.equal(value, expected[name]) for name, value in state.items())

@@ -25,6 +25,7 @@ from tokenloom_common.errors import UserError
 from training import script, train_seq2seq
 from training.config.run import LogConfig, RunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
+from training.engine.processes import Processes
 from training.log import RunLog, in_short, read_metrics, sample_path
 from training.log_writers import (
     GROUPS,
@@ -35,7 +36,6 @@ from training.log_writers import (
     open_writers,
 )
 from training.loop import run_training
-from training.process_group import Processes
 from training.train_seq2seq import Seq2SeqTraining
 
 

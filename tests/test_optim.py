@@ -22,10 +22,10 @@ from training.config.optim import OptimConfig
 from training.config.run import RunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
-from training.deepspeed_json import deepspeed_json
-from training.engine import Engine
-from training.optim import OPTIMIZERS, SCHEDULES, Adafactor, build_optimizer, lr_at
-from training.process_group import Processes
+from training.engine.deepspeed_engine import Engine
+from training.engine.deepspeed_json import deepspeed_json
+from training.engine.optim import OPTIMIZERS, SCHEDULES, Adafactor, build_optimizer, lr_at
+from training.engine.processes import Processes
 
 PARTI = {"name": "adafactor", "lr": 4.5e-5, "betas": (0.9, 0.96), "weight_decay": 0.045, "warmup_steps": 5000,
          "schedule": "exponential", "decay_start_step": 85_000, "final_lr_ratio": 0.025, "gradient_clipping": 4.0}

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests import launching, tiny
+from training.engine.processes import Processes
+from training.engine.stopping import Launcher
+from training.engine.watchdog import Watchdog, _place
 from training.log import read_metrics
-from training.process_group import Processes
-from training.stopping import Launcher
-from training.watchdog import Watchdog, _place
 
 ONE = Processes(0, 1, 0, None)
 
@@ -144,7 +144,7 @@ def proc_of(tree: dict[int, tuple[int, str]], folder: Path) -> Path:
 def test_a_launchers_own_parent_counts_for_deepspeed_alone(tmp_path, monkeypatch, command, expected):
     monkeypatch.setattr(os, "getppid", lambda: 20)
     launcher = Launcher(proc_of({20: (10, command), 10: (1, "deepspeed")}, tmp_path))
-    monkeypatch.setattr("training.stopping.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("training.engine.stopping.LOOK_SECONDS", 0.0)
     assert not launcher.gone()
     proc_of({20: (1, command)}, tmp_path)
     assert launcher.gone() is expected

@@ -26,6 +26,7 @@ from training.data.builders.shapes import build_shapes
 from training.data.sources.open_dataset import open_dataset
 from training.data.visits.captioned import CaptionedVisits, CollateCaptioned
 from training.data.visits.order import ItemId
+from training.engine.processes import Processes
 from training.evaluation.retrieval import (
     choose_pairs,
     evaluate_retrieval,
@@ -35,7 +36,6 @@ from training.evaluation.retrieval import (
 from training.log import read_metrics
 from training.loop import run_training
 from training.matcher_objective import contrastive_loss
-from training.process_group import Processes
 from training.text_start import check_text_start, matcher_text_source, take_text_encoder
 from training.train_matcher import MatcherTraining
 
@@ -165,12 +165,12 @@ def test_the_temperature_stays_bounded_in_the_optimizers_copy_too(data, tmp_path
     matcher = training.objective.matcher
     with torch.no_grad():
         matcher.logit_scale.fill_(MAX_SCALE - 0.02)
-    training.engine.take_over([matcher.logit_scale])
-    training.engine.set_lr(0.01)
+    training.engine.deepspeed_engine.take_over([matcher.logit_scale])
+    training.engine.deepspeed_engine.set_lr(0.01)
     found = []
     for step, batch in enumerate(training.batches(0)):
         training.train(batch, step)
-        found.append(float(training.engine.full_state()["matcher.logit_scale"]))
+        found.append(float(training.engine.deepspeed_engine.full_state()["matcher.logit_scale"]))
     assert MAX_SCALE - 0.02 < found[0] < MAX_SCALE
     assert max(found) == found[-1] == pytest.approx(MAX_SCALE)
 

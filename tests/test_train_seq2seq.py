@@ -18,11 +18,12 @@ from tokenloom_common.config import merge
 from tokenloom_common.errors import ResumeError, UserError
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.data.visits.order import ItemId
-from training.flops import forward_flops, training_flops
+from training.engine.gpus import training_flops
+from training.engine.processes import Processes
+from training.flops import forward_flops
 from training.incidents import read_incidents
 from training.log import read_metrics
 from training.loop import run_training
-from training.process_group import Processes
 from training.train_seq2seq import Seq2SeqTraining
 
 ROWS, LAYOUT_GRID = 12, (2, 2)
@@ -231,10 +232,10 @@ def test_a_skipped_step_and_a_spike_are_noted_with_the_keys_of_their_rows(made, 
     real, factor = task.train, {1: float("nan"), 4: 3.0}
 
     def broken(batch, step):
-        backward = training.engine.backward
-        monkeypatch.setattr(training.engine, "backward", lambda loss, *rest: backward(loss * factor.get(step, 1.0), *rest))
+        backward = training.engine.deepspeed_engine.backward
+        monkeypatch.setattr(training.engine.deepspeed_engine, "backward", lambda loss, *rest: backward(loss * factor.get(step, 1.0), *rest))
         terms = real(batch, step)
-        monkeypatch.setattr(training.engine, "backward", backward)
+        monkeypatch.setattr(training.engine.deepspeed_engine, "backward", backward)
         return terms | {"loss": terms["loss"] * factor.get(step, 1.0)}
 
     task.train = broken

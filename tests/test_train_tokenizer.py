@@ -22,10 +22,10 @@ from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from training.config.loading import load_config
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.builders.shapes import build_shapes
+from training.engine.optim import build_optimizer, lr_at
+from training.engine.processes import Processes
 from training.log import read_metrics
 from training.loop import run_training
-from training.optim import build_optimizer, lr_at
-from training.process_group import Processes
 from training.train_tokenizer import TokenizerTraining
 
 MODEL = {"resolution": 16, "channels": 8, "channel_multipliers": [1, 2], "num_res_blocks": 1, "norm_groups": 4,
@@ -104,7 +104,7 @@ def test_two_engines_equal_a_plain_loop_with_two_optimizers(group, data, tmp_pat
     start = copy.deepcopy(judge.state_dict())
     plain_training(run, training, model, judge)
     run_training(training.task(), run, group, training.run_state)
-    assert_close(training.engine.full_state(), model.state_dict(), 2e-5)
+    assert_close(training.engine.deepspeed_engine.full_state(), model.state_dict(), 2e-5)
     assert_close(discriminator_state(training), judge.state_dict(), 2e-5)
     assert any(not torch.equal(start[name], value) for name, value in judge.state_dict().items())
 
@@ -147,7 +147,7 @@ def test_accumulation_is_right_for_both_networks(group, data, tmp_path):
         run = config(data, tmp_path / str(accumulation), adversarial={**ADVERSARIAL, "adaptive": False},
                      train={"accumulation": accumulation})
         training = train(run, group)
-        states.append((training.engine.full_state(), discriminator_state(training)))
+        states.append((training.engine.deepspeed_engine.full_state(), discriminator_state(training)))
     for one, four in zip(*states, strict=True):
         assert_close(four, one, 2e-5)
 
@@ -219,7 +219,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(group, data, tmp
 def load_state(run_dir: Path, group: Processes, run: TokenizerRunConfig) -> dict[str, Tensor]:
     training = TokenizerTraining(run, group)
     training.run_state.load(training.task(), training.run_state.resume_from)
-    return training.engine.full_state()
+    return training.engine.deepspeed_engine.full_state()
 
 
 def test_too_many_skipped_steps_end_the_run_with_a_whole_checkpoint(group, data, tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_decoder_fine_tuning_leaves_codes_bit_identical(group, data, tmp_path, t
 def test_starting_from_a_tokenizer_takes_all_its_weights(group, data, tmp_path, trained):
     run = config(data, tmp_path / "run", model=VQ, init_from=str(trained))
     training = TokenizerTraining(run, group)
-    assert_close(training.engine.full_state(), load_tokenizer(trained).state_dict(), 0)
+    assert_close(training.engine.deepspeed_engine.full_state(), load_tokenizer(trained).state_dict(), 0)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -332,7 +332,7 @@ def test_gradient_checkpointing_trains_to_the_same_weights(group, data, tmp_path
     for on in (False, True):
         training = train(config(data, tmp_path / str(on), train={"gradient_checkpointing": on}), group)
         assert training.tokenizer.gradient_checkpointing is on
-        states.append(training.engine.full_state())
+        states.append(training.engine.deepspeed_engine.full_state())
     assert_close(states[1], states[0], 1e-6)
 
 

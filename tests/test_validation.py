@@ -20,9 +20,9 @@ from training.config.matcher import MatcherRunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.builders.shapes import build_shapes
+from training.engine.processes import Processes
 from training.log import read_metrics
 from training.loop import run_training
-from training.process_group import Processes
 from training.train_matcher import MatcherTraining
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
@@ -199,7 +199,7 @@ def test_a_kept_best_can_be_gone_on_from(made, tmp_path, group):
     assert best["step"] < 6
     assert best["validation_loss"] == min(measured(tmp_path / "run").values())
     assert best["step"] == min(measured(tmp_path / "run"), key=measured(tmp_path / "run").get)
-    expected = training.engine.full_state()
+    expected = training.engine.deepspeed_engine.full_state()
     shutil.copytree(tmp_path / "run" / best["checkpoint"], tmp_path / "other" / best["checkpoint"])
     shutil.copytree(tmp_path / "run/text_tokenizer", tmp_path / "other/text_tokenizer")
     (tmp_path / "other/latest.json").write_text("{}")

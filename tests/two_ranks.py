@@ -25,8 +25,9 @@ from tests.test_engine import (
     squared_error,
     train,
 )
-from training.engine import Engine, processes
-from training.process_group import Processes
+from training.engine.deepspeed_engine import Engine
+from training.engine.launch import processes
+from training.engine.processes import Processes
 
 BAD_RANK = 1
 

@@ -29,7 +29,7 @@ from tokenizer_image.discriminators import build_discriminator
 from tokenizer_image.quantizers import Quantizer, QuantizerConfig
 from training.config.matcher import MatcherLossConfig
 from training.config.tokenizer import TokenizerRunConfig
-from training.engine import DTYPES
+from training.engine.launch import DTYPES
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 
 LEARNING_COPIES = {False: 4, True: 5}

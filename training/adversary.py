@@ -20,9 +20,9 @@ from tokenizer_image.adversarial import (
 )
 from tokenizer_image.discriminators import build_discriminator
 from training.config.tokenizer import TokenizerRunConfig
-from training.engine import Engine
-from training.optim import build_optimizer
-from training.process_group import Processes
+from training.engine.deepspeed_engine import Engine
+from training.engine.optim import build_optimizer
+from training.engine.processes import Processes
 
 NAME = "discriminator"
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from tokenizer_image import CodebookUsage, Usage
 from tokenizer_image.usage import usage_of_counts
 from training.config.tokenizer import TokenizerRunConfig
+from training.engine.processes import Processes
 from training.evaluation.pictures import plot_codebook
 from training.log import read_metrics
-from training.process_group import Processes
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,6 @@ from tokenizer_image.images import pixels_to_float
 from tokenloom_common.errors import DataError, RunFailedError, UserError, run_command
 from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
-from training.agreement import check_same, check_shared
 from training.config.encoding import EncodeRunConfig
 from training.config.loading import load_config
 from training.data.origin import OWN_FILES as ORIGIN_FILES
@@ -68,9 +67,10 @@ from training.data.tokens.shards import (
 )
 from training.data.tokens.views import picture_views, view_names
 from training.data.visits.loader import careful_loader
-from training.engine import processes
+from training.engine.agreement import check_same, check_shared
+from training.engine.launch import processes
+from training.engine.processes import Processes, peers_may_go
 from training.log import setup_console
-from training.process_group import Processes, peers_may_go
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 

@@ -19,8 +19,8 @@ from tokenloom_common.errors import UserError
 from training.activations import Activations
 from training.config.matcher import MatcherRunConfig
 from training.config.run import RunConfig
+from training.engine.processes import Processes, processes_here
 from training.plan import Plan, RankMemory, layout_of, rank_memory
-from training.process_group import Processes, processes_here
 
 MOST_GPUS = 4096
 

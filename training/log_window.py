@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.process_group import Processes
+from training.engine.processes import Processes
 
 
 class Window:

@@ -16,17 +16,17 @@ from torch import Tensor
 from tokenloom_common.errors import RunFailedError, StoppedBySignalError
 from training.config.run import RunConfig
 from training.data.visits.order import DataOrder
-from training.engine import Engine
-from training.flops import peak_flops, training_flops
+from training.engine.deepspeed_engine import Engine
+from training.engine.gpus import peak_flops, training_flops
+from training.engine.processes import Processes, shared
+from training.engine.stopping import stop_flag
+from training.engine.watchdog import Watchdog
 from training.incidents import Incidents
 from training.log import RunLog
 from training.log_window import Window, memory
 from training.log_writers import LogWriter, open_writers
-from training.process_group import Processes, shared
 from training.run_state import RunState
-from training.stopping import stop_flag
 from training.validation import Measured
-from training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -28,13 +28,9 @@ from training.config.matcher import MatcherRunConfig
 from training.config.run import RunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
-from training.deepspeed_json import deepspeed_json
-from training.flops import (
-    forward_flops,
-    matcher_forward_flops,
-    tokenizer_training_flops,
-    training_flops,
-)
+from training.engine.deepspeed_json import deepspeed_json
+from training.engine.gpus import training_flops
+from training.flops import forward_flops, matcher_forward_flops, tokenizer_training_flops
 from training.matcher_objective import MatcherObjective
 from training.rank_memory import (
     LOW_PRECISION,

@@ -19,7 +19,7 @@ from torch import nn
 from inference.memory.meta_device import Alive
 from training.activations import Activations
 from training.config.optim import OptimConfig
-from training.optim import OPTIMIZERS, build_optimizer
+from training.engine.optim import OPTIMIZERS, build_optimizer
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -34,11 +34,11 @@ from tokenloom_common.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from training.agreement import check_same
 from training.config.loading import dump_config
 from training.config.run import RunConfig
 from training.config.start_folders import MANIFEST
-from training.process_group import Processes
+from training.engine.agreement import check_same
+from training.engine.processes import Processes
 from training.retention import BEST, MEASURED, delete_old
 from training.validation import Measured
 

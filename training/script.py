@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from training.agreement import check_same, check_shared
 from training.config.loading import load_config
 from training.config.run import RunConfig
-from training.engine import processes
+from training.engine.agreement import check_same, check_shared
+from training.engine.launch import processes
+from training.engine.processes import Processes, peers_may_go
 from training.log import setup_console
 from training.log_writers import check_writers
 from training.loop import Task, run_training
-from training.process_group import Processes, peers_may_go
 from training.run_state import RunState, environment
 
 

@@ -33,8 +33,12 @@ from training.data.visits.captioned import CaptionedBatch, CaptionedVisits, Coll
 from training.data.visits.loader import batch_loader
 from training.data.visits.order import MicroBatches
 from training.data.visits.tokens import Captions
-from training.deepspeed_json import deepspeed_json
-from training.engine import DTYPES, Engine, resolve_precision
+from training.engine.deepspeed_engine import Engine
+from training.engine.deepspeed_json import deepspeed_json
+from training.engine.launch import DTYPES, resolve_precision
+from training.engine.optim import build_optimizer
+from training.engine.processes import Processes
+from training.engine.weight_average import average_state, restore_average, weight_average
 from training.evaluation.pictures import plot_curves
 from training.evaluation.retrieval import evaluate_retrieval
 from training.fits import refuse_what_cannot_fit
@@ -43,13 +47,10 @@ from training.log import read_metrics
 from training.loop import Task
 from training.matcher_card import matcher_card
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
-from training.optim import build_optimizer
 from training.plan import matcher_plan
-from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
 from training.validation import Measured
-from training.weight_average import average_state, restore_average, weight_average
 
 log = logging.getLogger("training.train_matcher")  # under a launcher __name__ is "__main__"
 

@@ -49,8 +49,12 @@ from training.data.visits.on_the_fly import (
 )
 from training.data.visits.order import MicroBatches
 from training.data.visits.tokens import Captions, CollateTokens, TokenBatch, TokenVisits
-from training.deepspeed_json import deepspeed_json
-from training.engine import Engine, resolve_precision
+from training.engine.deepspeed_engine import Engine
+from training.engine.deepspeed_json import deepspeed_json
+from training.engine.launch import resolve_precision
+from training.engine.optim import build_optimizer
+from training.engine.processes import Processes
+from training.engine.weight_average import average_state, restore_average, weight_average
 from training.evaluation.pictures import plot_positions
 from training.fits import refuse_what_cannot_fit
 from training.flops import forward_flops
@@ -65,15 +69,12 @@ from training.init_from import (
 from training.log import sample_path
 from training.loop import Task
 from training.model_card import seq2seq_card
-from training.optim import build_optimizer
 from training.plan import seq2seq_plan
-from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
 from training.text_start import check_text_start, take_text_encoder
 from training.token_validation import HeldOut, validation_loss
 from training.validation import Measured
-from training.weight_average import average_state, restore_average, weight_average
 
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
 

@@ -29,8 +29,12 @@ from training.data.sources.captioned_images import CaptionedImages
 from training.data.visits.images import ImageVisits, PixelBatch, collate_pixels
 from training.data.visits.loader import batch_loader
 from training.data.visits.order import ItemId, MicroBatches
-from training.deepspeed_json import deepspeed_json
-from training.engine import DTYPES, Engine, resolve_precision
+from training.engine.deepspeed_engine import Engine
+from training.engine.deepspeed_json import deepspeed_json
+from training.engine.launch import DTYPES, resolve_precision
+from training.engine.optim import build_optimizer
+from training.engine.processes import Processes
+from training.engine.weight_average import weight_average
 from training.evaluation.pictures import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.fits import refuse_what_cannot_fit
@@ -38,14 +42,11 @@ from training.flops import tokenizer_forward_flops
 from training.log import read_metrics, sample_path
 from training.loop import Task
 from training.model_card import tokenizer_card
-from training.optim import build_optimizer
 from training.plan import tokenizer_plan
-from training.process_group import Processes
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
 from training.tokenizer_start import take_tokenizer
 from training.validation import Measured
-from training.weight_average import weight_average
 
 log = logging.getLogger("training.train_tokenizer")  # under a launcher __name__ is "__main__"
 

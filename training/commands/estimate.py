@@ -21,18 +21,15 @@ from training.config.matcher import MatcherRunConfig
 from training.config.run import RunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
-from training.engine import resolve_precision
+from training.engine.gpus import GPU_MEMORY, PEAK_FLOPS, known_gpu, peak_flops
+from training.engine.launch import resolve_precision
 from training.estimate_report import PARTS, Machine, Report, report_of, require_precision
-from training.flops import PEAK_FLOPS, known_gpu, peak_flops
 from training.plan import plan_of
 from training.plan_shapes import DEFAULTS, Sizes, shape_of
 
 KINDS: dict[str, type[RunConfig]] = {"seq2seq": Seq2SeqRunConfig, "tokenizer": TokenizerRunConfig, "matcher": MatcherRunConfig}
 STAND_INS = {"run_dir": "RUN", "data.path": "DATA", "image_tokenizer": "TOKENIZER"}
 """Keys without a default, and what stands for them where they are not given: nothing is read there."""
-GPU_MEMORY = {"B200": 180, "H200": 141, "H200 NVL": 141, "H100": 80, "H100 PCIe": 80, "H100 NVL": 94, "A100": 80, "L40S": 48,
-              "L4": 24, "RTX 4090": 24, "V100": 32, "V100 PCIe": 32}
-"""GPU -> GB (10^9 bytes) as sold, the larger of two; --memory says otherwise."""
 MOST_PROCESSES = 1 << 16
 DESCRIPTION = "Say what a training will take, before it starts: memory of a process, steps, FLOPs, hours, disk. Calculated."
 

@@ -18,7 +18,7 @@ from training.data.tokens.shards import TokenShards
 from training.data.visits.images import Dropped
 from training.data.visits.on_the_fly import PictureTokens
 from training.data.visits.order import DataOrder
-from training.process_group import Processes
+from training.engine.processes import Processes
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenloom_common.config import by_dotted_name
 from tokenloom_common.errors import UserError
-from training.process_group import Processes, shared
+from training.engine.processes import Processes, shared
 
 APPEARS_SECONDS = 10.0
 """Network file systems show a file of another machine late; one that is not there after so long is on another disk."""

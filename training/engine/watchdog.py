@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from tokenloom_common.files import write_text_atomic
-from training.process_group import Processes
+from training.engine.processes import Processes
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The distributed engine: DeepSpeed, processes, signals, optimizers."""
