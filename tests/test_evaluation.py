@@ -24,8 +24,9 @@ from training.evaluation.caption_accuracy import (
     picture_features,
     sample_questions,
 )
-from training.evaluation.pictures import labelled_grid, plot_curves, side_by_side
+from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import PERFECT_DB, evaluate_reconstruction, psnr
+from training.evaluation.sheets import labelled_grid, side_by_side
 from training.log import RunLog, read_metrics
 
 THINGS = ("heart", "circle", "square", "octopus", "tree", "boat")

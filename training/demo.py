@@ -34,8 +34,9 @@ from training.evaluation.caption_accuracy import (
     choose_questions,
     sample_questions,
 )
-from training.evaluation.pictures import labelled_grid, plot_curves
+from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
+from training.evaluation.sheets import labelled_grid
 from training.log import read_metrics, setup_console
 from training.run_state import environment
 

@@ -39,7 +39,7 @@ from training.engine.launch import DTYPES, resolve_precision
 from training.engine.optim import build_optimizer
 from training.engine.processes import Processes
 from training.engine.weight_average import average_state, restore_average, weight_average
-from training.evaluation.pictures import plot_curves
+from training.evaluation.plots import plot_curves
 from training.evaluation.retrieval import evaluate_retrieval
 from training.fits import refuse_what_cannot_fit
 from training.flops import matcher_forward_flops

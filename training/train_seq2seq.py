@@ -55,7 +55,8 @@ from training.engine.launch import resolve_precision
 from training.engine.optim import build_optimizer
 from training.engine.processes import Processes
 from training.engine.weight_average import average_state, restore_average, weight_average
-from training.evaluation.pictures import plot_positions
+from training.evaluation.plots import plot_positions
+from training.evaluation.token_loss import HeldOut, validation_loss
 from training.fits import refuse_what_cannot_fit
 from training.flops import forward_flops
 from training.init_from import (
@@ -73,7 +74,6 @@ from training.plan import seq2seq_plan
 from training.run_state import RunState, seed_everything
 from training.script import train_from_command_line
 from training.text_start import check_text_start, take_text_encoder
-from training.token_validation import HeldOut, validation_loss
 from training.validation import Measured
 
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"

@@ -35,7 +35,7 @@ from training.engine.launch import DTYPES, resolve_precision
 from training.engine.optim import build_optimizer
 from training.engine.processes import Processes
 from training.engine.weight_average import weight_average
-from training.evaluation.pictures import plot_curves
+from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.fits import refuse_what_cannot_fit
 from training.flops import tokenizer_forward_flops

@@ -157,7 +157,7 @@ def evaluate_tokenizer_command(argv: Sequence[str] | None = None) -> int:
     args = _tokenizer_parser().parse_args(argv)
     _check_tokenizer(args)
     # after the options are known to be right: these imports take seconds
-    from training.evaluation.report import run_tokenizer_evaluation
+    from training.evaluation.tokenizer_report import run_tokenizer_evaluation
 
     report = run_tokenizer_evaluation(args)
     _print(report["metrics"])

@@ -38,7 +38,7 @@ from training.evaluation.reference import PictureHash, ReferenceStatistics
 from training.evaluation.retrieval import retrieval_accuracy
 from training.evaluation.scene_captions import accuracy, parse_caption
 from training.evaluation.scene_reader import Seen, read_scene
-from training.token_validation import token_losses
+from training.evaluation.token_loss import token_losses
 
 SHOWN_PICTURES = 16
 

@@ -39,11 +39,11 @@ from training.evaluation.generator import (
     measure_real,
     picture_retrieval,
 )
-from training.evaluation.pictures import labelled_grid, plot_lines
+from training.evaluation.plots import plot_lines
 from training.evaluation.questions import Question, choose_questions
 from training.evaluation.reconstruction import CROP, RESIZE, preparation
 from training.evaluation.reference import check_reference, load_reference
-from training.evaluation.report import (
+from training.evaluation.report_files import (
     REPORT_NAME,
     check_out,
     default_split,
@@ -53,6 +53,7 @@ from training.evaluation.report import (
 from training.evaluation.retrieval import TOP
 from training.evaluation.scene_captions import parse_caption
 from training.evaluation.scene_reader import LARGEST, SMALLEST
+from training.evaluation.sheets import labelled_grid
 
 SCHEMA_VERSION = 1
 SHEET_NAME, CURVE_NAME = "contact_sheet.png", "guidance.png"
