@@ -23,7 +23,7 @@ from training.data.builders.scenes import (
     draw_scene,
     make_scene,
 )
-from training.evaluation.scene_captions import (
+from training.evaluation.scenes.captions import (
     LARGE_FROM,
     Verdict,
     Wanted,
@@ -31,7 +31,7 @@ from training.evaluation.scene_captions import (
     compositional_accuracy,
     parse_caption,
 )
-from training.evaluation.scene_reader import UNCLEAR, Seen, read_scene
+from training.evaluation.scenes.reader import UNCLEAR, Seen, read_scene
 
 RED_CIRCLE, BLUE_SQUARE = Thing("circle", "red", 0.5, 0.26, 0.36), Thing("square", "blue", 0.5, 0.74, 0.36)
 ABOVE = Scene((RED_CIRCLE, BLUE_SQUARE), "above")

@@ -36,8 +36,8 @@ from training.evaluation.questions import Question
 from training.evaluation.reconstruction import Frechet, measure_frechet, preparation
 from training.evaluation.reference import PictureHash, ReferenceStatistics
 from training.evaluation.retrieval import retrieval_accuracy
-from training.evaluation.scene_captions import accuracy, parse_caption
-from training.evaluation.scene_reader import Seen, read_scene
+from training.evaluation.scenes.captions import accuracy, parse_caption
+from training.evaluation.scenes.reader import Seen, read_scene
 from training.evaluation.token_loss import token_losses
 
 SHOWN_PICTURES = 16

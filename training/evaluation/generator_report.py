@@ -51,8 +51,8 @@ from training.evaluation.report_files import (
     package_versions,
 )
 from training.evaluation.retrieval import TOP
-from training.evaluation.scene_captions import parse_caption
-from training.evaluation.scene_reader import LARGEST, SMALLEST
+from training.evaluation.scenes.captions import parse_caption
+from training.evaluation.scenes.reader import LARGEST, SMALLEST
 from training.evaluation.sheets import labelled_grid
 
 SCHEMA_VERSION = 1

@@ -24,7 +24,7 @@ from training.data.builders.scenes import (
     Combination,
     Thing,
 )
-from training.evaluation.scene_reader import Seen, read_scene
+from training.evaluation.scenes.reader import Seen, read_scene
 
 LARGE_FROM = 0.45  # the size from which `describe` calls a thing large
 KINDS = ("one object", "count", "relation", "pair")

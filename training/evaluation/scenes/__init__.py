@@ -1,0 +1,1 @@
+"""Read drawn scenes back from pixels and check them against captions."""
