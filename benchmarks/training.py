@@ -44,7 +44,7 @@ from training.engine.launch import processes
 from training.engine.processes import Processes
 from training.engine.stopping import STARTED_ALONE
 from training.engine.universal import LAUNCHERS_NAMES
-from training.loop import run_training
+from training.loop.loop import run_training
 from training.train_seq2seq import Seq2SeqTraining
 
 TOLERANCE = 2e-4

@@ -22,7 +22,7 @@ from benchmarks.training import make_data
 from benchmarks.training_loops import Options, run_config
 from training.engine.launch import processes
 from training.engine.processes import Processes
-from training.loop import run_training
+from training.loop.loop import run_training
 from training.plan import layout_of, plan_of, rank_memory
 from training.train_seq2seq import Seq2SeqTraining
 

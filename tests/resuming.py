@@ -22,8 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training import loop, train_seq2seq, train_tokenizer
+from training import train_seq2seq, train_tokenizer
 from training.engine.launch import _import_deepspeed
+from training.loop.loop import loop
 
 IMPORTED_LATE = ("deepspeed.runtime.zero.muon.muon_optimizer", "datasets", "matplotlib.pyplot")  # seconds in each child
 SCRIPTS = {"train_seq2seq": train_seq2seq, "train_tokenizer": train_tokenizer}

@@ -32,8 +32,8 @@ from training.data.tokens.views import picture_views, view_names
 from training.data.visits.order import ItemId
 from training.encode_dataset import DatasetEncoder
 from training.engine.processes import Processes
-from training.log import read_metrics
-from training.loop import run_training
+from training.loop.log import read_metrics
+from training.loop.loop import run_training
 from training.train_seq2seq import Seq2SeqTraining
 
 ROWS = 21

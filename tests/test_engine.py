@@ -68,7 +68,7 @@ def engine_for(module: nn.Module, run: RunConfig, group: Processes, precision: s
 
 
 def train(engine: Engine, run: RunConfig, group: Processes, steps: range) -> list[float]:
-    """The loop of training/loop.py without its log -> the loss of every step, averaged over its micro-batches."""
+    """The loop of training/loop/loop.py without its log -> the loss of every step, averaged over its micro-batches."""
     losses = []
     for step in steps:
         engine.set_lr(lr_at(step, run.train.steps, run.optim))

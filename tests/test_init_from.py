@@ -30,8 +30,8 @@ from training.data.visits.order import MicroBatches
 from training.data.visits.tokens import TokenRows
 from training.engine.processes import Processes
 from training.init_from import open_start
-from training.log import read_metrics
-from training.loop import run_training
+from training.loop.log import read_metrics
+from training.loop.loop import run_training
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import log_window
 from training.engine.processes import Processes
-from training.log_window import Window, memory
+from training.loop.loop import window as log_window
+from training.loop.window import Window, memory
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 

@@ -22,12 +22,13 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tests import tiny
 from tokenloom_common.config import merge
 from tokenloom_common.errors import UserError
-from training import script, train_seq2seq
+from training import train_seq2seq
 from training.config.run import LogConfig, RunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.engine.processes import Processes
-from training.log import RunLog, in_short, read_metrics, sample_path
-from training.log_writers import (
+from training.loop.log import RunLog, in_short, read_metrics, sample_path
+from training.loop.loop import run_training, script
+from training.loop.writers import (
     GROUPS,
     KINDS,
     TensorBoardWriter,
@@ -35,7 +36,6 @@ from training.log_writers import (
     grouped,
     open_writers,
 )
-from training.loop import run_training
 from training.train_seq2seq import Seq2SeqTraining
 
 
@@ -331,7 +331,7 @@ def test_only_the_first_process_opens_places(made, tmp_path, group, monkeypatch)
             return None
 
     opened = []
-    monkeypatch.setattr("training.loop.open_writers", lambda *_: opened.append(1) or {})
+    monkeypatch.setattr("training.loop.loop.open_writers", lambda *_: opened.append(1) or {})
     run = config(made, tmp_path, train={"steps": 1, "sample_every": 0, "validate_every": 0})
     training = Seq2SeqTraining(run, group)
     run_training(training.task(), run, Second(1, 1, 0, group.device), training.run_state)

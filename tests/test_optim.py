@@ -334,7 +334,7 @@ def engine_for(module: nn.Module, run: RunConfig, group: Processes, precision: s
 
 
 def train(engine: Engine, group: Processes, steps: range) -> list[float]:
-    """The loop of training/loop.py without its log -> losses."""
+    """The loop of training/loop/loop.py without its log -> losses."""
     losses = []
     for step in steps:
         engine.set_lr(engine.lr_of(step))

@@ -21,7 +21,7 @@ from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from training import run_state as run_state_module
 from training.config.run import RunConfig
 from training.engine.processes import Processes
-from training.log import RunLog, read_metrics
+from training.loop.log import RunLog, read_metrics
 from training.run_state import MANIFEST, RunState, seed_everything
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

@@ -33,8 +33,8 @@ from training.evaluation.retrieval import (
     ranks,
     retrieval_accuracy,
 )
-from training.log import read_metrics
-from training.loop import run_training
+from training.loop.log import read_metrics
+from training.loop.loop import run_training
 from training.matcher_objective import contrastive_loss
 from training.text_start import check_text_start, matcher_text_source, take_text_encoder
 from training.train_matcher import MatcherTraining

@@ -22,8 +22,8 @@ from training.engine.gpus import training_flops
 from training.engine.processes import Processes
 from training.flops import forward_flops
 from training.incidents import read_incidents
-from training.log import read_metrics
-from training.loop import run_training
+from training.loop.log import read_metrics
+from training.loop.loop import run_training
 from training.train_seq2seq import Seq2SeqTraining
 
 ROWS, LAYOUT_GRID = 12, (2, 2)
@@ -253,7 +253,7 @@ def test_a_skipped_step_and_a_spike_are_noted_with_the_keys_of_their_rows(made, 
 def test_a_line_says_tokens_a_second_memory_and_mfu_where_the_peak_is_known(made, tmp_path, group, monkeypatch):
     asked = []
     for name, peak in (("cpu", None), ("gpu", 1e9)):
-        monkeypatch.setattr("training.loop.peak_flops", lambda *device, peak=peak: asked.append(device) or peak)
+        monkeypatch.setattr("training.loop.loop.peak_flops", lambda *device, peak=peak: asked.append(device) or peak)
         training = train(config(made, tmp_path / name, train={"steps": 2}), group)
         for row in read_metrics(tmp_path / name / "metrics.jsonl"):
             assert row["tokens_per_s"] == pytest.approx(16 * row["samples_per_s"])

@@ -24,8 +24,8 @@ from training.config.tokenizer import TokenizerRunConfig
 from training.data.builders.shapes import build_shapes
 from training.engine.optim import build_optimizer, lr_at
 from training.engine.processes import Processes
-from training.log import read_metrics
-from training.loop import run_training
+from training.loop.log import read_metrics
+from training.loop.loop import run_training
 from training.train_tokenizer import TokenizerTraining
 
 MODEL = {"resolution": 16, "channels": 8, "channel_multipliers": [1, 2], "num_res_blocks": 1, "norm_groups": 4,

@@ -21,8 +21,8 @@ from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.builders.shapes import build_shapes
 from training.engine.processes import Processes
-from training.log import read_metrics
-from training.loop import run_training
+from training.loop.log import read_metrics
+from training.loop.loop import run_training
 from training.train_matcher import MatcherTraining
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
@@ -85,7 +85,7 @@ def test_measuring_changes_nothing_of_the_training(made, tmp_path, group, change
 def test_the_time_of_other_work_is_not_the_trainings(made, tmp_path, group, monkeypatch, work):
     """A clock that goes a second at each look, and a thousand while the work is done."""
     now = [0.0]
-    monkeypatch.setattr("training.log_window.time", SimpleNamespace(perf_counter=lambda: now.append(now[-1] + 1) or now[-1]))
+    monkeypatch.setattr("training.loop.window.time", SimpleNamespace(perf_counter=lambda: now.append(now[-1] + 1) or now[-1]))
     training = Seq2SeqTraining(config(made, tmp_path, train={"log_every": 1, "sample_every": 2}), group)
     task = training.task()
     owner = training.run_state if work == "save" else task

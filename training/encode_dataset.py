@@ -37,7 +37,7 @@ from training.config.encoding import EncodeRunConfig
 from training.config.loading import load_config
 from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
-from training.data.run_data import count_opened, open_pictures
+from training.data.run_data import open_pictures
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, in_words
 from training.data.sources.open_dataset import list_splits
@@ -70,7 +70,8 @@ from training.data.visits.loader import careful_loader
 from training.engine.agreement import check_same, check_shared
 from training.engine.launch import processes
 from training.engine.processes import Processes, peers_may_go
-from training.log import setup_console
+from training.loop.drops import count_opened
+from training.loop.log import setup_console
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 

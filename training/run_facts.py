@@ -14,7 +14,7 @@ import yaml
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 from training.incidents import NAMED, read_incidents
-from training.log import read_metrics
+from training.loop.log import read_metrics
 from training.validation import HIGHER_IS_BETTER, Measured
 
 RECENT = 120.0  # seconds since the last line within which a run may still be running

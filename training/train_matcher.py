@@ -26,7 +26,7 @@ from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.config.matcher import MatcherRunConfig
 from training.config.start_folders import TEXT_FOLDER
-from training.data.run_data import PictureDrops, open_training_pictures, picture_order
+from training.data.run_data import open_training_pictures, picture_order
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.text_input import cached, choose_text_source
 from training.data.visits.captioned import CaptionedBatch, CaptionedVisits, CollateCaptioned
@@ -43,13 +43,14 @@ from training.evaluation.plots import plot_curves
 from training.evaluation.retrieval import evaluate_retrieval
 from training.fits import refuse_what_cannot_fit
 from training.flops import matcher_forward_flops
-from training.log import read_metrics
-from training.loop import Task
+from training.loop.drops import PictureDrops
+from training.loop.log import read_metrics
+from training.loop.loop import Task
+from training.loop.script import train_from_command_line
 from training.matcher_card import matcher_card
 from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
 from training.plan import matcher_plan
 from training.run_state import RunState, seed_everything
-from training.script import train_from_command_line
 from training.validation import Measured
 
 log = logging.getLogger("training.train_matcher")  # under a launcher __name__ is "__main__"

@@ -36,7 +36,7 @@ from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.start_folders import IMAGE_FOLDER, TEXT_FOLDER, facts_of_run
-from training.data.run_data import PictureDrops, open_training_pictures, token_order
+from training.data.run_data import open_training_pictures, token_order
 from training.data.text_input import cached
 from training.data.tokens.shards import TokenShards, check_same_tokenizer
 from training.data.visits.loader import batch_loader
@@ -67,12 +67,13 @@ from training.init_from import (
     open_start,
     text_source_of,
 )
-from training.log import sample_path
-from training.loop import Task
+from training.loop.drops import PictureDrops
+from training.loop.log import sample_path
+from training.loop.loop import Task
+from training.loop.script import train_from_command_line
 from training.model_card import seq2seq_card
 from training.plan import seq2seq_plan
 from training.run_state import RunState, seed_everything
-from training.script import train_from_command_line
 from training.text_start import check_text_start, take_text_encoder
 from training.validation import Measured
 

@@ -24,7 +24,7 @@ from training.adversary import Adversary
 from training.codebook_health import CodebookHealth
 from training.config.start_folders import facts_of_run
 from training.config.tokenizer import TokenizerRunConfig
-from training.data.run_data import PictureDrops, open_training_pictures, picture_order
+from training.data.run_data import open_training_pictures, picture_order
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.visits.images import ImageVisits, PixelBatch, collate_pixels
 from training.data.visits.loader import batch_loader
@@ -39,12 +39,13 @@ from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.fits import refuse_what_cannot_fit
 from training.flops import tokenizer_forward_flops
-from training.log import read_metrics, sample_path
-from training.loop import Task
+from training.loop.drops import PictureDrops
+from training.loop.log import read_metrics, sample_path
+from training.loop.loop import Task
+from training.loop.script import train_from_command_line
 from training.model_card import tokenizer_card
 from training.plan import tokenizer_plan
 from training.run_state import RunState, seed_everything
-from training.script import train_from_command_line
 from training.tokenizer_start import take_tokenizer
 from training.validation import Measured
 

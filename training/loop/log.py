@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl (always), the console, and the places of training/log_writers.py."""
+"""What a run says: metrics.jsonl (always), the console, and the places of training/loop/writers.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenloom_common.files import write_text_atomic
 from tokenloom_common.progress import progress
 
 if TYPE_CHECKING:
-    from training.log_writers import LogWriter
+    from training.loop.writers import LogWriter
 
 log = logging.getLogger(__name__)
 

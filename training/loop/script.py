@@ -12,9 +12,9 @@ from training.config.run import RunConfig
 from training.engine.agreement import check_same, check_shared
 from training.engine.launch import processes
 from training.engine.processes import Processes, peers_may_go
-from training.log import setup_console
-from training.log_writers import check_writers
-from training.loop import Task, run_training
+from training.loop.log import setup_console
+from training.loop.loop import Task, run_training
+from training.loop.writers import check_writers
 from training.run_state import RunState, environment
 
 

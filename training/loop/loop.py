@@ -22,9 +22,9 @@ from training.engine.processes import Processes, shared
 from training.engine.stopping import stop_flag
 from training.engine.watchdog import Watchdog
 from training.incidents import Incidents
-from training.log import RunLog
-from training.log_window import Window, memory
-from training.log_writers import LogWriter, open_writers
+from training.loop.log import RunLog
+from training.loop.window import Window, memory
+from training.loop.writers import LogWriter, open_writers
 from training.run_state import RunState
 from training.validation import Measured
 

@@ -1,0 +1,1 @@
+"""The training loop: command line, steps, logging."""
