@@ -28,7 +28,7 @@ from training.activations import (
 from training.config.matcher import MatcherLossConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.engine.launch import DTYPES
-from training.matcher_objective import MatcherObjective, contrastive_loss
+from training.objectives.matcher import MatcherObjective, contrastive_loss
 
 MODELS = {
     "encoder_decoder": lambda: tiny.seq2seq(dropout=0.1), "grouped": lambda: tiny.seq2seq(kv_heads=1),

@@ -26,7 +26,7 @@ from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.config import merge
 from tokenloom_common.errors import MissingFileError, UserError
 from training.config.matcher import MatcherLossConfig
-from training.matcher_objective import MatcherObjective, contrastive_loss
+from training.objectives.matcher import MatcherObjective, contrastive_loss
 
 # ---- the model ----
 

@@ -15,7 +15,7 @@ from seq2seq.text_tokenizer import END, NULL, PAD, UNKNOWN
 from tests import tiny
 from training.config.matcher import MatcherLossConfig
 from training.data.visits.captioned import same_captions
-from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
+from training.objectives.matcher import MatcherObjective, batch_accuracy, contrastive_loss
 
 # ---- the contrastive loss ----
 

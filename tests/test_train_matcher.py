@@ -35,7 +35,7 @@ from training.evaluation.retrieval import (
 )
 from training.loop.log import read_metrics
 from training.loop.loop import run_training
-from training.matcher_objective import contrastive_loss
+from training.objectives.matcher import contrastive_loss
 from training.text_start import check_text_start, matcher_text_source, take_text_encoder
 from training.train_matcher import MatcherTraining
 

@@ -59,7 +59,7 @@ def train(run: TokenizerRunConfig, group: Processes) -> TokenizerTraining:
 
 
 def discriminator_state(training: TokenizerTraining) -> dict[str, Tensor]:
-    return training.adversary.engine.full_state()
+    return training.objectives.adversary.engine.full_state()
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -100,7 +100,7 @@ def _apply(module: nn.Module, optimizer: torch.optim.Optimizer, optim: Any, loss
 def test_two_engines_equal_a_plain_loop_with_two_optimizers(group, data, tmp_path, stage):
     run = config(data, tmp_path / "run", adversarial=ADVERSARIAL, deepspeed={"zero_stage": stage})
     training = TokenizerTraining(run, group)
-    model, judge = copy.deepcopy(training.tokenizer), copy.deepcopy(training.adversary.engine.module)
+    model, judge = copy.deepcopy(training.tokenizer), copy.deepcopy(training.objectives.adversary.engine.module)
     start = copy.deepcopy(judge.state_dict())
     plain_training(run, training, model, judge)
     run_training(training.task(), run, group, training.run_state)
@@ -119,8 +119,8 @@ def digest(module: nn.Module) -> str:
 def test_the_generators_step_leaves_the_discriminator_as_it_is(group, data, tmp_path, stage, monkeypatch):
     run = config(data, tmp_path / "run", adversarial=ADVERSARIAL, deepspeed={"zero_stage": stage})
     training = TokenizerTraining(run, group)
-    judge, seen = training.adversary.engine.module, []
-    whole, judges = training.train, training.adversary.train
+    judge, seen = training.objectives.adversary.engine.module, []
+    whole, judges = training.train, training.objectives.adversary.train
 
     def tokenizers_half(batch, step):
         seen.append([digest(judge)])
@@ -133,7 +133,7 @@ def test_the_generators_step_leaves_the_discriminator_as_it_is(group, data, tmp_
         return terms
 
     monkeypatch.setattr(training, "train", tokenizers_half)
-    monkeypatch.setattr(training.adversary, "train", judges_half)
+    monkeypatch.setattr(training.objectives.adversary, "train", judges_half)
     run_training(training.task(), run, group, training.run_state)
     assert len(seen) == run.train.steps
     assert all(before == between for before, between, _ in seen)
@@ -168,7 +168,7 @@ def test_terms_are_logged_by_name_before_and_after_weighting(group, data, tmp_pa
     assert rows[1]["weighted.lecam"] == pytest.approx(0.1 * rows[1]["lecam"], rel=1e-5)
     assert rows[0]["discriminator.lr"] == 0.0
     assert rows[1]["discriminator.lr"] == pytest.approx(0.01)
-    assert training.adversary.lecam.initialized
+    assert training.objectives.adversary.lecam.initialized
 
 
 def test_resumed_adversarial_training_equals_uninterrupted_to_the_bit(group, data, tmp_path):
@@ -363,7 +363,7 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused_with_exit_code_3(gr
 def test_an_adversarial_phase_can_be_turned_off_from_a_checkpoint_on(group, data, tmp_path):
     train(config(data, tmp_path / "run", adversarial=ADVERSARIAL, train={"steps": 2}), group)
     training = train(config(data, tmp_path / "run", train={"steps": 4}), group)
-    assert training.adversary is None
+    assert training.objectives.adversary is None
     assert "generator" not in read_metrics(tmp_path / "run/metrics.jsonl")[-1]
 
 

@@ -30,7 +30,7 @@ from tokenizer_image.quantizers import Quantizer, QuantizerConfig
 from training.config.matcher import MatcherLossConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.engine.launch import DTYPES
-from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
+from training.objectives.matcher import MatcherObjective, batch_accuracy, contrastive_loss
 
 LEARNING_COPIES = {False: 4, True: 5}
 """learn_codebook_by_gradient -> float32 tables of positions x codes that vector-quantize-pytorch 1.32 has for a moment when a

@@ -31,7 +31,7 @@ from training.config.tokenizer import TokenizerRunConfig
 from training.engine.deepspeed_json import deepspeed_json
 from training.engine.gpus import training_flops
 from training.flops import forward_flops, matcher_forward_flops, tokenizer_training_flops
-from training.matcher_objective import MatcherObjective
+from training.objectives.matcher import MatcherObjective
 from training.rank_memory import (
     LOW_PRECISION,
     NUMBER_BYTES,

@@ -48,7 +48,7 @@ from training.loop.log import read_metrics
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
 from training.matcher_card import matcher_card
-from training.matcher_objective import MatcherObjective, batch_accuracy, contrastive_loss
+from training.objectives.matcher import MatcherObjective, batch_accuracy, contrastive_loss
 from training.plan import matcher_plan
 from training.run_state import RunState, seed_everything
 from training.validation import Measured

@@ -72,6 +72,7 @@ from training.loop.log import sample_path
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
 from training.model_card import seq2seq_card
+from training.objectives.seq2seq import check_losses
 from training.plan import seq2seq_plan
 from training.run_state import RunState, seed_everything
 from training.text_start import check_text_start, take_text_encoder
@@ -317,17 +318,6 @@ class Seq2SeqTraining:
                                    seq2seq_card(self.config, model.config, len(self.shards),
                                               held_out.loss if held_out else None))
         log.info("model folder: %s", folder)
-
-
-def check_losses(config: Seq2SeqRunConfig, model: TransformerConfig) -> None:
-    """UserError for a weight of something that the model does not have."""
-    if model.layout_grid is None and config.loss.region_weights:
-        raise UserError("loss.region_weights weigh image tokens by their layout, and this run has none: the token shards need "
-                        "a layout (encode_dataset's layout.kind) and use_layout true")
-    classes = model.layout_classes or 0
-    wrong = [name for name in config.loss.region_weights if not 0 <= name < classes]
-    if wrong:
-        raise UserError(f"loss.region_weights names layout class {wrong[0]}; the layout has 0 to {classes - 1}")
 
 
 def run(argv: Sequence[str] | None) -> int:

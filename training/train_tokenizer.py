@@ -20,8 +20,6 @@ from tokenizer_image.discriminators import build_discriminator
 from tokenizer_image.images import float_to_pixels, image_grid, pixels_to_images
 from tokenloom_common.errors import run_command
 from tokenloom_common.files import write_json_atomic
-from training.adversary import Adversary
-from training.codebook_health import CodebookHealth
 from training.config.start_folders import facts_of_run
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.run_data import open_training_pictures, picture_order
@@ -44,6 +42,8 @@ from training.loop.log import read_metrics, sample_path
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
 from training.model_card import tokenizer_card
+from training.objectives.adversary import Adversary
+from training.objectives.codebook_health import CodebookHealth
 from training.plan import tokenizer_plan
 from training.run_state import RunState, seed_everything
 from training.tokenizer_start import take_tokenizer

@@ -1,0 +1,1 @@
+"""One training objective per script, shared with the memory plan."""
