@@ -11,11 +11,11 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from training.activations import Activations
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.engine.gpus import GPU_MEMORY, peak_flops
-from training.fits import Change, Fitting
-from training.plan import Plan, checkpoint_bytes, seq2seq_plan
+from training.planning.activations import Activations
+from training.planning.fits import Change, Fitting
+from training.planning.plan import Plan, checkpoint_bytes, seq2seq_plan
 
 SIZES = ("parti-350m", "parti-750m", "parti-3b", "parti-20b")
 PROCESSES = (8, 64, 256)

@@ -23,7 +23,7 @@ from benchmarks.training_loops import Options, run_config
 from training.engine.launch import processes
 from training.engine.processes import Processes
 from training.loop.loop import run_training
-from training.plan import layout_of, plan_of, rank_memory
+from training.planning.plan import layout_of, plan_of, rank_memory
 from training.train_seq2seq import Seq2SeqTraining
 
 LARGE = {"width": 384, "layers": 4, "grid": 8, "batch": 8}  # 14 million numbers

@@ -14,8 +14,12 @@ from seq2seq.layers import recompute_activations
 from seq2seq.losses import TokenLossConfig
 from tests import tiny
 from tokenizer_image.quantizers import QuantizerConfig, build_quantizer
-from training import activations as module
-from training.activations import (
+from training.config.matcher import MatcherLossConfig
+from training.config.tokenizer import TokenizerRunConfig
+from training.engine.launch import DTYPES
+from training.objectives.matcher import MatcherObjective, contrastive_loss
+from training.planning import activations as module
+from training.planning.activations import (
     LEARNING_COPIES,
     Activations,
     matcher_activations,
@@ -25,10 +29,6 @@ from training.activations import (
     transformer_activations,
     transformer_step,
 )
-from training.config.matcher import MatcherLossConfig
-from training.config.tokenizer import TokenizerRunConfig
-from training.engine.launch import DTYPES
-from training.objectives.matcher import MatcherObjective, contrastive_loss
 
 MODELS = {
     "encoder_decoder": lambda: tiny.seq2seq(dropout=0.1), "grouped": lambda: tiny.seq2seq(kv_heads=1),

@@ -14,8 +14,8 @@ from seq2seq import Seq2SeqConfig
 from tests import launching, tiny
 from training.config.transformer import read_settings
 from training.engine.gpus import training_flops
-from training.flops import forward_flops, tokenizer_training_flops
-from training.plan import checkpoint_bytes
+from training.planning.flops import forward_flops, tokenizer_training_flops
+from training.planning.plan import checkpoint_bytes
 
 GB = 10**9
 GPUS = ("--gpus", 8, "--gpu", "H100")
@@ -231,7 +231,7 @@ def test_every_recipe_is_estimated(run, recipe):
 
 def test_a_checkpoint_has_the_files_of_all_processes():
     from training.config.seq2seq import Seq2SeqRunConfig
-    from training.plan import plan_of
+    from training.planning.plan import plan_of
 
     config = Seq2SeqRunConfig.parse({"run_dir": "-", "data": {"path": "-"}, "image_tokenizer": "-"}, "test")
     plan = plan_of(config, "float32", model=small())

@@ -11,13 +11,13 @@ import torch
 from inference.memory.estimate import estimate as memory_module
 from tests import tiny
 from tokenloom_common.errors import UserError
-from training import fits
 from training.config.matcher import MatcherRunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.engine.processes import Processes
-from training.fits import Change, Fitting, least_memory, refuse_what_cannot_fit
-from training.plan import Plan, layout_of, plan_of, rank_memory
+from training.planning import fits
+from training.planning.fits import Change, Fitting, least_memory, refuse_what_cannot_fit
+from training.planning.plan import Plan, layout_of, plan_of, rank_memory
 from training.train_matcher import MatcherTraining
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining

@@ -13,7 +13,7 @@ from tests import tiny
 from tokenizer_image import KINDS, PRESETS, VQGANConfig, build_tokenizer
 from training.config.transformer import read_settings
 from training.engine.gpus import PEAK_FLOPS, known_gpu, peak_flops, training_flops
-from training.flops import forward_flops, matcher_forward_flops, tokenizer_forward_flops
+from training.planning.flops import forward_flops, matcher_forward_flops, tokenizer_forward_flops
 
 SHAPE = {"text_vocab_size": 320, "text_length": 12, "codebook_size": 32, "grid": (4, 4), "width": 32, "heads": 2,
          "head_dim": 16, "feedforward": "gelu", "feedforward_multiplier": 4.0}

@@ -10,13 +10,13 @@ from torch import nn
 
 from inference.memory.meta_device import Alive
 from tests import tiny
-from training.activations import Activations
 from training.config.optim import OptimConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.engine.processes import Processes
 from training.loop.loop import run_training
-from training.plan import checkpoint_bytes, layout_of, plan_of, rank_memory
-from training.rank_memory import Layout, TrainedModule, engine_memory, optimizer_bytes
+from training.planning.activations import Activations
+from training.planning.plan import checkpoint_bytes, layout_of, plan_of, rank_memory
+from training.planning.rank_memory import Layout, TrainedModule, engine_memory, optimizer_bytes
 from training.train_seq2seq import Seq2SeqTraining
 
 NOTHING = Activations(((0, 0),))

@@ -20,10 +20,10 @@ from training.config.seq2seq import Seq2SeqRunConfig
 from training.data.visits.order import ItemId
 from training.engine.gpus import training_flops
 from training.engine.processes import Processes
-from training.flops import forward_flops
 from training.incidents import read_incidents
 from training.loop.log import read_metrics
 from training.loop.loop import run_training
+from training.planning.flops import forward_flops
 from training.train_seq2seq import Seq2SeqTraining
 
 ROWS, LAYOUT_GRID = 12, (2, 2)

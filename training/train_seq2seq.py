@@ -57,8 +57,6 @@ from training.engine.processes import Processes
 from training.engine.weight_average import average_state, restore_average, weight_average
 from training.evaluation.plots import plot_positions
 from training.evaluation.token_loss import HeldOut, validation_loss
-from training.fits import refuse_what_cannot_fit
-from training.flops import forward_flops
 from training.init_from import (
     check_codes,
     check_start,
@@ -73,7 +71,9 @@ from training.loop.loop import Task
 from training.loop.script import train_from_command_line
 from training.model_card import seq2seq_card
 from training.objectives.seq2seq import check_losses
-from training.plan import seq2seq_plan
+from training.planning.fits import refuse_what_cannot_fit
+from training.planning.flops import forward_flops
+from training.planning.plan import seq2seq_plan
 from training.run_state import RunState, seed_everything
 from training.text_start import check_text_start, take_text_encoder
 from training.validation import Measured

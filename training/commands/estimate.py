@@ -23,9 +23,9 @@ from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.engine.gpus import GPU_MEMORY, PEAK_FLOPS, known_gpu, peak_flops
 from training.engine.launch import resolve_precision
-from training.estimate_report import PARTS, Machine, Report, report_of, require_precision
-from training.plan import plan_of
-from training.plan_shapes import DEFAULTS, Sizes, shape_of
+from training.planning.plan import plan_of
+from training.planning.report import PARTS, Machine, Report, report_of, require_precision
+from training.planning.sizes import DEFAULTS, Sizes, shape_of
 
 KINDS: dict[str, type[RunConfig]] = {"seq2seq": Seq2SeqRunConfig, "tokenizer": TokenizerRunConfig, "matcher": MatcherRunConfig}
 STAND_INS = {"run_dir": "RUN", "data.path": "DATA", "image_tokenizer": "TOKENIZER"}

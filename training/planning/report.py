@@ -7,11 +7,11 @@ from typing import Any
 
 from inference.memory.sizes import human
 from tokenloom_common.errors import UserError
-from training.activations import Activations
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.data.tokens.shards import token_dtype
-from training.fits import Change, Fitting, least_memory
-from training.plan import Plan, RankMemory, checkpoint_bytes
+from training.planning.activations import Activations
+from training.planning.fits import Change, Fitting, least_memory
+from training.planning.plan import Plan, RankMemory, checkpoint_bytes
 
 PARTS = ("parameters", "optimizer", "gradients", "average", "activations", "buffers", "other_models", "process")
 

@@ -16,7 +16,14 @@ from inference.scoring.matcher import Matcher, MatcherConfig
 from seq2seq import TransformerConfig
 from tokenizer_image import LPIPS, ImageTokenizerConfig, build_tokenizer
 from tokenizer_image.discriminators import build_discriminator
-from training.activations import (
+from training.config.matcher import MatcherRunConfig
+from training.config.run import RunConfig
+from training.config.seq2seq import Seq2SeqRunConfig
+from training.config.tokenizer import TokenizerRunConfig
+from training.engine.deepspeed_json import deepspeed_json
+from training.engine.gpus import training_flops
+from training.objectives.matcher import MatcherObjective
+from training.planning.activations import (
     Activations,
     matcher_activations,
     tokenizer_activations,
@@ -24,15 +31,8 @@ from training.activations import (
     transformer_activations,
     transformer_model,
 )
-from training.config.matcher import MatcherRunConfig
-from training.config.run import RunConfig
-from training.config.seq2seq import Seq2SeqRunConfig
-from training.config.tokenizer import TokenizerRunConfig
-from training.engine.deepspeed_json import deepspeed_json
-from training.engine.gpus import training_flops
-from training.flops import forward_flops, matcher_forward_flops, tokenizer_training_flops
-from training.objectives.matcher import MatcherObjective
-from training.rank_memory import (
+from training.planning.flops import forward_flops, matcher_forward_flops, tokenizer_training_flops
+from training.planning.rank_memory import (
     LOW_PRECISION,
     NUMBER_BYTES,
     PROCESS,

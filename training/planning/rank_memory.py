@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from inference.memory.meta_device import Alive
-from training.activations import Activations
 from training.config.optim import OptimConfig
 from training.engine.optim import OPTIMIZERS, build_optimizer
+from training.planning.activations import Activations
 
 Shapes = tuple[tuple[int, ...], ...]
 

@@ -23,8 +23,8 @@ from inference.scoring.matcher import Matcher, MatcherConfig
 from seq2seq import KINDS, TransformerConfig
 from tokenizer_image import ImageTokenizer, ImageTokenizerConfig, build_tokenizer
 from tokenizer_image.quantizers import Quantizer
-from training.activations import text_on_meta, tokenizer_step
 from training.config.tokenizer import TokenizerRunConfig
+from training.planning.activations import text_on_meta, tokenizer_step
 
 
 @lru_cache(maxsize=32)

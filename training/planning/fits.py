@@ -16,11 +16,11 @@ from typing import NamedTuple
 from inference.memory.available import available_memory
 from inference.memory.sizes import human
 from tokenloom_common.errors import UserError
-from training.activations import Activations
 from training.config.matcher import MatcherRunConfig
 from training.config.run import RunConfig
 from training.engine.processes import Processes, processes_here
-from training.plan import Plan, RankMemory, layout_of, rank_memory
+from training.planning.activations import Activations
+from training.planning.plan import Plan, RankMemory, layout_of, rank_memory
 
 MOST_GPUS = 4096
 
