@@ -27,7 +27,8 @@ from training.evaluation.caption_accuracy import (
 from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import PERFECT_DB, evaluate_reconstruction, psnr
 from training.evaluation.sheets import labelled_grid, side_by_side
-from training.loop.log import RunLog, read_metrics
+from training.loop.log import RunLog
+from training.runs.metrics import read_metrics
 
 THINGS = ("heart", "circle", "square", "octopus", "tree", "boat")
 STYLES = ("noto", "flat")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests import launching, tiny
 from training.data.builders.shapes import build_shapes
-from training.loop.log import read_metrics
+from training.runs.metrics import read_metrics
 
 STEPS, STOP, LOG_EVERY, BATCH, ROWS = 20, 11, 4, 8, 37
 """Stopped after 88 of 37 items an epoch, in the third epoch; 3 steps after a log line."""

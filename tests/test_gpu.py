@@ -12,7 +12,7 @@ from tests import launching, tiny
 from tokenizer_image import load_tokenizer
 from tokenloom import SamplingParams, TextToImage
 from training.data.builders.shapes import build_shapes
-from training.loop.log import read_metrics
+from training.runs.metrics import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from training.data.visits.order import DataOrder
-from training.incidents import LEAST, Incidents, read_incidents
+from training.runs.incidents import LEAST, Incidents, read_incidents
 
 
 def watched(folder, batch_size: int = 3, writes: bool = True) -> Incidents:

@@ -30,8 +30,8 @@ from training.data.visits.order import MicroBatches
 from training.data.visits.tokens import TokenRows
 from training.engine.processes import Processes
 from training.init_from import open_start
-from training.loop.log import read_metrics
 from training.loop.loop import run_training
+from training.runs.metrics import read_metrics
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
 
@@ -49,7 +49,7 @@ def recipe(data: Path, run_dir: Path, *more: object) -> Seq2SeqRunConfig:
 
 def train(run: Seq2SeqRunConfig, group: Processes) -> Seq2SeqTraining:
     training = Seq2SeqTraining(run, group)
-    run_training(training.task(), run, group, training.run_state)
+    run_training(training.task(), run, group, training.runs.run_state)
     return training
 
 
@@ -317,7 +317,7 @@ def test_a_tokenizers_first_losses_are_the_sources_reconstruction(made, pictures
     run = tokenizer_recipe(pictures, tmp_path / "run", "--init_from", made / folder)
     training = TokenizerTraining(run, group)
     image = next(iter(training.batches(0))).image
-    run_training(training.task(), run, group, training.run_state)
+    run_training(training.task(), run, group, training.runs.run_state)
     source = load_tokenizer(made / "tokenizer")
     with torch.inference_mode():
         difference = source.decode_vectors(source.lookup(source.encode(image))) - image  # a loss is of what is not clamped
@@ -334,7 +334,7 @@ def test_a_tokenizers_run_goes_on_without_the_folder_that_it_began_from(made, pi
         for count in steps:
             run = tokenizer_recipe(pictures, tmp_path / name, *more, "--train.steps", count)
             training = TokenizerTraining(run, group)
-            run_training(training.task(), run, group, training.run_state)
+            run_training(training.task(), run, group, training.runs.run_state)
             if name == "run" and count == 1:
                 source.rename(tmp_path / "gone")
         states.append(training.full_model().state_dict())

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests import launching, tiny
-from training.loop.log import read_metrics
+from training.runs.metrics import read_metrics
 
 EVERY = 6  # steps between checkpoints
 STEPS_A_KILL = 20

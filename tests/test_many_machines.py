@@ -16,7 +16,7 @@ import pytest
 
 from tests import launching, tiny
 from training.data.builders.shapes import build_shapes
-from training.loop.log import read_metrics
+from training.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 ENCODE = launching.REPOSITORY / "training/encode_dataset.py"

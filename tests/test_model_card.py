@@ -17,8 +17,7 @@ from training.config.matcher import MatcherRunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.origin import data_origin, write_origin
-from training.matcher_card import matcher_card
-from training.model_card import seq2seq_card, tokenizer_card
+from training.runs.cards import matcher_card, seq2seq_card, tokenizer_card
 
 ATTRIBUTION = "# Attribution\n\n| style | authors |\n|---|---|\n| round | Ada |\n"
 REPORT = {"psnr": 21.25, "codebook_usage": 0.5, "codebook_perplexity": 12.5, "pictures": 9}

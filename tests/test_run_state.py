@@ -18,11 +18,13 @@ import yaml
 
 from tokenloom_common import files
 from tokenloom_common.errors import ResumeError, RunFailedError, UserError
-from training import run_state as run_state_module
 from training.config.run import RunConfig
 from training.engine.processes import Processes
-from training.loop.log import RunLog, read_metrics
-from training.run_state import MANIFEST, RunState, seed_everything
+from training.loop.log import RunLog
+from training.runs import run_state as run_state_module
+from training.runs.metrics import read_metrics
+from training.runs.random_state import seed_everything
+from training.runs.run_state import MANIFEST, RunState
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from tokenloom import main
 from tokenloom_common.errors import UserError
-from training.run_facts import find_runs, read_run
-from training.run_page import duration, page
+from training.runs.facts import find_runs, read_run
+from training.runs.page import duration, page
 
 
 def make_run(folder: Path, steps: int = 40, done: int = 40, loss: float = 3.0, **config) -> Path:

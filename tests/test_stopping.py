@@ -19,7 +19,7 @@ from tests import launching, tiny
 from training.engine.processes import Processes
 from training.engine.stopping import Launcher
 from training.engine.watchdog import Watchdog, _place
-from training.loop.log import read_metrics
+from training.runs.metrics import read_metrics
 
 ONE = Processes(0, 1, 0, None)
 

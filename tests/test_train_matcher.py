@@ -33,9 +33,9 @@ from training.evaluation.retrieval import (
     ranks,
     retrieval_accuracy,
 )
-from training.loop.log import read_metrics
 from training.loop.loop import run_training
 from training.objectives.matcher import contrastive_loss
+from training.runs.metrics import read_metrics
 from training.text_start import check_text_start, matcher_text_source, take_text_encoder
 from training.train_matcher import MatcherTraining
 
@@ -67,7 +67,7 @@ def config(folder: Path, run_dir: Path, **changes: Any) -> MatcherRunConfig:
 
 def train(run: MatcherRunConfig, group: Processes) -> MatcherTraining:
     training = MatcherTraining(run, group)
-    run_training(training.task(), run, group, training.run_state)
+    run_training(training.task(), run, group, training.runs.run_state)
     return training
 
 

@@ -20,10 +20,10 @@ from training.config.seq2seq import Seq2SeqRunConfig
 from training.data.visits.order import ItemId
 from training.engine.gpus import training_flops
 from training.engine.processes import Processes
-from training.incidents import read_incidents
-from training.loop.log import read_metrics
 from training.loop.loop import run_training
 from training.planning.flops import forward_flops
+from training.runs.incidents import read_incidents
+from training.runs.metrics import read_metrics
 from training.train_seq2seq import Seq2SeqTraining
 
 ROWS, LAYOUT_GRID = 12, (2, 2)
@@ -56,7 +56,7 @@ def config(made: Path, run_dir: Path, **changes: Any) -> Seq2SeqRunConfig:
 
 def train(run: Seq2SeqRunConfig, group: Processes) -> Seq2SeqTraining:
     training = Seq2SeqTraining(run, group)
-    run_training(training.task(), run, group, training.run_state)
+    run_training(training.task(), run, group, training.runs.run_state)
     return training
 
 
@@ -199,7 +199,7 @@ def test_a_run_starts_from_a_matchers_text_encoder_and_its_vocabulary(made, tmp_
     taken = tiny.matcher().text_encoder.state_dict()
     assert all(torch.equal(value, taken[name]) for name, value in training.model.text_encoder.state_dict().items())
     assert training.text_source.model_proto == tiny.text_tokenizer().model_proto
-    run_training(training.task(), training.config.run, group, training.run_state)
+    run_training(training.task(), training.config.run, group, training.runs.run_state)
     after = training.model.text_encoder.state_dict()
     assert not all(torch.equal(value, taken[name]) for name, value in after.items())  # it is trained on
     (matcher / "matcher_index.json").unlink()  # a run that is continued no longer needs the matcher
@@ -225,7 +225,7 @@ def test_start_from_brings_its_own_text_tokenizer(made, tmp_path, text):
 
 
 def test_a_skipped_step_and_a_spike_are_noted_with_the_keys_of_their_rows(made, tmp_path, group, monkeypatch):
-    monkeypatch.setattr("training.incidents.LEAST", 2)
+    monkeypatch.setattr("training.runs.incidents.LEAST", 2)
     run = config(made, tmp_path / "run", train={"steps": 5, "max_skipped_steps": 3}, optim={"lr": 1e-5, "warmup_steps": 0})
     training = Seq2SeqTraining(run, group)
     task = training.task()
@@ -239,7 +239,7 @@ def test_a_skipped_step_and_a_spike_are_noted_with_the_keys_of_their_rows(made, 
         return terms | {"loss": terms["loss"] * factor.get(step, 1.0)}
 
     task.train = broken
-    run_training(task, run, group, training.run_state)
+    run_training(task, run, group, training.runs.run_state)
     skipped, spike = read_incidents(tmp_path / "run")
     assert (skipped["step"], skipped["what"], spike["step"], spike["what"]) == (2, "skipped", 5, "spike")
     for line in (skipped, spike):

@@ -24,8 +24,8 @@ from training.config.tokenizer import TokenizerRunConfig
 from training.data.builders.shapes import build_shapes
 from training.engine.optim import build_optimizer, lr_at
 from training.engine.processes import Processes
-from training.loop.log import read_metrics
 from training.loop.loop import run_training
+from training.runs.metrics import read_metrics
 from training.train_tokenizer import TokenizerTraining
 
 MODEL = {"resolution": 16, "channels": 8, "channel_multipliers": [1, 2], "num_res_blocks": 1, "norm_groups": 4,
@@ -54,7 +54,7 @@ def config(data: Path, run_dir: Path, **changes: Any) -> TokenizerRunConfig:
 
 def train(run: TokenizerRunConfig, group: Processes) -> TokenizerTraining:
     training = TokenizerTraining(run, group)
-    run_training(training.task(), run, group, training.run_state)
+    run_training(training.task(), run, group, training.runs.run_state)
     return training
 
 
@@ -103,7 +103,7 @@ def test_two_engines_equal_a_plain_loop_with_two_optimizers(group, data, tmp_pat
     model, judge = copy.deepcopy(training.tokenizer), copy.deepcopy(training.objectives.adversary.engine.module)
     start = copy.deepcopy(judge.state_dict())
     plain_training(run, training, model, judge)
-    run_training(training.task(), run, group, training.run_state)
+    run_training(training.task(), run, group, training.runs.run_state)
     assert_close(training.engine.deepspeed_engine.full_state(), model.state_dict(), 2e-5)
     assert_close(discriminator_state(training), judge.state_dict(), 2e-5)
     assert any(not torch.equal(start[name], value) for name, value in judge.state_dict().items())
@@ -134,7 +134,7 @@ def test_the_generators_step_leaves_the_discriminator_as_it_is(group, data, tmp_
 
     monkeypatch.setattr(training, "train", tokenizers_half)
     monkeypatch.setattr(training.objectives.adversary, "train", judges_half)
-    run_training(training.task(), run, group, training.run_state)
+    run_training(training.task(), run, group, training.runs.run_state)
     assert len(seen) == run.train.steps
     assert all(before == between for before, between, _ in seen)
     assert sum(between != after for _, between, after in seen) == run.train.steps - run.adversarial.start_step
@@ -218,7 +218,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(group, data, tmp
 
 def load_state(run_dir: Path, group: Processes, run: TokenizerRunConfig) -> dict[str, Tensor]:
     training = TokenizerTraining(run, group)
-    training.run_state.load(training.task(), training.run_state.resume_from)
+    training.runs.run_state.load(training.task(), training.runs.run_state.resume_from)
     return training.engine.deepspeed_engine.full_state()
 
 
@@ -308,7 +308,7 @@ def test_the_average_of_the_weights_is_what_is_exported(group, data, tmp_path):
 
     run = config(data, tmp_path / "run", train={"weight_ema": 0.9})
     training = Watched(run, group)
-    run_training(training.task(), run, group, training.run_state)
+    run_training(training.task(), run, group, training.runs.run_state)
     average = states[0]["decoder.conv_out.weight"]
     for state in states[1:]:
         average = 0.9 * average + 0.1 * state["decoder.conv_out.weight"]

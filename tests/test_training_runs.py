@@ -20,7 +20,7 @@ from tokenizer_image import VQGAN
 from tokenloom import TextToImage
 from training.data.builders.shapes import build_shapes
 from training.data.tokens.shards import TokenShards
-from training.loop.log import read_metrics
+from training.runs.metrics import read_metrics
 
 TOKENIZER, ENCODE, SEQ2SEQ = (f"training/{name}.py" for name in ("train_tokenizer", "encode_dataset", "train_seq2seq"))
 

@@ -37,8 +37,9 @@ from training.evaluation.caption_accuracy import (
 from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.evaluation.sheets import labelled_grid
-from training.loop.log import read_metrics, setup_console
-from training.run_state import environment
+from training.loop.log import setup_console
+from training.runs.metrics import read_metrics
+from training.runs.run_state import environment
 
 log = logging.getLogger("training.demo")
 

@@ -42,16 +42,17 @@ from training.engine.weight_average import average_state, restore_average, weigh
 from training.evaluation.plots import plot_curves
 from training.evaluation.retrieval import evaluate_retrieval
 from training.loop.drops import PictureDrops
-from training.loop.log import read_metrics
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
-from training.matcher_card import matcher_card
 from training.objectives.matcher import MatcherObjective, batch_accuracy, contrastive_loss
 from training.planning.fits import refuse_what_cannot_fit
 from training.planning.flops import matcher_forward_flops
 from training.planning.plan import matcher_plan
-from training.run_state import RunState, seed_everything
-from training.validation import Measured
+from training.runs.cards import matcher_card
+from training.runs.metrics import read_metrics
+from training.runs.random_state import seed_everything
+from training.runs.retention import Measured
+from training.runs.run_state import RunState
 
 log = logging.getLogger("training.train_matcher")  # under a launcher __name__ is "__main__"
 

@@ -66,17 +66,18 @@ from training.init_from import (
     text_source_of,
 )
 from training.loop.drops import PictureDrops
-from training.loop.log import sample_path
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
-from training.model_card import seq2seq_card
 from training.objectives.seq2seq import check_losses
 from training.planning.fits import refuse_what_cannot_fit
 from training.planning.flops import forward_flops
 from training.planning.plan import seq2seq_plan
-from training.run_state import RunState, seed_everything
+from training.runs.cards import seq2seq_card
+from training.runs.metrics import sample_path
+from training.runs.random_state import seed_everything
+from training.runs.retention import Measured
+from training.runs.run_state import RunState
 from training.text_start import check_text_start, take_text_encoder
-from training.validation import Measured
 
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
 

@@ -36,18 +36,19 @@ from training.engine.weight_average import weight_average
 from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.loop.drops import PictureDrops
-from training.loop.log import read_metrics, sample_path
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
-from training.model_card import tokenizer_card
 from training.objectives.adversary import Adversary
 from training.objectives.codebook_health import CodebookHealth
 from training.planning.fits import refuse_what_cannot_fit
 from training.planning.flops import tokenizer_forward_flops
 from training.planning.plan import tokenizer_plan
-from training.run_state import RunState, seed_everything
+from training.runs.cards import tokenizer_card
+from training.runs.metrics import read_metrics, sample_path
+from training.runs.random_state import seed_everything
+from training.runs.retention import Measured
+from training.runs.run_state import RunState
 from training.tokenizer_start import take_tokenizer
-from training.validation import Measured
 
 log = logging.getLogger("training.train_tokenizer")  # under a launcher __name__ is "__main__"
 

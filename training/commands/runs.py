@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenloom_common.errors import OneLineParser, UserError
 from tokenloom_common.files import write_text_atomic
-from training.run_facts import RunFacts, find_runs, read_run
-from training.run_page import duration, gibibytes, page, percent, whole
+from training.runs.facts import RunFacts, find_runs, read_run
+from training.runs.page import duration, gibibytes, page, percent, whole
 
 COLUMNS = ("run", "kind", "status", "steps", "loss", "held-out", "best", "samples/s", "tokens/s", "MFU", "memory", "skipped",
            "time")

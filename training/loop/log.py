@@ -17,6 +17,7 @@ from tokenloom_common.progress import progress
 
 if TYPE_CHECKING:
     from training.loop.writers import LogWriter
+from training.runs.metrics import read_metrics, sample_path
 
 log = logging.getLogger(__name__)
 
@@ -102,28 +103,6 @@ def in_short(values: Mapping[str, float]) -> str:
     """`loss 4.31, lr 0.0003, 12,345 tokens/s, MFU 41.0%, data wait 2%, 10.21 GiB`: what is there of SHOWN."""
     named = [name for name in SHOWN if name in values and not (name == "samples_per_s" and "tokens_per_s" in values)]
     return ", ".join(SHOWN[name](values[name]) for name in named)
-
-
-def sample_path(run_dir: Path, step: int) -> Path:
-    """Where the sample grid of a step lies."""
-    return run_dir / "samples" / f"step-{step:08d}.png"
-
-
-def sample_grids(run_dir: Path) -> dict[int, Path]:
-    """The sample grids that there are, by step."""
-    return {int(path.stem.removeprefix("step-")): path for path in sorted((run_dir / "samples").glob("step-*.png"))}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a half-written last line (a killed run) is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
 
 
 def _keep_lines_before(path: Path, first_step: int) -> None:

@@ -21,12 +21,12 @@ from training.engine.gpus import peak_flops, training_flops
 from training.engine.processes import Processes, shared
 from training.engine.stopping import stop_flag
 from training.engine.watchdog import Watchdog
-from training.incidents import Incidents
 from training.loop.log import RunLog
 from training.loop.window import Window, memory
 from training.loop.writers import LogWriter, open_writers
-from training.run_state import RunState
-from training.validation import Measured
+from training.runs.incidents import Incidents
+from training.runs.retention import Measured
+from training.runs.run_state import RunState
 
 log = logging.getLogger(__name__)
 

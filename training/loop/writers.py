@@ -21,7 +21,7 @@ from PIL import Image
 from tokenloom_common.errors import UserError
 from tokenloom_common.files import write_text_atomic
 from training.config.run import LogConfig, RunConfig
-from training.loop.log import read_metrics, sample_grids
+from training.runs.metrics import read_metrics, sample_grids
 
 GROUPS = {
     "optim": ("lr", "grad_norm", "skipped_steps"),

@@ -15,7 +15,7 @@ from tokenizer_image.usage import usage_of_counts
 from training.config.tokenizer import TokenizerRunConfig
 from training.engine.processes import Processes
 from training.evaluation.plots import plot_codebook
-from training.loop.log import read_metrics
+from training.runs.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 

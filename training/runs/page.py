@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tokenloom_common.errors import UserError
-from training.run_facts import RunFacts
+from training.runs.facts import RunFacts
 
 CURVES = {"loss": "loss", "held-out loss": "validation_loss", "held-out PSNR": "validation_psnr",
           "held-out captions found": "validation_top1", "learning rate": "lr", "gradient norm": "grad_norm",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenloom_common.files import write_json_atomic
 from training.config.run import CheckpointConfig
 from training.config.start_folders import MANIFEST
-from training.validation import Measured
 
 MEASURED = "measured"  # in a manifest: what the held-out split says of this step
 BEST = "best.json"
@@ -43,3 +44,21 @@ def _name_best(run_dir: Path, names: list[str]) -> str | None:
         write_json_atomic(run_dir / BEST, {"step": step_of(best_name), "checkpoint": f"checkpoints/{best_name}",
                                            best.name: best.value})
     return best_name
+
+
+HIGHER_IS_BETTER = {"validation_loss": False, "validation_psnr": True, "validation_top1": True}
+"""Every number of a held-out split that metrics.jsonl may have: nats a token, dB, share of captions found."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number of the held-out split; name: one of HIGHER_IS_BETTER."""
+
+    name: str
+    value: float
+
+    def better_than(self, other: Measured | None) -> bool:
+        """Whether this is the best so far, of a run that had `other`; what is not finite never is, an equal one is not."""
+        if other is None or not math.isfinite(self.value):
+            return math.isfinite(self.value)
+        return self.value > other.value if HIGHER_IS_BETTER[self.name] else self.value < other.value

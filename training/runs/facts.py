@@ -13,9 +13,9 @@ import yaml
 
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
-from training.incidents import NAMED, read_incidents
-from training.loop.log import read_metrics
-from training.validation import HIGHER_IS_BETTER, Measured
+from training.runs.incidents import NAMED, read_incidents
+from training.runs.metrics import read_metrics
+from training.runs.retention import HIGHER_IS_BETTER, Measured
 
 RECENT = 120.0  # seconds since the last line within which a run may still be running
 

@@ -1,0 +1,1 @@
+"""Run folders: checkpoints, random state, metrics, reports, cards."""
