@@ -19,8 +19,8 @@ from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.encode_dataset import DatasetEncoder
 from training.engine.processes import Processes
-from training.tokenizer_start import take_tokenizer
 from training.train_seq2seq import Seq2SeqTraining
+from training.warm_start.tokenizer import take_tokenizer
 
 NO_ENCODER = r"has no encoder \(has_encoder is false in its config\).*convert the whole VQGAN"
 

@@ -29,11 +29,11 @@ from training.data.text_input import choose_text_source
 from training.data.visits.order import MicroBatches
 from training.data.visits.tokens import TokenRows
 from training.engine.processes import Processes
-from training.init_from import open_start
 from training.loop.loop import run_training
 from training.runs.metrics import read_metrics
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
+from training.warm_start.transformer import open_start
 
 ONE_STEP = ("--train.steps", 1, "--train.batch_size", 6, "--train.log_every", 1, "--train.sample_every", 0,
             "--checkpoint.every_steps", 0, "--optim.warmup_steps", 0)

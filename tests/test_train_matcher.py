@@ -36,8 +36,12 @@ from training.evaluation.retrieval import (
 from training.loop.loop import run_training
 from training.objectives.matcher import contrastive_loss
 from training.runs.metrics import read_metrics
-from training.text_start import check_text_start, matcher_text_source, take_text_encoder
 from training.train_matcher import MatcherTraining
+from training.warm_start.text_encoder import (
+    check_text_start,
+    matcher_text_source,
+    take_text_encoder,
+)
 
 IMAGE = {"resolution": 16, "channels": 8, "channel_multipliers": [1, 2], "norm_groups": 4}
 TEXT = {"width": 32, "heads": 2, "head_dim": 16, "layers": 1}

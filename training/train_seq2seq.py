@@ -57,14 +57,6 @@ from training.engine.processes import Processes
 from training.engine.weight_average import average_state, restore_average, weight_average
 from training.evaluation.plots import plot_positions
 from training.evaluation.token_loss import HeldOut, validation_loss
-from training.init_from import (
-    check_codes,
-    check_start,
-    image_tokenizer_folder,
-    model_of_start,
-    open_start,
-    text_source_of,
-)
 from training.loop.drops import PictureDrops
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
@@ -77,7 +69,15 @@ from training.runs.metrics import sample_path
 from training.runs.random_state import seed_everything
 from training.runs.retention import Measured
 from training.runs.run_state import RunState
-from training.text_start import check_text_start, take_text_encoder
+from training.warm_start.text_encoder import check_text_start, take_text_encoder
+from training.warm_start.transformer import (
+    check_codes,
+    check_start,
+    image_tokenizer_folder,
+    model_of_start,
+    open_start,
+    text_source_of,
+)
 
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
 

@@ -48,7 +48,7 @@ from training.runs.metrics import read_metrics, sample_path
 from training.runs.random_state import seed_everything
 from training.runs.retention import Measured
 from training.runs.run_state import RunState
-from training.tokenizer_start import take_tokenizer
+from training.warm_start.tokenizer import take_tokenizer
 
 log = logging.getLogger("training.train_tokenizer")  # under a launcher __name__ is "__main__"
 

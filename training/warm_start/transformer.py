@@ -29,7 +29,7 @@ from training.config.start_folders import (
     refuse_own_run,
 )
 from training.data.text_input import CaptionRows
-from training.text_start import text_source_of_run
+from training.warm_start.text_encoder import text_source_of_run
 
 log = logging.getLogger(__name__)
 
