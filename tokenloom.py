@@ -33,8 +33,8 @@ _NAMES = {"TextToImage": "inference", "SamplingParams": "inference", "Generation
 
 COMMANDS = {
     "generate": ("inference.commands.generate", "generate", "sample pictures for a caption"),
-    "reconstruct": ("inference.commands.generate", "reconstruct", "send pictures through the image tokenizer and back"),
-    "info": ("inference.commands.generate", "info", "say what a model folder holds"),
+    "reconstruct": ("inference.commands.reconstruct", "reconstruct", "send pictures through the image tokenizer and back"),
+    "info": ("inference.commands.info", "info", "say what a model folder holds"),
     "convert": ("inference.commands.convert", "convert_command", "turn another project's checkpoint into a folder of ours"),
     "export": ("inference.commands.convert", "export_command", "write a folder of ours as another project's checkpoint"),
     "estimate": ("training.commands.estimate", "main", "say what sampling or a training needs: memory, time, disk"),

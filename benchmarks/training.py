@@ -83,7 +83,7 @@ def ours(folder: Path, options: Options, group: Processes, stage: int = 0) -> Ru
 
     task.train = kept
     with moments_of_steps() as moments:
-        run_training(task, config, group, training.runs.run_state)
+        run_training(task, config, group, training.run_state)
     return Run([float(loss) for loss in losses], _between(moments))
 
 

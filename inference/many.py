@@ -5,20 +5,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from PIL import Image
+from torch import Tensor
+
+from inference.decoder.cached_decoder import CachedDecoder
 from inference.generation.picture_job import FailedPicture, PictureJob
 from inference.generation.scheduler import Scheduler
+from inference.requests import PromptRequest
+from inference.results import ManyResult
 from inference.sampling import SamplingParams
 from tokenloom_common.errors import UserError
 
-if TYPE_CHECKING:
-    from inference.pipeline import TextToImage
-from inference.requests import PromptRequest
-from inference.results import ManyResult
+
+class BatchModel(Protocol):
+    """A model whose requests share a batch; `TextToImage` is one."""
+
+    decoder: CachedDecoder
+
+    def picture_job(self, request: PromptRequest, name: object) -> PictureJob:
+        """The request as the scheduler takes it."""
+        ...
+
+    def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
+        """Image tokens [B, N] -> B images."""
+        ...
 
 
-def generate_many(model: TextToImage, requests: Iterable[PromptRequest], batch_size: int) -> Iterator[ManyResult]:
+def generate_many(model: BatchModel, requests: Iterable[PromptRequest], batch_size: int) -> Iterator[ManyResult]:
     """Pictures of all requests in the order in which they end, in `batch_size` rows at a time (a guided picture takes two).
 
     Requests are read as there is room, so there may be any number. UserError for a request that is wrong, when it is read.
@@ -49,5 +64,3 @@ def generate_many(model: TextToImage, requests: Iterable[PromptRequest], batch_s
         left[number] = left.get(number, request.num_images) - 1
         if not left[number]:
             del asked[number], left[number]
-
-

@@ -185,7 +185,7 @@ class TextToImage(Pushable):
             if last or (budget.allows(len(drawn), generation.total) if every is None else len(drawn) % every == 0):
                 tokens = torch.stack(drawn, dim=1).cpu()
                 with budget.outside():  # what the caller does in between is not the stream's time
-                    yield GenerationStep(self, tokens, generation.total, None if last else budget)
+                    yield GenerationStep(self.decode_step, tokens, generation.total, None if last else budget)
 
     def _options(self, params: SamplingParams | None, negative_prompt: str | None, layout: Any, jacobi: int = 1) -> _Options:
         _check_params(params)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from PIL import Image
 from torch import Tensor
 
+from inference.attention_maps import overlay
 from inference.sampling import SamplingParams
 from tokenloom_common.errors import UserError
 
-if TYPE_CHECKING:
-    from inference.pipeline import TextToImage
-from dataclasses import field
 
-from inference.attention_maps import overlay
-from inference.pipeline import TextToImage
+class AttentionModel(Protocol):
+    """A model that can say where its image tokens attended to; `TextToImage` is one."""
+
+    def attention_map(self, prompt: str, word: str, image_tokens: Tensor, layout: Tensor | None) -> Tensor:
+        """Attention [h, w] of image tokens [1, N] to `word` of the prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class GenerationResult:
     seeds: list[int]
     params: SamplingParams
     layouts: Tensor | None = None
-    model: TextToImage | None = field(default=None, repr=False, compare=False)
+    model: AttentionModel | None = field(default=None, repr=False, compare=False)
     scores: list[float] | None = None
 
     def attention(self, word: str, picture: int = 0) -> Tensor:

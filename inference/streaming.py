@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from inference.pipeline import TextToImage
-
+Decode = Callable[[Tensor], list[Image.Image]]
+"""Image tokens [B, N] -> B images."""
 
 class GenerationStep:
     """One position of a stream: `position` (0 .. N-1), `image_tokens` [B, position+1] so far, `is_last`, `preview`."""
 
-    def __init__(self, model: TextToImage, image_tokens: Tensor, total: int, budget: PreviewBudget | None = None) -> None:
-        self._model = model
+    def __init__(self, decode: Decode, image_tokens: Tensor, total: int,
+                 budget: PreviewBudget | None = None) -> None:
+        self._decode = decode
         self._budget = budget
         self.image_tokens = image_tokens
         self.position = image_tokens.shape[1] - 1
@@ -35,8 +36,8 @@ class GenerationStep:
         missing = self.total - self.image_tokens.shape[1]
         filled = torch.cat([self.image_tokens, self.image_tokens[:, -1:].expand(-1, missing)], dim=1)
         if self._budget is None:
-            return self._model.decode_step(filled)
-        return self._budget.spent_on(lambda: self._model.decode_step(filled))
+            return self._decode(filled)
+        return self._budget.spent_on(lambda: self._decode(filled))
 
     @property
     def preview(self) -> Image.Image:

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     kind, source, out = sys.argv[1:4]
     resolution = int(sys.argv[4]) if len(sys.argv) > 4 else None
     config = Path(sys.argv[5]) if len(sys.argv) > 5 else None
-    importlib.import_module(f"inference.checkpoints.{kind.replace('-', '_')}")
+    importlib.import_module(f"inference.checkpoints.formats.{kind.replace('-', '_')}")
     build_on_meta(VQGAN, preset("debug")).state_dict()  # brings in what torch needs for shapes, which no file's size changes
     before = peak()
     write_converted(convert(kind, Path(source), ConvertOptions(config=config, resolution=resolution)), source, out)

@@ -44,7 +44,7 @@ def measure(folder: Path, sizes: dict[str, int], stage: int, precision: str, gro
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = _status("VmRSS")
     training = Seq2SeqTraining(config, group)
-    run_training(training.task(), config, group, training.runs.run_state)
+    run_training(training.task(), config, group, training.run_state)
     training.finish()
     measured = _status("VmHWM") - before
     plan = plan_of(config, precision, model=training.model.config, tokenizer=training.image_tokenizer.config)

@@ -323,7 +323,7 @@ def test_every_kind_has_a_converter():
     import importlib
 
     for kind in KINDS:
-        assert callable(importlib.import_module(f"inference.checkpoints.{kind.replace('-', '_')}").convert)
+        assert callable(importlib.import_module(f"inference.checkpoints.formats.{kind.replace('-', '_')}").convert)
 
 
 # ---- folders

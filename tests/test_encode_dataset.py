@@ -336,7 +336,7 @@ def trained(made: Path, run_dir: Path, group: Processes, data: dict[str, Any], *
             "optim": {"lr": 0.003, "warmup_steps": 0}, "token_corruption": 0.2, "caption_dropout": 0.3}
     run = Seq2SeqRunConfig.parse(merge(base, changes), "test")
     training = Seq2SeqTraining(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     training.finish()
     return training
 

@@ -49,13 +49,13 @@ def recipe(data: Path, run_dir: Path, *more: object) -> Seq2SeqRunConfig:
 
 def train(run: Seq2SeqRunConfig, group: Processes) -> Seq2SeqTraining:
     training = Seq2SeqTraining(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     return training
 
 
 def first_rows(training: Seq2SeqTraining) -> TokenRows:
     """Captions and image tokens of a run's first step."""
-    run = training.config.run.train
+    run = training.config.train
     return training.visits.__getitems__(next(iter(MicroBatches(training.order, run.batch_size, 1, 0, 1, 0, run.steps))))
 
 
@@ -135,7 +135,7 @@ def test_sharded_weights_and_the_average_begin_with_the_sources(made, tmp_path, 
         run = recipe(made / "tokens", tmp_path / str(stage), *more, "--deepspeed.zero_stage", stage,
                      "--train.weight_ema", average)
         training = Seq2SeqTraining(run, group)
-        states = [training.engine.deepspeed_engine.full_state(), *([training.average.module.state_dict()] if training.average else [])]
+        states = [training.engine.full_state(), *([training.average.module.state_dict()] if training.average else [])]
         assert len(states) == 1 + bool(average)
         for state in states:
             assert all(value.dtype == torch.float32 and torch.equal(value, expected[name]) for name, value in state.items())
@@ -317,7 +317,7 @@ def test_a_tokenizers_first_losses_are_the_sources_reconstruction(made, pictures
     run = tokenizer_recipe(pictures, tmp_path / "run", "--init_from", made / folder)
     training = TokenizerTraining(run, group)
     image = next(iter(training.batches(0))).image
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     source = load_tokenizer(made / "tokenizer")
     with torch.inference_mode():
         difference = source.decode_vectors(source.lookup(source.encode(image))) - image  # a loss is of what is not clamped
@@ -334,7 +334,7 @@ def test_a_tokenizers_run_goes_on_without_the_folder_that_it_began_from(made, pi
         for count in steps:
             run = tokenizer_recipe(pictures, tmp_path / name, *more, "--train.steps", count)
             training = TokenizerTraining(run, group)
-            run_training(training.task(), run, group, training.runs.run_state)
+            run_training(training.task(), run, group, training.run_state)
             if name == "run" and count == 1:
                 source.rename(tmp_path / "gone")
         states.append(training.full_model().state_dict())

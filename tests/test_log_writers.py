@@ -59,7 +59,7 @@ def config(made: Path, run_dir: Path, **changes: Any) -> Seq2SeqRunConfig:
 
 def train(run: Seq2SeqRunConfig, group: Processes) -> None:
     training = Seq2SeqTraining(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
 
 
 def stopped_and_gone_on(made: Path, run_dir: Path, group: Processes, kind: dict[str, Any]) -> None:
@@ -335,7 +335,7 @@ def test_only_the_first_process_opens_places(made, tmp_path, group, monkeypatch)
     monkeypatch.setattr("training.loop.loop.open_writers", lambda *_: opened.append(1) or {})
     run = config(made, tmp_path, train={"steps": 1, "sample_every": 0, "validate_every": 0})
     training = Seq2SeqTraining(run, group)
-    run_training(training.task(), run, Second(1, 1, 0, group.device), training.runs.run_state)
+    run_training(training.task(), run, Second(1, 1, 0, group.device), training.run_state)
     assert opened == []
     assert not (tmp_path / "metrics.jsonl").exists()
     again = Seq2SeqTraining(config(made, tmp_path / "first", train={"steps": 1, "sample_every": 0, "validate_every": 0}), group)

@@ -42,7 +42,7 @@ def run_and_watch(run: Seq2SeqRunConfig, group: Processes) -> tuple[Seq2SeqTrain
     """A whole run, export included -> itself, and the most bytes of tensors that were alive."""
     with Alive(nn.Linear(1, 1)) as alive:
         training = Seq2SeqTraining(run, group)
-        run_training(training.task(), run, group, training.runs.run_state)
+        run_training(training.task(), run, group, training.run_state)
         training.finish()
     return training, alive.peak
 

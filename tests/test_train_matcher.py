@@ -71,7 +71,7 @@ def config(folder: Path, run_dir: Path, **changes: Any) -> MatcherRunConfig:
 
 def train(run: MatcherRunConfig, group: Processes) -> MatcherTraining:
     training = MatcherTraining(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     return training
 
 
@@ -169,12 +169,12 @@ def test_the_temperature_stays_bounded_in_the_optimizers_copy_too(data, tmp_path
     matcher = training.objective.matcher
     with torch.no_grad():
         matcher.logit_scale.fill_(MAX_SCALE - 0.02)
-    training.engine.deepspeed_engine.take_over([matcher.logit_scale])
-    training.engine.deepspeed_engine.set_lr(0.01)
+    training.engine.take_over([matcher.logit_scale])
+    training.engine.set_lr(0.01)
     found = []
     for step, batch in enumerate(training.batches(0)):
         training.train(batch, step)
-        found.append(float(training.engine.deepspeed_engine.full_state()["matcher.logit_scale"]))
+        found.append(float(training.engine.full_state()["matcher.logit_scale"]))
     assert MAX_SCALE - 0.02 < found[0] < MAX_SCALE
     assert max(found) == found[-1] == pytest.approx(MAX_SCALE)
 

@@ -56,7 +56,7 @@ def config(made: Path, run_dir: Path, **changes: Any) -> Seq2SeqRunConfig:
 
 def train(run: Seq2SeqRunConfig, group: Processes) -> Seq2SeqTraining:
     training = Seq2SeqTraining(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     return training
 
 
@@ -199,7 +199,7 @@ def test_a_run_starts_from_a_matchers_text_encoder_and_its_vocabulary(made, tmp_
     taken = tiny.matcher().text_encoder.state_dict()
     assert all(torch.equal(value, taken[name]) for name, value in training.model.text_encoder.state_dict().items())
     assert training.text_source.model_proto == tiny.text_tokenizer().model_proto
-    run_training(training.task(), training.config.run, group, training.runs.run_state)
+    run_training(training.task(), training.config, group, training.run_state)
     after = training.model.text_encoder.state_dict()
     assert not all(torch.equal(value, taken[name]) for name, value in after.items())  # it is trained on
     (matcher / "matcher_index.json").unlink()  # a run that is continued no longer needs the matcher
@@ -232,14 +232,14 @@ def test_a_skipped_step_and_a_spike_are_noted_with_the_keys_of_their_rows(made, 
     real, factor = task.train, {1: float("nan"), 4: 3.0}
 
     def broken(batch, step):
-        backward = training.engine.deepspeed_engine.backward
-        monkeypatch.setattr(training.engine.deepspeed_engine, "backward", lambda loss, *rest: backward(loss * factor.get(step, 1.0), *rest))
+        backward = training.engine.backward
+        monkeypatch.setattr(training.engine, "backward", lambda loss, *rest: backward(loss * factor.get(step, 1.0), *rest))
         terms = real(batch, step)
-        monkeypatch.setattr(training.engine.deepspeed_engine, "backward", backward)
+        monkeypatch.setattr(training.engine, "backward", backward)
         return terms | {"loss": terms["loss"] * factor.get(step, 1.0)}
 
     task.train = broken
-    run_training(task, run, group, training.runs.run_state)
+    run_training(task, run, group, training.run_state)
     skipped, spike = read_incidents(tmp_path / "run")
     assert (skipped["step"], skipped["what"], spike["step"], spike["what"]) == (2, "skipped", 5, "spike")
     for line in (skipped, spike):

@@ -54,12 +54,12 @@ def config(data: Path, run_dir: Path, **changes: Any) -> TokenizerRunConfig:
 
 def train(run: TokenizerRunConfig, group: Processes) -> TokenizerTraining:
     training = TokenizerTraining(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     return training
 
 
 def discriminator_state(training: TokenizerTraining) -> dict[str, Tensor]:
-    return training.objectives.adversary.engine.full_state()
+    return training.adversary.engine.full_state()
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -100,11 +100,11 @@ def _apply(module: nn.Module, optimizer: torch.optim.Optimizer, optim: Any, loss
 def test_two_engines_equal_a_plain_loop_with_two_optimizers(group, data, tmp_path, stage):
     run = config(data, tmp_path / "run", adversarial=ADVERSARIAL, deepspeed={"zero_stage": stage})
     training = TokenizerTraining(run, group)
-    model, judge = copy.deepcopy(training.tokenizer), copy.deepcopy(training.objectives.adversary.engine.module)
+    model, judge = copy.deepcopy(training.tokenizer), copy.deepcopy(training.adversary.engine.module)
     start = copy.deepcopy(judge.state_dict())
     plain_training(run, training, model, judge)
-    run_training(training.task(), run, group, training.runs.run_state)
-    assert_close(training.engine.deepspeed_engine.full_state(), model.state_dict(), 2e-5)
+    run_training(training.task(), run, group, training.run_state)
+    assert_close(training.engine.full_state(), model.state_dict(), 2e-5)
     assert_close(discriminator_state(training), judge.state_dict(), 2e-5)
     assert any(not torch.equal(start[name], value) for name, value in judge.state_dict().items())
 
@@ -119,8 +119,8 @@ def digest(module: nn.Module) -> str:
 def test_the_generators_step_leaves_the_discriminator_as_it_is(group, data, tmp_path, stage, monkeypatch):
     run = config(data, tmp_path / "run", adversarial=ADVERSARIAL, deepspeed={"zero_stage": stage})
     training = TokenizerTraining(run, group)
-    judge, seen = training.objectives.adversary.engine.module, []
-    whole, judges = training.train, training.objectives.adversary.train
+    judge, seen = training.adversary.engine.module, []
+    whole, judges = training.train, training.adversary.train
 
     def tokenizers_half(batch, step):
         seen.append([digest(judge)])
@@ -133,8 +133,8 @@ def test_the_generators_step_leaves_the_discriminator_as_it_is(group, data, tmp_
         return terms
 
     monkeypatch.setattr(training, "train", tokenizers_half)
-    monkeypatch.setattr(training.objectives.adversary, "train", judges_half)
-    run_training(training.task(), run, group, training.runs.run_state)
+    monkeypatch.setattr(training.adversary, "train", judges_half)
+    run_training(training.task(), run, group, training.run_state)
     assert len(seen) == run.train.steps
     assert all(before == between for before, between, _ in seen)
     assert sum(between != after for _, between, after in seen) == run.train.steps - run.adversarial.start_step
@@ -147,7 +147,7 @@ def test_accumulation_is_right_for_both_networks(group, data, tmp_path):
         run = config(data, tmp_path / str(accumulation), adversarial={**ADVERSARIAL, "adaptive": False},
                      train={"accumulation": accumulation})
         training = train(run, group)
-        states.append((training.engine.deepspeed_engine.full_state(), discriminator_state(training)))
+        states.append((training.engine.full_state(), discriminator_state(training)))
     for one, four in zip(*states, strict=True):
         assert_close(four, one, 2e-5)
 
@@ -168,7 +168,7 @@ def test_terms_are_logged_by_name_before_and_after_weighting(group, data, tmp_pa
     assert rows[1]["weighted.lecam"] == pytest.approx(0.1 * rows[1]["lecam"], rel=1e-5)
     assert rows[0]["discriminator.lr"] == 0.0
     assert rows[1]["discriminator.lr"] == pytest.approx(0.01)
-    assert training.objectives.adversary.lecam.initialized
+    assert training.adversary.lecam.initialized
 
 
 def test_resumed_adversarial_training_equals_uninterrupted_to_the_bit(group, data, tmp_path):
@@ -218,8 +218,8 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(group, data, tmp
 
 def load_state(run_dir: Path, group: Processes, run: TokenizerRunConfig) -> dict[str, Tensor]:
     training = TokenizerTraining(run, group)
-    training.runs.run_state.load(training.task(), training.runs.run_state.resume_from)
-    return training.engine.deepspeed_engine.full_state()
+    training.run_state.load(training.task(), training.run_state.resume_from)
+    return training.engine.full_state()
 
 
 def test_too_many_skipped_steps_end_the_run_with_a_whole_checkpoint(group, data, tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_decoder_fine_tuning_leaves_codes_bit_identical(group, data, tmp_path, t
 def test_starting_from_a_tokenizer_takes_all_its_weights(group, data, tmp_path, trained):
     run = config(data, tmp_path / "run", model=VQ, init_from=str(trained))
     training = TokenizerTraining(run, group)
-    assert_close(training.engine.deepspeed_engine.full_state(), load_tokenizer(trained).state_dict(), 0)
+    assert_close(training.engine.full_state(), load_tokenizer(trained).state_dict(), 0)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -308,7 +308,7 @@ def test_the_average_of_the_weights_is_what_is_exported(group, data, tmp_path):
 
     run = config(data, tmp_path / "run", train={"weight_ema": 0.9})
     training = Watched(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     average = states[0]["decoder.conv_out.weight"]
     for state in states[1:]:
         average = 0.9 * average + 0.1 * state["decoder.conv_out.weight"]
@@ -332,7 +332,7 @@ def test_gradient_checkpointing_trains_to_the_same_weights(group, data, tmp_path
     for on in (False, True):
         training = train(config(data, tmp_path / str(on), train={"gradient_checkpointing": on}), group)
         assert training.tokenizer.gradient_checkpointing is on
-        states.append(training.engine.deepspeed_engine.full_state())
+        states.append(training.engine.full_state())
     assert_close(states[1], states[0], 1e-6)
 
 
@@ -363,7 +363,7 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused_with_exit_code_3(gr
 def test_an_adversarial_phase_can_be_turned_off_from_a_checkpoint_on(group, data, tmp_path):
     train(config(data, tmp_path / "run", adversarial=ADVERSARIAL, train={"steps": 2}), group)
     training = train(config(data, tmp_path / "run", train={"steps": 4}), group)
-    assert training.objectives.adversary is None
+    assert training.adversary is None
     assert "generator" not in read_metrics(tmp_path / "run/metrics.jsonl")[-1]
 
 

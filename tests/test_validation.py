@@ -51,7 +51,7 @@ def config(made: Path, run_dir: Path, **changes: Any) -> Seq2SeqRunConfig:
 
 def train(run: Seq2SeqRunConfig, group: Processes) -> Seq2SeqTraining:
     training = Seq2SeqTraining(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     return training
 
 
@@ -88,10 +88,10 @@ def test_the_time_of_other_work_is_not_the_trainings(made, tmp_path, group, monk
     monkeypatch.setattr("training.loop.window.time", SimpleNamespace(perf_counter=lambda: now.append(now[-1] + 1) or now[-1]))
     training = Seq2SeqTraining(config(made, tmp_path, train={"log_every": 1, "sample_every": 2}), group)
     task = training.task()
-    owner = training.runs.run_state if work == "save" else task
+    owner = training.run_state if work == "save" else task
     real = getattr(owner, work)
     monkeypatch.setattr(owner, work, lambda *args: now.append(now[-1] + 1000) or real(*args))
-    run_training(task, training.config.run, group, training.runs.run_state)
+    run_training(task, training.config, group, training.run_state)
     assert now[-1] > 3000
     assert all(row["samples_per_s"] >= 4 / 10 for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row)
 
@@ -133,7 +133,7 @@ def test_a_tokenizer_measures_psnr(made, tmp_path, group):
              "attention_resolutions": [], "mid_attention": False, "z_channels": 8, "embed_dim": 4, "codebook_size": 16}
     run = TokenizerRunConfig.parse(pictures(made, tmp_path, model=model), "test")
     training = TokenizerTraining(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     training.finish()
     found = measured(tmp_path, "validation_psnr")
     assert list(found) == [2, 3]
@@ -148,7 +148,7 @@ def test_a_matcher_measures_how_many_captions_it_finds(made, tmp_path, group):
             "image": {"resolution": 16, "channels": 8, "channel_multipliers": [1, 2], "norm_groups": 4},
             "text": {"width": 32, "heads": 2, "head_dim": 16, "layers": 1}, "embed_dim": 16}), "test")
     training = MatcherTraining(run, group)
-    run_training(training.task(), run, group, training.runs.run_state)
+    run_training(training.task(), run, group, training.run_state)
     training.finish()
     found = measured(tmp_path, "validation_top1")
     assert list(found) == [2, 3]
@@ -199,7 +199,7 @@ def test_a_kept_best_can_be_gone_on_from(made, tmp_path, group):
     assert best["step"] < 6
     assert best["validation_loss"] == min(measured(tmp_path / "run").values())
     assert best["step"] == min(measured(tmp_path / "run"), key=measured(tmp_path / "run").get)
-    expected = training.engine.deepspeed_engine.full_state()
+    expected = training.engine.full_state()
     shutil.copytree(tmp_path / "run" / best["checkpoint"], tmp_path / "other" / best["checkpoint"])
     shutil.copytree(tmp_path / "run/text_tokenizer", tmp_path / "other/text_tokenizer")
     (tmp_path / "other/latest.json").write_text("{}")

@@ -36,7 +36,7 @@ def convert(kind: str | None, source: str | Path, options: ConvertOptions = Conv
         from inference.checkpoints.detect import detect
 
         kind = detect(path)
-    converted = importlib.import_module(f"inference.checkpoints.{kind.replace('-', '_')}").convert(path, options)
+    converted = importlib.import_module(f"inference.checkpoints.formats.{kind.replace('-', '_')}").convert(path, options)
     converted.check()
     return converted
 

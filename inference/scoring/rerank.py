@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
-from tokenloom_common.errors import UserError
-
-if TYPE_CHECKING:
-    from inference.results import GenerationResult
+from inference.results import GenerationResult
 from inference.scoring.scorer import Scorer
+from tokenloom_common.errors import UserError
 
 
 def check_candidates(rerank_from: int | None, num_images: int) -> None:

@@ -5,16 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tokenloom_common.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 class Scorer(Protocol):
@@ -62,5 +59,3 @@ def _checked(items: Sequence[Any], wanted: type, what: str, words: str) -> list[
     if not items:
         raise UserError(f"no {what} given")
     return list(items)
-
-

@@ -84,7 +84,7 @@ def _with_default_kind(config_class: type[BaseModel], values: dict[str, Any], na
 def find_recipe(name: str) -> Path:
     """A recipe file by its path, or by its bare name among the shipped recipes."""
     path = Path(name)
-    shipped = Path(__file__).parent / "recipes" / (path.name if path.suffix else f"{path.name}.yaml")
+    shipped = Path(__file__).parents[1] / "recipes" / (path.name if path.suffix else f"{path.name}.yaml")
     if not path.exists() and path.parent == Path(".") and shipped.is_file():
         return shipped
     if not path.exists():

@@ -15,7 +15,7 @@ from training.engine.processes import Processes, peers_may_go
 from training.loop.log import setup_console
 from training.loop.loop import Task, run_training
 from training.loop.writers import check_writers
-from training.runs.run_state import RunState, environment
+from training.run_state import RunState, environment
 
 
 class Training(Protocol):
@@ -42,7 +42,7 @@ def train_from_command_line(argv: Sequence[str] | None, config_class: type[RunCo
         check_same(group, environment()["packages"], "what is installed")
         check_shared(group, Path(config.run_dir), f"--run_dir {config.run_dir}")
         training = training_class(config, group)
-        trained = run_training(training.task(), config, group, training.runs.run_state)
-        if trained or not (training.runs.run_state.run_dir / "model").exists():
+        trained = run_training(training.task(), config, group, training.run_state)
+        if trained or not (training.run_state.run_dir / "model").exists():
             training.finish()
     return 0
