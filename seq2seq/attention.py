@@ -1,34 +1,40 @@
-"""What image tokens see of the image: full, row, column and convolutional causal attention.
+"""Causal attention patterns of image tokens: full, row, column and convolution.
 
-A sequence is a prefix (text, layout) that everything after it sees whole, and image slots in raster order. `visible` says
-which image slot sees which; every implementation follows from it:
+A sequence is a prefix (text, layout), which every later slot sees whole, then image slots in raster
+order. `Pattern` says which slot sees which; the two implementations follow from it:
 
-- `attend`: for CPU. Blocks of queries against the few keys that they see: no mask of all slots against all is made.
-- `attend_flex`: for CUDA. The same through flex attention, which skips blocks that nobody sees.
-- `Pattern.sees`: the rule for any slots, for decoding with a cache.
+- `attend` for the CPU: blocks of queries against the few keys they see, without an n x n mask.
+- `attend_flex` for CUDA: flex attention, which skips blocks that no query sees.
 
-Row, column and convolutional attention are DALL-E's (Ramesh et al. 2021, appendix B.1, https://arxiv.org/abs/2102.12092).
+Row, column and convolutional attention are DALL-E's (Ramesh et al. 2021, appendix B.1,
+https://arxiv.org/abs/2102.12092).
 """
 
-# Axes: B batch, H heads, G key/value heads, n slots, P prefix slots, m = n - P image slots, h w code grid, d head width
+# Axes: B batch, H heads, G key/value heads, n slots, P prefix slots, h w code grid, d head width,
+#       q queries and k keys of a block
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_QUERIES = 128
+"""Queries per block of `attend`, rounded down to whole rows or columns (at least one)."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """One layer's attention: its name in PATTERNS, the prefix's length, the columns of the grid, the convolution's side."""
+    """Attention pattern of one layer.
+
+    name: a key of PATTERNS; prefix: slots before the image; columns: of the code grid;
+    convolution: side of the neighbourhood of 'convolution'.
+    """
 
     name: str
     prefix: int
@@ -36,21 +42,22 @@ class Pattern:
     convolution: int
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether image slot `query` sees image slot `key`, both raster indices of any (broadcastable) shape -> bool."""
+        """Whether image slot `query` sees image slot `key`: broadcastable indices -> bool."""
         return (key <= query) & PATTERNS[self.name](self, query, key)
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether slot `query` of the whole sequence sees slot `key`, both of any (broadcastable) shape -> bool: every slot
-        sees the prefix up to itself, image slots see what the pattern shows them of the image."""
+        """Whether slot `query` of the sequence sees slot `key`: broadcastable indices -> bool."""
+        causal = key <= query
         if self.name == "full":
-            return key <= query
-        within = (query >= self.prefix) & (key >= self.prefix)
-        return (key <= query) & (~within | self.visible(query - self.prefix, key - self.prefix))
+            return causal
+        both_in_image = (query >= self.prefix) & (key >= self.prefix)
+        visible = self.visible(query - self.prefix, key - self.prefix)
+        return causal & (~both_in_image | visible)
 
     def mask(self, slots: int) -> Tensor:
-        """[slots, slots] bool, True = sees: for tests and short sequences."""
-        at = torch.arange(slots)
-        return self.sees(at[:, None], at[None, :])
+        """Return the dense mask [slots, slots], True = sees. For tests and short sequences."""
+        indices = torch.arange(slots)
+        return self.sees(indices[:, None], indices[None, :])
 
 
 def _full(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
@@ -58,7 +65,7 @@ def _full(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _row(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
-    """The slots before it in raster order, back to the one above it."""
+    """The previous slots in raster order, back to the one right above the query."""
     return query - key <= pattern.columns
 
 
@@ -68,14 +75,9 @@ def _column(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
 
 def _convolution(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
     reach, columns = pattern.convolution // 2, pattern.columns
-    rows = query // columns - key // columns
-    return (rows <= reach) & ((query % columns - key % columns).abs() <= reach)
-
-
-def alone(shown: Tensor) -> Tensor:
-    """shown [B, n] -> the slots [B, n] that see none up to themselves: padding on a caption's left. They are given themselves,
-    or their softmax would be over nothing; as nobody sees them, it changes nothing else."""
-    return ~shown.long().cumsum(dim=1).bool()
+    row_distance = query // columns - key // columns  # never negative where key <= query
+    column_distance = (query % columns - key % columns).abs()
+    return (row_distance <= reach) & (column_distance <= reach)
 
 
 PATTERNS: dict[str, Callable[[Pattern, Tensor, Tensor], Tensor]] = {
@@ -83,75 +85,131 @@ PATTERNS: dict[str, Callable[[Pattern, Tensor, Tensor], Tensor]] = {
 """Name -> which earlier image slots a slot sees."""
 
 
+def alone(key_mask: Tensor) -> Tensor:
+    """key_mask [B, n] -> slots [B, n] that see no real slot up to themselves: left padding.
+
+    Such a slot is made to see itself, or its softmax would be NaN. No other slot sees it, so
+    nothing else changes.
+    """
+    return ~key_mask.long().cumsum(dim=1).bool()
+
+
+# ---- blocks of queries, for the CPU
+
+class QueryBlock(NamedTuple):
+    """Slot indices queries [q] and keys [k]; seen [q, k] bool, None if all see all."""
+
+    queries: Tensor
+    keys: Tensor
+    seen: Tensor | None
+
+
 @lru_cache(maxsize=64)
-def _blocks(pattern: Pattern, slots: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(queries [q], keys [k], seen [q, k] or None where all are) of the sequence's slots, every query once."""
+def _blocks(pattern: Pattern, slots: int) -> list[QueryBlock]:
+    """Blocks with every slot once as a query: the prefix, then groups of image slots."""
     prefix = torch.arange(min(pattern.prefix, slots))
-    blocks: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    blocks = []
     if len(prefix):
-        blocks.append((prefix, prefix, torch.ones(len(prefix), len(prefix), dtype=torch.bool).tril()))
-    for queries, keys in _groups(pattern, max(0, slots - pattern.prefix)):
-        seen = pattern.visible(queries[:, None], keys[None, :])
-        whole = torch.cat([torch.ones(len(queries), len(prefix), dtype=torch.bool), seen], dim=1)
-        blocks.append((queries + len(prefix), torch.cat([prefix, keys + len(prefix)]), None if bool(seen.all()) else whole))
+        causal = torch.ones(len(prefix), len(prefix), dtype=torch.bool).tril()
+        blocks.append(QueryBlock(prefix, prefix, causal))
+
+    image_slots = max(0, slots - pattern.prefix)
+    groups = _column_groups if pattern.name == "column" else _raster_groups
+    for queries, keys in groups(pattern, image_slots):
+        seen = pattern.visible(queries[:, None], keys[None, :])  # [q, k of the image]
+        mask = None
+        if not bool(seen.all()):
+            seen_prefix = torch.ones(len(queries), len(prefix), dtype=torch.bool)
+            mask = torch.cat([seen_prefix, seen], dim=1)
+        keys = torch.cat([prefix, keys + len(prefix)])
+        blocks.append(QueryBlock(queries + len(prefix), keys, mask))
     return blocks
 
 
-def _groups(pattern: Pattern, image_slots: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Image slots in groups of about BLOCK_QUERIES queries, each with the keys that any of them may see."""
-    if not image_slots:
-        return
-    slots, columns = torch.arange(image_slots), pattern.columns
-    if pattern.name == "column":
-        rows = -(-image_slots // columns)
-        together = max(1, BLOCK_QUERIES // rows)
-        for first in range(0, columns, together):
-            group = slots[(slots % columns >= first) & (slots % columns < first + together)]
-            if len(group):
-                yield group, group
-        return
-    back = {"row": columns, "convolution": pattern.convolution // 2 * (columns + 1)}.get(pattern.name, image_slots)
-    step = max(1, BLOCK_QUERIES // columns) * columns  # whole rows
+def _column_groups(pattern: Pattern, image_slots: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(queries, keys) of whole columns: those of a column see nothing outside it."""
+    columns = pattern.columns
+    rows = -(-image_slots // columns)  # the last one may be incomplete
+    columns_per_block = max(1, BLOCK_QUERIES // max(1, rows))
+
+    slots = torch.arange(image_slots)
+    column = slots % columns
+    for first in range(0, columns, columns_per_block):
+        group = slots[(column >= first) & (column < first + columns_per_block)]
+        if len(group):
+            yield group, group
+
+
+def _raster_groups(pattern: Pattern, image_slots: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(queries, keys) of whole rows; the keys go back to the first one any query may see."""
+    columns = pattern.columns
+    reach = pattern.convolution // 2
+    lookback = {"row": columns, "convolution": reach * (columns + 1)}.get(pattern.name, image_slots)
+
+    slots = torch.arange(image_slots)
+    step = max(1, BLOCK_QUERIES // columns) * columns
     for first in range(0, image_slots, step):
         last = min(image_slots, first + step)
-        yield slots[first:last], slots[max(0, first - back): last]
+        yield slots[first:last], slots[max(0, first - lookback): last]
 
 
-def attend(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None,
-           dropout: float = 0.0) -> Tensor:
-    """query [B, H, n, d], key and value [B, G, n, d] -> [B, H, n, d]; key_mask [B, P] bool hides slots of the prefix.
+def attend(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor,
+           key_mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """query [B, H, n, d], key and value [B, G, n, d] -> [B, H, n, d], n from 1 to P + N.
 
-    n may be anything from 1 to P + N: what is not there is not seen.
+    key_mask: [B, P] bool, False hides a slot of the prefix.
     """
-    slots, grouped = query.shape[-2], key.shape[1] != query.shape[1]
+    slots = query.shape[-2]
+    grouped = key.shape[1] != query.shape[1]
     if pattern.name == "full" and key_mask is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-    parts, order = [], []
-    for queries, keys, seen in _blocks(pattern, slots):
-        mask = None if seen is None else seen.to(query.device)
-        if key_mask is not None:
-            shown = F.pad(key_mask[:, :slots], (0, max(0, len(keys) - pattern.prefix)), value=True)
-            shown = shown[:, None, None, : len(keys)]  # [B, 1, 1, k]
-            mask = shown.expand(-1, 1, len(queries), -1) if mask is None else shown & mask
-            if int(queries[0]) < pattern.prefix:  # slots after the prefix are never hidden
-                own = torch.eye(len(queries), dtype=torch.bool, device=query.device)
-                mask = mask | own & alone(key_mask[:, :slots])[:, None, :, None]
-        parts.append(F.scaled_dot_product_attention(_take(query, queries), _take(key, keys), _take(value, keys), attn_mask=mask,
-                                                    dropout_p=dropout, enable_gqa=grouped))
-        order.append(queries)
-    if len(parts) == 1:
-        return parts[0]
-    together, at = torch.cat(parts, dim=2), torch.cat(order)
-    return together if bool((at.diff() > 0).all()) else together[:, :, at.argsort().to(query.device)]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout,
+                                              enable_gqa=grouped)
+
+    outputs, order = [], []
+    for block in _blocks(pattern, slots):
+        mask = _block_mask(pattern, block, query, key_mask)
+        output = F.scaled_dot_product_attention(
+            _select(query, block.queries), _select(key, block.keys), _select(value, block.keys),
+            attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
+        outputs.append(output)
+        order.append(block.queries)
+    if len(outputs) == 1:
+        return outputs[0]
+
+    output, queries = torch.cat(outputs, dim=2), torch.cat(order)
+    in_raster_order = bool((queries.diff() > 0).all())  # blocks of columns are not
+    return output if in_raster_order else output[:, :, queries.argsort().to(query.device)]
 
 
-def _take(heads: Tensor, slots: Tensor) -> Tensor:
-    """heads [B, H, n, d] at ascending `slots`: a view where they follow one another."""
+def _block_mask(pattern: Pattern, block: QueryBlock, query: Tensor,
+                key_mask: Tensor | None) -> Tensor | None:
+    """Attention mask of a block, [q, k] or [B, 1, q, k] bool; None if nothing is hidden."""
+    mask = None if block.seen is None else block.seen.to(query.device)
+    if key_mask is None:
+        return mask
+
+    key_mask = key_mask[:, : query.shape[-2]]
+    image_keys = max(0, len(block.keys) - pattern.prefix)
+    shown = F.pad(key_mask, (0, image_keys), value=True)
+    shown = shown[:, None, None, : len(block.keys)]  # [B, 1, 1, k]
+    mask = shown.expand(-1, 1, len(block.queries), -1) if mask is None else shown & mask
+
+    # only the prefix can hold hidden slots, and it is a block of its own
+    if int(block.queries[0]) < pattern.prefix:
+        itself = torch.eye(len(block.queries), dtype=torch.bool, device=query.device)
+        mask = mask | itself & alone(key_mask)[:, None, :, None]
+    return mask
+
+
+def _select(heads: Tensor, slots: Tensor) -> Tensor:
+    """heads [B, H, n, d] at ascending `slots`: a view where they are contiguous, else a copy."""
     first, last = int(slots[0]), int(slots[-1])
     if last - first + 1 == len(slots):
         return heads[:, :, first: last + 1]
     return heads[:, :, slots.to(heads.device)]
 
+
+# ---- flex attention, for CUDA
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
@@ -161,7 +219,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _block_mask(pattern: Pattern, slots: int, device: str):
+def _flex_block_mask(pattern: Pattern, slots: int, device: str):
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -170,24 +228,27 @@ def _block_mask(pattern: Pattern, slots: int, device: str):
     return create_block_mask(seen, None, None, slots, slots, device=device)
 
 
-def attend_flex(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None,
-                compiled: bool = True) -> Tensor:
-    """`attend` without dropout through flex attention (Dong et al. 2024, https://arxiv.org/abs/2412.05496).
+def attend_flex(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor,
+                key_mask: Tensor | None = None, compiled: bool = True) -> Tensor:
+    """`attend` without dropout, by flex attention (Dong et al. 2024, arxiv.org/abs/2412.05496).
 
     Compiled it needs CUDA; `compiled=False` is its slow reference, which runs anywhere.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
     slots, prefix = query.shape[-2], pattern.prefix
-    hide = None
+    score_mod = None
+    # padding differs in every batch: as a score_mod it leaves the block mask cacheable per pattern
     if key_mask is not None:
         shown = F.pad(key_mask, (0, slots - prefix), value=True)  # [B, n]
-        own = alone(shown)
+        hides_all = alone(shown)
 
-        def hide(score: Tensor, batch: Tensor, head: Tensor, query_slot: Tensor, key_slot: Tensor) -> Tensor:
-            seen = shown[batch, key_slot] | ((query_slot == key_slot) & own[batch, query_slot])
-            return torch.where(seen, score, -torch.inf)
+        def score_mod(score: Tensor, batch: Tensor, head: Tensor, query_slot: Tensor,
+                      key_slot: Tensor) -> Tensor:
+            itself = (query_slot == key_slot) & hides_all[batch, query_slot]
+            return torch.where(shown[batch, key_slot] | itself, score, -torch.inf)
 
     run: Any = _compiled_flex() if compiled else flex_attention
-    return run(query, key, value, score_mod=hide, block_mask=_block_mask(pattern, slots, str(query.device)),
-               enable_gqa=key.shape[1] != query.shape[1])
+    block_mask = _flex_block_mask(pattern, slots, str(query.device))
+    grouped = key.shape[1] != query.shape[1]
+    return run(query, key, value, score_mod=score_mod, block_mask=block_mask, enable_gqa=grouped)

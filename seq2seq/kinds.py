@@ -1,4 +1,4 @@
-"""The families of transformers by name, and loading a folder whichever family it holds."""
+"""Families of transformers by name, and a loader for folders of either."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import choose
 from tokenloom_common.pretrained import resolve_folder
 
-KINDS: dict[str, type[ImageTransformer]] = {kind.kind: kind for kind in (EncoderDecoder, DecoderOnly)}
+TRANSFORMER_KINDS: dict[str, type[ImageTransformer]] = {
+    EncoderDecoder.kind: EncoderDecoder, DecoderOnly.kind: DecoderOnly}
 
 
-def load_transformer(folder: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> ImageTransformer:
-    """Load a local folder or hub id that save_pretrained wrote, of any family. UserError naming the file on any damage.
+def load_transformer(folder: str | Path, device: str | torch.device = "cpu",
+                     revision: str | None = None) -> ImageTransformer:
+    """Load a local folder or hub id that save_pretrained wrote, of any family.
 
-    revision: of a hub id: branch, tag or commit.
+    revision: branch, tag or commit of a hub id. UserError naming the file on any damage.
     """
     folder = resolve_folder(folder, revision)
     path = folder / "config.json"
-    kind = str(read_mapping(path).get("kind")) if path.is_file() else EncoderDecoder.kind  # which then says what is missing
-    return choose(KINDS, kind, f"{path}: kind of transformer").from_pretrained(folder, device)
+    kind = EncoderDecoder.kind  # its loader says what a folder without config.json lacks
+    if path.is_file():
+        kind = str(read_mapping(path).get("kind"))
+    family = choose(TRANSFORMER_KINDS, kind, f"{path}: kind of transformer")
+    return family.from_pretrained(folder, device)

@@ -1,7 +1,7 @@
-"""Transformer layers from x-transformers (its only importer): a stack for text, a causal stack for image tokens.
+"""Transformer layers from x-transformers (its only importer): a text stack, a causal image stack.
 
-x-transformers projects, rotates and adds up; which slot sees which is ours (`seq2seq/attention.py`), put in the place of its
-own `Attend`.
+x-transformers projects, rotates and adds up. Attention itself, with its patterns, is ours
+(`seq2seq/attention.py`) and replaces its `Attend`.
 """
 
 # Axes: B batch, H heads, n slots, P prefix slots, D width, d head width
@@ -27,7 +27,8 @@ LAYER_NORM_EPS = 1e-5
 class PatternAttend(nn.Module):
     """Attention of one layer, in the place of x-transformers' Attend.
 
-    blind_slots: queries and keys of the first so many slots are zero (LlamaGen's text), so that they are seen as a flat mean.
+    blind_slots: the first slots, whose queries and keys are set to zero (LlamaGen's text), so that
+    later slots see them as a flat mean.
     """
 
     def __init__(self, pattern: Pattern, dropout: float, blind_slots: int = 0) -> None:
@@ -36,12 +37,15 @@ class PatternAttend(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
                 **unused: Any) -> tuple[Tensor, Intermediates]:
-        """mask [B, 1, 1, P] bool: which prefix slots are real."""
+        """query, key, value [B, H, n, d]; mask [B, 1, 1, P] bool, True = real prefix slot."""
         if self.blind_slots:
             query, key = blinded(query, self.blind_slots), blinded(key, self.blind_slots)
         key_mask = None if mask is None else mask[:, 0, 0]
         dropout = self.dropout if self.training else 0.0
-        if query.device.type == "cuda" and self.pattern.name != "full" and not dropout:  # which flex attention does not have
+
+        # flex attention has no dropout
+        sparse = self.pattern.name != "full"
+        if query.device.type == "cuda" and sparse and not dropout:
             out = attend_flex(self.pattern, query, key, value, key_mask)
         else:
             out = attend(self.pattern, query, key, value, key_mask, dropout)
@@ -54,14 +58,16 @@ def blinded(heads: Tensor, slots: int) -> Tensor:
 
 
 def text_stack(config: LayersConfig, layers: int) -> nn.Module:
-    """Bidirectional layers over a caption."""
+    """Build bidirectional layers over a caption."""
     stack = Encoder(dim=config.width, depth=layers, heads=config.heads, **_layer_options(config))
     return _adjusted(stack, config)
 
 
-def image_stack(config: TransformerConfig, layers: int, prefix: int, cross_attend: bool, blind_slots: int = 0) -> nn.Module:
-    """Causal layers over `prefix` slots and then image slots, each layer with its own attention pattern."""
-    stack = Decoder(dim=config.width, depth=layers, heads=config.heads, cross_attend=cross_attend, **_layer_options(config))
+def image_stack(config: TransformerConfig, layers: int, prefix: int, cross_attend: bool,
+                blind_slots: int = 0) -> nn.Module:
+    """Build causal layers over `prefix` slots and the image slots, each with its own pattern."""
+    stack = Decoder(dim=config.width, depth=layers, heads=config.heads, cross_attend=cross_attend,
+                    **_layer_options(config))
     blocks = layer_blocks(stack, cross_attend)
     for name, (attention, *_) in zip(config.patterns(layers), blocks, strict=True):
         pattern = Pattern(name, prefix, config.grid[1], config.convolution_size)
@@ -70,14 +76,18 @@ def image_stack(config: TransformerConfig, layers: int, prefix: int, cross_atten
 
 
 def embedding_norm(config: LayersConfig) -> nn.LayerNorm | None:
-    """The norm of embeddings, where the config has one; always with a bias."""
-    return nn.LayerNorm(config.width, eps=config.norm_eps or LAYER_NORM_EPS) if config.embedding_norm else None
+    """Build the norm of embeddings if the config has one; always with a bias."""
+    if not config.embedding_norm:
+        return None
+    return nn.LayerNorm(config.width, eps=config.norm_eps or LAYER_NORM_EPS)
 
+
+# ---- gradient checkpointing
 
 class _Recomputed:
-    """Mixed into the classes of blocks: their activations can be computed again in the backward pass instead of kept.
+    """Mixin for classes of blocks: recompute activations in the backward pass, do not keep them.
 
-    The call is what is repeated, and not `forward`, so that hooks which fetch weights (ZeRO-3) run again too.
+    It wraps `__call__` and not `forward`, so that hooks which fetch weights (ZeRO-3) run again too.
     """
 
     recomputed = False
@@ -95,15 +105,20 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def recompute_activations(model: nn.Module, on: bool) -> None:
-    """Gradient checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174): keep the inputs of each block alone and
-    compute its activations again in the backward pass; a third more time, the same numbers. For every stack in `model`."""
+    """Switch gradient checkpointing (Chen et al. 2016, https://arxiv.org/abs/1604.06174) on or off.
+
+    On, every stack in `model` keeps only the inputs of each block and computes its activations
+    again in the backward pass: a third more time, the same numbers.
+    """
     for module in model.modules():
         if isinstance(module, _Recomputed):
             module.recomputed = on
 
 
+# ---- x-transformers' layers
+
 class Block:
-    """One block of a layer: `norm` before it, `block` itself, `norm_after` it (identity where there is none)."""
+    """One block of a layer: `norm`, `block`, `norm_after`; a missing norm is an identity."""
 
     def __init__(self, norms: Any, block: nn.Module) -> None:
         before, after, _ = norms
@@ -113,7 +128,7 @@ class Block:
 
 
 def layer_blocks(stack: Any, cross_attend: bool) -> list[tuple[Block, ...]]:
-    """The blocks of each layer in order: self-attention, cross-attention (if any), feed-forward."""
+    """Return each layer's blocks: self-attention, cross-attention (if any), feed-forward."""
     # x-transformers keeps one flat list of (norms, block, residual)
     blocks = [Block(norms, block) for norms, block, _ in stack.layers]
     step = 3 if cross_attend else 2
@@ -121,14 +136,14 @@ def layer_blocks(stack: Any, cross_attend: bool) -> list[tuple[Block, ...]]:
 
 
 def _layer_options(config: LayersConfig) -> dict[str, Any]:
-    """The dozen of x-transformers' options that these models use, for encoder and decoder alike."""
+    """Options of x-transformers' encoder and decoder alike."""
     return {
         "use_rmsnorm": config.norm == "rmsnorm",
         "sandwich_norm": config.norm_placement != "pre",
         "attn_dim_head": config.head_dim,
         "attn_kv_heads": config.kv_heads,
         "attn_qk_rmsnorm": config.qk_norm,
-        "attn_flash": True,  # scaled_dot_product_attention: the flash kernel where the device has one
+        "attn_flash": True,  # scaled_dot_product_attention
         "attn_project_out": True,  # also with one head, so that every size has the same parameters
         "attn_dropout": config.dropout,
         "ff_glu": config.feedforward != "gelu",
@@ -142,35 +157,47 @@ def _layer_options(config: LayersConfig) -> dict[str, Any]:
 
 
 def _adjusted(stack: nn.Module, config: LayersConfig) -> nn.Module:
-    """What x-transformers has no option for."""
+    """Apply the parts of the config that x-transformers has no option for."""
     for _, block, _ in stack.layers:  # type: ignore[union-attr]
         kind: Any = type(block)
         block.__class__ = _recomputed(kind)
+
+    glu = config.feedforward != "gelu"
     for module in stack.modules():
         if config.attention_bias and hasattr(module, "to_q"):
-            for name in ("to_q", "to_k", "to_v", "to_out"):
-                old: Any = getattr(module, name)
-                new = nn.Linear(old.in_features, old.out_features)
-                nn.init.zeros_(new.bias)
-                setattr(module, name, new)
-        if isinstance(module, FeedForward) and not config.feedforward_bias and config.feedforward != "gelu":
-            module.ff[0].proj.register_parameter("bias", None)  # a GLU's projection keeps its bias under ff_no_bias
+            _add_projection_biases(module)
+        if isinstance(module, FeedForward) and glu and not config.feedforward_bias:
+            # a GLU's projection keeps its bias under ff_no_bias
+            module.ff[0].proj.register_parameter("bias", None)
+
     if config.norm_placement == "normformer":
         for norms, block, _ in stack.layers:  # type: ignore[union-attr]
             if isinstance(block, FeedForward):
-                norms[1] = None  # after attention only
+                norms[1] = None  # put there by sandwich_norm; normformer's is after attention only
     if config.plain_norms:
         _put_plain_norms(stack, config)
     return stack
 
 
+def _add_projection_biases(attention: nn.Module) -> None:
+    for name in ("to_q", "to_k", "to_v", "to_out"):
+        old: Any = getattr(attention, name)
+        new = nn.Linear(old.in_features, old.out_features)
+        nn.init.zeros_(new.bias)
+        setattr(attention, name, new)
+
+
 def _put_plain_norms(stack: nn.Module, config: LayersConfig) -> None:
-    """PyTorch's norms in the places of x-transformers', which have neither a choice of epsilon nor a bias. Theirs keep their
-    gain less 1; these keep it as published checkpoints do."""
+    """Replace x-transformers' norms, which have no choice of epsilon and no bias, by PyTorch's.
+
+    x-transformers stores the gain less 1; PyTorch's store the gain, as published checkpoints do.
+    """
+    eps = config.norm_eps
     for module in list(stack.modules()):
         for name, norm in list(module.named_children()):
             if isinstance(norm, RMSNorm):
-                setattr(module, name, nn.RMSNorm(len(norm.g), eps=config.norm_eps))
+                setattr(module, name, nn.RMSNorm(len(norm.g), eps=eps))
             elif isinstance(norm, LayerNorm):
-                eps = config.norm_eps or LAYER_NORM_EPS
-                setattr(module, name, nn.LayerNorm(len(norm.gamma), eps=eps, bias=config.norm_bias))
+                plain = nn.LayerNorm(len(norm.gamma), eps=eps or LAYER_NORM_EPS,
+                                     bias=config.norm_bias)
+                setattr(module, name, plain)

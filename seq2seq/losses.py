@@ -1,6 +1,7 @@
 """Losses of the caption -> image token model."""
 
-# Axes: B batch, S predicted slots, V classes, N image tokens, T text ids, M masked ids, L layout tokens, K codebook size
+# Axes: B batch, S predicted slots, V classes, N image tokens, T text ids, M masked ids,
+#       L layout tokens, K codebook size
 
 from __future__ import annotations
 
@@ -17,63 +18,93 @@ from tokenloom_common.config import StrictConfig
 
 
 class TokenLossConfig(StrictConfig):
-    """Weights of the parts. Each part is a mean over its own tokens."""
+    """Weights of the loss terms. Each term is a mean over its own tokens."""
 
-    image_weight: float = Field(1.0, gt=0, description="of the image tokens' cross entropy (DALL-E: 7/8)")
-    text_weight: float = Field(0.0, ge=0, description="of the text ids' cross entropy, for model.predict_text (DALL-E: 1/8)")
-    layout_weight: float = Field(1.0, gt=0, description="of the layout tokens' cross entropy, for models with a layout")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a token's target that is spread over all codes")
-    z_weight: float = Field(0.0, ge=0, description="of the mean of log(sum(exp(logits)))^2: keeps logits small (PaLM: 1e-4)")
-    region_weights: dict[int, float] = Field(default_factory=dict, description="layout class -> weight of image tokens over it "
-                                             "(Make-A-Scene weighs faces); other classes weigh 1")
+    image_weight: float = Field(
+        1.0, gt=0, description="of the image tokens' cross entropy (DALL-E: 7/8)")
+    text_weight: float = Field(
+        0.0, ge=0, description="of the text ids' cross entropy, for model.predict_text "
+        "(DALL-E: 1/8)")
+    layout_weight: float = Field(
+        1.0, gt=0, description="of the layout tokens' cross entropy, for models with a layout")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of a token's target that is spread over all codes")
+    z_weight: float = Field(
+        0.0, ge=0, description="of the mean of log(sum(exp(logits)))^2: keeps logits small "
+        "(PaLM: 1e-4)")
+    region_weights: dict[int, float] = Field(
+        default_factory=dict, description="layout class -> weight of image tokens over it "
+        "(Make-A-Scene weighs faces); other classes weigh 1")
 
 
-def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy in nats: logits [B, S, V], targets [B, S] int64, weights [B, S] (none = 1) -> scalar float32.
+def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None,
+               label_smoothing: float = 0.0) -> Tensor:
+    """Return the mean cross entropy in nats, a scalar float32.
 
-    With label smoothing e the target is 1 - e on the right class plus e / V on every class (Szegedy et al. 2016, section 7,
-    https://arxiv.org/abs/1512.00567). Weights that sum to 0 give 0.
+    logits [B, S, V], targets [B, S] int64, weights [B, S] (none = 1); weights that sum to 0 give 0.
+    With label smoothing e the target is 1 - e on the right class plus e / V on every class (Szegedy
+    et al. 2016, section 7, https://arxiv.org/abs/1512.00567).
     """
-    flat, wanted = logits.float().flatten(0, 1), targets.flatten()
+    flat_logits = logits.float().flatten(0, 1)  # [B * S, V]
+    flat_targets = targets.flatten()
     if weights is None:
-        return F.cross_entropy(flat, wanted, label_smoothing=label_smoothing)
-    each = F.cross_entropy(flat, wanted, label_smoothing=label_smoothing, reduction="none")
-    share = weights.flatten().float()
-    return (each * share).sum() / share.sum().clamp(min=1e-9)
+        return F.cross_entropy(flat_logits, flat_targets, label_smoothing=label_smoothing)
+
+    losses = F.cross_entropy(flat_logits, flat_targets, label_smoothing=label_smoothing,
+                             reduction="none")
+    flat_weights = weights.flatten().float()
+    return (losses * flat_weights).sum() / flat_weights.sum().clamp(min=1e-9)
 
 
 def image_token_loss(logits: Tensor, image_tokens: Tensor) -> Tensor:
-    """Mean cross entropy in nats over all image tokens: logits [B, N, K], image_tokens [B, N] int64 -> scalar float32."""
+    """Mean cross entropy in nats over all image tokens.
+
+    logits [B, N, K], image_tokens [B, N] int64 -> scalar float32.
+    """
     return token_loss(logits, image_tokens)
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """Mean of log(Z)^2, Z the softmax's normaliser: logits [B, S, V] -> scalar float32 (Chowdhery et al. 2022, section 5,
-    https://arxiv.org/abs/2204.02311)."""
+    """Mean of log(Z)^2, Z the softmax's normaliser: logits [B, S, V] -> scalar float32.
+
+    Chowdhery et al. 2022, section 5, https://arxiv.org/abs/2204.02311.
+    """
     return logits.float().logsumexp(dim=-1).square().mean()
 
 
 def region_token_weights(layout: Tensor, layout_grid: tuple[int, int], grid: tuple[int, int],
                          weights: dict[int, float]) -> Tensor:
-    """layout [B, L] of classes -> weights [B, N] float32 of image tokens: that of the class under each token's middle."""
-    maps = layout.unflatten(1, layout_grid)  # [B, rows, columns]
-    at = [((torch.arange(count, device=layout.device) + 0.5) * (coarse / count)).long()
-          for count, coarse in zip(grid, layout_grid, strict=True)]
-    classes = maps[:, at[0]][:, :, at[1]].flatten(1)  # [B, N]
-    result = torch.ones_like(classes, dtype=torch.float32)
-    for name, weight in weights.items():
-        result = torch.where(classes == name, weight, result)
-    return result
+    """Weigh each image token by the layout class under its middle.
+
+    layout [B, L] of classes -> weights [B, N] float32; classes without a weight weigh 1.
+    """
+    maps = layout.unflatten(1, layout_grid)  # [B, layout rows, layout columns]
+    rows = _covering_cells(grid[0], layout_grid[0], layout.device)
+    columns = _covering_cells(grid[1], layout_grid[1], layout.device)
+    classes = maps[:, rows][:, :, columns].flatten(1)  # [B, N]
+
+    token_weights = torch.ones_like(classes, dtype=torch.float32)
+    for layout_class, weight in weights.items():
+        token_weights = torch.where(classes == layout_class, weight, token_weights)
+    return token_weights
 
 
-def loss_parts(logits: TokenLogits, config: TokenLossConfig, image_tokens: Tensor, image_weights: Tensor | None = None,
-               layout_tokens: Tensor | None = None, text_targets: Tensor | None = None,
+def _covering_cells(count: int, coarse: int, device: torch.device) -> Tensor:
+    """Index [count] of the coarse cell that holds the middle of each of `count` cells."""
+    middles = torch.arange(count, device=device) + 0.5
+    return (middles * (coarse / count)).long()
+
+
+def loss_parts(logits: TokenLogits, config: TokenLossConfig, image_tokens: Tensor,
+               image_weights: Tensor | None = None, layout_tokens: Tensor | None = None,
+               text_targets: Tensor | None = None,
                text_mask: Tensor | None = None) -> dict[str, tuple[Tensor, float]]:
-    """Each part by name with its weight: "image", and where the model has them "text", "layout", "z".
+    """Return name -> (loss, weight): "image", and where the model has them "text", "layout", "z".
 
     text_targets [B, T]: ids to predict; text_mask [B, T] bool: which of them count (none = all).
     """
-    parts = {"image": (token_loss(logits.image, image_tokens, image_weights, config.label_smoothing), config.image_weight)}
+    image = token_loss(logits.image, image_tokens, image_weights, config.label_smoothing)
+    parts = {"image": (image, config.image_weight)}
     if logits.text is not None:
         assert text_targets is not None, "a model that predicts text needs its ids"
         parts["text"] = (token_loss(logits.text, text_targets, text_mask), config.text_weight)
@@ -85,33 +116,42 @@ def loss_parts(logits: TokenLogits, config: TokenLossConfig, image_tokens: Tenso
     return parts
 
 
-# ---- masked text ids ----
+# ---- masked text ids, as BERT's
 
-PREDICTED, REPLACED, RANDOM = 0.15, 0.8, 0.1  # BERT's: of all words; and of those, by the mask and by any other word
+PREDICTED = 0.15
+"""Share of ids to predict."""
+REPLACED, RANDOM = 0.8, 0.1
+"""Shares of those that become the mask and a random id; the rest stay."""
 
 
 class MaskedText(NamedTuple):
-    """text_ids [.., T] int64 as they are fed; predicted [.., T] bool: which of them are to be told from the others."""
+    """text_ids [.., T] int64 as the model reads them; predicted [.., T] bool: ids to predict."""
 
     text_ids: Tensor
     predicted: Tensor
 
 
 def mask_text(text_ids: Tensor, vocab_size: int, generator: torch.Generator) -> MaskedText:
-    """Hide text ids [.., T] int64 as BERT does (Devlin et al. 2019, section 3.1, https://arxiv.org/abs/1810.04805): each is to
-    be predicted with a chance of 15 %; of those, 80 % become the mask, 10 % a random id, and 10 % stay.
+    """Hide text ids [.., T] int64 as BERT does.
 
-    The mask is UNKNOWN, which no caption contains because unknown characters are spelt in bytes. Padding, end and the null
-    caption are neither predicted nor drawn.
+    Each id is predicted with a chance of 15 %; of those, 80 % become the mask, 10 % a random id,
+    and 10 % stay (Devlin et al. 2019, section 3.1, https://arxiv.org/abs/1810.04805). The mask is
+    UNKNOWN, which no caption contains because unknown characters are spelt in bytes. Padding, end
+    and the null caption are neither predicted nor drawn.
     """
-    choice, kind = torch.rand((2, *text_ids.shape), generator=generator)
-    drawn = torch.randint(NULL + 1, vocab_size, text_ids.shape, generator=generator)
+    choice, fate = torch.rand((2, *text_ids.shape), generator=generator)
+    random_ids = torch.randint(NULL + 1, vocab_size, text_ids.shape, generator=generator)
+
     predicted = (text_ids > NULL) & (choice < PREDICTED)
-    hidden = torch.where(predicted & (kind < REPLACED), UNKNOWN, text_ids)
-    return MaskedText(torch.where(predicted & (kind >= 1 - RANDOM), drawn, hidden), predicted)
+    masked = predicted & (fate < REPLACED)
+    randomised = predicted & (fate >= 1 - RANDOM)
+    hidden = torch.where(masked, UNKNOWN, text_ids)
+    return MaskedText(torch.where(randomised, random_ids, hidden), predicted)
 
 
 def masked_text_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats over the M ids that were to be predicted: logits [M, V], targets [M] int64 -> scalar float32;
-    0 where none was."""
+    """Mean cross entropy in nats over the M predicted ids; 0 if there are none.
+
+    logits [M, V], targets [M] int64 -> scalar float32.
+    """
     return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))

@@ -10,7 +10,7 @@ from x_transformers.x_transformers import RotaryEmbedding, apply_rotary_pos_emb
 from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
 from seq2seq.layers import recompute_activations
 from seq2seq.losses import image_token_loss
-from seq2seq.positions import apply_rotary, flat_positions, grid_positions, rotary_angles
+from seq2seq.positions import flat_positions, grid_positions, rotary_angles
 from seq2seq.text_tokenizer import END, NULL, PAD
 from tests import tiny
 from tokenloom_common.errors import MissingFileError, UserError
@@ -84,6 +84,13 @@ def test_a_token_depends_only_on_the_tokens_before_it():
         difference = (model(*text, image_tokens).image - model(*text, changed).image).abs().amax(dim=-1)[0]
     assert difference[:7].max() < 1e-6
     assert difference[7] > 1e-4
+
+
+def apply_rotary(heads, angles):
+    """Rotate pairs (0,1), (2,3), ... of heads [B, heads, n, d] by angles [1, n, d]."""
+    first, second = heads[..., 0::2], heads[..., 1::2]
+    quarter_turn = torch.stack([-second, first], dim=-1).flatten(-2)
+    return (heads * angles.cos() + quarter_turn * angles.sin()).type(heads.dtype)
 
 
 def test_one_dimensional_rotary_equals_x_transformers():
