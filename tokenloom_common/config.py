@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenloom_common.errors import MissingFileError, UserError, nearest_name
+from tokenloom_common.errors import MissingFileError, UserError, nearest_name, one_line
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is something else
 MAX_VALUES = 1 << 20  # in it, every alias of YAML written out: a few lines of them can stand for more than a memory holds
@@ -109,7 +109,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: JSON, dates and numbers that are none
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     if count > MAX_VALUES:
         raise UserError(f"{path}: cannot be read: its aliases stand for more than {MAX_VALUES:,} values, or for themselves")
     if values is None:
