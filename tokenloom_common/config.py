@@ -33,9 +33,6 @@ class StrictConfig(BaseModel):
     extra_keys: ClassVar[tuple[str, ...]] = ()
     """Keys that a section takes in a file or on the command line beside its fields (they are resolved when it is read)."""
 
-    renamed: ClassVar[dict[str, str]] = {}
-    """Keys of earlier releases, dotted -> what they are called now."""
-
     @classmethod
     def variants(cls) -> list[type[StrictConfig]]:
         """The classes that a section of this type can be: itself, or for an abstract one its families."""
@@ -57,9 +54,8 @@ def dotted_names(config_class: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest_key(config_class: type[BaseModel], key: str) -> str:
-    """What to say after an unknown key: what it is called now, the nearest valid one, or all of them."""
-    now = getattr(config_class, "renamed", {}).get(key)
-    return f"; it is called '{now}' now" if now else nearest_name(key, dotted_names(config_class))
+    """`; did you mean 'x'?` for the valid key closest to an unknown one, or all valid keys when none is close."""
+    return nearest_name(key, dotted_names(config_class))
 
 
 def sections(annotation: Any) -> list[type[BaseModel]]:
