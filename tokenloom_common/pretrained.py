@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tokenloom_common.config import StrictConfig, read_mapping
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
 from tokenloom_common.hub import MODEL_FILES as MODEL_FILES
 from tokenloom_common.hub import Pushable, resolve_folder
@@ -70,7 +70,7 @@ def _with_tensors(kind: type[Any], config: StrictConfig, tensors: dict[str, Tens
             model = kind(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise UserError(f"{path}: the weights do not fit config.json: no model can be built from it "
-                        f"({' '.join(str(error).split())[:120]})") from None
+                        f"({one_line(error)[:120]})") from None
     own = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     check_tensors({name: shape for name, (shape, _) in own.items()},
                   {name: tuple(t.shape) for name, t in tensors.items()}, path)

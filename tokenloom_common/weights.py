@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 from tokenloom_common.tensor_writer import ALIGNMENT, INDEX_NAME
 
 WEIGHTS_NAME = "model.safetensors"
@@ -59,7 +59,7 @@ def _tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
                 tensor = file.get_tensor(name)
                 yield name, tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:200]}); "
+        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)[:200]}); "
                         "copy or download it again") from None
 
 

@@ -29,7 +29,7 @@ from inference.memory.meta_device import build_on_meta
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS
 from tokenizer_image import VQGAN, VQGANConfig
-from tokenloom_common.errors import RunFailedError, UserError, choose
+from tokenloom_common.errors import RunFailedError, UserError, choose, one_line
 from tokenloom_common.files import (
     atomic_folder,
     naming,
@@ -192,7 +192,7 @@ def _write_aside(out: Path, payload: Mapping[str, Any], state: Mapping[str, Tens
             try:
                 torch.save(payload, aside)
             except RuntimeError as error:
-                what = " ".join(str(error).split())[:120]
+                what = one_line(error)[:120]
                 raise RunFailedError(f"{out}: cannot be written; is the disk full? ({what})") from None
         sync_path(aside)
         os.replace(aside, out)

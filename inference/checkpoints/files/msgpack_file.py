@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 
 MAX_DEPTH = 32
 MAX_ENTRIES = 1 << 18  # names in all maps together
@@ -59,7 +59,7 @@ def read_msgpack(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     walk = _Walk(content, len(content))
     try:
         walk.top()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenloom_common.errors import UserError
+from tokenloom_common.errors import UserError, one_line
 
 MAX_PICKLE_BYTES = 256 << 20  # the pickle beside the tensors' own bytes: names, shapes, settings
 
@@ -116,7 +116,7 @@ def _refused(path: Path, *names: str) -> UserError:
 
 
 def _damaged(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: not a whole torch checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:160]}); "
+    return UserError(f"{path}: not a whole torch checkpoint ({one_line(error)[:160]}); "
                      "download it again")
 
 

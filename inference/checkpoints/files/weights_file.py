@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inference.checkpoints.files.torch_file import checked, read_torch_file
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -59,7 +59,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, OverflowError, TypeError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())[:160]}); "
+        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)[:160]}); "
                         "download it again") from None
 
 

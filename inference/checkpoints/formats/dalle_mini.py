@@ -27,7 +27,7 @@ from seq2seq import BPETokenizer, BPETokenizerConfig
 from seq2seq.bpe_tokenizer import HEADER, MERGES_NAME, VOCAB_NAME, read_text
 from tokenizer_image import ImageTokenizer, load_tokenizer
 from tokenloom_common.config import read_mapping
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 
 DEFAULTS = SamplingParams(guidance_scale=10.0, top_k=0, temperature=1.0)  # of the project's inference notebook
 EXPECTED: dict[str, Any] = {
@@ -152,7 +152,7 @@ def _tokenizer_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)[:200]}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a mapping, found {type(found).__name__}")
     return found
@@ -174,5 +174,5 @@ def _vocab_and_merges(tokenizer: Mapping[str, Any], path: Path) -> tuple[str, st
                  **{str(token["content"]): token["id"] for token in tokenizer.get("added_tokens") or []}}
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a tokenizer of byte-pair encoding ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"{path}: not a tokenizer of byte-pair encoding ({one_line(error)[:100]})") from None
     return json.dumps(vocab, ensure_ascii=False), "\n".join([f"{HEADER}: 0.2", *merges, ""])

@@ -36,7 +36,7 @@ from seq2seq.positions import ROTARY_BASE
 from seq2seq.presets import LLAMAGEN, LLAMAGEN_HEADS
 from tokenizer_image import ImageTokenizer, load_tokenizer
 from tokenloom_common.config import StrictConfig, read_mapping
-from tokenloom_common.errors import UserError, nearest_name
+from tokenloom_common.errors import UserError, nearest_name, one_line
 
 CONTAINERS = ("model", "module", "state_dict")  # DistributedDataParallel, DeepSpeed, Lightning; FSDP's files have none
 CLASSES = "cls_embedding.embedding_table.weight"
@@ -255,7 +255,7 @@ def _classes(config: DecoderOnlyConfig, path: Path | None) -> TextSource:
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"--classes {path}: cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"--classes {path}: cannot be read ({one_line(error)})") from None
     if len(names) != count:
         raise UserError(f"--classes {path}: has {len(names):,} lines, the transformer {count:,} classes; give one name a line")
     first: dict[str, int] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 from tokenloom_common.files import file_hash
 
 AGAIN = "run training/encode_dataset.py again"
@@ -147,4 +147,4 @@ def open_token_file(folder: Path, name: str, size: int | None, blake2b: str | No
     except UserError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole token shard ({' '.join(str(error).split())[:200]}); {AGAIN}") from None
+        raise UserError(f"{path}: not a whole token shard ({one_line(error)[:200]}); {AGAIN}") from None
