@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from inference.sampling import SamplingParams
-from seq2seq import KINDS as TRANSFORMER_KINDS
-from seq2seq import TEXT_SOURCES, FrozenTextEncoder, ImageTransformer, TextSource, load_text_source
+from seq2seq import TEXT_SOURCES, TRANSFORMER_KINDS, FrozenTextEncoder, ImageTransformer, TextSource, load_text_source
 from tokenizer_image import KINDS, ImageTokenizer, load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import read_mapping

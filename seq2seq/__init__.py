@@ -12,11 +12,8 @@ from seq2seq.presets import PRESETS
 from seq2seq.text_sources import TEXT_SOURCES, TextSource, load_text_source
 from seq2seq.text_tokenizer import TextBatch, TextTokenizer, TextTokenizerConfig
 
-KINDS = TRANSFORMER_KINDS
-"""The same table, by the name that its users outside this package import."""
-
 __all__ = [
-    "KINDS", "PRESETS", "TEXT_SOURCES", "TRANSFORMER_KINDS", "BPETokenizer", "BPETokenizerConfig",
+    "PRESETS", "TEXT_SOURCES", "TRANSFORMER_KINDS", "BPETokenizer", "BPETokenizerConfig",
     "ClassLabels", "ClassLabelsConfig", "DecoderOnly", "DecoderOnlyConfig", "EncoderDecoder",
     "FrozenTextConfig", "FrozenTextEncoder", "ImageTransformer", "Seq2SeqConfig", "TextBatch",
     "TextSource", "TextTokenizer", "TextTokenizerConfig", "TokenLogits", "TransformerConfig",

@@ -9,7 +9,7 @@ from torch import nn
 
 from inference.memory.meta_device import Alive, fused_attention
 from inference.scoring.matcher import Matcher
-from seq2seq import KINDS
+from seq2seq import TRANSFORMER_KINDS
 from seq2seq.layers import recompute_activations
 from seq2seq.losses import TokenLossConfig
 from tests import tiny
@@ -55,7 +55,7 @@ def held(activations: Activations, number: int) -> int:
 def test_a_transformers_activations_are_those_of_a_real_step(name, checkpointing, precision):
     config = MODELS[name]().config
     loss = TokenLossConfig(text_weight=0.1 if getattr(config, "predict_text", False) else 0.0, z_weight=1e-4)
-    real = KINDS[config.kind](config)
+    real = TRANSFORMER_KINDS[config.kind](config)
     recompute_activations(real, checkpointing)
     real = real.to(DTYPES[precision]).train()
     given = text(config, 3)

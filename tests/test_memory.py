@@ -29,7 +29,7 @@ from inference.memory.estimate import estimate as memory_module
 from inference.memory.meta_device import Alive
 from inference.memory.parts import picture_bytes
 from inference.memory.sizes import human
-from seq2seq import KINDS, PRESETS, TextBatch
+from seq2seq import PRESETS, TRANSFORMER_KINDS, TextBatch
 from tests import launching, test_bpe_tokenizer, tiny
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.images import float_to_pixels
@@ -56,7 +56,7 @@ def model(request):
 def preset(name: str, **changes):
     values = {"text_vocab_size": 16_384, "text_length": 64, "codebook_size": 16_384, "grid": (16, 16),
               **PRESETS[name], **changes}
-    return KINDS[values.pop("kind")].config_class(**values)
+    return TRANSFORMER_KINDS[values.pop("kind")].config_class(**values)
 
 
 def text(model, captions: int) -> TextBatch:

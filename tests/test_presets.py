@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seq2seq import KINDS, PRESETS
+from seq2seq import PRESETS, TRANSFORMER_KINDS
 from training.config.transformer import read_settings
 
 PARTI = {"text_vocab_size": 16_000, "text_length": 128, "codebook_size": 8192, "grid": (32, 32)}
@@ -16,7 +16,7 @@ SMALL = {"text_vocab_size": 512, "text_length": 12, "codebook_size": 512, "grid"
 def parameters(name: str, derived: dict) -> int:
     config = read_settings({"preset": name}).build(derived)
     with torch.device("meta"):
-        return sum(p.numel() for p in KINDS[config.kind](config).parameters())
+        return sum(p.numel() for p in TRANSFORMER_KINDS[config.kind](config).parameters())
 
 
 @pytest.mark.parametrize(("name", "millions"), [

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from inference import LoadedModel, SamplingParams, TextToImage, save_model_folder
 from seq2seq import (
-    KINDS,
+    TRANSFORMER_KINDS,
     ClassLabels,
     DecoderOnly,
     FrozenTextEncoder,
@@ -120,7 +120,7 @@ class Seq2SeqTraining:
         group.first_does(self._keep_tokenizers)
         self.visits, self.collate = self._visits(self._classes())
         seed_everything(config.seed, 0)  # the same weights on every process
-        self.model = begun if begun is not None else KINDS[config.model.kind](model_config)
+        self.model = begun if begun is not None else TRANSFORMER_KINDS[config.model.kind](model_config)
         recompute_activations(self.model, config.train.gradient_checkpointing)
         if start_from and self.run_state.resume_from is None:
             if kept is not None:

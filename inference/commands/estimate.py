@@ -17,8 +17,7 @@ from inference.memory.sizes import MIB, PRESET_SIZES, bytes_of, grid_of, human
 from inference.model_folder import GENERATION_NAME, read_model_index
 from inference.requests import check_counts
 from inference.sampling import SamplingParams
-from seq2seq import KINDS as TRANSFORMER_KINDS
-from seq2seq import PRESETS, FrozenTextConfig, FrozenTextEncoder, TransformerConfig
+from seq2seq import PRESETS, TRANSFORMER_KINDS, FrozenTextConfig, FrozenTextEncoder, TransformerConfig
 from tokenizer_image.config import ImageTokenizerConfig
 from tokenizer_image.kinds import KINDS
 from tokenloom_common.config import read_mapping

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from inference.memory.meta_device import build_on_meta, peak_on_meta
-from seq2seq import KINDS, TransformerConfig
+from seq2seq import TRANSFORMER_KINDS, TransformerConfig
 from tokenizer_image.config import ImageTokenizerConfig
 from tokenizer_image.images import float_to_pixels
 from tokenizer_image.kinds import build_tokenizer
@@ -40,7 +40,7 @@ class _Sizes:
 
 @lru_cache(maxsize=32)
 def _sizes(config: TransformerConfig) -> _Sizes:
-    model = build_on_meta(KINDS[config.kind], config)
+    model = build_on_meta(TRANSFORMER_KINDS[config.kind], config)
     linear = [m for part in (model.decoder, model.to_logits) for m in part.modules() if isinstance(m, nn.Linear)]
     matrices = sum(layer.weight.numel() for layer in linear)
     return _Sizes(matrices, sum(layer.out_features for layer in linear), sum(p.numel() for p in model.parameters()) - matrices,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.model_folder import INDEX_NAME, read_model_index
-from seq2seq import KINDS, FrozenTextConfig, FrozenTextEncoder, TransformerConfig
+from seq2seq import TRANSFORMER_KINDS, FrozenTextConfig, FrozenTextEncoder, TransformerConfig
 from seq2seq.config import DERIVED
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
@@ -42,7 +42,7 @@ class StartFolder:
 
     def config(self) -> TransformerConfig:
         """Of the transformer. UserError naming the file on any damage."""
-        kind = KINDS[str(read_mapping(self.transformer / "config.json").get("kind"))]
+        kind = TRANSFORMER_KINDS[str(read_mapping(self.transformer / "config.json").get("kind"))]
         return read_config(self.transformer, kind.kind, kind.config_class)  # type: ignore[return-value]
 
 
@@ -55,10 +55,10 @@ def find_start(name: str, patterns: tuple[str, ...] = MODEL_FILES) -> StartFolde
     start = StartFolder(name, folder, (folder / INDEX_NAME).is_file())
     path = start.transformer / "config.json"
     found = read_mapping(path).get("kind") if path.is_file() else None
-    if found not in KINDS:
+    if found not in TRANSFORMER_KINDS:
         holds = f"holds kind {found!r}" if path.is_file() else "is not there"
         raise UserError(f"init_from {name}: neither a model folder ({INDEX_NAME}) nor one of a transformer: {path} {holds}, "
-                        f"expected {' or '.join(KINDS)}; give the folder that training wrote as RUN/model")
+                        f"expected {' or '.join(TRANSFORMER_KINDS)}; give the folder that training wrote as RUN/model")
     return start
 
 

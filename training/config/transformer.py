@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from pydantic import Field, ValidationError, create_model
 
-from seq2seq import KINDS, PRESETS, EncoderDecoder, TransformerConfig
+from seq2seq import PRESETS, TRANSFORMER_KINDS, EncoderDecoder, TransformerConfig
 from seq2seq.config import DERIVED
 from tokenloom_common.config import StrictConfig, explain
 from tokenloom_common.errors import choose, nearest_name
@@ -24,7 +24,7 @@ class TransformerSettings(StrictConfig):
     """A family's own fields, each none unless given; they override the preset's."""
 
     preset: str | None = Field(DEFAULT_PRESET, description=f"one of {', '.join(PRESETS)}; none = the family's defaults")
-    kind: str = Field(EncoderDecoder.kind, description=f"one of {', '.join(KINDS)}; follows from the preset")
+    kind: str = Field(EncoderDecoder.kind, description=f"one of {', '.join(TRANSFORMER_KINDS)}; follows from the preset")
 
     @classmethod
     def variants(cls) -> list[type[StrictConfig]]:
@@ -38,21 +38,21 @@ class TransformerSettings(StrictConfig):
 
     def build(self, derived: dict[str, Any]) -> TransformerConfig:
         """The whole config, with what follows from tokenizers and data. UserError on an impossible one."""
-        return KINDS[self.kind].config_class.parse({**self.resolved(), **derived}, "model")  # type: ignore[return-value]
+        return TRANSFORMER_KINDS[self.kind].config_class.parse({**self.resolved(), **derived}, "model")  # type: ignore[return-value]
 
 
 def _settings(kind: str) -> type[TransformerSettings]:
     fields: dict[str, Any] = {"kind": (str, Field(kind, description=TransformerSettings.model_fields["kind"].description))}
-    for name, info in KINDS[kind].config_class.model_fields.items():
+    for name, info in TRANSFORMER_KINDS[kind].config_class.model_fields.items():
         if name not in DERIVED:
             field = copy(info)
             field.description = f"{info.description or ''}; none = the preset's".removeprefix("; ")
             field.default, field.default_factory = None, None
             fields[name] = (Optional[info.annotation], field)  # noqa: UP045 (made at run time)
-    return create_model(f"{KINDS[kind].__name__}Settings", __base__=TransformerSettings, **fields)
+    return create_model(f"{TRANSFORMER_KINDS[kind].__name__}Settings", __base__=TransformerSettings, **fields)
 
 
-SETTINGS = {kind: _settings(kind) for kind in KINDS}
+SETTINGS = {kind: _settings(kind) for kind in TRANSFORMER_KINDS}
 
 
 def read_settings(values: dict[str, Any]) -> TransformerSettings:
@@ -64,12 +64,12 @@ def read_settings(values: dict[str, Any]) -> TransformerSettings:
     kind = str(values.get("kind") or (PRESETS[name]["kind"] if name else EncoderDecoder.kind))
     if name is not None and kind != PRESETS[name]["kind"]:
         raise ValueError(f"model.preset '{name}' is of kind {PRESETS[name]['kind']}, not {kind}; leave model.kind out")
-    choose(KINDS, kind, "model.kind")
+    choose(TRANSFORMER_KINDS, kind, "model.kind")
     try:
         settings = SETTINGS[kind].model_validate({**values, "kind": kind, "preset": name})
         resolved = settings.resolved()
         text = _FEATURES if resolved.get("encoder_layers") == 0 else {}  # which text ids cannot do without
-        KINDS[kind].config_class.model_validate({**_STAND_INS, **text, **resolved})
+        TRANSFORMER_KINDS[kind].config_class.model_validate({**_STAND_INS, **text, **resolved})
     except ValidationError as error:
         raise ValueError(explain(SETTINGS[kind], error)) from None
     return settings

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inference.memory.meta_device import Alive, autocast_on_meta, build_on_meta, fused_attention
 from inference.scoring.matcher import Matcher, MatcherConfig
-from seq2seq import KINDS, DecoderOnly, ImageTransformer, TransformerConfig
+from seq2seq import TRANSFORMER_KINDS, DecoderOnly, ImageTransformer, TransformerConfig
 from seq2seq.config import LayersConfig
 from seq2seq.layers import recompute_activations
 from seq2seq.losses import TokenLossConfig, loss_parts, masked_text_loss, region_token_weights
@@ -90,7 +90,7 @@ def text_on_meta(config: LayersConfig, captions: int) -> tuple[Tensor, Tensor]:
 
 def transformer_model(config: TransformerConfig, precision: str, checkpointing: bool) -> ImageTransformer:
     """A transformer as it is trained, on the meta device."""
-    model: ImageTransformer = build_on_meta(KINDS[config.kind], config)
+    model: ImageTransformer = build_on_meta(TRANSFORMER_KINDS[config.kind], config)
     recompute_activations(model, checkpointing)
     return model.to(DTYPES[precision])
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from inference.memory.meta_device import autocast_on_meta, build_on_meta
 from inference.scoring.matcher import Matcher, MatcherConfig
-from seq2seq import KINDS, TransformerConfig
+from seq2seq import TRANSFORMER_KINDS, TransformerConfig
 from tokenizer_image import ImageTokenizer, ImageTokenizerConfig, build_tokenizer
 from tokenizer_image.quantizers import Quantizer
 from training.config.tokenizer import TokenizerRunConfig
@@ -30,7 +30,7 @@ from training.planning.activations import text_on_meta, tokenizer_step
 @lru_cache(maxsize=32)
 def forward_flops(config: TransformerConfig) -> int:
     """Of a training step's forward over one picture and its caption, in either family of transformers."""
-    model = build_on_meta(KINDS[config.kind], config)
+    model = build_on_meta(TRANSFORMER_KINDS[config.kind], config)
     layout = [_ids(config.layout_tokens)] if config.layout_grid else []
     return _counted(model, *text_on_meta(config, 1), _ids(config.num_tokens), *layout)
 

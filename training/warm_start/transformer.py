@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from seq2seq import (
-    KINDS,
+    TRANSFORMER_KINDS,
     FrozenTextConfig,
     FrozenTextEncoder,
     ImageTransformer,
@@ -134,7 +134,7 @@ def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransf
     """
     folder = start.transformer
     with Undrawn():
-        model = KINDS[config.kind](config)
+        model = TRANSFORMER_KINDS[config.kind](config)
     tensors = read_tensors(folder)
     own = model.state_dict()
     ours, theirs = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, tensors))
