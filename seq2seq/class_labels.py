@@ -1,4 +1,4 @@
-"""Class names instead of captions: one learned vector a class, as ImageNet models have (LlamaGen c2i)."""
+"""Class names instead of captions: one learned vector per class, as ImageNet's (LlamaGen c2i)."""
 
 # Axes: B captions
 
@@ -20,25 +20,31 @@ MAX_CLASSES = 1 << 16
 
 
 class ClassLabelsConfig(StrictConfig):
-    """The classes, in the order of their ids."""
+    """Class names, in the order of their ids."""
 
     classes: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
 
     @field_validator("classes")
     @classmethod
     def _different(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        if len({name.strip().casefold() for name in classes}) != len(classes) or not all(name.strip() for name in classes):
+        keys = {_key(name) for name in classes}
+        if len(keys) != len(classes) or "" in keys:
             raise ValueError("class names must differ (also in lower case) and not be empty")
         return classes
 
     @property
     def text_length(self) -> int:
-        """One id a caption."""
+        """One id per caption."""
         return 1
 
 
+def _key(name: str) -> str:
+    """The spelling by which names are compared."""
+    return name.strip().casefold()
+
+
 class ClassLabels(SavedAsConfig):
-    """A class name (or its number as text) -> one id; the null caption, an empty text, is the id after the last class."""
+    """Class name (or its number as text) -> id; the null caption "" is the id after the last."""
 
     kind: ClassVar[str] = "classes"
     feature_width: ClassVar[None] = None
@@ -46,53 +52,59 @@ class ClassLabels(SavedAsConfig):
 
     def __init__(self, config: ClassLabelsConfig) -> None:
         self.config = config
-        self._ids = {name.strip().casefold(): number for number, name in enumerate(config.classes)}
+        self._ids = {_key(name): number for number, name in enumerate(config.classes)}
 
     @classmethod
     def collect(cls, names: Iterable[str]) -> ClassLabels:
-        """The classes that occur, sorted. UserError for none or too many."""
+        """Collect the classes that occur, sorted. UserError for none or too many."""
         by_key: dict[str, str] = {}
         for name in names:
-            by_key.setdefault(name.strip().casefold(), name.strip())
+            by_key.setdefault(_key(name), name.strip())
         by_key.pop("", None)
+
         if not 1 <= len(by_key) <= MAX_CLASSES:
-            raise UserError(f"{len(by_key):,} different class names; text.kind classes takes 1 to {MAX_CLASSES:,}. "
-                            "For free captions use text.kind sentencepiece")
-        return cls(ClassLabelsConfig(classes=tuple(by_key[key] for key in sorted(by_key))))
+            raise UserError(f"{len(by_key):,} different class names; text.kind classes takes 1 to "
+                            f"{MAX_CLASSES:,}. For free captions use text.kind sentencepiece")
+        classes = tuple(by_key[key] for key in sorted(by_key))
+        return cls(ClassLabelsConfig(classes=classes))
 
     @property
     def vocab_size(self) -> int:
-        """Ids: the classes and the null caption."""
+        """Number of ids: the classes and the null caption."""
         return len(self.config.classes) + 1
 
     def encode(self, captions: Sequence[str]) -> TextBatch:
-        """Class names -> ids [B, 1] and a mask that is all True. UserError for an unknown class, with the nearest one."""
-        ids = torch.tensor([[self._id(caption)] for caption in captions], dtype=torch.int64).reshape(-1, 1)
+        """Class names -> ids [B, 1] and a mask that is all True. UserError for an unknown class."""
+        numbers = [self._id(caption) for caption in captions]
+        ids = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 1)
         return TextBatch(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def _id(self, caption: str) -> int:
         if not isinstance(caption, str):
             raise UserError(f"a class name must be text, got {type(caption).__name__}")
-        key = caption.strip().casefold()
+        classes = len(self.config.classes)
+        key = _key(caption)
         if not key:
-            return len(self.config.classes)
+            return classes
+
+        # a class may be named by a number: its name goes before the number of another
         if key in self._ids:
             return self._ids[key]
-        if key.isdecimal() and int(key) < len(self.config.classes):
+        if key.isdecimal() and int(key) < classes:
             return int(key)
         raise UserError(f"unknown class '{caption}'{nearest_name(key, self._ids)} "
-                        f"(this model knows {len(self._ids):,} classes)")
+                        f"(this model knows {classes:,} classes)")
 
     def null_caption(self, count: int = 1) -> TextBatch:
-        """No class, `count` times: what training drops classes to and guidance starts from."""
+        """Encode "no class" `count` times, for caption dropout and guidance."""
         return self.encode([""] * count)
 
     def null_for(self, captions: TextBatch) -> TextBatch:
-        """What guidance leads away from for encoded captions: one null caption for all of them."""
+        """Unconditional text for classifier-free guidance: one null caption for all `captions`."""
         return self.null_caption()
 
     def words(self, caption: str) -> list[str]:
-        """What each id stands for."""
+        """Return the name of each id: the caption itself."""
         return [caption.strip()]
 
     @classmethod
