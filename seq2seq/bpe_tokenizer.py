@@ -1,4 +1,4 @@
-"""Captions -> text ids by a published byte-pair encoding (vocab.json, merges.txt): GPT-2's, BART's."""
+"""Captions -> text ids by GPT-2's and BART's byte-pair encoding: vocab.json and merges.txt."""
 
 # Axes: B captions, T text ids
 
