@@ -1,69 +1,45 @@
-"""Sparse attention patterns: speed and peak memory beside scaled_dot_product_attention with a dense mask.
+"""Sparse attention patterns: speed and peak memory beside one attention call with a dense mask.
 
-    python -m benchmarks attention --quick                              (about a minute on one core; no memory of forward)
-    python -m benchmarks attention --threads 2 --out attention.json     (CPU, 256 text slots and 32x32 codes, as DALL-E)
+    python -m benchmarks attention --quick        (about a minute on one core; no memory of forward)
+    python -m benchmarks attention --threads 2 --out attention.json         (CPU, DALL-E's sequence)
     python -m benchmarks attention --device cuda --dtype bfloat16 --batch 8 --heads 16
 
-Ours is what a layer of our models runs (`seq2seq.layers.PatternAttend`: `attend` on the CPU, `attend_flex` for the sparse
-patterns on CUDA). The peer is what one would write without it: one call with a [n, n] mask made by `Pattern.mask`. Nothing is
-timed before both have been seen to do the same work: equal outputs and equal gradients of query, key and value.
-
-Axes: B batch, H heads, n slots (prefix and image), d head width.
+Ours is what a layer of our models runs (`seq2seq.layers.PatternAttend`: `attend` on the CPU,
+`attend_flex` for the sparse patterns on CUDA). The peer is scaled_dot_product_attention with an
+[n, n] mask made by `Pattern.mask`. Nothing is timed before both are seen to do the same work: equal
+outputs and equal gradients of query, key and value.
 """
+
+# Axes: B batch, H heads, n slots (prefix and image), d head width
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import harness
-from benchmarks.harness import SEED, Case, peak_memory, speed_ratio, time_alternating
+from benchmarks import command_line, harness
+from benchmarks.attention_cases import Problem, make_attend, make_heads, run_step
+from benchmarks.harness import Case, peak_memory, speed_ratio, time_alternating
 from seq2seq.attention import PATTERNS, Pattern
-from seq2seq.layers import PatternAttend
 from tokenloom_common.errors import UserError
 
 PEER_NAME = "scaled_dot_product_attention with a dense mask"
-THIS = "benchmarks.attention"
 SIDES = ("ours", "peer")
 STEPS = ("forward", "forward+backward")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference allowed, as a share of the peer's largest value.
 
-float32: a hundred times what roundings come to; one key too many or too few is more. bfloat16: a gradient of the prefix is a
-sum over blocks of queries, each rounded to 8 bits.
+float32: a hundred times the rounding errors; one key too many or too few is more. bfloat16: a
+gradient of the prefix is a sum over blocks of queries, each rounded to 8 bits.
 """
 MAX_SLOTS = 16_384  # the peer's mask is 256 MiB, and eight times that while it is made
 MAX_NUMBERS = 2**31
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Problem(NamedTuple):
-    """One attention call, as JSON values, so that a child process builds the same one."""
-
-    pattern: str
-    batch: int
-    grid: int
-    prefix: int
-    convolution: int
-    heads: int
-    head_dim: int
-    device: str
-    dtype: str
-
-    @property
-    def slots(self) -> int:
-        """n: the prefix and a square grid of image slots."""
-        return self.prefix + self.grid**2
-
-    def rule(self) -> Pattern:
-        """Which slot sees which."""
-        return Pattern(self.pattern, self.prefix, self.grid, self.convolution)
+say = partial(command_line.say, "attention")
 
 
 class Options(NamedTuple):
@@ -82,98 +58,69 @@ class Options(NamedTuple):
     threads: int
 
     def problem(self, pattern: str, batch: int, dtype: str | None = None) -> Problem:
-        """One call of this size."""
-        return Problem(pattern, batch, self.grid, self.prefix, self.convolution, self.heads, self.head_dim, self.device,
-                       dtype or self.dtype)
+        """Make one call of this size."""
+        return Problem(pattern, batch, self.grid, self.prefix, self.convolution, self.heads,
+                       self.head_dim, self.device, dtype or self.dtype)
 
     def peak(self, side: str, step: str, problem: Problem) -> float | None:
-        """Peak memory of a `step_case`, MiB. With --quick only of the step that needs more: each figure is a new process."""
+        """Measure the peak memory of a `step_case` in MiB.
+
+        With --quick only of the step that needs more: each figure is a new process.
+        """
         if self.quick and step != STEPS[-1]:
             return None
-        return peak_memory(f"{THIS}:step_case", {"side": side, "step": step, **problem._asdict()}, self.device, self.threads)
-
-
-class Heads(NamedTuple):
-    """Query, key, value and the gradient that arrives at the output, each [B, H, n, d]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    upstream: Tensor
-
-
-def make_heads(problem: Problem) -> Heads:
-    """Seeded noise, laid out as a layer's projections leave it: [B, n, H, d] with two axes swapped."""
-    generator = torch.Generator().manual_seed(SEED)
-    shape = (problem.batch, problem.slots, problem.heads, problem.head_dim)
-    query, key, value, upstream = (
-        torch.randn(shape, generator=generator).to(problem.device, harness.DTYPES[problem.dtype]).transpose(1, 2)
-        for _ in Heads._fields)
-    return Heads(query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), upstream)
+        arguments = {"side": side, "step": step, **problem._asdict()}
+        return peak_memory("benchmarks.attention_cases:step_case", arguments, self.device,
+                           self.threads)
 
 
 def share_of_pairs_seen(pattern: Pattern, slots: int) -> float:
-    """Of all n * n pairs of a query and a key, those that the pattern sees; a dense mask computes all of them."""
+    """Share of the n * n pairs of query and key that the pattern sees; a dense mask takes all."""
     return float(pattern.mask(slots).double().mean())
 
 
-def make_attend(side: str, problem: Problem) -> Attend:
-    """query, key, value -> output, of `ours` or the `peer`, whose mask is made here and not in each call."""
-    if side == "ours":
-        block = PatternAttend(problem.rule(), dropout=0.0)
-        return lambda query, key, value: block(query, key, value)[0]
-    mask = problem.rule().mask(problem.slots).to(problem.device)
-    return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-def run_step(step: str, attend: Attend, heads: Heads) -> tuple[Tensor, ...]:
-    """`forward`: the output alone. `forward+backward`: the output and the gradients of query, key and value."""
-    inputs = (heads.query, heads.key, heads.value)
-    if step == "forward":
-        with torch.no_grad():
-            return (attend(*inputs),)
-    out = attend(*inputs)
-    return out.detach(), *torch.autograd.grad(out, inputs, heads.upstream)
-
-
-def step_case(side: str, step: str, **problem: Any) -> Case:
-    """A case that has run once: masks are made and kernels compiled, as in every step of a training run but its first."""
-    size = Problem(**problem)
-    attend, heads = make_attend(side, size), make_heads(size)
-    run_step(step, attend, heads)
-    return lambda: run_step(step, attend, heads)
-
-
-# ---- measuring
-
 def forget_compiled(device: str) -> None:
-    """Flex attention compiles anew for every size; after 8 (torch's recompile limit) it would run uncompiled, in silence."""
+    """Reset torch.compile on CUDA.
+
+    Flex attention compiles anew for every size; after 8 (torch's recompile limit) it would silently
+    run uncompiled.
+    """
     if device == "cuda":
         torch.compiler.reset()
 
 
-def relative_gap(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference as a share of their largest value; infinite if one of the numbers is not finite."""
-    gap = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+# ---- the same work
+
+def relative_gap(ours: Tensor, peer: Tensor) -> float:
+    """Largest difference as a share of the peer's largest value; infinite if not a number."""
+    ours, peer = ours.double(), peer.double()
+    gap = float((ours - peer).abs().max() / peer.abs().max())
     return gap if math.isfinite(gap) else math.inf
 
 
 def verify(problem: Problem) -> dict[str, Any]:
-    """Whether ours and the peer give the same output, with and without gradients, and the same gradients."""
+    """Compare the outputs of ours and the peer, with and without gradients, and the gradients."""
     heads = make_heads(problem)
     gaps: dict[str, list[float]] = {}
     for step in STEPS:
-        ours, theirs = (run_step(step, make_attend(side, problem), heads) for side in SIDES)
-        gaps[step] = [relative_gap(a, b) for a, b in zip(ours, theirs, strict=True)]
-    (plain,), (output, *gradients) = gaps["forward"], gaps["forward+backward"]
-    largest = {"output_gap": max(plain, output), "gradient_gap": max(gradients)}
+        ours, peer = (run_step(step, make_attend(side, problem), heads) for side in SIDES)
+        gaps[step] = [relative_gap(one, other) for one, other in zip(ours, peer, strict=True)]
+
+    output_gap = max(gaps["forward"][0], gaps["forward+backward"][0])
+    gradient_gap = max(gaps["forward+backward"][1:])
+    tolerance = TOLERANCE[problem.dtype]
     return {"pattern": problem.pattern, "batch": problem.batch, "dtype": problem.dtype,
-            **{name: float(f"{gap:.3g}") if math.isfinite(gap) else None for name, gap in largest.items()},
-            "tolerance": TOLERANCE[problem.dtype], "ok": max(largest.values()) <= TOLERANCE[problem.dtype]}
+            "output_gap": _rounded(output_gap), "gradient_gap": _rounded(gradient_gap),
+            "tolerance": tolerance, "ok": max(output_gap, gradient_gap) <= tolerance}
+
+
+def _rounded(gap: float) -> float | None:
+    """Three digits; None for a gap that is not finite, which JSON cannot hold."""
+    return float(f"{gap:.3g}") if math.isfinite(gap) else None
 
 
 def verification(options: Options) -> list[dict[str, Any]]:
-    """`verify` for everything that is timed, and in float32 as well: bfloat16's roundings would hide small mistakes."""
+    """Verify all that is timed, and in float32 too: bfloat16's rounding hides small mistakes."""
     rows = []
     for batch in options.batches:
         for name in PATTERNS:
@@ -184,9 +131,15 @@ def verification(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
+# ---- speed and memory
+
 def speed(options: Options) -> list[dict[str, Any]]:
-    """Rows of every pattern, forward and forward+backward, for every batch; all patterns and both sides take turns."""
-    shares = {name: share_of_pairs_seen((problem := options.problem(name, 1)).rule(), problem.slots) for name in PATTERNS}
+    """Measure every pattern, step and batch; all patterns and both sides take turns."""
+    shares = {}
+    for name in PATTERNS:
+        problem = options.problem(name, 1)
+        shares[name] = share_of_pairs_seen(problem.rule(), problem.slots)
+
     rows = []
     for batch in options.batches:
         problems = {name: options.problem(name, batch) for name in PATTERNS}
@@ -195,42 +148,42 @@ def speed(options: Options) -> list[dict[str, Any]]:
             forget_compiled(options.device)
             timed = time_alternating(_cases(step, problems), options.repeats, options.device)
             for name, problem in problems.items():
+                ours, peer = timed[f"{name} ours"], timed[f"{name} peer"]
                 row: dict[str, Any] = {
-                    "step": step, "pattern": name, "batch": batch, "share_of_pairs_seen": round(shares[name], 6),
-                    "ideal_ratio": round(1 / shares[name], 3),
-                    "ratio": speed_ratio(timed[f"{name} ours"], timed[f"{name} peer"])}
-                rows.append(row | {side: {**timed[f"{name} {side}"].summary(),
-                                          "peak_memory_mib": options.peak(side, step, problem)} for side in SIDES})
+                    "step": step, "pattern": name, "batch": batch,
+                    "share_of_pairs_seen": round(shares[name], 6),
+                    "ideal_ratio": round(1 / shares[name], 3), "ratio": speed_ratio(ours, peer)}
+                for side, timing in (("ours", ours), ("peer", peer)):
+                    peak = options.peak(side, step, problem)
+                    row[side] = {**timing.summary(), "peak_memory_mib": peak}
+                rows.append(row)
     return rows
 
 
 def _cases(step: str, problems: dict[str, Problem]) -> dict[str, Case]:
-    """`row ours`, `row peer`, ...: all on the same query, key and value."""
+    """Build the cases "row ours", "row peer", ...: all on the same query, key and value."""
     heads = make_heads(next(iter(problems.values())))
     cases: dict[str, Case] = {}
     for name, problem in problems.items():
         for side in SIDES:
             attend = make_attend(side, problem)
-            cases[f"{name} {side}"] = lambda attend=attend: run_step(step, attend, heads)  # type: ignore[misc]
+            cases[f"{name} {side}"] = partial(run_step, step, attend, heads)
     return cases
 
 
 # ---- the command
 
-def say(text: str) -> None:
-    """A line of progress."""
-    print(f"benchmarks attention: {text}", file=sys.stderr, flush=True)
-
-
 def measure(options: Options) -> dict[str, Any]:
-    """The whole document. With `ok` false nothing has been timed."""
+    """Return the whole document. If its `ok` is false, nothing has been timed."""
     document: dict[str, Any] = {
         "benchmark": "attention", "schema_version": 1, "ok": True, "options": options._asdict(),
         "environment": harness.environment(options.device, options.dtype),
         "peer": {"name": PEER_NAME, "version": torch.__version__}, "notes": []}
     if options.convolution // 2 >= options.grid - 1:
-        document["notes"].append(f"a convolution of {options.convolution} covers all of {options.grid} x {options.grid} slots: "
-                                 "it sees what full attention sees")
+        document["notes"].append(
+            f"a convolution of {options.convolution} covers all of {options.grid} x {options.grid} "
+            "slots: it sees what full attention sees")
+
     document["verification"] = verification(options)
     document["ok"] = all(row["ok"] for row in document["verification"])
     document["rows"] = speed(options) if document["ok"] else []
@@ -238,64 +191,74 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def show(document: dict[str, Any]) -> None:
-    """The table for people."""
-    keys = ("median_s", "peak_memory_mib")
-    flat = [{**{key: value for key, value in row.items() if key not in SIDES},
-             **{f"{side} {key}": row[side][key] for key in keys for side in SIDES}} for row in document["rows"]]
-    if flat:
-        print("ours and a dense mask (ratio above 1: ours is faster; ideal_ratio: all pairs / pairs that are seen)\n"
-              f"{harness.table(flat)}\n")
+    """Print the table and the notes."""
+    rows = []
+    for row in document["rows"]:
+        flat = {key: value for key, value in row.items() if key not in SIDES}
+        for key in ("median_s", "peak_memory_mib"):
+            flat |= {f"{side} {key}": row[side][key] for side in SIDES}
+        rows.append(flat)
+    if rows:
+        print("ours and a dense mask (ratio above 1: ours is faster; ideal_ratio: all pairs / "
+              f"pairs that are seen)\n{command_line.table(rows)}\n")
     for note in document["notes"]:
         print(f"note: {note}")
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
-    """Options and --out. UserError for what cannot be measured."""
-    parser = harness.command_parser("attention", __doc__)
+    """Parse the options and --out. UserError for a size that cannot be measured."""
+    parser = command_line.command_parser("attention", __doc__)
     parser.add_argument("--quick", action="store_true",
-                        help="other defaults: 64 text slots, batch 1, 2 heads of width 32; memory of forward+backward alone")
+                        help="other defaults: 64 text slots, batch 1, 2 heads of width 32; memory "
+                        "of forward+backward alone")
     parser.add_argument("--grid", type=int, help="rows and columns of the code grid (default 32)")
     parser.add_argument("--prefix", type=int, help="text slots before the image (default 256)")
     parser.add_argument("--batch", help="batch sizes (default 4)")
     parser.add_argument("--heads", type=int, help="attention heads (default 8)")
     parser.add_argument("--head-dim", type=int, help="width of a head (default 64)")
-    parser.add_argument("--convolution", type=int, default=11, help="side of the convolution's neighbourhood (default 11)")
-    harness.add_common_options(parser, "default 5; quick 9")
+    parser.add_argument("--convolution", type=int, default=11,
+                        help="side of the convolution's neighbourhood (default 11)")
+    command_line.add_common_options(parser, "default 5; quick 9")
     args = parser.parse_args(argv)
-    defaults: dict[str, Any] = {"grid": 32, "prefix": 256, "batch": "4", "heads": 8, "head_dim": 64, "repeats": 5}
+
+    defaults: dict[str, Any] = {"grid": 32, "prefix": 256, "batch": "4", "heads": 8, "head_dim": 64,
+                                "repeats": 5}
     if args.quick:
-        defaults = {"grid": 32, "prefix": 64, "batch": "1", "heads": 2, "head_dim": 32, "repeats": 9}
-    harness.fill_in(args, defaults, {"grid": 1, "prefix": 0, "heads": 1, "head_dim": 1, "convolution": 3, "repeats": 1})
-    batches = harness.whole_numbers(args.batch, "--batch")
+        defaults = {"grid": 32, "prefix": 64, "batch": "1", "heads": 2, "head_dim": 32,
+                    "repeats": 9}
+    least = {"grid": 1, "prefix": 0, "heads": 1, "head_dim": 1, "convolution": 3, "repeats": 1}
+    command_line.fill_in(args, defaults, least)
+
+    batches = command_line.whole_numbers(args.batch, "--batch")
     harness.start(args.device, args.threads)
-    options = Options(args.quick, args.grid, args.prefix, batches, args.heads, args.head_dim, args.convolution, args.repeats,
-                      args.device, args.dtype, torch.get_num_threads())
+    options = Options(args.quick, args.grid, args.prefix, batches, args.heads, args.head_dim,
+                      args.convolution, args.repeats, args.device, args.dtype,
+                      torch.get_num_threads())
     check_size(options)
     return options, args.out
 
 
 def check_size(options: Options) -> None:
-    """UserError for a size that no pattern, no kernel or no machine can take."""
-    slots, batch = options.problem("full", 1).slots, max(options.batches)
+    """UserError for a size beyond a pattern, a kernel or the machine."""
     if options.convolution % 2 == 0:
         raise UserError(f"--convolution {options.convolution} must be odd, so that it has a middle")
+
+    slots = options.problem("full", 1).slots
     if slots > MAX_SLOTS:
-        raise UserError(f"--grid {options.grid} and --prefix {options.prefix} are {slots:,} slots; the peer's mask of all "
-                        f"against all takes at most {MAX_SLOTS:,}")
+        raise UserError(f"--grid {options.grid} and --prefix {options.prefix} are {slots:,} slots; "
+                        f"the peer's mask of all against all takes at most {MAX_SLOTS:,}")
+    batch = max(options.batches)
     numbers = batch * options.heads * slots * options.head_dim
     if numbers > MAX_NUMBERS:
-        raise UserError(f"--batch {batch}, --heads {options.heads} and --head-dim {options.head_dim} make a query of "
-                        f"{numbers:,} numbers; at most {MAX_NUMBERS:,}")
+        raise UserError(f"--batch {batch}, --heads {options.heads} and --head-dim "
+                        f"{options.head_dim} make a query of {numbers:,} numbers; at most "
+                        f"{MAX_NUMBERS:,}")
     if options.device == "cuda" and options.head_dim < 16:
-        raise UserError(f"--head-dim {options.head_dim} must be at least 16 on CUDA (flex attention)")
+        raise UserError(f"--head-dim {options.head_dim} must be at least 16 on CUDA "
+                        "(flex attention)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, show, write. RunFailedError if ours and the peer do not do the same work."""
-    options, name = parse(argv)
-    out = harness.check_output(name)
-    document = measure(options)
-    show(document)
-    harness.finish(document, out)
-    harness.require_same_work(document, PEER_NAME)
-    return 0
+    """Run the benchmark. RunFailedError if ours and the peer do not do the same work."""
+    options, out = parse(argv)
+    return command_line.run_benchmark(lambda: measure(options), show, out, PEER_NAME)

@@ -1,7 +1,7 @@
-"""Reading data: rows a second of our readers beside `datasets` and webdataset, for token shards and for pictures.
+"""Reading token shards and images: rows per second of our readers beside `datasets` and webdataset.
 
-Every reader gives the same rows: tokens as arrays with a caption each, pictures as arrays of pixels with a caption each. Before
-anything is timed, a digest of what each one gave is compared.
+Every reader gives the same rows: tokens, or pixels, as arrays with a caption each. A digest of the
+rows that each one gave is compared before anything is timed.
 
 examples:
   python -m benchmarks data --quick
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 import tarfile
 import tempfile
 import time
@@ -22,26 +21,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
+import torch
 from PIL import Image
 
-from benchmarks import harness
-from benchmarks.readers import (
-    BATCH,
-    CODES,
-    SHARD_ROWS,
-    SIDE,
-    TOKENS,
-    Read,
-    Reader,
-    picture_readers,
-    token_readers,
-)
-from tokenloom_common.errors import UserError
+from benchmarks import command_line, harness
+from benchmarks.readers import BATCH, SIDE, Batches, Reader, image_readers, token_readers
+from tokenloom_common.extras import require_extra
 from training.data.tokens.shards import SplitIndex, TokenIndex, write_index, write_shard
+
+GRID = (16, 16)
+TOKENS = GRID[0] * GRID[1]
+CODES = 1024
+SHARD_ROWS = 50_000
+TAR_IMAGES = 1000
 
 
 class Options(NamedTuple):
-    """What is measured."""
+    """The command line, checked."""
 
     quick: bool
     rows: int
@@ -52,25 +48,32 @@ class Options(NamedTuple):
     alone: bool
 
 
+# ---- the data sets
+
 def make_tokens(folder: Path, rows: int, with_tars: bool) -> None:
-    """Token shards, and (where asked for) tar shards with the same rows for webdataset."""
+    """Write token shards and, for webdataset, tar shards with the same rows."""
     generator = numpy.random.default_rng(harness.SEED)
     (folder / "tokens").mkdir(parents=True)
+    shards = -(-rows // SHARD_ROWS)
     files = []
     for number, start in enumerate(range(0, rows, SHARD_ROWS)):
         count = min(SHARD_ROWS, rows - start)
         tokens = generator.integers(0, CODES, (count, TOKENS)).astype(numpy.uint16)
         captions = [[f"a picture of thing number {start + row}"] for row in range(count)]
         keys = [f"{start + row:09d}" for row in range(count)]
-        name = f"tokens/train-{number:05d}-of-{-(-rows // SHARD_ROWS):05d}.arrow"
+        name = f"tokens/train-{number:05d}-of-{shards:05d}.arrow"
         files.append(write_shard(folder / name, captions, tokens, keys))
         if with_tars:
-            _token_tar(folder / f"tokens-{number:05d}.tar", keys, tokens, captions)
-    write_index(folder / "tokens", TokenIndex(tokenizer_fingerprint="benchmark", codebook_size=CODES, grid=(16, 16),
-                                              splits={"train": SplitIndex(rows=rows, files=files)}))
+            _write_token_tar(folder / f"tokens-{number:05d}.tar", keys, tokens, captions)
+
+    split = SplitIndex(rows=rows, files=files)
+    index = TokenIndex(tokenizer_fingerprint="benchmark", codebook_size=CODES, grid=GRID,
+                       splits={"train": split})
+    write_index(folder / "tokens", index)
 
 
-def _token_tar(path: Path, keys: list[str], tokens: numpy.ndarray, captions: list[list[str]]) -> None:
+def _write_token_tar(path: Path, keys: list[str], tokens: numpy.ndarray,
+                     captions: list[list[str]]) -> None:
     with tarfile.open(path, "w") as tar:
         for key, row, caption in zip(keys, tokens, captions, strict=True):
             saved = io.BytesIO()
@@ -79,29 +82,42 @@ def _token_tar(path: Path, keys: list[str], tokens: numpy.ndarray, captions: lis
             _add(tar, f"{key}.txt", caption[0].encode())
 
 
-def make_pictures(folder: Path, count: int) -> None:
-    """Smooth JPEG pictures of SIDE pixels as parquet in row groups of 100, and the same in tar shards of 1000."""
+def make_images(folder: Path, count: int) -> None:
+    """Write smooth JPEG images as parquet in row groups of 100, and the same in tar shards."""
+    rows = _draw_images(count)
+    _write_parquet(folder / "parquet/train.parquet", rows)
+    (folder / "tar").mkdir()
+    for first in range(0, count, TAR_IMAGES):
+        with tarfile.open(folder / f"tar/{first // TAR_IMAGES:05d}.tar", "w") as tar:
+            for row in rows[first: first + TAR_IMAGES]:
+                _add(tar, f"{row['key']}.jpg", row["image"]["bytes"])
+                _add(tar, f"{row['key']}.txt", row["text"].encode())
+
+
+def _draw_images(count: int) -> list[dict[str, Any]]:
+    """Rows as an image column of `datasets` has them."""
+    generator = numpy.random.default_rng(harness.SEED)
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        noise = generator.integers(0, 256, (8, 8, 3)).astype(numpy.uint8)
+        image = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        saved = io.BytesIO()
+        image.save(saved, "JPEG", quality=90)
+        rows.append({"image": {"bytes": saved.getvalue(), "path": None},
+                     "text": f"picture {number}", "key": f"{number:09d}"})
+    return rows
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    generator = numpy.random.default_rng(harness.SEED)
-    (folder / "parquet").mkdir(parents=True)
-    (folder / "tar").mkdir()
-    rows: list[dict[str, Any]] = []
-    for number in range(count):
-        coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3)).astype(numpy.uint8))
-        saved = io.BytesIO()
-        coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(saved, "JPEG", quality=90)
-        rows.append({"image": {"bytes": saved.getvalue(), "path": None}, "text": f"picture {number}", "key": f"{number:09d}"})
-    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    pyarrow.parquet.write_table(pyarrow.table({
-        "image": pyarrow.array([row["image"] for row in rows], kind), "text": [row["text"] for row in rows],
-        "key": [row["key"] for row in rows]}), folder / "parquet/train.parquet", row_group_size=100)
-    for number in range(0, count, 1000):
-        with tarfile.open(folder / f"tar/{number // 1000:05d}.tar", "w") as tar:
-            for row in rows[number: number + 1000]:
-                _add(tar, f"{row['key']}.jpg", row["image"]["bytes"])
-                _add(tar, f"{row['key']}.txt", row["text"].encode())
+    path.parent.mkdir(parents=True)
+    image_type = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    columns = {name: [row[name] for row in rows] for name in ("image", "text", "key")}
+    table = pyarrow.table({"image": pyarrow.array(columns["image"], image_type),
+                           "text": columns["text"], "key": columns["key"]})
+    pyarrow.parquet.write_table(table, path, row_group_size=100)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -110,113 +126,123 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-# Token rows
+# ---- measuring
 
+def digest(batches: Batches) -> tuple[int, str]:
+    """Return the number of rows and a digest that does not depend on their order.
 
-# Pictures
-
-
-# Measuring
-
-def digest(batches: Read) -> tuple[int, str]:
-    """How many rows, and what they hold whatever their order: the sum of each row's own hash."""
+    The digest is the sum of each row's own hash.
+    """
     rows, total = 0, 0
     for arrays, captions in batches:
         for array, caption in zip(arrays, captions, strict=True):
+            content = caption.encode() + numpy.ascontiguousarray(array).tobytes()
+            row_hash = hashlib.blake2b(content, digest_size=8).digest()
+            total += int.from_bytes(row_hash, "big")
             rows += 1
-            found = hashlib.blake2b(caption.encode() + numpy.ascontiguousarray(array).tobytes(), digest_size=8)
-            total += int.from_bytes(found.digest(), "big")
     return rows, f"{total % (1 << 64):016x}"
 
 
-def measure_readers(readers: list[Reader], repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Verdicts and rows of a table; readers take turns, every second round backwards."""
-    found = {reader: digest(reader.read(reader.open())) for reader in readers}
-    expected = next(iter(found.values()))
-    verdicts = [{"reader": reader.name, "order": reader.order, "rows": rows, "digest": what, "ok": (rows, what) == expected}
-                for reader, (rows, what) in found.items()]
+def measure_readers(readers: list[Reader],
+                    repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return verdicts and table rows, no rows if a verdict is not ok. Readers take turns."""
+    digests = {reader: digest(reader.read(reader.open())) for reader in readers}
+    expected = next(iter(digests.values()))
+    verdicts = []
+    for reader, (rows, content) in digests.items():
+        verdicts.append({"reader": reader.name, "order": reader.order, "rows": rows,
+                         "digest": content, "ok": (rows, content) == expected})
     if not all(verdict["ok"] for verdict in verdicts):
         return verdicts, []
-    opened: dict[Reader, list[float]] = {reader: [] for reader in readers}
-    passed: dict[Reader, list[float]] = {reader: [] for reader in readers}
-    for number in range(repeats):
-        for reader in readers if number % 2 == 0 else reversed(readers):
-            start = time.perf_counter()
-            data = reader.open()
-            middle = time.perf_counter()
-            for _ in reader.read(data):
-                pass
-            opened[reader].append(middle - start)
-            passed[reader].append(time.perf_counter() - middle)
-            print(f"benchmarks data: {reader.name}: {passed[reader][-1]:.2f} s", file=sys.stderr, flush=True)
-    return verdicts, [_row(reader, opened[reader], passed[reader], expected[0]) for reader in readers]
+
+    open_s: dict[Reader, list[float]] = {reader: [] for reader in readers}
+    read_s: dict[Reader, list[float]] = {reader: [] for reader in readers}
+    for reader in harness.in_turns(readers, repeats):
+        start = time.perf_counter()
+        data = reader.open()
+        opened = time.perf_counter()
+        for _ in reader.read(data):
+            pass
+        open_s[reader].append(opened - start)
+        read_s[reader].append(time.perf_counter() - opened)
+        command_line.say("data", f"{reader.name}: {read_s[reader][-1]:.2f} s")
+    rows = expected[0]
+    return verdicts, [_row(reader, open_s[reader], read_s[reader], rows) for reader in readers]
 
 
-def _row(reader: Reader, opened: list[float], passed: list[float], rows: int) -> dict[str, Any]:
-    low, middle, high = harness.quartiles(passed)
-    return {"reader": reader.name, "order": reader.order, "open_s": round(harness.quartiles(opened)[1], 4),
-            "rows_per_s": round(rows / middle, 1), "quartile1": round(rows / high, 1), "quartile3": round(rows / low, 1)}
-
-
-def _chosen(readers: list[Reader], alone: bool) -> list[Reader]:
-    return [reader for reader in readers if not alone or reader.name.startswith("ours")]
+def _row(reader: Reader, open_s: list[float], read_s: list[float], rows: int) -> dict[str, Any]:
+    low, middle, high = harness.quartiles(read_s)
+    open_median = harness.quartiles(open_s)[1]
+    return {"reader": reader.name, "order": reader.order, "open_s": round(open_median, 4),
+            "rows_per_s": round(rows / middle, 1),
+            "quartile1": round(rows / high, 1), "quartile3": round(rows / low, 1)}
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """The document."""
+    """Return the document."""
     import datasets
     import webdataset
+
+    def chosen(readers: list[Reader]) -> list[Reader]:
+        return [one for one in readers if not options.alone or one.name.startswith("ours")]
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         datasets.config.HF_DATASETS_CACHE = folder / "cache"
-        make_tokens(folder, options.rows, not options.alone)
-        tokens_ok, tokens = measure_readers(_chosen(token_readers(folder, options.workers), options.alone), options.repeats)
-        make_pictures(folder, options.pictures)
-        pictures_ok, pictures = measure_readers(_chosen(picture_readers(folder), options.alone), options.repeats)
-    verification = [*tokens_ok, *pictures_ok]
-    return {"benchmark": "data", "schema_version": 1, "ok": all(row["ok"] for row in verification),
-            "options": options._asdict(), "environment": harness.environment("cpu", "float32"),
-            "versions": {"datasets": datasets.__version__, "webdataset": webdataset.__version__}, "verification": verification,
-            "tokens": tokens, "pictures": pictures}
+        make_tokens(folder, options.rows, with_tars=not options.alone)
+        tokens_ok, tokens = measure_readers(chosen(token_readers(folder, options.workers)),
+                                            options.repeats)
+        make_images(folder, options.pictures)
+        images_ok, images = measure_readers(chosen(image_readers(folder)), options.repeats)
+
+    verification = [*tokens_ok, *images_ok]
+    return {"benchmark": "data", "schema_version": 1,
+            "ok": all(row["ok"] for row in verification), "options": options._asdict(),
+            "environment": harness.environment("cpu", "float32"),
+            "versions": {"datasets": datasets.__version__, "webdataset": webdataset.__version__},
+            "verification": verification, "tokens": tokens, "pictures": images}
+
+
+# ---- the command
+
+def show(document: dict[str, Any]) -> None:
+    """Print the tables."""
+    for name in ("tokens", "pictures"):
+        print(f"{name}\n{command_line.table(document[name])}\n")
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
-    """Options and --out. UserError for what cannot be measured."""
-    parser = harness.command_parser("data", __doc__)
-    parser.add_argument("--quick", action="store_true", help="other defaults: 2048 rows, 256 pictures, 1 round")
-    parser.add_argument("--rows", type=int, help=f"token rows of {TOKENS}, in whole batches of {BATCH} (default 200192)")
-    parser.add_argument("--pictures", type=int, help=f"pictures of {SIDE} x {SIDE} (default 2000)")
-    parser.add_argument("--workers", type=int, default=0, help="also measure ours with so many loader processes (default 0)")
-    parser.add_argument("--alone", action="store_true", help="ours only: webdataset takes minutes for a million rows")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--repeats", type=int, help="rounds of each timing (default 3; quick 1)")
-    parser.add_argument("--out", "--json", dest="out", help="also write the JSON document to this file")
+    """Parse the options and --out. UserError for what cannot be measured."""
+    parser = command_line.command_parser("data", __doc__)
+    parser.add_argument("--quick", action="store_true",
+                        help="other defaults: 2048 rows, 256 pictures, 1 round")
+    parser.add_argument("--rows", type=int, help=f"token rows of {TOKENS}, in whole batches of "
+                        f"{BATCH} (default 200192)")
+    parser.add_argument("--pictures", type=int,
+                        help=f"pictures of {SIDE} x {SIDE} (default 2000)")
+    parser.add_argument("--workers", type=int, default=0,
+                        help="also measure ours with so many loader processes (default 0)")
+    parser.add_argument("--alone", action="store_true",
+                        help="ours only: webdataset takes minutes for a million rows")
+    command_line.add_run_options(parser, "default 3; quick 1")
     args = parser.parse_args(argv)
+
     defaults = {"rows": 200_192, "pictures": 2000, "repeats": 3}
     if args.quick:
         defaults = {"rows": 2048, "pictures": 256, "repeats": 1}
-    harness.fill_in(args, defaults, {"rows": 1, "pictures": 1, "repeats": 1, "workers": 0})
+    command_line.fill_in(args, defaults, {"rows": 1, "pictures": 1, "repeats": 1, "workers": 0})
     for package in ("datasets", "webdataset"):
-        try:
-            __import__(package)
-        except ImportError:
-            raise UserError(f"this benchmark reads with {package} too: pip install 'tokenloom[train,bench]'") from None
-    harness.start("cpu", args.threads)
-    import torch
+        require_extra(package, "this benchmark", "train,bench")
 
+    harness.start("cpu", args.threads)
     rows = -(-args.rows // BATCH) * BATCH
-    return Options(args.quick, rows, args.pictures, args.workers, args.repeats, torch.get_num_threads(), args.alone), args.out
+    options = Options(args.quick, rows, args.pictures, args.workers, args.repeats,
+                      torch.get_num_threads(), args.alone)
+    return options, args.out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, show, write. RunFailedError if the readers do not give the same rows."""
-    options, name = parse(argv)
-    out = harness.check_output(name)
-    document = measure(options)
-    for what in ("tokens", "pictures"):
-        print(f"{what}\n{harness.table(document[what])}\n")
-    harness.finish(document, out)
-    harness.require_same_work(document, "the other readers")
-    return 0
+    """Run the benchmark. RunFailedError if the readers do not give the same rows."""
+    options, out = parse(argv)
+    return command_line.run_benchmark(lambda: measure(options), show, out, "the other readers")

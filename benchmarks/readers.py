@@ -1,9 +1,10 @@
-"""Data readers compared by `python -m benchmarks data`: ours and those of datasets and webdataset."""
+"""Readers compared by `python -m benchmarks data`: ours and those of datasets and webdataset."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,27 +19,53 @@ from training.data.visits.loader import batch_loader
 from training.data.visits.order import DataOrder, MicroBatches
 from training.data.visits.tokens import TokenRows, TokenVisits
 
-TOKENS, CODES, SHARD_ROWS, BATCH, SIDE = 256, 1024, 50_000, 256, 64
+BATCH = 256
+SIDE = 64
+"""Pixels of a side of each image."""
+TOKEN_BUFFER, IMAGE_BUFFER = 1 << 20, 500
+"""Rows within which token shards and streamed images are shuffled."""
 
-
-Read = Iterator[tuple[numpy.ndarray, Sequence[str]]]
-"""Batches: arrays [B, ...] and a caption each."""
+Batches = Iterator[tuple[numpy.ndarray, Sequence[str]]]
+"""Arrays [B, ...] with a caption for each row."""
 
 
 class Reader(NamedTuple):
-    """A way to read a set. open: what is done once; read: one pass over an opened set, in the order of `order`."""
+    """A way to read a data set.
+
+    order: "shuffled" or "in order"; open: done once; read: one pass over what `open` returned.
+    """
 
     name: str
     order: str
     open: Callable[[], Any]
-    read: Callable[[Any], Read]
+    read: Callable[[Any], Batches]
 
 
-def _visits(shards: TokenShards, workers: int) -> Read:
-    """What a training gets: shuffled, a caption drawn for each row."""
-    order = DataOrder(len(shards), harness.SEED, 1 << 20)
+# ---- token rows
+
+def token_readers(folder: Path, workers: int) -> list[Reader]:
+    """List every reader of token rows; with workers, ours also with so many loader processes."""
+    tars = [str(path) for path in sorted(folder.glob("tokens-*.tar"))]
+    ours = partial(TokenShards, folder / "tokens", "train")
+    rows = partial(_datasets_tokens, folder)
+
+    readers = [Reader("ours", "shuffled", ours, partial(_our_tokens, workers=0))]
+    if workers:
+        readers.append(Reader(f"ours, {workers} workers", "shuffled", ours,
+                              partial(_our_tokens, workers=workers)))
+    readers += [Reader("datasets", "shuffled", rows, _datasets_shuffled),
+                Reader("datasets", "in order", rows, _datasets_in_order),
+                Reader("webdataset", "in order", partial(_webdataset, tars, "npy", "txt"),
+                       _batched)]
+    return readers
+
+
+def _our_tokens(shards: TokenShards, workers: int) -> Batches:
+    """Read as a training run does: shuffled, with one of each row's captions drawn."""
+    order = DataOrder(len(shards), harness.SEED, TOKEN_BUFFER)
     batches = MicroBatches(order, BATCH, 1, 0, 1, 0, len(shards) // BATCH)
-    for rows in batch_loader(TokenVisits(shards, harness.SEED, 0.0), batches, workers, _as_it_is):
+    visits = TokenVisits(shards, harness.SEED, 0.0)
+    for rows in batch_loader(visits, batches, workers, _as_it_is):
         yield rows.image_tokens, rows.captions
 
 
@@ -46,87 +73,92 @@ def _as_it_is(rows: TokenRows) -> TokenRows:
     return rows
 
 
-def _shuffled_rows(length: int) -> list[numpy.ndarray]:
-    indices = DataOrder(length, harness.SEED, 1 << 20).items(0, length // BATCH * BATCH).indices
-    return list(indices.reshape(-1, BATCH))
-
-
 def _datasets_tokens(folder: Path) -> Any:
     import datasets
 
-    parts = [datasets.Dataset.from_file(str(path)) for path in sorted((folder / "tokens").glob("*.arrow"))]
-    return datasets.concatenate_datasets(parts).with_format("numpy", columns=["tokens", "captions"], dtype=numpy.uint16)
+    paths = sorted((folder / "tokens").glob("*.arrow"))
+    parts = [datasets.Dataset.from_file(str(path)) for path in paths]
+    rows = datasets.concatenate_datasets(parts)
+    return rows.with_format("numpy", columns=["tokens", "captions"], dtype=numpy.uint16)
 
 
-def _datasets_shuffled(rows: Any) -> Read:
-    for indices in _shuffled_rows(len(rows)):
-        batch = rows[indices]
-        yield _matrix(batch["tokens"]), [row[0] for row in batch["captions"]]
+def _datasets_shuffled(rows: Any) -> Batches:
+    # in the order that ours has
+    order = DataOrder(len(rows), harness.SEED, TOKEN_BUFFER)
+    indices = order.items(0, len(rows) // BATCH * BATCH).indices
+    for batch in indices.reshape(-1, BATCH):
+        yield _tokens_and_captions(rows[batch])
 
 
-def _datasets_in_order(rows: Any) -> Read:
+def _datasets_in_order(rows: Any) -> Batches:
     for batch in rows.iter(BATCH):
-        yield _matrix(batch["tokens"]), [row[0] for row in batch["captions"]]
+        yield _tokens_and_captions(batch)
+
+
+def _tokens_and_captions(batch: Any) -> tuple[numpy.ndarray, list[str]]:
+    return _matrix(batch["tokens"]), [captions[0] for captions in batch["captions"]]
 
 
 def _matrix(rows: Any) -> numpy.ndarray:
-    return numpy.asarray(rows) if isinstance(rows, numpy.ndarray) and rows.dtype != object else numpy.stack(list(rows))
+    """One array [B, N] of rows, which `datasets` may give as an array of objects."""
+    if isinstance(rows, numpy.ndarray) and rows.dtype != object:
+        return numpy.asarray(rows)
+    return numpy.stack(list(rows))
 
 
-def _webdataset(pattern: list[str], *keys: str, decode: str | None = None) -> Any:
+# ---- both
+
+def _webdataset(tars: list[str], *keys: str, decode: str | None = None) -> Any:
     import webdataset
 
-    shards = webdataset.WebDataset(pattern, shardshuffle=False)
-    return (shards.decode(decode) if decode else shards.decode()).to_tuple(*keys)
+    samples = webdataset.WebDataset(tars, shardshuffle=False)
+    decoded = samples.decode(decode) if decode else samples.decode()
+    return decoded.to_tuple(*keys)
 
 
-def _batched(samples: Iterable[tuple[numpy.ndarray, str]]) -> Read:
+def _batched(samples: Iterable[tuple[numpy.ndarray, str]]) -> Batches:
     samples = iter(samples)
     while batch := list(itertools.islice(samples, BATCH)):
-        yield numpy.stack([one[0] for one in batch]), [one[1] for one in batch]
+        yield numpy.stack([array for array, _ in batch]), [caption for _, caption in batch]
 
 
-def token_readers(folder: Path, workers: int) -> list[Reader]:
-    """Every reader of token rows."""
-    tars = [str(path) for path in sorted(folder.glob("tokens-*.tar"))]
+# ---- images
 
-    def ours() -> TokenShards:
-        return TokenShards(folder / "tokens", "train")
+def image_readers(folder: Path) -> list[Reader]:
+    """List every reader of images."""
+    parquet = folder / "parquet"
+    tars = [str(path) for path in sorted((folder / "tar").glob("*.tar"))]
+    streamed = partial(open_dataset, streamed_rows=IMAGE_BUFFER)
+    return [
+        Reader("ours, parquet, cached", "shuffled", partial(open_dataset, parquet), _our_images),
+        Reader("ours, parquet, streaming", "shuffled", partial(streamed, parquet), _our_images),
+        Reader("ours, tar, streaming", "shuffled", partial(streamed, folder / "tar"), _our_images),
+        Reader("datasets, parquet", "in order", partial(_datasets_images, folder),
+               _datasets_pixels),
+        Reader("webdataset, tar", "in order",
+               partial(_webdataset, tars, "jpg", "txt", decode="rgb8"), _batched)]
 
-    readers = [Reader("ours", "shuffled", ours, lambda shards: _visits(shards, 0)),
-               Reader("datasets", "shuffled", lambda: _datasets_tokens(folder), _datasets_shuffled),
-               Reader("datasets", "in order", lambda: _datasets_tokens(folder), _datasets_in_order),
-               Reader("webdataset", "in order", lambda: _webdataset(tars, "npy", "txt"), _batched)]
-    if workers:
-        readers.insert(1, Reader(f"ours, {workers} workers", "shuffled", ours, lambda shards: _visits(shards, workers)))
-    return readers
 
-
-def _our_pictures(source: CaptionedImages) -> Read:
+def _our_images(source: CaptionedImages) -> Batches:
+    """Read as a training run does: in its order, at SIDE pixels."""
     visits = ImageVisits(source, SIDE, harness.SEED, 0.0)
-    order = DataOrder(len(source), harness.SEED, 0 if source.runs is None else 500, source.runs)
+    streamed = source.runs is not None
+    order = DataOrder(len(source), harness.SEED, IMAGE_BUFFER if streamed else 0, source.runs)
     for start in range(0, len(source), BATCH):
-        found = [(visits[item].pixels, source.captions(item.index)[0])
-                 for item in order.items(start, min(BATCH, len(source) - start))]
-        yield numpy.stack([pixels for pixels, _ in found]), [caption for _, caption in found]
+        pixels, captions = [], []
+        for item in order.items(start, min(BATCH, len(source) - start)):
+            pixels.append(visits[item].pixels)
+            captions.append(source.captions(item.index)[0])
+        yield numpy.stack(pixels), captions
 
 
-def _datasets_pictures(folder: Path) -> Any:
+def _datasets_images(folder: Path) -> Any:
     import datasets
 
-    rows = datasets.load_dataset("parquet", data_files=str(folder / "parquet/train.parquet"), split="train",
-                                 cache_dir=str(folder / "cache"))
+    rows = datasets.load_dataset("parquet", data_files=str(folder / "parquet/train.parquet"),
+                                 split="train", cache_dir=str(folder / "cache"))
     return rows.cast_column("image", datasets.Image())
 
 
-def picture_readers(folder: Path) -> list[Reader]:
-    """Every reader of pictures."""
-    tars = [str(path) for path in sorted((folder / "tar").glob("*.tar"))]
-    return [
-        Reader("ours, parquet, cached", "shuffled", lambda: open_dataset(folder / "parquet"), _our_pictures),
-        Reader("ours, parquet, streaming", "shuffled", lambda: open_dataset(folder / "parquet", streamed_rows=500),
-               _our_pictures),
-        Reader("ours, tar, streaming", "shuffled", lambda: open_dataset(folder / "tar", streamed_rows=500), _our_pictures),
-        Reader("datasets, parquet", "in order", lambda: _datasets_pictures(folder),
-               lambda rows: _batched((numpy.asarray(row["image"]), row["text"]) for row in rows)),
-        Reader("webdataset, tar", "in order", lambda: _webdataset(tars, "jpg", "txt", decode="rgb8"), _batched)]
+def _datasets_pixels(rows: Any) -> Batches:
+    return _batched((numpy.asarray(row["image"]), row["text"]) for row in rows)

@@ -1,4 +1,4 @@
-"""Training loops compared by `python -m benchmarks training`: ours, plain PyTorch and x-transformers."""
+"""Loops compared by `python -m benchmarks training`: ours, plain PyTorch and x-transformers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ from training.config.seq2seq import Seq2SeqRunConfig
 from training.engine.optim import build_optimizer, lr_at
 from training.engine.processes import Processes
 from training.engine.watchdog import Watchdog
+from training.loop.loop import run_training
 from training.train_seq2seq import Seq2SeqTraining
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""text ids [B, T], text_mask [B, T], image tokens [B, N] -> scalar."""
 
 
 class Options(NamedTuple):
-    """What is measured; as JSON in the document."""
+    """Sizes and settings that are measured; also the document's `options`."""
 
     quick: bool
     width: int
@@ -41,16 +45,19 @@ class Options(NamedTuple):
 
 
 def run_config(folder: Path, options: Options, stage: int = 0) -> Seq2SeqRunConfig:
-    """Of one run of ours in a run folder of its own."""
-    return Seq2SeqRunConfig.parse({
+    """Return the config of one run of ours, in a new run folder."""
+    model = {"preset": "debug", "width": options.width, "heads": options.width // 64,
+             "head_dim": 64, "encoder_layers": 2, "decoder_layers": options.layers,
+             "rotary": "none", "image_positions": "flat"}
+    train = {"steps": options.steps, "batch_size": options.batch, "precision": options.dtype,
+             "sample_every": 0, "threads": options.threads}
+    values = {
         "run_dir": tempfile.mkdtemp(dir=folder), "data": {"path": str(folder / "tokens")},
-        "image_tokenizer": str(folder / "tokenizer"), "text": {"vocab_size": 300, "text_length": 32}, "caption_dropout": 0.0,
-        "model": {"preset": "debug", "width": options.width, "heads": options.width // 64, "head_dim": 64, "encoder_layers": 2,
-                  "decoder_layers": options.layers, "rotary": "none", "image_positions": "flat"},
-        "train": {"steps": options.steps, "batch_size": options.batch, "precision": options.dtype, "sample_every": 0,
-                  "threads": options.threads},
-        "optim": {"lr": 1e-3, "warmup_steps": 2}, "checkpoint": {"every_steps": 0}, "deepspeed": {"zero_stage": stage}},
-        "benchmark")
+        "image_tokenizer": str(folder / "tokenizer"), "model": model, "train": train,
+        "text": {"vocab_size": 300, "text_length": 32}, "caption_dropout": 0.0,
+        "optim": {"lr": 1e-3, "warmup_steps": 2}, "checkpoint": {"every_steps": 0},
+        "deepspeed": {"zero_stage": stage}}
+    return Seq2SeqRunConfig.parse(values, "benchmark")
 
 
 class Run(NamedTuple):
@@ -61,28 +68,47 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def moments_of_steps() -> Iterator[list[float]]:
-    """The time after every step of our loop, noted where it tells its watchdog."""
-    moments: list[float] = []
+def step_times() -> Iterator[list[float]]:
+    """Collect the time after every step of our loop, which tells its watchdog of each."""
+    times: list[float] = []
     beat = Watchdog.beat
 
-    def noted(self: Watchdog, step: int) -> None:
+    def beat_and_keep(self: Watchdog, step: int) -> None:
         beat(self, step)
-        moments.append(time.perf_counter())
+        times.append(time.perf_counter())
 
-    Watchdog.beat = noted  # type: ignore[method-assign]
+    Watchdog.beat = beat_and_keep  # type: ignore[method-assign]
     try:
-        yield moments
+        yield times
     finally:
         Watchdog.beat = beat  # type: ignore[method-assign]
 
 
-def _between(moments: list[float]) -> list[float]:
-    return [after - before for before, after in itertools.pairwise(moments)]
+def _durations(times: list[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def ours(folder: Path, options: Options, group: Processes, stage: int = 0) -> Run:
+    """Run `run_training` as the script does; its final save comes after the last step's time."""
+    config = run_config(folder, options, stage)
+    training = Seq2SeqTraining(config, group)
+    task = training.task()
+    train, losses = task.train, []
+
+    def train_and_keep(batch: Any, step: int) -> dict[str, Tensor]:
+        terms = train(batch, step)
+        losses.append(terms["loss"])
+        return terms
+
+    task.train = train_and_keep
+    with step_times() as times:
+        run_training(task, config, group, training.run_state)
+    # read only now: a loss read in the loop would wait for the device
+    return Run([float(loss) for loss in losses], _durations(times))
 
 
 class Batches(NamedTuple):
-    """A fresh model and all of a run's batches, as ours has them."""
+    """A fresh model and all batches of a run, as ours has them."""
 
     config: Seq2SeqRunConfig
     model: Any
@@ -90,19 +116,22 @@ class Batches(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path, options: Options, group: Processes) -> Batches:
-        """Made by our own script, and taken out before DeepSpeed changes anything."""
+        """Make them by our own script; copied before DeepSpeed changes anything."""
         config = run_config(folder, options)
         training = Seq2SeqTraining(config, group)
         return cls(config, copy.deepcopy(training.model).float(), list(training.batches(0)))
 
 
 def hand_written(given: Batches, group: Processes, peer: bool) -> Run:
-    """A loop of ten lines: forward, backward, clip, step. peer: x-transformers' wrapper computes the loss."""
+    """Run a loop of ten lines: forward, backward, clip, step.
+
+    peer: x-transformers' wrapper computes the loss.
+    """
     config, device = given.config, group.device
     model = copy.deepcopy(given.model).to(device).train()
     loss_of = _peer_loss(model) if peer else _loss(model)
     optimizer = build_optimizer(model, config.optim)
-    losses, moments = [], []
+    losses, times = [], []
     for step, batch in enumerate(given.batches):
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr_at(step, config.train.steps, config.optim)
@@ -114,11 +143,8 @@ def hand_written(given: Batches, group: Processes, peer: bool) -> Run:
         optimizer.step()
         losses.append(loss.detach())
         harness.synchronize(device.type)
-        moments.append(time.perf_counter())
-    return Run([float(loss) for loss in losses], _between(moments))
-
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+        times.append(time.perf_counter())
+    return Run([float(loss) for loss in losses], _durations(times))
 
 
 def _loss(model: Any) -> Loss:
@@ -126,18 +152,24 @@ def _loss(model: Any) -> Loss:
 
 
 def _peer_loss(model: Any) -> Loss:
-    """AutoregressiveWrapper's own loss; its parameters are put into `model` in the place of ours, so that they are trained."""
+    """AutoregressiveWrapper's own loss.
+
+    The wrapper's network replaces ours inside `model`, so that one optimizer trains it and
+    the text encoder.
+    """
     wrapper = XTransformersPeer(model).wrapper.requires_grad_(True).train()
     net = wrapper.net
     del model.image_embedding, model.begin_of_image, model.decoder, model.to_logits
-    for name in [name for name, _ in model.named_parameters() if not name.startswith("text_encoder.")]:
+    left = [name for name, _ in model.named_parameters() if not name.startswith("text_encoder.")]
+    for name in left:
         delattr(model, name)
     model.peer = net
-    longer = model.config.num_tokens + 1  # its wrapper works on the last token too, whose output it drops
-    places = net.pos_emb.emb.weight.detach()
-    net.pos_emb.emb.weight = torch.nn.Parameter(torch.cat([places, places[-1:]]))
-    net.max_seq_len = net.pos_emb.max_seq_len = longer
-    begin = model.config.codebook_size
+
+    # the wrapper feeds the last token too and drops its output: it needs one position more
+    positions = net.pos_emb.emb.weight.detach()
+    net.pos_emb.emb.weight = torch.nn.Parameter(torch.cat([positions, positions[-1:]]))
+    net.max_seq_len = net.pos_emb.max_seq_len = model.config.num_tokens + 1
+    begin = model.config.codebook_size  # the id of begin of image in the wrapper's embedding
 
     def loss(text: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         sequence = torch.nn.functional.pad(tokens, (1, 0), value=begin)

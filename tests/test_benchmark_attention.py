@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import attention, harness
+from benchmarks import attention, attention_cases, harness
 from benchmarks.attention import Problem
 from seq2seq import layers
 from seq2seq.attention import PATTERNS, Pattern, attend
@@ -25,7 +25,7 @@ def here(monkeypatch):
     asked = []
 
     def peak(build, arguments, device, threads):
-        harness._case(build, json.loads(json.dumps(arguments)))()
+        harness.build_case(build, json.loads(json.dumps(arguments)))()
         asked.append((build, arguments, device, threads))
         return float(len(asked))
 
@@ -45,7 +45,7 @@ def test_share_of_pairs_seen_of_a_2x2_grid_by_hand(prefix, pairs):
 
 def test_both_sides_run_what_they_are_said_to_run(monkeypatch):
     calls = []
-    real = attention.F.scaled_dot_product_attention
+    real = attention_cases.F.scaled_dot_product_attention
     monkeypatch.setattr(layers, "attend", lambda pattern, *rest: calls.append(pattern) or attend(pattern, *rest))
     heads = attention.make_heads(PROBLEM)
     assert heads.query.shape == (2, 2, 3 + 16, 8)
@@ -53,7 +53,7 @@ def test_both_sides_run_what_they_are_said_to_run(monkeypatch):
     ours = attention.run_step("forward", attention.make_attend("ours", PROBLEM), heads)
     assert calls == [Pattern("row", 3, 4, 3)]
     masks = []
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention",
+    monkeypatch.setattr(attention_cases.F, "scaled_dot_product_attention",
                         lambda *inputs, attn_mask: masks.append(attn_mask) or real(*inputs, attn_mask=attn_mask))
     peer = attention.run_step("forward", attention.make_attend("peer", PROBLEM), heads)
     assert len(calls) == len(masks) == len(ours) == len(peer) == 1
@@ -171,7 +171,7 @@ def test_a_run_measures_every_pattern_and_ends_with_one_json_document(here, caps
         assert row["ideal_ratio"] == pytest.approx(1 / row["share_of_pairs_seen"], rel=1e-3)
         assert (row["ours"]["peak_memory_mib"], row["peer"]["peak_memory_mib"]) == (2 * number + 1, 2 * number + 2)
         build, asked, device, threads = here[2 * number]
-        assert (build, device, threads) == ("benchmarks.attention:step_case", "cpu", 1)
+        assert (build, device, threads) == ("benchmarks.attention_cases:step_case", "cpu", 1)
         assert asked == {"side": "ours", "step": row["step"], "pattern": row["pattern"], "batch": row["batch"], "grid": 4,
                          "prefix": 3, "convolution": 3, "heads": 2, "head_dim": 8, "device": "cpu", "dtype": "bfloat16"}
     assert rows[0]["share_of_pairs_seen"] == pytest.approx(19 * 20 / 2 / 19**2, abs=1e-6)

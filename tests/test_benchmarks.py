@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import harness, tokenizer
+from benchmarks import command_line, harness, tokenizer
 from benchmarks.peers import diffusers_vq
 from inference.checkpoints.formats.vqgan_names import diffusers_name
 from tests import launching
@@ -34,7 +34,7 @@ def here(monkeypatch):
     asked = []
 
     def peak(build, arguments, device, threads):
-        harness._case(build, json.loads(json.dumps(arguments)))()
+        harness.build_case(build, json.loads(json.dumps(arguments)))()
         asked.append((build, arguments, device, threads))
         return float(len(asked))
 
@@ -96,9 +96,9 @@ def test_a_child_that_fails_is_one_line():
 
 
 def test_table_lines_up_and_shows_none_as_a_dash():
-    text = harness.table([{"name": "a", "x": None}, {"name": "long", "x": 1234.5}])
+    text = command_line.table([{"name": "a", "x": None}, {"name": "long", "x": 1234.5}])
     assert text.splitlines() == ["name      x", "   a      -", "long  1,234"]
-    assert harness.table([]) == ""
+    assert command_line.table([]) == ""
 
 
 # ---- the peer
