@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import _status
+from benchmarks.harness import process_bytes
 from benchmarks.training import make_data
 from benchmarks.training_loops import Options, run_config
 from training.engine.launch import processes
@@ -42,11 +42,11 @@ def measure(folder: Path, sizes: dict[str, int], stage: int, precision: str, gro
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = _status("VmRSS")
+    before = process_bytes("VmRSS")
     training = Seq2SeqTraining(config, group)
     run_training(training.task(), config, group, training.run_state)
     training.finish()
-    measured = _status("VmHWM") - before
+    measured = process_bytes("VmHWM") - before
     plan = plan_of(config, precision, model=training.model.config, tokenizer=training.image_tokenizer.config)
     activations = plan.activations(options.batch // group.world_size, False, False)
     memory = rank_memory(plan, layout_of(plan, stage, group.world_size, False), activations)

@@ -38,7 +38,7 @@ def tiny_reference(monkeypatch):
 def here(monkeypatch):
     """Memory cases run in this process and need 3 MiB."""
     def peak(build, arguments, device, threads):
-        harness._case(build, json.loads(json.dumps(arguments)))()
+        harness.build_case(build, json.loads(json.dumps(arguments)))()
         return 3.0
 
     monkeypatch.setattr(harness, "peak_memory", peak)

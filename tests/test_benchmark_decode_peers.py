@@ -334,7 +334,7 @@ def test_every_peer_draws_through_its_case():
         small = name == "min-dalle"
         config = json.loads(json.dumps({**MINI} if small else FLAT))
         guidance = 3.0 if small else 1.0
-        tokens = harness._case("benchmarks.decode.peers:peer_case", {
+        tokens = harness.build_case("benchmarks.decode.peers:peer_case", {
             "peer": name, "pictures": 2, "tokens": 256 if small else 5, "guidance": guidance, "config": config, "device": "cpu",
             "dtype": "float32"})()
         assert tokens.shape == (2, 256 if small else 5)

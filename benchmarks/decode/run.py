@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import harness
+from benchmarks import command_line, harness
 from benchmarks.decode.engines import Mode, OurEngine
 from benchmarks.decode.limits import Limits, measure_limits, step_cost
 from benchmarks.decode.peers import PEERS, Peer, make_peer, missing, peer_version
@@ -225,9 +225,9 @@ def show(document: dict[str, Any]) -> None:
     if flat:
         print("image tokens, from text ids on (ratios above 1: ours is faster; fraction_of_limit: the machine's least time / "
               "ours)")
-        print(harness.table(flat) + "\n")
+        print(command_line.table(flat) + "\n")
     if document["memory"]:
-        print("memory beyond the weights (MiB)\n" + harness.table(document["memory"]) + "\n")
+        print("memory beyond the weights (MiB)\n" + command_line.table(document["memory"]) + "\n")
     limits = document["limits"]
     print(f"this machine reads {limits['weight_streaming_gb_per_s']} GB/s and multiplies {limits['matmul_gflop_per_s']} "
           "GFLOP/s")
@@ -240,7 +240,7 @@ def show(document: dict[str, Any]) -> None:
 
 def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     """Options and --out (or --json). UserError for what cannot be measured."""
-    parser = harness.command_parser("decode", __doc__)
+    parser = command_line.command_parser("decode", __doc__)
     parser.add_argument("--quick", action="store_true", help="a small model, batch 1 and 2, 64 tokens, 3 rounds")
     parser.add_argument("--model", default="reference", help="a model folder, a preset's name, or reference: 57M decoder, 12 "
                         "layers of width 512, 16x16 tokens of 8,192 codes (default)")
@@ -252,10 +252,10 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     parser.add_argument("--jacobi", help="also ours with Jacobi decoding of these windows, for example 8,16 (default: none; it "
                         "needs a trained model to say anything)")
     parser.add_argument("--no-int8", action="store_true", help="leave our 8-bit weights out")
-    harness.add_common_options(parser, "default 3")
+    command_line.add_common_options(parser, "default 3")
     args = parser.parse_args(argv)
-    batches = harness.whole_numbers(args.batch or ("1,2" if args.quick else "1,2,4,8,16,32"), "--batch")
-    windows = [] if args.jacobi is None else harness.whole_numbers(args.jacobi, "--jacobi")
+    batches = command_line.whole_numbers(args.batch or ("1,2" if args.quick else "1,2,4,8,16,32"), "--batch")
+    windows = [] if args.jacobi is None else command_line.whole_numbers(args.jacobi, "--jacobi")
     if 1 in windows:
         raise UserError("--jacobi 1 is plain decoding, which is measured anyway; give 2 or more")
     if args.repeats is not None and args.repeats < 1:
@@ -287,10 +287,10 @@ def _peers(given: str | None, model: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, show, write. RunFailedError if an engine does not do the same work."""
     options, name = parse(argv)
-    out = harness.check_output(name)
+    out = command_line.check_output(name)
     document = measure(options)
     show(document)
-    harness.finish(document, out)
+    command_line.finish(document, out)
     if not document["ok"]:
         wrong = next(row for row in document["verification"] if not row["ok"])
         raise RunFailedError(f"{wrong['engine']} does not do the same work, so nothing was timed: "
