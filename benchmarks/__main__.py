@@ -9,33 +9,45 @@ from collections.abc import Sequence
 from tokenloom_common.errors import UserError, nearest_name, run_command
 
 BENCHMARKS = {
-    "tokenizer": ("benchmarks.tokenizer", "main", "image tokenizers: speed and memory beside diffusers, cost of our options"),
-    "decode": ("benchmarks.decode.run", "main", "drawing image tokens: ours beside x-transformers, transformers and min-dalle"),
-    "training": ("benchmarks.training", "main", "a training step: ours beside plain PyTorch and x-transformers"),
-    "data": ("benchmarks.data", "main", "reading data: our readers beside datasets and webdataset"),
-    "attention": ("benchmarks.attention", "main", "sparse attention patterns: speed and memory beside a dense mask"),
+    "tokenizer": ("benchmarks.tokenizer",
+                  "image tokenizers: speed and memory beside diffusers, cost of our options"),
+    "decode": ("benchmarks.decode.run",
+               "drawing image tokens: ours beside x-transformers, transformers and min-dalle"),
+    "training": ("benchmarks.training",
+                 "a training step: ours beside plain PyTorch and x-transformers"),
+    "data": ("benchmarks.data", "reading data: our readers beside datasets and webdataset"),
+    "attention": ("benchmarks.attention",
+                  "sparse attention patterns: speed and memory beside a dense mask"),
 }
-"""Name -> module, function taking argv, one line of help."""
+"""Name -> module with `main(argv)`, one line of help."""
 
 USAGE = "usage: python -m benchmarks NAME [--quick] [options]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 done, 1 failed (ours and the peer did not do the same work), 2 the user's mistake."""
+    """Run a benchmark: 0 done, 1 failed (not the same work as the peer), 2 the user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in BENCHMARKS:
-        module, function, _ = BENCHMARKS[arguments[0]]
-        return run_command(lambda rest: getattr(importlib.import_module(module), function)(rest), arguments[1:],
-                           f"benchmarks {arguments[0]}")
-    return run_command(_help, arguments, "benchmarks")
+    if not arguments or arguments[0] not in BENCHMARKS:
+        return run_command(_help, arguments, "benchmarks")
+
+    name, *rest = arguments
+    module, _ = BENCHMARKS[name]
+
+    def run(argv: Sequence[str] | None) -> int:
+        # imported here, so that what one benchmark needs is no need of another
+        return importlib.import_module(module).main(argv)
+
+    return run_command(run, rest, f"benchmarks {name}")
 
 
 def _help(arguments: Sequence[str] | None) -> int:
     if arguments and arguments[0] not in ("-h", "--help"):
-        raise UserError(f"unknown benchmark '{arguments[0]}'{nearest_name(arguments[0], BENCHMARKS)}")
-    rows = [f"  {name:<12} {text}" for name, (_, _, text) in BENCHMARKS.items()]
+        nearest = nearest_name(arguments[0], BENCHMARKS)
+        raise UserError(f"unknown benchmark '{arguments[0]}'{nearest}")
+    rows = [f"  {name:<12} {text}" for name, (_, text) in BENCHMARKS.items()]
     print("\n".join([USAGE, "", "benchmarks (each has --help):", *rows, "",
-                     "The last line of stdout is one JSON document; benchmarks/README.md says what is in it."]))
+                     "The last line of stdout is one JSON document, described in "
+                     "benchmarks/README.md."]))
     return 0 if arguments else 2
 
 
