@@ -88,8 +88,8 @@ def rows_of_size(name: str) -> list[Row]:
         change = fitting.smallest_change(memory)
         hours = seconds / processes / 3600
         total = host = checkpoint = 0
-        if change is not None:
-            needed = fitting.memory(change)
+        needed = None if change is None else fitting.memory(change)
+        if change is not None and needed is not None:
             total, host = needed.total, needed.host
             checkpoint = checkpoint_bytes(plan, change.stage)
         rows.append(Row(name, processes, change, total, host, hours, checkpoint))
