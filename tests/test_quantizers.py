@@ -18,10 +18,11 @@ from vector_quantize_pytorch import ResidualVQ
 from tokenizer_image import VQGANConfig, preset
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.quantizer_config import READ_BY_KIND, QuantizerConfig
-from tokenizer_image.quantizers import QUANTIZERS, Quantizer, base, build_quantizer
+from tokenizer_image.quantizers import QUANTIZERS, Quantized, Quantizer, build_quantizer, search
 from tokenizer_image.quantizers.gumbel import gumbel_softmax
 from tokenizer_image.quantizers.residual import ResidualQuantizer
-from tokenizer_image.quantizers.vector import SimVQuantizer, VectorQuantizer
+from tokenizer_image.quantizers.simvq import SimVQuantizer
+from tokenizer_image.quantizers.vector import VectorQuantizer
 from tokenizer_image.vqgan import VQGAN
 from tokenloom_common.errors import UserError
 
@@ -96,7 +97,7 @@ def brute_force(quantizer: Quantizer, latents: torch.Tensor) -> np.ndarray:
     return np.stack(codes, axis=1)
 
 
-def total_loss(result: base.Quantized) -> torch.Tensor:
+def total_loss(result: Quantized) -> torch.Tensor:
     return sum((part.value * part.weight for part in result.losses.values()), torch.zeros(()))
 
 
@@ -112,7 +113,7 @@ def test_every_kind_is_here():
 def test_nearest_is_brute_force_in_blocks_of_any_size(case, at_once, monkeypatch):
     quantizer = started(case)
     if at_once:
-        monkeypatch.setattr(base, "SCORES_AT_ONCE", at_once)
+        monkeypatch.setattr(search, "MAX_SCORES_PER_BLOCK", at_once)
     latents = latents_for(quantizer, batch=2, side=5)
     expected = brute_force(quantizer, latents)
     codes = quantizer.nearest(latents)
@@ -139,7 +140,7 @@ def test_ties_go_to_the_lowest_code_in_blocks_of_any_size(case, at_once, monkeyp
     else:
         set_codes(quantizer, values.tolist())
     if at_once:
-        monkeypatch.setattr(base, "SCORES_AT_ONCE", at_once)
+        monkeypatch.setattr(search, "MAX_SCORES_PER_BLOCK", at_once)
     z = rng.integers(-2, 3, size=(40, 4))
     distances = -(z @ values.T) if case == "vq" else ((z[:, None] - values[None]) ** 2).sum(axis=2)
     assert ((distances == distances.min(axis=1, keepdims=True)).sum(axis=1) > 1).mean() > 0.5  # ties are the rule
@@ -163,7 +164,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("case", SEARCHED)
 def test_memory_of_a_search_does_not_grow_with_the_codebook(case, monkeypatch):
     at_once = 1 << 14
-    monkeypatch.setattr(base, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(search, "MAX_SCORES_PER_BLOCK", at_once)
     options = {**({"kmeans_init": False} if case in LEARNED else {}), **CASES[case][2]}
     for size in (1024, 8192):
         quantizer = build_quantizer(2, size, QuantizerConfig(**options)).eval()
@@ -808,7 +809,7 @@ def test_gumbel_ties_go_to_the_lowest_code_in_blocks_of_any_size(at_once, monkey
         quantizer.proj.weight.copy_(torch.randint(-1, 2, quantizer.proj.weight.shape))
         quantizer.proj.bias.copy_(torch.randint(0, 2, (32,)))
     if at_once:
-        monkeypatch.setattr(base, "SCORES_AT_ONCE", at_once)
+        monkeypatch.setattr(search, "MAX_SCORES_PER_BLOCK", at_once)
     latents = torch.randint(-2, 3, (2, 4, 5, 5)).float()
     assert np.array_equal(quantizer.nearest(latents).flatten(), brute_force(quantizer, latents)[:, 0])
 
