@@ -17,7 +17,7 @@ class ImageTokenizerConfig(StrictConfig):
     extra_keys: ClassVar[tuple[str, ...]] = ("preset",)
 
     kind: str
-    """Which family: a name in tokenizer_image.KINDS."""
+    """Which family: a name in tokenizer_image.IMAGE_TOKENIZERS."""
     resolution: Positive = 256
     """Pixels of a side; larger pictures go in tiles (tokenizer_image/tiling.py)."""
     in_channels: Positive = 3

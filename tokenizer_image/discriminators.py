@@ -222,7 +222,7 @@ class StyleGANDiscriminator(nn.Module):
             return self.head(activate(self.hidden(hidden.flatten(1))))
 
 
-KINDS: dict[str, type[PatchDiscriminator] | type[StyleGANDiscriminator]] = {
+DISCRIMINATORS: dict[str, type[PatchDiscriminator] | type[StyleGANDiscriminator]] = {
     "patchgan": PatchDiscriminator, "stylegan": StyleGANDiscriminator}
 
 
@@ -231,4 +231,4 @@ def build_discriminator(config: DiscriminatorConfig, resolution: int, in_channel
 
     UserError that names what to change if the resolution is too small for its depth, or not one it can halve.
     """
-    return choose(KINDS, config.kind, "discriminator")(config, resolution, in_channels)
+    return choose(DISCRIMINATORS, config.kind, "discriminator")(config, resolution, in_channels)

@@ -15,7 +15,7 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, choose
 from tokenloom_common.pretrained import resolve_folder
 
-KINDS: dict[str, type[ImageTokenizer]] = {kind.kind: kind for kind in (VQGAN, ViTVQGAN, DVAE)}
+IMAGE_TOKENIZERS: dict[str, type[ImageTokenizer]] = {kind.kind: kind for kind in (VQGAN, ViTVQGAN, DVAE)}
 PRESETS: dict[str, tuple[str, ImageTokenizerConfig]] = {
     **{name: (VQGAN.kind, config) for name, config in VQGAN_PRESETS.items()},
     **{name: (ViTVQGAN.kind, config) for name, config in VIT_VQGAN_PRESETS.items()},
@@ -30,7 +30,7 @@ def preset(name: str) -> ImageTokenizerConfig:
 
 def build_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
     """An untrained tokenizer of the family that the config belongs to."""
-    return KINDS[config.kind](config)
+    return IMAGE_TOKENIZERS[config.kind](config)
 
 
 def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> ImageTokenizer:
@@ -42,5 +42,5 @@ def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu", revis
     config = path / "config.json"
     if not config.is_file():
         raise MissingFileError(f"{folder}: config.json is missing, so the folder is not a (whole) image tokenizer")
-    kind = choose(KINDS, str(read_mapping(config).get("kind")), f"{config}: kind of image tokenizer")
+    kind = choose(IMAGE_TOKENIZERS, str(read_mapping(config).get("kind")), f"{config}: kind of image tokenizer")
     return kind.from_pretrained(path, device)
