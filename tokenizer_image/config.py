@@ -123,7 +123,8 @@ class VQGANConfig(QuantizedConfig):
         if not self.has_encoder:
             raise UserError(
                 f"{where} has no encoder (has_encoder is false in its config), so it can only turn "
-                "codes into pictures; to encode or train, convert the whole VQGAN that it is a part of")
+                "codes into pictures; to encode or train, convert the whole VQGAN that it is a "
+                "part of")
 
     @model_validator(mode="after")
     def _validate(self) -> Self:

@@ -63,14 +63,12 @@ class QuantizerConfig(StrictConfig):
     """Rotate gradients with the latent (Fifty et al. 2024, arXiv 2410.06424) instead of
     straight-through."""
     depth: int = Field(default=1, ge=1, le=32)
-    """residual: codebooks, and so codes per position, adjacent in the token sequence (see `grid`).
-    """
+    """residual: codebooks, and so codes per position, adjacent in the token sequence."""
     levels: tuple[Annotated[int, Field(ge=3, le=64)], ...] = ()
     """fsq: levels of each number of a latent. Their product is the codebook size, their count is
     embed_dim."""
     entropy_weight: float = Field(default=0.1, ge=0)
-    """lfq: weight of (entropy of a latent's code - diversity_gamma x entropy of the batch's codes).
-    """
+    """lfq: weight of (entropy of a latent's code - diversity_gamma x entropy of batch's codes)."""
     diversity_gamma: float = Field(default=1.0, ge=0)
     entropy_temperature: float = Field(default=0.01, gt=0)
     """lfq: temperature of the soft assignment in the entropies."""
@@ -129,8 +127,7 @@ class QuantizerConfig(StrictConfig):
                 "set to 1; set kmeans_init false and dead_code_fraction 0")
 
     def check_sizes(self, embed_dim: int, codebook_size: int) -> None:
-        """Raise ValueError if a code vector of this length, or this codebook size, is impossible.
-        """
+        """Raise ValueError if this code vector length or this codebook size is impossible."""
         if self.kind == "fsq":
             dims = len(self.levels)
             product = math.prod(self.levels)

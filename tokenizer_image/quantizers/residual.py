@@ -60,8 +60,7 @@ class ResidualQuantizer(Quantizer):
         return torch.stack(vectors).sum(dim=0)
 
     def quantize(self, latents: Tensor) -> Quantized:
-        """Quantize as VectorQuantizer does, depth by depth; loss terms are means over the depths.
-        """
+        """Quantize as VectorQuantizer does, depth by depth; loss terms are means over depths."""
         residual = latents
         total = torch.zeros_like(latents)
         assignments = []

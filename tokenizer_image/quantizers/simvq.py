@@ -45,8 +45,7 @@ class SimVQuantizer(Quantizer):
         return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
 
     def quantize(self, latents: Tensor) -> Quantized:
-        """Latents [B, D, h, w] float32 -> the nearest codes. The map learns from the codebook term.
-        """
+        """Latents [B, D, h, w] float32 -> nearest codes. The map learns from the codebook term."""
         codes = self.search(latents)
         assignment = CodeAssignment(latents, self.lookup(codes), codes)
         vectors = pass_gradients(latents, assignment.vectors, self.config.rotation_trick)

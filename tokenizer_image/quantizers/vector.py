@@ -90,8 +90,7 @@ class VectorQuantizer(Quantizer):
         return Quantized(vectors, assignment.codes, vq_losses([assignment], self.config))
 
     def assign(self, latents: Tensor) -> CodeAssignment:
-        """Find the nearest codes, without passing gradients; in training mode the codebook learns.
-        """
+        """Find the nearest codes without passing gradients; in training the codebook learns."""
         target = latents
         if self.config.l2_normalize:
             target = F.normalize(latents, dim=1, eps=1e-6)
@@ -110,8 +109,7 @@ class VectorQuantizer(Quantizer):
         return CodeAssignment(target, self.lookup(codes), codes)
 
     def _prepare_codebook_update(self, latents: Tensor) -> None:
-        """Set in the library's codebook what depends on this batch and on the number of processes.
-        """
+        """Set in the library's codebook what depends on the batch and on the process count."""
         ranks = process_count()
         book = self.vq._codebook
         decay = self.config.ema_decay
