@@ -12,7 +12,6 @@ C channels.
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -25,12 +24,10 @@ from torch import Tensor, nn
 from tokenizer_image.config import ImageTokenizerConfig, nearest_multiple
 from tokenizer_image.image_tokenizer import ImageTokenizer, Reconstruction
 from tokenizer_image.layers import Checkpointed
+from tokenizer_image.logit_laplace import logit_laplace_loss, logit_laplace_mean
 from tokenizer_image.quantizer_config import Positive
 from tokenizer_image.quantizers import LossPart
 from tokenizer_image.quantizers.gumbel import gumbel_softmax, half_cosine, kl_to_uniform
-
-# pixels are moved into [0.1, 0.9], where their logits are small (DALL-E, appendix A.3)
-LOGIT_LAPLACE_MARGIN = 0.1
 
 
 class DVAEConfig(ImageTokenizerConfig):
@@ -101,8 +98,6 @@ class DVAEConfig(ImageTokenizerConfig):
                 f"{self.temperature_start}; the temperature falls, so swap them")
         return self
 
-
-# ---- networks
 
 def conv(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
     """Build a convolution that keeps the resolution, with DALL-E's initial weights.
@@ -201,34 +196,6 @@ class Decoder(Checkpointed):
             hidden = self.run(group, hidden)
         return self.conv_out(F.relu(hidden))
 
-
-# ---- logit-Laplace likelihood
-
-def logit_laplace_loss(parameters: Tensor, image: Tensor) -> Tensor:
-    """-log density of an image [B, C, S, S] in [-1, 1] under `parameters` -> mean [] in nats.
-
-    parameters [B, 2C, S, S]: means and log-scales. The density of y = sigmoid(x), x ~ Laplace(mean,
-    b), is exp(-|logit(y) - mean| / b) / (2 b y (1 - y)); y is the image in [margin, 1 - margin]
-    (DALL-E, appendix A.3, eq. 2). It may be negative, as a density may exceed 1. In float32.
-    """
-    mean, log_scale = parameters.float().chunk(2, dim=1)
-    from_zero = image.float().clamp(-1, 1) + 1  # in [0, 2]
-    value = LOGIT_LAPLACE_MARGIN + (1 - 2 * LOGIT_LAPLACE_MARGIN) * from_zero / 2  # y
-    distance = (value.logit() - mean).abs() * (-log_scale).exp()
-    log_jacobian = (value * (1 - value)).log()
-    return (distance + log_scale + math.log(2) + log_jacobian).mean()
-
-
-def logit_laplace_mean(parameters: Tensor) -> Tensor:
-    """Means and log-scales [B, 2C, S, S] -> the image of the means [B, C, S, S].
-
-    Within [-1.25, 1.25] before clamping.
-    """
-    mean, _ = parameters.chunk(2, dim=1)
-    return (mean.sigmoid() - LOGIT_LAPLACE_MARGIN) / (0.5 - LOGIT_LAPLACE_MARGIN) - 1
-
-
-# ---- the tokenizer
 
 class DVAE(ImageTokenizer):
     """DALL-E's image tokenizer.

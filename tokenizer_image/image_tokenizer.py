@@ -167,7 +167,7 @@ class ImageTokenizer(PretrainedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Apply `fn`, but frozen parts ignore `.bfloat16()`: rounded weights give other codes."""
-        frozen_ids = set()
+        frozen_ids: set[int] = set()
         if self.codes_frozen:
             for part in self._code_modules():
                 frozen_ids.update(id(tensor) for tensor in [*part.parameters(), *part.buffers()])

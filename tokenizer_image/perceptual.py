@@ -56,8 +56,8 @@ class LPIPS(nn.Module):
         self.network = network
         self.steps, self.pool_kernel, self.smallest = choose(NETWORKS, network, "LPIPS network")
 
-        convs = []
-        widths = []  # of the compared feature maps
+        convs: list[nn.Conv2d] = []
+        widths: list[int] = []  # of the compared feature maps
         for step in self.steps:
             if step == "tap":
                 widths.append(convs[-1].out_channels)
@@ -139,8 +139,8 @@ class LPIPS(nn.Module):
                 kernel = kernel.permute(3, 2, 0, 1)  # HWIO -> OIHW
                 conv.load_state_dict({"weight": kernel, "bias": bias})
             for index, head in enumerate(self.heads):
-                kernel = np.array(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"])  # [1, 1, C, 1]
-                head.copy_(torch.as_tensor(kernel).reshape(head.shape))
+                weight = np.array(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"])  # [1, 1, C, 1]
+                head.copy_(torch.as_tensor(weight).reshape(head.shape))
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration,
                 RuntimeError) as error:
             raise UserError(
