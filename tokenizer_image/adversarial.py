@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tokenizer_image.discriminators import DiscriminatorConfig
+from tokenizer_image.losses import weighted_loss
 from tokenizer_image.quantizers import LossPart
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import choose
@@ -36,31 +37,26 @@ class AdversarialConfig(StrictConfig):
     """Weight of the generator's term, times the adaptive weight. 0 = no discriminator. taming 0.8,
     LlamaGen 0.5, ViT-VQGAN 0.1."""
     loss: Literal["hinge", "non_saturating"] = "hinge"
-    """hinge: Lim and Ye 2017, arXiv 1705.02894. non_saturating: the logistic form of Goodfellow et
-    al. 2014."""
+    """hinge: Lim and Ye 2017, arXiv 1705.02894. non_saturating: Goodfellow et al. 2014."""
     start_step: int = Field(default=0, ge=0)
     """The discriminator learns from this step on. taming: 10,000 to 250,001; LlamaGen: 20,000."""
     head_start_steps: int = Field(default=0, ge=0)
     """The discriminator learns alone for this many steps before the generator hears of it."""
     warmin_steps: int = Field(default=0, ge=0)
-    """After the head start, the generator's term rises linearly to its full weight in this many
-    steps."""
+    """Steps over which the generator's term rises linearly to its weight, after the head start."""
     adaptive: bool = True
-    """Scale the generator's term so that its gradient at the last layer is as long as the
-    reconstruction's."""
+    """Scale the generator's term so that its gradient at the last layer equals the
+    reconstruction's in length."""
     max_adaptive_weight: float = Field(default=1e4, gt=0)
     """Upper bound of that scale; taming's 1e4 only guards against a gradient of almost zero."""
     lecam_weight: float = Field(default=0.0, ge=0)
-    """Weight of the LeCAM regularizer in the discriminator's loss. Open-MAGVIT2 0.05,
-    TiTok 0.001."""
+    """Weight of LeCAM in the discriminator's loss. Open-MAGVIT2 0.05, TiTok 0.001."""
     lecam_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay per micro-batch of the averages that LeCAM compares with; 0 = the last one alone."""
     r1_weight: float = Field(default=0.0, ge=0)
-    """gamma of R1: the term is gamma/2 times the penalty (Mescheder et al. 2018, arXiv 1801.04406,
-    eq. 9)."""
+    """gamma of R1; its term is gamma/2 x the penalty (arXiv 1801.04406, eq. 9)."""
     r1_every: int = Field(default=16, gt=0)
-    """Compute R1 every so many steps and count it that many times (StyleGAN2's lazy
-    regularization)."""
+    """Steps between two R1 terms; each counts that many times (StyleGAN2's lazy regularization)."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
     @model_validator(mode="after")
@@ -127,7 +123,8 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], real_image: Tensor) ->
     image = real_image.detach().float().requires_grad_()
     logits = discriminator(image).float().flatten(1).mean(dim=1)  # [B]
 
-    # samples do not mix, so each row of the sum's gradient is that of its own logit
+    # Samples do not mix (but in a batch norm), so each row of the sum's gradient is that of its
+    # own logit.
     (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
     return gradient.flatten(1).square().sum(dim=1).mean()
 
@@ -136,9 +133,9 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], real_image: Tensor) ->
 
 def generator_weight(step: int, config: AdversarialConfig, reconstruction_loss: Tensor,
                      adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """Weight of `adversarial_loss` at a step: weight x warm-in x adaptive weight -> [],
-    detached."""
+    """Weight of `adversarial_loss`: weight x warm-in x adaptive weight -> [], detached."""
     constant = config.weight * warmin(step, config)
+    # no gradients are taken where the answer does not depend on them
     if not constant or not config.adaptive:
         return torch.tensor(constant, device=last_layer.device)
     return constant * adaptive_weight(
@@ -159,6 +156,7 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     """
     reconstruction = _gradient_norm(reconstruction_loss, last_layer)
     adversarial = _gradient_norm(adversarial_loss, last_layer)
+
     ratio = (reconstruction / (adversarial + 1e-4)).clamp(0.0, maximum)
     finite = torch.isfinite(reconstruction) & torch.isfinite(adversarial)
     return torch.where(finite, ratio, torch.zeros_like(ratio)).detach()
@@ -176,7 +174,7 @@ def warmin(step: int, config: AdversarialConfig) -> float:
     warmin_steps-th, like the learning rate's warm-up.
     """
     first = config.start_step + config.head_start_steps
-    taken = step - first + 1
+    taken = step - first + 1  # steps with the term, this one included
     if taken < 1:
         return 0.0
     return min(1.0, taken / max(1, config.warmin_steps))
@@ -253,16 +251,12 @@ class LeCAM(nn.Module):
 # ---- the discriminator's objective
 
 class DiscriminatorLoss(NamedTuple):
-    """Loss of the discriminator on one micro-batch; all but `total` are detached."""
+    """Loss on one micro-batch, as a TokenizerLoss, and the mean logits_real and logits_fake."""
 
     total: Tensor
-    """[] with gradients."""
     terms: dict[str, Tensor]
-    """Terms before weighting."""
     weighted: dict[str, Tensor]
-    """Terms after weighting; they sum to `total`."""
     logits: dict[str, Tensor]
-    """Mean logits: logits_real, logits_fake."""
 
 
 def discriminator_objective(
@@ -275,13 +269,12 @@ def discriminator_objective(
     use; `reduce` is passed on to it. Terms: "discriminator", "lecam" with its weight, "r1" on the
     steps that compute it.
     """
-    # two forwards, not one of both halves: batch statistics would give the fakes away (as in
-    # taming)
+    # two forwards, as in taming: batch statistics over both halves would give the fakes away
     real_logits = discriminator(real_image)
     fake_logits = discriminator(fake_image.detach())
 
-    loss = discriminator_loss(real_logits, fake_logits, config.loss)
-    parts = {"discriminator": LossPart(loss, 1.0)}
+    adversarial = discriminator_loss(real_logits, fake_logits, config.loss)
+    parts = {"discriminator": LossPart(adversarial, 1.0)}
     if config.lecam_weight:
         assert lecam is not None, "lecam_weight is set, so the trainer makes a LeCAM"
         lecam.update(real_logits, fake_logits, reduce)
@@ -290,11 +283,7 @@ def discriminator_objective(
     if factor:
         parts["r1"] = LossPart(r1_penalty(discriminator, real_image), factor)
 
-    weighted = {name: part.value * part.weight for name, part in parts.items()}
-    total = torch.stack(list(weighted.values())).sum()
-    return DiscriminatorLoss(
-        total,
-        terms={name: part.value.detach() for name, part in parts.items()},
-        weighted={name: value.detach() for name, value in weighted.items()},
-        logits={"logits_real": real_logits.detach().float().mean(),
-                "logits_fake": fake_logits.detach().float().mean()})
+    loss = weighted_loss(parts)
+    logits = {"logits_real": real_logits.detach().float().mean(),
+              "logits_fake": fake_logits.detach().float().mean()}
+    return DiscriminatorLoss(loss.total, loss.terms, loss.weighted, logits)

@@ -26,6 +26,7 @@ class ImageTokenizerConfig(StrictConfig):
     @classmethod
     def variants(cls) -> list[type[StrictConfig]]:
         """The families' configs, for a section that can be any of them."""
+        # the leaves of the class tree: bases between are no family
         subclasses = cls.__subclasses__()
         if not subclasses:
             return [cls]
@@ -75,8 +76,7 @@ class QuantizedConfig(ImageTokenizerConfig):
 
 
 class VQGANConfig(QuantizedConfig):
-    """A CNN VQGAN (Esser et al. 2021, arXiv 2012.09841), with the blocks of its released
-    checkpoints."""
+    """A CNN VQGAN (Esser et al. 2021, arXiv 2012.09841), in the blocks of its checkpoints."""
 
     kind: Literal["vqgan"] = "vqgan"
     channels: Positive = 128

@@ -31,19 +31,17 @@ class DiscriminatorConfig(StrictConfig):
 
     kind: Literal["patchgan", "stylegan"] = "patchgan"
     """patchgan scores overlapping patches (Isola et al. 2017, arXiv 1611.07004). stylegan scores
-    the whole image (Karras et al. 2020, arXiv 1912.04958), which was better in ViT-VQGAN (FID 1.55
-    against 3.88)."""
+    the whole image (Karras et al. 2020, arXiv 1912.04958): FID 1.55 against 3.88 in ViT-VQGAN."""
     channels: int = Field(default=64, gt=0)
     """Width of the first level; it doubles with each halving of the resolution."""
     layers: int = Field(default=3, gt=0)
-    """Halvings in a patchgan: 3 sees patches of 70 x 70 pixels. A stylegan halves until 4 x 4 are
-    left."""
+    """Halvings in a patchgan: 3 sees patches of 70 x 70 pixels. A stylegan halves down to 4 x 4."""
     norm: Literal["group", "batch", "none"] = "batch"
     """Norm of a patchgan. batch: as taming published; each process and each half (real, fake) is
-    normalized by itself, and a gradient penalty mixes samples. none: as quick to learn, and exact
-    with R1 and several processes. group: exact too, but it hides the contrast of an image: it told
-    blurred 64 px emoji from real ones after 150 steps in 65 % of pairs, batch in 100 %, none in 89
-    % (docs/tokenizers.md)."""
+    normalized by itself, and a gradient penalty mixes samples. none: as quick to learn, and
+    exact with R1 and several processes. group: exact too, but hides the contrast of an image:
+    after 150 steps it told blurred 64 px emoji from real ones in 65 % of pairs, batch in 100 %,
+    none in 89 %."""
     max_channels: int = Field(default=512, gt=0)
     """Width at which the doubling stops."""
 
@@ -92,7 +90,7 @@ class PatchDiscriminator(nn.Module):
         body: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1),
                                  nn.LeakyReLU(LEAKY_SLOPE)]
         for level, (before, after) in enumerate(pairwise(widths), start=1):
-            stride = 2 if level < config.layers else 1
+            stride = 2 if level < config.layers else 1  # the first convolution halves too
             body.append(nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=bias))
             body += [*_NORMS[config.norm](after), nn.LeakyReLU(LEAKY_SLOPE)]
         body.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -160,8 +158,7 @@ class EqualConv(nn.Module):
         if not self.halve:
             return F.conv2d(hidden, weight, self.bias, padding=self.padding)
 
-        # Blurred [B, C, H+2p-1, W+2p-1]: all that the unpadded convolution reads for H/2 outputs,
-        # centred.
+        # [B, C, H+2p-1, W+2p-1]: all that the unpadded convolution reads for H/2 outputs, centred
         channels = hidden.shape[1]
         blur = self.filter.expand(channels, 1, 4, 4)
         blurred = F.conv2d(hidden, blur, padding=1 + self.padding, groups=channels)
@@ -250,7 +247,7 @@ class StyleGANDiscriminator(nn.Module):
         self.expected = (in_channels, resolution, resolution)
         self.stem = EqualConv(in_channels, widths[0], 1)
         self.blocks = nn.ModuleList(DownBlock(before, after) for before, after in pairwise(widths))
-        self.conv = EqualConv(last + 1, last, 3)
+        self.conv = EqualConv(last + 1, last, 3)  # + 1: the channel of append_deviation
         self.hidden = EqualLinear(last * 4 * 4, last)
         self.head = EqualLinear(last, 1)
 

@@ -56,18 +56,15 @@ class DVAEConfig(ImageTokenizerConfig):
     with f8. Lower it for `pixels`, whose l1 is far below a log-likelihood, and where few codes
     are in use."""
     kl_steps: int = Field(default=5_000, ge=0)
-    """Steps over which the KL weight rises from 0, along half a cosine; at most the length of the
-    run."""
+    """Steps over which the KL weight rises, along half a cosine; at most the length of the run."""
     temperature_start: float = Field(default=1.0, gt=0)
-    """Temperature of the relaxed samples at the first step: soft, so that every code gets a
-    gradient."""
+    """Temperature of the samples at the first step: soft, so that every code gets a gradient."""
     temperature_end: float = Field(default=1 / 16, gt=0)
     """Temperature at the end. Lower brings training nearer to the hard codes that are decoded
     later, at a noisier gradient."""
     temperature_steps: int = Field(default=150_000, ge=0)
     """Steps over which the temperature falls, along half a cosine; at most the length of the run,
-    so that a shorter run ends at temperature_end too. DALL-E trained for 3,000,000; a straight line
-    often diverged."""
+    which so ends at temperature_end. DALL-E: 3,000,000 steps; a straight line often diverged."""
 
     @property
     def downsampling(self) -> int:

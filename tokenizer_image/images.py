@@ -28,8 +28,7 @@ READ_HINT = f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 # exceptions of Pillow's decoders on damaged files
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError,
                   struct.error, zlib.error)
-# first bytes of formats that people do have, so that the message can name them: (offset, bytes,
-# name)
+# formats that people do have, by their first bytes, for the message: (offset, bytes, name)
 _OTHER_FORMATS = (
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftyp", "HEIC/AVIF or video"),
     (0, b"%PDF", "PDF"), (0, b"<svg", "SVG"), (0, b"8BPS", "Photoshop"),
@@ -204,7 +203,8 @@ def float_to_pixels(image: Tensor) -> Tensor:
         raise ValueError(f"expected a float image [B, 3, H, W], "
                          f"got {image.dtype} {list(image.shape)}")
     image = image.detach().float().nan_to_num(nan=0.0)  # a NaN has no uint8 value: make it grey
-    pixels = ((image.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    levels = (image.clamp(-1.0, 1.0) + 1.0) * 127.5
+    pixels = levels.round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 

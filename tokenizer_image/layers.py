@@ -28,6 +28,7 @@ class Checkpointed(nn.Module):
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Return `block(hidden)`, with its activations kept or recomputed."""
+        # without gradients no activation is kept anyway
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, hidden, use_reentrant=False)
         return block(hidden)
@@ -92,7 +93,7 @@ class Downsample(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H/2, W/2]."""
-        return self.conv(F.pad(hidden, (0, 1, 0, 1)))
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))  # left, right, top, bottom
 
 
 class Upsample(nn.Module):
@@ -108,8 +109,7 @@ class Upsample(nn.Module):
 
 
 class Level(Checkpointed):
-    """The residual blocks of one resolution, each followed by attention where the config asks for
-    it."""
+    """Residual blocks of one resolution, each followed by attention if the config says so."""
 
     def __init__(self, widths: list[int], attend: bool, config: VQGANConfig,
                  downsample: Downsample | None = None, upsample: Upsample | None = None) -> None:
@@ -119,7 +119,7 @@ class Level(Checkpointed):
         self.block = nn.ModuleList(
             ResBlock(before, after, groups, config.dropout, eps)
             for before, after in pairwise(widths))
-        attended_widths = widths[1:] if attend else []
+        attended_widths = widths[1:] if attend else []  # an empty list adds no tensors
         self.attn = nn.ModuleList(AttentionBlock(width, groups, eps) for width in attended_widths)
         self.downsample = downsample
         self.upsample = upsample
@@ -206,8 +206,7 @@ class Decoder(nn.Module):
             upsample = Upsample(out) if index != 0 else None
             levels.append(Level(widths, attend, config, upsample=upsample))
             width = out
-        # stored by level as in the released state dicts: up[0] has the full resolution and runs
-        # last
+        # stored by level as in released state dicts: up[0] has the full resolution and runs last
         self.up = nn.ModuleList(reversed(levels))
 
         self.norm_out = group_norm(width, config.norm_groups, config.norm_eps)

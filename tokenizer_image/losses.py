@@ -23,8 +23,7 @@ from tokenloom_common.errors import UserError
 
 
 class TokenizerLossConfig(StrictConfig):
-    """Weights of the terms. Those of the model's own (commitment, entropies, KL) are in
-    its config."""
+    """Weights of the terms; those of the model's own terms are in the model's config."""
 
     l1_weight: float = Field(default=1.0, ge=0)
     l2_weight: float = Field(default=0.0, ge=0)
@@ -35,7 +34,7 @@ class TokenizerLossConfig(StrictConfig):
 
 
 class TokenizerLoss(NamedTuple):
-    """Loss of one training step; all but `total` are detached."""
+    """Weighted sum of loss terms; all but `total` are detached."""
 
     total: Tensor
     """[] with gradients."""
@@ -55,6 +54,8 @@ def tokenizer_loss(result: Reconstruction, image: Tensor, config: TokenizerLossC
     """
     reconstruction = result.reconstruction.float()
     image = image.float()
+
+    # l1 and l2 also with weight 0, for the log
     parts = {"l1": LossPart(F.l1_loss(reconstruction, image), config.l1_weight),
              "l2": LossPart(F.mse_loss(reconstruction, image), config.l2_weight),
              **result.losses}
@@ -66,9 +67,17 @@ def tokenizer_loss(result: Reconstruction, image: Tensor, config: TokenizerLossC
         distance = perceptual(reconstruction, image).mean()
         parts["perceptual"] = LossPart(distance, config.perceptual_weight)
 
-    weighted = {name: part.value * part.weight for name, part in parts.items() if part.weight}
+    return weighted_loss(parts)
+
+
+def weighted_loss(parts: dict[str, LossPart]) -> TokenizerLoss:
+    """Sum loss terms by their weights; a term with weight 0 is reported in `terms` only."""
+    terms = {}
+    weighted = {}
+    for name, part in parts.items():
+        terms[name] = part.value.detach()
+        if part.weight:  # else it stays out of the graph
+            weighted[name] = part.value * part.weight
+
     total = torch.stack(list(weighted.values())).sum()
-    return TokenizerLoss(
-        total,
-        terms={name: part.value.detach() for name, part in parts.items()},
-        weighted={name: term.detach() for name, term in weighted.items()})
+    return TokenizerLoss(total, terms, {name: term.detach() for name, term in weighted.items()})

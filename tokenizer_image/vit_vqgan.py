@@ -33,13 +33,11 @@ class ViTVQGANConfig(QuantizedConfig):
     codebook_size: int = Field(default=8192, ge=2)
     """K: codes to choose from."""
     embed_dim: Positive = 32
-    """Length of a code vector: far below the width, or most codes are never used (the paper's
-    section 3.2)."""
+    """Length of a code vector; far below the width, or most codes are never used (section 3.2)."""
     patch_size: Positive = 8
     """Pixels of a patch's side; 16 gives a quarter of the codes of 8, and a worse image."""
     encoder_width: Positive = 512
-    """Channels of the encoder's tokens; 768 with 12 layers and 12 heads is the paper's
-    base size."""
+    """Channels of the encoder's tokens. The paper's base size: 768, 12 layers, 12 heads."""
     encoder_layers: Positive = 8
     """Blocks of the encoder."""
     encoder_heads: Positive = 8
@@ -80,8 +78,7 @@ class ViTVQGANConfig(QuantizedConfig):
 
 
 def _check_width(side: str, width: int, heads: int) -> None:
-    """Raise ValueError if a transformer of this width is impossible; `side` is encoder
-    or decoder."""
+    """Raise ValueError if `side` (encoder or decoder) cannot have this width."""
     if width % heads:
         raise ValueError(
             f"{side}_width {width} is not divisible by {side}_heads {heads}; "
@@ -152,8 +149,7 @@ class TransformerSizes(NamedTuple):
 
 
 class Transformer(Checkpointed):
-    """Input projection, positions, blocks, norm, and the output projection with tanh in
-    the middle."""
+    """Input projection, positions, blocks, norm, and output projection with tanh in the middle."""
 
     positions: Tensor
 
@@ -243,8 +239,7 @@ VIT_VQGAN_PRESETS: dict[str, ViTVQGANConfig] = {
         encoder_width=768, encoder_layers=12, encoder_heads=12, encoder_mlp=3072,
         decoder_width=768, decoder_layers=12, decoder_heads=12, decoder_mlp=3072,
         quantizer=_PAPER),
-    # Parti's second stage (arXiv 2206.10789): a large decoder, fine-tuned against the codes of
-    # vit-vqgan-s
+    # Parti's second stage (arXiv 2206.10789): a large decoder for the codes of vit-vqgan-s
     "vit-vqgan-l": ViTVQGANConfig(
         decoder_width=1280, decoder_layers=32, decoder_heads=16, decoder_mlp=5120,
         quantizer=_PAPER),

@@ -25,8 +25,7 @@ class LossPart(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Result of quantizing: vectors [B, D, h, w] float, codes [B, h, w*depth] int64, loss terms by
-    name."""
+    """Result of quantizing: vectors [B, D, h, w], codes [B, h, w*depth] int64, loss terms."""
 
     vectors: Tensor
     codes: Tensor
@@ -44,8 +43,7 @@ class Quantizer(nn.Module, ABC):
         self.restarts = 0
         """Dead codes restarted since this was last reset to 0."""
         self.rewritten: list[nn.Parameter] = []
-        """Parameters changed in place (k-means, restarts); an optimizer with master copies must
-        reload them."""
+        """Parameters changed in place (k-means, restarts), for optimizers that hold copies."""
 
     # ---- to be implemented by each kind
 

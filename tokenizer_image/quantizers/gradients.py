@@ -23,8 +23,7 @@ class CodeAssignment(NamedTuple):
     target: Tensor
     """What was compared with the codes [B, D, h, w], with gradients to the latents."""
     vectors: Tensor
-    """The chosen code vectors [B, D, h, w], with gradients to a codebook that is learned by
-    gradient."""
+    """The chosen code vectors [B, D, h, w], with gradients to a codebook learned by gradient."""
     codes: Tensor
     """[B, h, w] int64."""
 

@@ -43,8 +43,7 @@ class ResidualQuantizer(Quantizer):
         return torch.cat([layer.codebook for layer in self._by_depth])
 
     def search(self, latents: Tensor) -> Tensor:
-        """Finite float32 latents [B, D, h, w] -> codes [B, h, w*depth] int64 in [0, K), greedily by
-        depth."""
+        """Finite float32 latents [B, D, h, w] -> codes [B, h, w*depth] int64, depth by depth."""
         residual = latents
         codes = []
         for layer in self._by_depth:
@@ -79,8 +78,7 @@ class ResidualQuantizer(Quantizer):
         return Quantized(vectors, codes, vq_losses(assignments, self.config))
 
     def _collect_from_layers(self) -> None:
-        """Move restart counts and rewritten parameters from the layers to this module, where
-        callers look."""
+        """Move restart counts and rewritten parameters from the layers to this module."""
         for layer in self._by_depth:
             self.restarts += layer.restarts
             layer.restarts = 0

@@ -35,8 +35,7 @@ class SimVQuantizer(Quantizer):
             return F.linear(self.frozen, self.map.weight.float())
 
     def search(self, latents: Tensor) -> Tensor:
-        """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64 in [0, K); ties go to the
-        lowest code."""
+        """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64, the lowest on ties."""
         with torch.no_grad():
             return nearest_codes(latents, self.codebook, unit_length=False)
 

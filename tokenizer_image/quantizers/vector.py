@@ -65,12 +65,10 @@ class VectorQuantizer(Quantizer):
         return tensors
 
     def search(self, latents: Tensor) -> Tensor:
-        """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64 in [0, K); ties go to the
-        lowest code."""
+        """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64, the lowest on ties."""
         if self.config.raw_search:
             return nearest_codes(latents, self.vq.codebook.float(), unit_length=False)
-        # the length of a latent does not change which unit vector is nearest, so latents stay as
-        # they are
+        # the length of a latent does not change which unit vector is nearest
         return nearest_codes(latents, self.codebook, unit_length=self.config.l2_normalize)
 
     def lookup(self, codes: Tensor) -> Tensor:
