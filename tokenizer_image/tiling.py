@@ -248,7 +248,7 @@ def _check_size(what: str, size: tuple[int, int], step: tuple[int, int],
     """Raise UserError unless both sides are multiples of `step` and at least `least`."""
     valid = []
     for length, unit, low in zip(size, step, least, strict=True):
-        nearest = unit * math.floor(length / unit + 0.5)  # round() would send a half to the even one
+        nearest = unit * math.floor(length / unit + 0.5)  # round() sends halves to the even side
         valid.append(max(low, nearest))
     if tuple(valid) != size:
         height, width = valid
