@@ -139,7 +139,7 @@ class ImageTokenizer(PretrainedModule):
         if not self.codes_frozen:
             return self.reconstruct(image)
 
-        # in float32: codes must be those that `encode` gives outside autocast
+        # in float32 also under autocast, which would round latents to other codes
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             codes = self.codes_of(self.latents(image.float()))
             vectors = self.lookup(codes)

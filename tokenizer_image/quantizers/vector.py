@@ -147,7 +147,8 @@ class VectorQuantizer(Quantizer):
 
     def _mark_codebook_rewritten(self) -> None:
         embed = self.vq._codebook.embed
-        if isinstance(embed, nn.Parameter):  # a buffer with a moving average
+        # with a moving average it is a buffer, which no optimizer holds
+        if isinstance(embed, nn.Parameter):
             self.mark_rewritten(embed)
 
     # ---- in place of methods of the library's codebook
