@@ -19,6 +19,8 @@ MAX_VALUES = 1 << 20  # with YAML aliases expanded: a few lines of them can exce
 class StrictConfig(BaseModel):
     """Base of all configs: immutable, unknown keys refused, validated when built."""
 
+    # protected_namespaces: pydantic would warn of fields that begin with model_
+    # use_attribute_docstrings: the help shows the text below a field
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(),
                               allow_inf_nan=False, use_attribute_docstrings=True)
 

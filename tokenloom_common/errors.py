@@ -111,10 +111,11 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except StoppedBySignalError as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
             print(f"{prog}: {stop}", file=sys.stderr)
         return stop.exit_code
     except BrokenPipeError:  # the reader of our stdout went away (`| head`); nothing is left to say
+        # the interpreter flushes stdout once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -130,6 +131,6 @@ def _print_error(error: Exception, prog: str) -> None:
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     if getattr(error, "raised_everywhere", False) and not is_rank_0:
         return
-    where = getattr(error, "raised_on", None)  # the machine that failed, of an error that ranks agreed on
+    where = getattr(error, "raised_on", None)  # the machine that failed, if ranks agreed on it
     place = f" (on {where})" if where else ""
     print(f"{prog}: error: {one_line(error)}{place}", file=sys.stderr)

@@ -42,9 +42,9 @@ def write_text_atomic(path: Path, text: str) -> None:
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a power cut may leave the new name without content
         os.replace(aside, path)
-        sync_path(path.parent)
+        sync_path(path.parent)  # a rename is kept once the folder's entries are
     finally:
         aside.unlink(missing_ok=True)
 
@@ -104,7 +104,7 @@ def atomic_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
 
 def publish_folder(aside: Path, path: Path) -> None:
     """Flush everything below `aside`, then rename it to `path`, replacing what is there."""
-    for item in sorted(aside.rglob("*"), reverse=True):
+    for item in sorted(aside.rglob("*"), reverse=True):  # files before their folder
         sync_path(item)
     sync_path(aside)
 

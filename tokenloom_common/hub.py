@@ -176,6 +176,7 @@ def _commit(folder: Path, repo_id: str, token: str | None, branch: str | None, m
     in_repo = api.list_repo_files(repo_id, revision=branch)
     replaceable = filter_repo_objects(in_repo, allow_patterns=list(OWN_FILES))
 
+    # one commit: no reader of the repository meets new weights beside an old index
     operations: list[Any] = [CommitOperationDelete(name) for name in replaceable
                              if name not in files]
     operations += [CommitOperationAdd(name, path) for name, path in files.items()]

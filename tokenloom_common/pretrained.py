@@ -85,6 +85,7 @@ def _with_tensors(kind: type[Any], config: StrictConfig, tensors: dict[str, Tens
     check_numbers(dtypes, tensors, path)
 
     if has_unsaved_tensors(model):
+        # on the meta device these have no values: build in memory, with parameters left unset
         with SkipParameterInit():
             model = kind(config)
     cast = {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
@@ -180,6 +181,7 @@ def read_config(folder: Path, kind: str, config_class: type[Config]) -> Config:
     version = values.pop("schema_version", None)
     if found != kind:
         raise UserError(f"{path}: holds kind {found!r}, expected {kind!r}")
+    # a later release may mean something else by the same keys
     if not isinstance(version, int) or version < 1 or version > SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version {version!r} is not supported (this release reads "
                         f"1 to {SCHEMA_VERSION})")

@@ -38,6 +38,7 @@ def write_shards(folder: Path, shapes: Mapping[str, Tensor], make: Callable[[str
     from huggingface_hub import split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(
+        # no storage id: a tensor that is a view of another is written for itself
         dict(shapes), get_storage_size=_bytes, get_storage_id=lambda tensor: None,
         filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():

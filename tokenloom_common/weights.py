@@ -76,7 +76,7 @@ def _tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 tensor = file.get_tensor(name)
-                aligned = tensor.data_ptr() % ALIGNMENT == 0
+                aligned = tensor.data_ptr() % ALIGNMENT == 0  # kernels round differently if not
                 yield name, tensor if aligned else tensor.clone()
     except _DAMAGE as error:
         raise UserError(f"{path}: not a whole safetensors file ({one_line(error)[:200]}); copy or "

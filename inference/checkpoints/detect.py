@@ -63,6 +63,7 @@ def _kinds_by_configs(folder: Path) -> set[str]:
             config = read_mapping(place / "config.json")
             if config.get("_class_name") == "VQModel":
                 kinds.add("diffusers-vq")
+            # transformers' Janus and DeepSeek's
             if str(config.get("model_type", "")).startswith(("janus", "multi_modality")):
                 kinds.add("janus-vq")
     return kinds

@@ -134,11 +134,12 @@ def _to_taming(folder: Path, out: Path) -> Path:
     else:
         state[CODEBOOK] = tensors[_BOOK][0]  # [K, D]
         if not quantizer.learn_codebook_by_gradient:
+            # EMAVectorQuantizer goes on from these averages
             for part in ("cluster_size", "embed_avg"):
                 state[f"quantize.embedding.{part}"] = tensors[f"quantizer.vq._codebook.{part}"][0]
 
     beside = out.with_suffix(".yaml")
-    if beside.exists():
+    if beside.exists():  # asked before the weights are written
         raise UserError(f"{beside}: exists already, and the yaml is written beside {out.name}; "
                         "give another name")
     _write_file(out, "state_dict", state, (".ckpt", ".pt", ".safetensors"))

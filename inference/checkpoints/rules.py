@@ -60,6 +60,7 @@ class ConvertedPart:
     def check(self) -> None:
         """UserError that lists up to five missing, unexpected and mis-shaped tensors each."""
         state = self.built_on_meta().state_dict()
+        # the converter's own mistake, not the user's
         assert state.keys() == self.rules.keys(), sorted(state.keys() ^ self.rules.keys())[:5]
 
         needed = {source for rule in self.rules.values() for source in rule.sources}

@@ -65,6 +65,7 @@ def refuse_loss(source: str | Path, out: str | Path) -> None:
     if folder == source_path or folder in source_path.parents:
         raise UserError(f"{out}: holds the source {source}, which would be lost; give another "
                         "folder")
+    # most projects call it so: atomic_folder would take it for the file of an older conversion
     if (folder / "config.json").is_file() and not is_ours(folder):
         raise UserError(f"{out}: holds another project's config.json, which would be lost; give "
                         "another folder")

@@ -114,15 +114,15 @@ class _Reader:
 
     def head(self) -> _Head:
         code = self.content[self.skip(1)]
-        if code < 0x80:
+        if code < 0x80:  # positive fixint
             return _Head("number", code)
-        if code < 0x90:
+        if code < 0x90:  # fixmap
             return _Head("map", code - 0x80)
-        if code < 0xA0:
+        if code < 0xA0:  # fixarray
             return _Head("list", code - 0x90)
-        if code < 0xC0:
+        if code < 0xC0:  # fixstr
             return _Head("text", code - 0xA0)
-        if code >= 0xE0:
+        if code >= 0xE0:  # negative fixint
             return _Head("number", code - 0x100)
         if code in _CONSTANTS:
             return _Head(*_CONSTANTS[code])
@@ -132,7 +132,7 @@ class _Reader:
             kind, form = _SIZED[code]
             count = self.number(form)
             return _Head(kind, count, self.number(">b") if kind == "ext" else 0)
-        if 0xD4 <= code <= 0xD8:
+        if 0xD4 <= code <= 0xD8:  # fixext 1, 2, 4, 8, 16
             return _Head("ext", 1 << (code - 0xD4), self.number(">b"))
         raise _DamagedError(f"{code:#x} begins nothing")
 

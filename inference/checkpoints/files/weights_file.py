@@ -88,6 +88,7 @@ def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
+        # "" and ".." are caught too: they name the folder itself or its parent
         if not file or Path(file).name != file or file.startswith("."):
             raise UserError(f"{index}: names a file outside its folder ({file!r}); refused")
         found = _read_file(index.parent / file, containers)

@@ -93,6 +93,7 @@ class BartSource:
         text_vocab_size = self.size("encoder.embed_tokens.weight", 0)
         width = self.size("encoder.embed_tokens.weight", 1)
         text_length = self.size("encoder.embed_positions.weight", 0)
+        # an encoder and a decoder of other widths fail the comparison of shapes that follows
         inner = self.inner_width("encoder.layers.0")
         image_tokens = self.size("decoder.embed_positions.weight", 0)
         heads = self._head_count(width)
@@ -186,6 +187,7 @@ def _tensor_or_untrained_norm(name: str, source: BartSource, length: int) -> Rul
     if name in source.weights or not _NORM.search(name):
         return Rule((name,))
     side = name.split(".")[0]
+    # in the file's own precision, so that the folder holds one dtype
     dtype = source.weights[f"{side}.embed_tokens.weight"].dtype
     make = torch.ones if name.endswith("weight") else torch.zeros
     return Rule((), partial(make, length, dtype=dtype))

@@ -137,7 +137,7 @@ def _named(name: str, tensor: Tensor, where: Path) -> Iterator[tuple[str, Tensor
     block, *inner = match[3].split(".")
     inner = [_GLU.get(part, part) for part in inner[:-1]]
     rest = ".".join([_BLOCKS.get(block, block), *inner, _LEAVES.get(leaf, leaf)])
-    if number is not None:
+    if number is not None:  # numbered layers; else a stack with the layers as first axis
         yield f"{side}.layers.{int(number)}.{rest}", _torch_order(tensor, leaf)
         return
     if tensor.ndim == 0 or len(tensor) > MAX_LAYERS:
@@ -159,6 +159,7 @@ def _text_tokenizer(folder: Path, config: Mapping[str, Any], transformer: Conver
     tokenizer = _read_tokenizer_json(json_path) if json_path.is_file() else None
     normalizers = set() if tokenizer is None else _normalizer_types(tokenizer.get("normalizer"))
     normalize = bool(config.get("normalize_text", False))
+    # assumed without a tokenizer.json: DALL-E mini's text normalisation lowers the case
     lowercase = normalize or tokenizer is None or "Lowercase" in normalizers
     ours = BPETokenizerConfig.parse({
         "vocab_size": transformer.config.text_vocab_size,
@@ -211,6 +212,7 @@ def _vocab_and_merges(tokenizer: Mapping[str, Any], path: Path) -> tuple[str, st
         model = tokenizer["model"]
         added = tokenizer.get("added_tokens") or []
         vocab = {**model["vocab"], **{str(token["content"]): token["id"] for token in added}}
+        # newer releases of the tokenizers library write a merge as a list of its two sides
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a tokenizer of byte-pair encoding "

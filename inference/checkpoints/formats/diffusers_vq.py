@@ -56,6 +56,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
 
     tensors = read_weights(find_weights(folder, STEMS, "a VQModel"))
     weights = {_current_name(name): tensor for name, tensor in tensors.items()}
+    # the config says the number of levels, so that a lacking level is missed by its name
     widths = config.get("block_out_channels")
     levels = len(widths) if isinstance(widths, list) else 0
     if not 1 <= levels <= MAX_LEVELS:

@@ -39,6 +39,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     config_path = options.config or path.parent / "config.json"
     config = read_mapping(config_path) if options.config or config_path.is_file() else {}
     weights = below(read_weights(path), PREFIXES, "encoder.conv_in.weight", path)
+    # DeepSeek kept LlamaGen's names, transformers renamed the tensors to taming's
     by_deepseek = any(name.startswith("encoder.conv_blocks.") for name in weights)
     levels = count_levels(weights, LEVELS if by_deepseek else TAMING_LEVELS, path)
 
@@ -62,10 +63,11 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
 
 def _resolution(config: dict[str, Any], levels: int, path: Path) -> int | None:
     """The resolution by transformers' config, which counts the codes of a side as num_patches."""
+    # nested in the config of the whole model, at the top in the tokenizer's own
     vq_config = config.get("vq_config", config)
     patches = vq_config.get("num_patches") if isinstance(vq_config, dict) else None
     if patches is None:
         return None
     if not isinstance(patches, int) or not 0 < patches <= 1024:
         raise UserError(f"{path}: num_patches {patches!r}: expected the codes of a side")
-    return patches << (levels - 1)
+    return patches << (levels - 1)  # every level but the coarsest halves the side

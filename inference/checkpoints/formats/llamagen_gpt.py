@@ -114,12 +114,14 @@ def _config(weights: Mapping[str, Tensor], args: ModelArgs, grid: tuple[int, int
     layers = _count_layers(weights)
     heads = _head_count(args, layers, width, path)
     head_dim = width // heads
+    # rows of queries (the width), and of keys and values (kv_heads * head_dim each)
     qkv_rows, _ = _shape(weights, "layers.0.attention.wqkv.weight", path)
     kv_heads = max(1, (qkv_rows - width) // (2 * head_dim))
     inner, _ = _shape(weights, "layers.0.feed_forward.w1.weight", path)
 
     text: dict[str, Any]
     if CLASSES in weights:
+        # the last class is the null class of guidance
         text = {"text_vocab_size": _shape(weights, CLASSES, path)[0], "text_length": 1}
     else:
         length, feature_width = _shape(weights, NULL, path)
@@ -162,7 +164,7 @@ def _shape(weights: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, i
 
 def _transformer(weights: Mapping[str, Tensor], config: DecoderOnlyConfig, path: Path,
                  notes: tuple[str, ...]) -> ConvertedPart:
-    ignored = IGNORED
+    ignored: tuple[str, ...] = IGNORED
     if config.text_feature_width is not None:
         ignored = (*IGNORED, NULL)  # it goes into the text encoder's folder
     rules = {name: rule_of(name, config) for name in tensor_names(DecoderOnly, config)}

@@ -32,7 +32,7 @@ class ModelArgs(StrictConfig):
     n_kv_head: int | None = None
     block_size: int | None = None
     rope_base: float = ROTARY_BASE
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # the default of its code
     dim: int | None = None
     n_layer: int | None = None
     vocab_size: int | None = None

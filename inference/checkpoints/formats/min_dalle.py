@@ -104,6 +104,7 @@ def _text_tokenizer(files: _Files, transformer: ConvertedPart, source: Path) -> 
 def detokenizer_part(weights: Mapping[str, Tensor], side: int, where: Path) -> ConvertedPart:
     """A VQGAN without an encoder, for a code grid of `side` rows."""
     weights = dict(weights)
+    # min-dalle keeps the codebook outside a quantizer
     if "embedding.weight" in weights:
         weights[CODEBOOK] = weights.pop("embedding.weight")
     levels = count_levels(weights, r"decoder\.up\.(\d+)\.", where)

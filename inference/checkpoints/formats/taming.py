@@ -116,7 +116,7 @@ def _checkpoint_of(folder: Path) -> Path:
 
 def _find_yaml(source: Path, path: Path) -> Path | None:
     """The yaml with the checkpoint's own name, else the only model or project yaml near it."""
-    own = path.with_suffix(".yaml")
+    own = path.with_suffix(".yaml")  # as our export writes it
     if own.is_file():
         return own
 

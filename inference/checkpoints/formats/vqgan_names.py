@@ -172,6 +172,7 @@ def count_levels(weights: Mapping[str, Tensor], pattern: str, where: Path) -> in
     """The number of levels (group 1 of `pattern`). UserError unless they are numbered from 0."""
     matches = (re.match(pattern, name) for name in weights)
     found = {int(match[1]) for match in matches if match and len(match[1]) < 3}
+    # a gap means a damaged file; 12 levels already halve a side of 2048 pixels down to 1
     if not found or found != set(range(len(found))) or len(found) > MAX_LEVELS:
         raise UserError(f"{where}: its encoder has no levels numbered from 0, so it is not a VQGAN "
                         "of this kind")
