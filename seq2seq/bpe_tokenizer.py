@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from seq2seq.text_tokenizer import TextBatch
 from tokenloom_common.config import StrictConfig
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.pretrained import read_config, write_config
 
@@ -196,7 +196,7 @@ def read_vocab(text: str) -> dict[str, int]:
         vocab = json.loads(text)
         "".join(vocab).encode()
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{VOCAB_NAME} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{VOCAB_NAME} cannot be read: {one_line(error)[:200]}") from None
     if not isinstance(vocab, dict) or not all(type(number) is int and 0 <= number < MAX_ID for number in vocab.values()):
         raise UserError(f"{VOCAB_NAME} is not a mapping of pieces to ids")
     if len(set(vocab.values())) != len(vocab):

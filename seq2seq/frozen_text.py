@@ -22,7 +22,7 @@ from torch import Tensor
 
 from seq2seq.text_tokenizer import TextBatch
 from tokenloom_common.config import StrictConfig
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 from tokenloom_common.hub import is_hub_id, resolve_folder
 from tokenloom_common.pretrained import SavedAsConfig, read_config
 
@@ -201,7 +201,7 @@ def read_null_features(folder: Path, config: FrozenTextConfig) -> Tensor:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())}); copy it again") from None
+        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); copy it again") from None
     wanted = (config.text_length, config.feature_width)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != {"null": wanted}:
@@ -235,7 +235,7 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any, Path]:
             transformers.logging.set_verbosity(before)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: no text encoder can be loaded from it ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{name}: no text encoder can be loaded from it ({one_line(error)[:200]})") from None
     missing = [key for key in report["missing_keys"] if "pooler" not in key]
     if missing:
         raise UserError(f"{name}: {len(missing)} tensors of the text encoder are missing ({', '.join(sorted(missing)[:5])})")

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenloom_common.config import StrictConfig
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 from tokenloom_common.files import atomic_folder
 from tokenloom_common.pretrained import read_config, write_config
 
@@ -57,7 +57,7 @@ class TextTokenizer:
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
         except (RuntimeError, TypeError) as error:
-            raise UserError(f"not a SentencePiece model ({' '.join(str(error).split())})") from None
+            raise UserError(f"not a SentencePiece model ({one_line(error)})") from None
         if self._pieces.get_piece_size() != config.vocab_size:
             raise UserError(f"the SentencePiece model has {self._pieces.get_piece_size()} pieces, its config.json says "
                             f"{config.vocab_size}; copy or train the text tokenizer again")
@@ -79,8 +79,7 @@ class TextTokenizer:
                 pad_id=PAD, unk_id=UNKNOWN, bos_id=-1, eos_id=END, control_symbols=["<null>"],
                 max_sentence_length=1 << 16, num_threads=1, minloglevel=2)
         except RuntimeError as error:
-            raise UserError(f"SentencePiece could not be trained with text.vocab_size {vocab_size}: "
-                            f"{' '.join(str(error).split())}") from None
+            raise UserError(f"SentencePiece could not be trained with text.vocab_size {vocab_size}: {one_line(error)}") from None
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         return cls(model.getvalue(), TextTokenizerConfig(vocab_size=pieces.get_piece_size(), text_length=text_length))
 

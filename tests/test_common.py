@@ -26,6 +26,7 @@ from tokenloom_common.errors import (
     one_line,
     run_command,
 )
+from tokenloom_common.extras import require_extra
 from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
 
 
@@ -212,6 +213,17 @@ def test_a_choice_by_name_lists_the_names():
     with pytest.raises(UserError) as caught:
         choose({"vqgan": 1, "fsq": 2}, "zzzz", "kind")
     assert str(caught.value) == "unknown kind 'zzzz'; valid names: fsq, vqgan"
+
+
+# ---- optional dependencies ----
+
+def test_a_missing_package_names_its_purpose_and_the_extra(monkeypatch):
+    assert require_extra("json", "a test") is json
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(UserError, match=r"^a set of emoji needs resvg-py \(.*\): pip install 'tokenloom\[train\]'$"):
+        require_extra("resvg_py", "a set of emoji")
+    with pytest.raises(UserError, match=r"^log\.wandb needs no-such-module \(.*\): pip install 'tokenloom\[wandb\]'$"):
+        require_extra("no_such_module", "log.wandb", "wandb")
 
 
 # ---- strict configs ----

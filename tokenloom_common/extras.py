@@ -1,13 +1,24 @@
-"""Optional dependencies: import them or name the extra that installs them."""
+"""Optional dependencies: import one, or name the extra that installs it."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from types import ModuleType
 
-from tokenloom_common.errors import UserError
+from tokenloom_common.errors import UserError, one_line
 
 
-def require_extra(module: str) -> None:
-    """UserError that names the extra if a package of it is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"needs {module.replace('_', '-')}: pip install tokenloom[train]")
+def require_extra(module: str, purpose: str, extra: str = "train") -> ModuleType:
+    """Import and return an optional module. UserError with the pip command where it cannot be
+    imported.
+
+    purpose: the part of Tokenloom that needs it, in the singular ("a token shard").
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        # the error stands in the message: an installed package whose own import fails looks the
+        # same from here
+        package = (error.name or module).replace("_", "-")
+        raise UserError(f"{purpose} needs {package} ({one_line(error)}): pip install "
+                        f"'tokenloom[{extra}]'") from None

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.decode.reference import Work, make_model, make_work
 from benchmarks.harness import Case
 from seq2seq import EncoderDecoder
-from tokenloom_common.errors import choose
+from tokenloom_common.errors import choose, one_line
 
 INSTALL = "pip install tokenloom[bench]"
 
@@ -71,7 +71,7 @@ def missing(name: str) -> str | None:
     try:
         importlib.import_module(kind.module).peer_version()
     except (ImportError, RuntimeError) as error:  # transformers turns what fails inside its lazy imports into RuntimeError
-        return f"{INSTALL} ({' '.join(str(error).split())[:160]})"
+        return f"{INSTALL} ({one_line(error)[:160]})"
     return None
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenloom_common.config import StrictConfig
-from tokenloom_common.errors import UserError
+from tokenloom_common.errors import UserError, one_line
 
 
 def build_on_meta(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
@@ -25,7 +25,7 @@ def build_on_meta(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
         with torch.device("meta"):
             return kind(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
-        raise UserError(f"no model can be built from this config ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"no model can be built from this config ({one_line(error)[:120]})") from None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 from inference.scoring.scorer import ImageTextScorer
 from tokenizer_image.images import to_rgb
 from tokenloom_common.config import read_mapping
-from tokenloom_common.errors import UserError, choose
+from tokenloom_common.errors import UserError, choose, one_line
 
 _MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # model_type of config.json -> class
 
@@ -56,7 +56,7 @@ class TransformersScorer(ImageTextScorer):
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
                 image_processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
-            raise UserError(f"{folder}: no {name} can be loaded from it ({' '.join(str(error).split())[:200]})") from None
+            raise UserError(f"{folder}: no {name} can be loaded from it ({one_line(error)[:200]})") from None
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise UserError(f"{folder}: {len(missing)} tensors are missing ({', '.join(missing[:5])}); copy or download it "

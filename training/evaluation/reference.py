@@ -21,7 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 from tokenloom_common.files import sync_path
 
 FORMAT = "tokenloom reference statistics 1"
@@ -107,8 +107,7 @@ def load_reference(path: Path) -> ReferenceStatistics:
                                    Preparation(**header["preparation"]), str(header["fingerprint"]))
     except (ValueError, LookupError, TypeError, EOFError, OSError, MemoryError, NotImplementedError, RuntimeError,
             zipfile.BadZipFile, zlib.error) as error:
-        said = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"{path}: not a whole file of reference statistics ({said}); {AGAIN}") from None
+        raise UserError(f"{path}: not a whole file of reference statistics ({one_line(error)[:100]}); {AGAIN}") from None
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy
 from PIL import Image
 
-from tokenloom_common.errors import UserError
+from tokenloom_common.errors import UserError, one_line
 from tokenloom_common.files import write_text_atomic
 from training.config.run import LogConfig, RunConfig
 from training.runs.metrics import read_metrics, sample_grids
@@ -97,7 +97,7 @@ class WandbWriter:
                 name=_unless_set("WANDB_NAME", run_dir.resolve().name), id=_kept_id(run_dir / "wandb-id"), dir=str(run_dir),
                 config=config.plain(), mode=mode, resume="allow" if online else None)
         except Exception as error:  # no login, no network, a mode that it does not know: each release has its own errors
-            raise UserError(f"log.wandb: W&B cannot start: {' '.join(str(error).split())}") from None
+            raise UserError(f"log.wandb: W&B cannot start: {one_line(error)}") from None
         self._begins_at = int(self._run.starting_step) if online else 0
         if first_step and not online:
             self._tell_again(run_dir, first_step)

@@ -71,7 +71,7 @@ def build_emoji(out: Path, size: int = 64, styles: Sequence[str] | None = None, 
         log.info("%s: already built with these arguments", out)
         return {**earlier, "reused": True}
     for module in ("datasets", "resvg_py"):
-        require_extra(module)
+        require_extra(module, "building a dataset of emoji")
     started = time.monotonic()
     emojis, art, packages = fetch_art(source, styles)
     report = build_from_art(out, emojis, art, packages, arguments, started)

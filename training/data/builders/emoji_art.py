@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tokenloom_common.errors import one_line
 from training.data.builders.emoji_names import Emoji, plain_code
 
 Art = str | Path  # SVG text, or the path of a ready picture
@@ -115,7 +116,7 @@ def render_png(job: tuple[Art, int]) -> tuple[bytes, bytes] | str:
     try:
         pixels = render(art, size)
     except (ValueError, OSError) as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return one_line(error)[:200]
     if pixels.min() == 255:
         return "blank picture"
     out = BytesIO()

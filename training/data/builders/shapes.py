@@ -61,7 +61,7 @@ def build_shapes(out: Path, size: int = 32, num_scenes: int = 2000, seed: int = 
     if earlier is not None:
         log.info("%s: already built with these arguments", out)
         return {**earlier, "reused": True}
-    require_extra("datasets")
+    require_extra("datasets", "building a dataset of shapes")
     started = time.monotonic()
     unseen = choose_unseen(seed)
     splits = make_splits(size, num_scenes, seed, max_objects, unseen)

@@ -58,7 +58,7 @@ def load_source(path: str | Path, *, split: str | None = None, caption_column: s
                 image_column: str | None = None, streamed_rows: int = 0) -> CaptionedImages:
     """`open_dataset` that returns an empty sequence, with its reasons, where nothing is usable."""
     layout = find_layout(path)
-    require_extra("datasets")
+    require_extra("datasets", "reading a dataset")
     options = _Options(layout, split, caption_column, image_column, streamed_rows)
     if not streamed_rows:
         return _KINDS[layout.kind](str(path), options)
