@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,20 +14,12 @@ from tokenloom_common.errors import UserError
 class ImageTokenizerConfig(StrictConfig):
     """What the config of every family has."""
 
-    extra_keys: ClassVar[tuple[str, ...]] = ("preset",)
-
     kind: str
     """Which family: a name in tokenizer_image.KINDS."""
     resolution: Positive = 256
     """Pixels of a side; larger pictures go in tiles (tokenizer_image/tiling.py)."""
     in_channels: Positive = 3
     codebook_size: int = Field(default=16384, ge=2)
-
-    @classmethod
-    def variants(cls) -> list[type[StrictConfig]]:
-        """The families' configs, for a section that can be any of them."""
-        below = cls.__subclasses__()
-        return [variant for sub in below for variant in sub.variants()] if below else [cls]
 
     @property
     def downsampling(self) -> int:
