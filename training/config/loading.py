@@ -69,7 +69,7 @@ def _load(config_class: type[Config], argv: Sequence[str], prog: str, descriptio
 
     # a kind or preset replaces its section, so it is applied before what is set in the section
     overrides.sort(key=lambda override: not override[0].endswith((".kind", ".preset")))
-    valid = dotted_names(config_class)
+    valid = dotted_names(config_class)  # checked here, so that the message names the option
     for name, text in overrides:
         if name not in valid:
             raise UserError(f"unknown option '--{name}'{nearest_key(config_class, name)}")

@@ -108,6 +108,7 @@ class CheckpointConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_kept_exist(self) -> Self:
+        # with every_steps 0 only the last step has a checkpoint
         saved = self.every_steps and self.keep_every_steps % self.every_steps == 0
         if self.keep_every_steps and not saved:
             raise ValueError(f"keep_every_steps {self.keep_every_steps} must be a multiple of "

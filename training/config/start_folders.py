@@ -161,7 +161,7 @@ def with_start(values: dict[str, Any]) -> dict[str, Any]:
 
     if lacks_model:
         chosen = {name: value for name, value in start_model.items() if name not in DERIVED}
-        model = {**chosen, **model}
+        model = {**chosen, **model}  # single fields of the recipe count more
     if lacks_text and text_folder is not None:
         text = {**_text_input(text_folder), **text}
     return {**values, "model": model, "text": text}

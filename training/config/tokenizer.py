@@ -78,7 +78,7 @@ class TokenizerRunConfig(RunConfig):
             return values
         values = dict(values)
         name = values.pop("preset", None)
-        if name is not None:
+        if name is not None:  # the fields beside it override the preset's
             values = merge(preset(str(name)).plain(), values)
         kind = str(values.get("kind", DEFAULT_KIND))
         choose(KINDS, kind, "model.kind")

@@ -51,6 +51,7 @@ class MemoryOptions(NamedTuple):
 
     def applied_to(self, plan: Plan) -> Plan | None:
         """The plan with these options; None where its config refuses the combination."""
+        # parsed again, not copied: the config's own checks decide which combinations are possible
         values = plan.config.plain()
         values["deepspeed"] |= {"zero_stage": self.stage, "offload": self.offload}
         values["train"] |= {"accumulation": self.accumulation,
@@ -109,6 +110,7 @@ class MemoryFit:
         if options is not None:
             return f"it would fit with {', '.join(options.changes(before))}"
 
+        # no options are enough on so many processes: double them while the batch can be divided
         count = 2 * self.processes
         batch_size = self.plan.config.train.batch_size
         while count <= MOST_GPUS and batch_size % (count * before.accumulation) == 0:
@@ -142,11 +144,13 @@ class MemoryFit:
         accumulations = [before.accumulation * part for part in parts]
 
         stages = range(before.stage, 4)
-        checkpointing = sorted({before.checkpointing, True})
+        checkpointing = sorted({before.checkpointing, True})  # to switch it off never saves memory
         offloads = [before.offload]
         if self.cuda and before.offload == "none":
             offloads.append("optimizer")
 
+        # Offloading costs the most time, in transfers; gradient checkpointing a third of a step; a
+        # higher stage or more accumulation only messages.
         def cost(options: MemoryOptions) -> tuple:
             return (options.offload != before.offload, len(options.changes(before)),
                     options.checkpointing, options.stage, options.accumulation)

@@ -1,4 +1,4 @@
-"""What a run is going to do, as far as memory, arithmetic and disk depend on it.
+"""The plan of a run: everything that its memory, arithmetic and disk depend on.
 
 All of it follows from the run's config and a few sizes, without its data.
 """
@@ -83,6 +83,7 @@ def seq2seq_plan(config: Seq2SeqRunConfig, precision: str, model: TransformerCon
     on_meta = transformer_model(model, precision, False)
     module = TrainedModule.of("model", on_meta, config.optim, precision)
 
+    # samples are decoded during training, so the image tokenizer stays in memory
     tokenizer_bytes = 0
     if tokenizer is not None:
         tokenizer_bytes = _bytes(build_on_meta(build_tokenizer, tokenizer))
@@ -143,6 +144,7 @@ def tokenizer_plan(config: TokenizerRunConfig, precision: str) -> Plan:
         perceptual_bytes = _bytes(build_on_meta(LPIPS, network))
 
     def activations(count: int, recomputed: bool, cuda: bool) -> Activations:
+        # its trace reads gradient_checkpointing from the config, and is the same on CUDA
         train = config.train.model_copy(update={"gradient_checkpointing": recomputed})
         return tokenizer_activations(config.model_copy(update={"train": train}), count, precision)
 

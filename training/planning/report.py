@@ -60,6 +60,7 @@ def report_of(plan: Plan, machine: Machine, rows: int | None) -> Report:
     micro_batch = train.batch_size // (machine.processes * train.accumulation)
     activations = fit.activations(micro_batch, options.checkpointing)
 
+    # the keys below say "picture", as the command's output and its JSON always did
     images = train.steps * train.batch_size
     image_flops = plan.flops()
     flops = image_flops * images
@@ -135,6 +136,7 @@ def _advice(fit: MemoryFit, own: RankMemory, activations: Activations, machine: 
         return (f"does not fit: {human(own.total)} of {human(machine.memory)}{refused}; "
                 f"{fit.remedy(machine.memory)}")
 
+    # a lower stage sends fewer messages, so it is faster where it fits
     options = MemoryOptions.of(fit.plan.config)
     for stage in range(options.stage):
         lower = fit.memory(options._replace(stage=stage))

@@ -70,6 +70,7 @@ class Sizes:
         given = self._given[name]
         flag = f"--{name.replace('_', '-')}"
         self._unread.discard(name)
+
         if found is not None:
             if given is not None:
                 raise UserError(f"{flag} is for what is not there yet; this run's files and config "
@@ -119,7 +120,8 @@ def _transformer_sizes(config: Seq2SeqRunConfig, sizes: Sizes) -> RunSizes:
     tokenizer_name = config.image_tokenizer or (str(start.folder / IMAGE_FOLDER) if start else "")
     tokenizer = _image_tokenizer(tokenizer_name)
 
-    index = None  # of token shards
+    # token shards say themselves what made them; images only say how many there are
+    index = None
     rows = None
     if (Path(config.data.path) / INDEX_NAME).is_file():
         index = read_index(config.data.path)
@@ -134,6 +136,7 @@ def _transformer_sizes(config: Seq2SeqRunConfig, sizes: Sizes) -> RunSizes:
         model = config.model.build(derived)
         return RunSizes(sizes.resolve("rows", rows), model, tokenizer)
 
+    # the index of token shards counts more than the tokenizer's folder: it is what will be read
     grid: Any = None
     codes = None
     if index is not None:

@@ -79,6 +79,7 @@ def optimizer_bytes(groups: tuple[Shapes, ...], config: OptimConfig, together: b
         optimizer_groups.append({"params": members, "weight_decay": 0.1})
     optimizer = OPTIMIZERS[config.name](optimizer_groups, config)
 
+    # torch decides by device, and "meta" is neither; our Adafactor has no such choice
     for param_group in optimizer.param_groups:
         if "foreach" in param_group:
             param_group["foreach"] = together
