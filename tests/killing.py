@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training import train_seq2seq
-from training.engine.launch import _import_deepspeed
+from training.engine.launch import import_deepspeed
 from training.loop import loop
 
 LONGEST_SECONDS = 2.0  # that a child lives; starting takes about one
@@ -45,7 +45,7 @@ def saving(run_dir: Path) -> bool:
 def main() -> int:
     kills, seed, log, arguments = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     run_dir = Path(arguments[arguments.index("--run_dir") + 1])
-    _import_deepspeed()
+    import_deepspeed()
     log.touch()
     chance, killed = random.Random(seed), 0
     while True:

@@ -23,7 +23,8 @@ from benchmarks.training_loops import Options, run_config
 from training.engine.launch import processes
 from training.engine.processes import Processes
 from training.loop.loop import run_training
-from training.planning.plan import layout_of, plan_of, rank_memory
+from training.planning.plan import plan_of
+from training.planning.rank_memory import rank_memory, sharding_of
 from training.train_seq2seq import Seq2SeqTraining
 
 LARGE = {"width": 384, "layers": 4, "grid": 8, "batch": 8}  # 14 million numbers
@@ -49,7 +50,7 @@ def measure(folder: Path, sizes: dict[str, int], stage: int, precision: str, gro
     measured = _status("VmHWM") - before
     plan = plan_of(config, precision, model=training.model.config, tokenizer=training.image_tokenizer.config)
     activations = plan.activations(options.batch // group.world_size, False, False)
-    memory = rank_memory(plan, layout_of(plan, stage, group.world_size, False), activations)
+    memory = rank_memory(plan, sharding_of(plan, stage, group.world_size, False), activations)
     return {"zero_stage": stage, "measured": measured, "predicted": memory.total - memory.process, "process": memory.process}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training import train_seq2seq, train_tokenizer
-from training.engine.launch import _import_deepspeed
+from training.engine.launch import import_deepspeed
 from training.loop import loop
 
 IMPORTED_LATE = ("deepspeed.runtime.zero.muon.muon_optimizer", "datasets", "matplotlib.pyplot")  # seconds in each child
@@ -98,7 +98,7 @@ def run_chain(runs: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    _import_deepspeed()
+    import_deepspeed()
     for module in IMPORTED_LATE:
         importlib.import_module(module)
     running: set[int] = set()

@@ -464,7 +464,7 @@ def test_the_window_of_the_health_is_an_epoch_or_as_long_as_it_is_told(group, da
     (["--adversarial.weight", "1", "--adversarial.start_step", "1000"], "not before the end"),
     (["--adversarial.weight", "1", "--adversarial.head_start_steps", "5000"], "not before the end"),
     (["--loss.l1_weight", "0"], "nothing to learn"), (["--adversarial.lecam_weight", "1"], "no effect without"),
-    (["--model.patch_size", "8"], "unknown key 'patch_size'"), (["--codebook.warn_below", "2"], "codebook.warn_below")])
+    (["--model.patch_size", "8"], "unknown key 'model.patch_size'"), (["--codebook.warn_below", "2"], "codebook.warn_below")])
 def test_wrong_options_are_one_line(argv, words):
     with pytest.raises(UserError, match=words) as caught:
         load_config(TokenizerRunConfig, ["--data.path", "d", "--run_dir", "r", *argv], "train_tokenizer.py", "")

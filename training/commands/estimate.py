@@ -25,7 +25,7 @@ from training.engine.gpus import GPU_MEMORY, PEAK_FLOPS, known_gpu, peak_flops
 from training.engine.launch import resolve_precision
 from training.planning.plan import plan_of
 from training.planning.report import PARTS, Machine, Report, report_of, require_precision
-from training.planning.sizes import DEFAULTS, Sizes, shape_of
+from training.planning.sizes import DEFAULTS, GivenSizes, Sizes, sizes_of_run
 
 KINDS: dict[str, type[RunConfig]] = {"seq2seq": Seq2SeqRunConfig, "tokenizer": TokenizerRunConfig, "matcher": MatcherRunConfig}
 STAND_INS = {"run_dir": "RUN", "data.path": "DATA", "image_tokenizer": "TOKENIZER"}
@@ -42,10 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = _parser().parse_known_args(arguments)
     config, kind = _config(options.kind, rest)
     machine, precision = _machine(options, config)
-    sizes = Sizes(options)
-    shape, rows = shape_of(config, sizes)
+    given = GivenSizes(options.grid, options.codebook_size, options.text_length, options.vocab_size,
+                       options.feature_width, options.rows)
+    sizes = Sizes(given)
+    found = sizes_of_run(config, sizes)
     sizes.check_all_read()
-    report = report_of(plan_of(config, precision, **shape), machine, rows)
+    plan = plan_of(config, precision, found.model, found.tokenizer)
+    report = report_of(plan, machine, found.rows)
     values = {"kind": kind, **report.values, "assumed": sizes.assumed, "not_counted": sizes.not_counted, "calculated": True}
     if options.json:
         print(json.dumps(values, indent=2))
@@ -186,4 +189,4 @@ def _cell(memory: Any, name: str) -> str:
 def _moment(memory: Any) -> str:
     short = {"forward and backward": "backward", "reducing gradients": "reducing", "optimizer step": "step",
              "samples and export": "export"}
-    return "-" if memory is None else short.get(memory.moment, memory.moment)
+    return "-" if memory is None else short.get(memory.phase, memory.phase)
