@@ -21,6 +21,7 @@ from tokenloom_common.errors import ResumeError, RunFailedError, UserError
 from training.config.run import RunConfig
 from training.engine.processes import Processes
 from training.loop.log import RunLog
+from training.runs import manifest as manifest_module
 from training.runs import run_state as run_state_module
 from training.runs.metrics import read_metrics
 from training.runs.random_state import seed_everything
@@ -209,14 +210,14 @@ FORBIDDEN: set[Path] = set()
 
 @pytest.fixture(autouse=True)
 def _forbidden_files_are_not_read(monkeypatch):
-    real = run_state_module.file_hash
+    real = manifest_module.file_hash
 
     def hashed(path: Path) -> str:
         if path in FORBIDDEN:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(run_state_module, "file_hash", hashed)
+    monkeypatch.setattr(manifest_module, "file_hash", hashed)
     yield
     FORBIDDEN.clear()
 

@@ -39,7 +39,7 @@ from training.evaluation.reconstruction import evaluate_reconstruction
 from training.evaluation.sheets import labelled_grid
 from training.loop.log import setup_console
 from training.runs.metrics import read_metrics
-from training.runs.run_state import environment
+from training.runs.environment import environment
 
 log = logging.getLogger("training.demo")
 
