@@ -22,7 +22,7 @@ from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.engine.deepspeed_json import deepspeed_json
 from training.engine.gpus import training_flops
-from training.objectives.matcher import MatcherObjective
+from training.objectives.matcher import MatcherWithTextHead
 from training.planning.activations import (
     Activations,
     matcher_activations,
@@ -121,7 +121,7 @@ def seq2seq_plan(config: Seq2SeqRunConfig, precision: str, model: TransformerCon
 
 def matcher_plan(config: MatcherRunConfig, precision: str, model: MatcherConfig) -> Plan:
     """Of train_matcher.py."""
-    made = build_on_meta(lambda options: MatcherObjective(Matcher(options), config.loss), model)
+    made = build_on_meta(lambda options: MatcherWithTextHead(Matcher(options), config.loss), model)
     module = TrainedModule.of("model", made, config.optim, precision)
     return Plan(config, precision, (module,), 0, 4 * module.trainable + module.fixed, bool(config.data.validation_split), 0,
                 lambda: training_flops(matcher_forward_flops(model)), 0,
