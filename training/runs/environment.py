@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "deepspeed", "x-transformers", "vector-quantize-pytorch", "sentencepiece", "datasets", "numpy",
-            "safetensors", "pillow")
+PACKAGES = ("torch", "deepspeed", "x-transformers", "vector-quantize-pytorch", "sentencepiece",
+            "datasets", "numpy", "safetensors", "pillow")
 
 
 def environment() -> dict[str, Any]:
-    """Return Python, platform, cores, GPU, package versions and the command line, as env.json has them."""
+    """Return Python, platform, cores, GPU, package versions and the command line, as env.json has
+    them."""
     return {"python": platform.python_version(), "platform": platform.platform(),
             "cpus": len(os.sched_getaffinity(0)),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -1,4 +1,5 @@
-"""Read the facts of a run folder: how far it came, its numbers, what went wrong. Reads files alone."""
+"""Read the facts of a run folder: how far it came, its numbers, what went wrong. Reads files alone.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ class RunFacts:
         """Everything that went wrong or was interrupted, a sentence each."""
         found = []
         if self.skipped:
-            found.append(f"{self.skipped} steps were skipped because a loss or gradient was not finite")
+            found.append(f"{self.skipped} steps were skipped because a loss or gradient was not "
+                         "finite")
         found += [_incident(line) for line in read_incidents(self.path)]
         if self.restarts:
             found.append(f"started again {self.restarts} times after a stop")
@@ -161,7 +163,8 @@ def read_run(path: Path) -> RunFacts:
     if not path.is_dir():
         raise MissingFileError(f"{path}: no such folder")
     if not is_run(path):
-        raise UserError(f"{path} is no run folder: it has no config.yaml with a run_dir; give what --run_dir was")
+        raise UserError(f"{path} is no run folder: it has no config.yaml with a run_dir; give "
+                        "what --run_dir was")
     latest = _read_object(path / "latest.json") or {}
     return RunFacts(
         path, read_mapping(path / "config.yaml"), read_metrics(path / "metrics.jsonl"),
@@ -180,7 +183,8 @@ def is_run(path: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[RunFacts]:
-    """Read every run folder at or below `folder`, by path, without earlier runs' before-N. UserError for none."""
+    """Read every run folder at or below `folder`, by path, without earlier runs' before-N.
+    UserError for none."""
     if not folder.is_dir():
         raise MissingFileError(f"{folder}: no such folder")
     found = []
@@ -190,7 +194,8 @@ def find_runs(folder: Path) -> list[RunFacts]:
             found.append(read_run(Path(root)))
             folders.clear()  # a run's own folders hold no further runs
     if not found:
-        raise UserError(f"{folder}: no run folder at or below it (a folder that a training script was given as --run_dir)")
+        raise UserError(f"{folder}: no run folder at or below it (a folder that a training script "
+                        "was given as --run_dir)")
     return found
 
 

@@ -1,4 +1,5 @@
-"""Note steps that went wrong with the data they were made of: skipped steps, and losses far above those before them."""
+"""Note steps that went wrong with the data they were made of: skipped steps, and losses far above
+those before them."""
 
 from __future__ import annotations
 
@@ -19,17 +20,20 @@ log = logging.getLogger(__name__)
 
 HISTORY, LEAST = 100, 30  # most and fewest steps before it that a loss is compared with
 DEVIATIONS = 6.0
-MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
+# a normal distribution's standard deviation over its median absolute deviation
+MAD_TO_SIGMA = 1.4826
 NAMED = 8  # keys in a message; the file has all
 FILE = "incidents.jsonl"
 
 
 class Incidents:
-    """Watches the losses of one run. order: of the data; key: index of an item -> its key in the data."""
+    """Watches the losses of one run. order: of the data; key: index of an item -> its key in the
+    data."""
 
-    def __init__(self, run_dir: Path, batch_size: int, order: DataOrder, key: Callable[[int], str], writes: bool,
-                 first_step: int = 0) -> None:
-        """first_step: where the run continues; notes of steps after it are dropped, since these come again."""
+    def __init__(self, run_dir: Path, batch_size: int, order: DataOrder, key: Callable[[int], str],
+                 writes: bool, first_step: int = 0) -> None:
+        """first_step: where the run continues; notes of steps after it are dropped, since these
+        come again."""
         self._path = run_dir / "incidents" / FILE
         self._batch_size, self._order, self._key, self._writes = batch_size, order, key, writes
         self._losses: deque[float] = deque(maxlen=HISTORY)
@@ -48,11 +52,13 @@ class Incidents:
         if len(self._losses) >= LEAST:
             # medians, which a few earlier spikes do not move
             median = statistics.median(self._losses)
-            deviation = MAD_TO_SIGMA * statistics.median(abs(value - median) for value in self._losses)
+            deviation = MAD_TO_SIGMA * statistics.median(abs(value - median)
+                                                         for value in self._losses)
             if loss > median + max(DEVIATIONS * deviation, 0.1 * abs(median)):
                 self._note(step, {"what": "spike", "loss": loss, "median": median},
-                           f"step {step + 1}: loss {loss:.4g} is far above the {len(self._losses)} steps' before it (median "
-                           f"{median:.4g}); it was made of")
+                           f"step {step + 1}: loss {loss:.4g} is far above the "
+                           f"{len(self._losses)} steps' before it (median {median:.4g}); it was "
+                           "made of")
         self._losses.append(loss)
 
     def _note(self, step: int, facts: dict[str, Any], message: str) -> None:

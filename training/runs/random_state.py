@@ -26,12 +26,12 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
     if python_gauss is None:  # the second number of a pair, where one is left over
         python_gauss = math.nan
 
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(numpy_key.astype(numpy.int64)),
-        "numpy_rest": torch.tensor([float(position), float(has_gauss), float(numpy_gauss)], dtype=torch.float64),
-        "python": torch.tensor(python_key, dtype=torch.int64),
-        "python_gauss": torch.tensor([python_gauss], dtype=torch.float64)}
+    state = {"torch": torch.get_rng_state(),
+             "numpy": torch.from_numpy(numpy_key.astype(numpy.int64)),
+             "numpy_rest": torch.tensor([float(position), float(has_gauss), float(numpy_gauss)],
+                                        dtype=torch.float64),
+             "python": torch.tensor(python_key, dtype=torch.int64),
+             "python_gauss": torch.tensor([python_gauss], dtype=torch.float64)}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -47,7 +47,8 @@ def restore_rng(state: dict[str, Tensor], device: torch.device) -> None:
 
     python_key = tuple(state["python"].tolist())
     python_gauss = state["python_gauss"].item()
-    random.setstate((3, python_key, None if math.isnan(python_gauss) else python_gauss))  # 3: Python's format
+    # 3: Python's format
+    random.setstate((3, python_key, None if math.isnan(python_gauss) else python_gauss))
 
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,4 +1,5 @@
-"""Keep the last few checkpoints, the one that measured best, and every N-th for good; delete the others."""
+"""Keep the last few checkpoints, the one that measured best, and every N-th for good; delete the
+others."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ MEASURED = "measured"  # key of a manifest: the held-out measurement of this ste
 BEST = "best.json"
 
 HIGHER_IS_BETTER = {"validation_loss": False, "validation_psnr": True, "validation_top1": True}
-"""Every held-out number that metrics.jsonl may have: nats per token, dB, share of captions found."""
+"""Every held-out number that metrics.jsonl may have: nats per token, dB, share of captions found.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Measured:
     value: float
 
     def better_than(self, other: Measured | None) -> bool:
-        """Whether this beats `other`, the best so far; a value that is not finite or equal does not."""
+        """Whether this beats `other`, the best so far; a value that is not finite or equal does
+        not."""
         if other is None or not math.isfinite(self.value):
             return math.isfinite(self.value)
         if HIGHER_IS_BETTER[self.name]:
@@ -60,14 +63,17 @@ def _name_best(run_dir: Path, names: list[str]) -> str | None:
     """Write best.json -> the name of the best checkpoint; None where none was measured."""
     best: Measured | None = None
     best_name: str | None = None
-    # from the manifests, not from memory: whatever a kill interrupts here, the next save finds the same
+    # from the manifests, not from memory: whatever a kill interrupts here, the next save finds the
+    # same
     for name in names:
-        manifest = json.loads((run_dir / "checkpoints" / name / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((run_dir / "checkpoints" / name
+                               / MANIFEST).read_text(encoding="utf-8"))
         measured = Measured(**manifest[MEASURED]) if MEASURED in manifest else None
         if measured and measured.better_than(best):
             best, best_name = measured, name
 
     if best is not None and best_name is not None:
-        write_json_atomic(run_dir / BEST, {
-            "step": step_of(best_name), "checkpoint": f"checkpoints/{best_name}", best.name: best.value})
+        write_json_atomic(run_dir / BEST,
+                          {"step": step_of(best_name), "checkpoint": f"checkpoints/{best_name}",
+                           best.name: best.value})
     return best_name

@@ -13,12 +13,14 @@ from training.runs.retention import BEST
 
 log = logging.getLogger(__name__)
 
-OUTPUTS = ("config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "latest.json", "model", "validation.json",
-           "curves.png", "codebook.png", "text_tokenizer", "tokenizer_image", "incidents", "report.html", BEST, "tensorboard",
-           "wandb", "wandb-id")
-"""Everything that a run writes into its folder; a fresh start moves these and leaves other files alone."""
+OUTPUTS = ("config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "latest.json",
+           "model", "validation.json", "curves.png", "codebook.png", "text_tokenizer",
+           "tokenizer_image", "incidents", "report.html", BEST, "tensorboard", "wandb", "wandb-id")
+"""Everything that a run writes into its folder; a fresh start moves these and leaves other files
+alone."""
 
-_HELD: dict[Path, IO[str]] = {}  # folders that this process holds, with the open files that hold them
+# folders that this process holds, with the open files that hold them
+_HELD: dict[Path, IO[str]] = {}
 
 
 def hold_folder(run_dir: Path) -> None:
@@ -29,10 +31,12 @@ def hold_folder(run_dir: Path) -> None:
         return
     file = (folder / ".lock").open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system, however the process ends
+        # released by the system, however the process ends
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _HELD[folder] = file
     except BlockingIOError:
-        raise UserError(f"{run_dir}: another run is writing there; wait for it, stop it, or give another --run_dir") from None
+        raise UserError(f"{run_dir}: another run is writing there; wait for it, stop it, or give "
+                        "another --run_dir") from None
 
 
 def set_aside(run_dir: Path) -> None:

@@ -32,7 +32,13 @@ from training.config.start_folders import MANIFEST
 from training.engine.agreement import check_same
 from training.engine.processes import Processes
 from training.runs.environment import environment
-from training.runs.manifest import RANKS, SCHEMA_VERSION, checkpoint_problem, file_entries, read_manifest
+from training.runs.manifest import (
+    RANKS,
+    SCHEMA_VERSION,
+    checkpoint_problem,
+    file_entries,
+    read_manifest,
+)
 from training.runs.random_state import restore_rng, rng_state, seed_everything
 from training.runs.retention import MEASURED, Measured, delete_old
 from training.runs.run_folder import hold_folder, set_aside
@@ -44,19 +50,24 @@ TASK = "task."  # prefix of the task's own tensors in a rank's file
 
 
 class Savable(Protocol):
-    """Writes its own part of a checkpoint below a folder, on every process: an engine, or a task's engines."""
+    """Writes its own part of a checkpoint below a folder, on every process: an engine, or a task's
+    engines."""
 
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path, resharded: bool = False) -> None: ...
 
 
 class RunState:
-    """Owner of a run folder: writes checkpoints, finds the one to continue from, keeps the last few."""
+    """Owner of a run folder: writes checkpoints, finds the one to continue from, keeps the last
+    few."""
 
-    def __init__(self, config: RunConfig, group: Processes, facts: dict[str, Any] | None = None) -> None:
-        """facts: JSON-able values that a checkpoint must share with the run that continues it (model, rows of data)."""
+    def __init__(self, config: RunConfig, group: Processes,
+                 facts: dict[str, Any] | None = None) -> None:
+        """facts: JSON-able values that a checkpoint must share with the run that continues it
+        (model, rows of data)."""
         self.config = config
-        self.facts = json.loads(json.dumps(facts or {}))  # tuples become lists, as a manifest has them
+        # tuples become lists, as a manifest has them
+        self.facts = json.loads(json.dumps(facts or {}))
         self.group = group
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
@@ -65,9 +76,11 @@ class RunState:
         """Whether the checkpoint that was loaded is of another number of processes."""
 
     def prepare(self) -> None:
-        """Decide where to continue, then create the folder and write config.yaml and env.json (first process).
+        """Decide where to continue, then create the folder and write config.yaml and env.json
+        (first process).
 
-        A refused resume changes nothing. A fresh start in a used folder puts its files into RUN/before-1, before-2, ...
+        A refused resume changes nothing. A fresh start in a used folder puts its files into
+        RUN/before-1, before-2, ...
         """
         check_same(self.group, self.facts, "what is trained")
         self.group.first_does(lambda: hold_folder(self.run_dir))
@@ -79,31 +92,39 @@ class RunState:
             set_aside(self.run_dir)
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        for leftover in [*self.checkpoints.glob(".*.tmp"), *self.checkpoints.glob(".*.old")]:  # of a save that was killed
+        # of a save that was killed
+        for leftover in [*self.checkpoints.glob(".*.tmp"), *self.checkpoints.glob(".*.old")]:
             shutil.rmtree(leftover, ignore_errors=True)
         write_text_atomic(self.run_dir / "config.yaml", dump_config(self.config))
         write_json_atomic(self.run_dir / "env.json", environment())
 
     # ---- save
 
-    def save(self, engines: Savable, step: int, task_state: dict[str, Tensor], measured: Measured | None = None) -> None:
-        """Save `step` finished steps: aside, hashed into a manifest, flushed, renamed, then named by latest.json.
+    def save(self, engines: Savable, step: int, task_state: dict[str, Tensor],
+             measured: Measured | None = None) -> None:
+        """Save `step` finished steps: aside, hashed into a manifest, flushed, renamed, then named
+        by latest.json.
 
-        task_state: this process's tensors beyond the engines'; measured: the held-out measurement of this step. Called on
-        every process, at the end of an accumulation window only.
+        task_state: this process's tensors beyond the engines'; measured: the held-out measurement
+        of this step. Called on every process, at the end of an accumulation window only.
         """
         try:
             self._save(engines, step, task_state, measured)
-        except Exception as error:  # safetensors and torch.save have exceptions of their own for a full disk
-            if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(self.run_dir).free > FULL_BYTES:
+        # safetensors and torch.save have exceptions of their own for a full disk
+        except Exception as error:
+            if getattr(error, "errno",
+                       None) != errno.ENOSPC and shutil.disk_usage(self.run_dir).free > FULL_BYTES:
                 raise
-            shutil.rmtree(self.checkpoints / f".step-{step:08d}.tmp", ignore_errors=True)  # it fills what little is left
+            # it fills what little is left
+            shutil.rmtree(self.checkpoints / f".step-{step:08d}.tmp", ignore_errors=True)
             kept = self._whole_names()
             earlier = f"{kept[-1]} is whole" if kept else "there is no earlier one"
-            raise RunFailedError(f"{self.run_dir}: no space left on the device, so that the checkpoint of step {step} was not "
-                                 f"written; {earlier}; free some space, and start the same command again") from None
+            raise RunFailedError(f"{self.run_dir}: no space left on the device, so that the "
+                                 f"checkpoint of step {step} was not written; {earlier}; free "
+                                 "some space, and start the same command again") from None
 
-    def _save(self, engines: Savable, step: int, task_state: dict[str, Tensor], measured: Measured | None) -> None:
+    def _save(self, engines: Savable, step: int, task_state: dict[str, Tensor],
+              measured: Measured | None) -> None:
         name = f"step-{step:08d}"
         aside = self.checkpoints / f".{name}.tmp"
 
@@ -120,16 +141,19 @@ class RunState:
         self.group.first_does(lambda: self._publish(aside, name, step, measured))
 
     def _publish(self, aside: Path, name: str, step: int, measured: Measured | None) -> None:
-        manifest = {"schema_version": SCHEMA_VERSION, "step": step, "world_size": self.group.world_size,
-                    **self._settings(), "facts": self.facts, "files": file_entries(aside)}
+        manifest = {"schema_version": SCHEMA_VERSION, "step": step,
+                    "world_size": self.group.world_size, **self._settings(), "facts": self.facts,
+                    "files": file_entries(aside)}
         if measured and math.isfinite(measured.value):
             manifest[MEASURED] = asdict(measured)
         write_json_atomic(aside / MANIFEST, manifest)
         publish_folder(aside, self.checkpoints / name)
         sync_path(self.checkpoints)
-        write_json_atomic(self.run_dir / "latest.json", {"step": step, "checkpoint": f"checkpoints/{name}"})
+        write_json_atomic(self.run_dir / "latest.json",
+                          {"step": step, "checkpoint": f"checkpoints/{name}"})
 
-        # a later one is a damaged one that was passed over: it must not push out what was just saved
+        # a later one is a damaged one that was passed over: it must not push out what was just
+        # saved
         earlier = [other for other in self._whole_names() if other <= name]
         delete_old(self.run_dir, self.config.checkpoint, earlier)
 
@@ -146,9 +170,11 @@ class RunState:
     # ---- find
 
     def find(self) -> Path | None:
-        """Return the newest whole checkpoint, or None for a fresh start; a damaged one is named and passed over.
+        """Return the newest whole checkpoint, or None for a fresh start; a damaged one is named and
+        passed over.
 
-        ResumeError when checkpoint.resume is 'required' and there is none, or when every one there is damaged.
+        ResumeError when checkpoint.resume is 'required' and there is none, or when every one there
+        is damaged.
         """
         return self.group.first_does(self._find)
 
@@ -165,35 +191,40 @@ class RunState:
             log.warning("checkpoint %s is not usable: %s; trying the one before", folder, problem)
 
         if names:
-            raise ResumeError(f"{self.checkpoints}: none of {len(names)} checkpoints is whole; repair one, or start over "
-                              "with --checkpoint.resume never")
+            raise ResumeError(f"{self.checkpoints}: none of {len(names)} checkpoints is whole; "
+                              "repair one, or start over with --checkpoint.resume never")
         if self.config.checkpoint.resume == "required":
-            raise ResumeError(f"{self.checkpoints}: no checkpoint to resume from (checkpoint.resume is 'required')")
+            raise ResumeError(f"{self.checkpoints}: no checkpoint to resume from "
+                              "(checkpoint.resume is 'required')")
         return None
 
     def _check_same_run(self, folder: Path) -> None:
-        """Raise ResumeError, naming up to three differences, for a checkpoint of another kind of run."""
+        """Raise ResumeError, naming up to three differences, for a checkpoint of another kind of
+        run."""
         manifest = read_manifest(folder)
         then = manifest | by_dotted_name(manifest.get("facts", {}))
         now = self._settings() | by_dotted_name(self.facts)
         # facts that the run no longer has are of another order of the data; others may come and go
         gone = {name: None for name in then if name.startswith("data.") and name not in now}
-        differing = [f"{name} {then.get(name)} then, {value} now" for name, value in (now | gone).items()
-                     if then.get(name) != value]
+        differing = [f"{name} {then.get(name)} then, {value} now"
+                     for name, value in (now | gone).items() if then.get(name) != value]
         if differing:
-            raise ResumeError(f"{folder} was written by another kind of run ({'; '.join(differing[:3])}): use the same settings, "
-                              "another --run_dir, or --checkpoint.resume never")
+            raise ResumeError(f"{folder} was written by another kind of run "
+                              f"({'; '.join(differing[:3])}): use the same settings, another "
+                              "--run_dir, or --checkpoint.resume never")
 
     # ---- load
 
     def load(self, engines: Savable, folder: Path) -> tuple[int, dict[str, Tensor]]:
-        """Restore engines and random state on every process -> the number of finished steps and the task's tensors."""
+        """Restore engines and random state on every process -> the number of finished steps and the
+        task's tensors."""
         manifest = read_manifest(folder)
         step, processes_then = int(manifest["step"]), int(manifest["world_size"])
         self.resharded = processes_then != self.group.world_size
         if self.resharded:
-            log.info("%s was written by %d processes, and %d go on: shards are cut anew; the order of the data stays as it was",
-                     folder, processes_then, self.group.world_size)
+            log.info("%s was written by %d processes, and %d go on: shards are cut anew; the "
+                     "order of the data stays as it was", folder, processes_then,
+                     self.group.world_size)
         engines.load(folder, self.resharded)
 
         was_there = self.group.rank < processes_then
@@ -201,8 +232,10 @@ class RunState:
         if was_there:
             restore_rng(tensors, self.group.device)
         else:
-            seed_everything(self.config.seed + step, self.group.rank)  # a new process draws its own numbers
-        task_state = {name.removeprefix(TASK): tensor for name, tensor in tensors.items() if name.startswith(TASK)}
+            # a new process draws its own numbers
+            seed_everything(self.config.seed + step, self.group.rank)
+        task_state = {name.removeprefix(TASK): tensor for name, tensor in tensors.items()
+                      if name.startswith(TASK)}
         return step, task_state
 
 
