@@ -1,9 +1,12 @@
-"""Train a matcher, a small contrastive image-text model, on captioned images; its text tower can start a transformer's.
+"""Train a matcher, a small contrastive image-text model, on captioned images.
 
-CPU:  python training/train_matcher.py --config training/recipes/debug_matcher.yaml --data.path DIR --run_dir RUN
-real: deepspeed training/train_matcher.py --config training/recipes/emoji_matcher.yaml --data.path DIR --run_dir RUN
+CPU:  python training/train_matcher.py --config training/recipes/debug_matcher.yaml
+      --data.path DIR --run_dir RUN
+real: deepspeed training/train_matcher.py --config training/recipes/emoji_matcher.yaml
+      --data.path DIR --run_dir RUN
 
-A caption is told from the others of its own process's micro-batch: train.batch_size / (processes x train.accumulation) of them.
+A caption is told from the others of its own process's micro-batch, which are
+train.batch_size / (processes x train.accumulation). The text tower can start a transformer's.
 """
 
 # Axes: B batch, S pixels of a side, T text ids, M hidden ids
@@ -38,8 +41,18 @@ from training.evaluation.retrieval import evaluate_retrieval
 from training.loop.drops import PictureDrops
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
-from training.loop.trained import Training, batch_captions, open_held_out_pictures
-from training.objectives.matcher import MatcherOutputs, MatcherWithTextHead, batch_accuracy, matcher_loss
+from training.loop.trained import (
+    Training,
+    batch_captions,
+    open_held_out_pictures,
+    with_prefix,
+)
+from training.objectives.matcher import (
+    MatcherOutputs,
+    MatcherWithTextHead,
+    batch_accuracy,
+    matcher_loss,
+)
 from training.planning.fits import refuse_what_cannot_fit
 from training.planning.flops import matcher_forward_flops
 from training.planning.plan import matcher_plan
@@ -63,13 +76,15 @@ class MatcherTraining(Training):
         super().__init__(config, group)
         group.first_does(self._check_batch)
 
-        self.source = group.first_then_others(lambda: open_training_pictures(config.data, config.data.split))
+        self.source = group.first_then_others(
+            lambda: open_training_pictures(config.data, config.data.split))
         self.held_out: CaptionedImages | None = open_held_out_pictures(config.data, group)
         self.drops: PictureDrops = PictureDrops(config.data, self.source, group)
         self.order = picture_order(config.data, self.source, config.seed)
         self.text_source = self._open_text_source()
         model_config = self._model_config()
-        group.first_does(lambda: refuse_what_cannot_fit(matcher_plan(config, self.precision, model_config), group))
+        group.first_does(lambda: refuse_what_cannot_fit(matcher_plan(config, self.precision,
+                                                                     model_config), group))
 
         self.run_state = RunState(config, group, self._facts(model_config))
         self.run_state.prepare()
@@ -83,11 +98,13 @@ class MatcherTraining(Training):
     def _check_batch(self) -> None:
         """Refuse a batch that cannot be divided, or that leaves nothing to tell a caption from."""
         if self.micro_batch_size() < 2:
-            raise UserError(f"train.batch_size {self.config.train.batch_size} leaves a process one picture at a time, and a "
-                            "caption is told from those of other pictures; raise it, or lower train.accumulation")
+            raise UserError(f"train.batch_size {self.config.train.batch_size} leaves a process "
+                            "one picture at a time, and a caption is told from those of other "
+                            "pictures; raise it, or lower train.accumulation")
 
     def _open_text_source(self) -> TextSource:
-        # a tokenizer that is trained on the captions is sent to the others; an encoder, each process loads itself
+        # a tokenizer that is trained on the captions is sent to the others; an encoder, each
+        # process loads itself
         is_loaded = self.config.text.kind == FrozenTextEncoder.kind
         run = self.group.first_then_others if is_loaded else self.group.first_does
         return run(self._choose_text_source)
@@ -95,10 +112,12 @@ class MatcherTraining(Training):
     def _choose_text_source(self) -> TextSource:
         config, run_dir = self.config, Path(self.config.run_dir)
         is_continued = config.checkpoint.resume != "never" and (run_dir / "latest.json").is_file()
-        source = choose_text_source(config.text, self.source, run_dir / TEXT_FOLDER if is_continued else None)
+        source = choose_text_source(config.text, self.source,
+                                    run_dir / TEXT_FOLDER if is_continued else None)
         if config.loss.mlm_weight and source.kind != TextTokenizer.kind:
-            raise UserError(f"loss.mlm_weight hides ids of a SentencePiece tokenizer, and text.tokenizer "
-                            f"{config.text.tokenizer} is of kind {source.kind}; set it to 0, or leave text.tokenizer out")
+            raise UserError("loss.mlm_weight hides ids of a SentencePiece tokenizer, and "
+                            f"text.tokenizer {config.text.tokenizer} is of kind {source.kind}; "
+                            "set it to 0, or leave text.tokenizer out")
         return source
 
     def _model_config(self) -> MatcherConfig:
@@ -109,8 +128,9 @@ class MatcherTraining(Training):
 
     def _facts(self, model: MatcherConfig) -> dict[str, Any]:
         """Return the facts that a checkpoint must share with the run that continues it."""
-        facts: dict[str, Any] = {"model": {"kind": Matcher.kind, **model.plain()}, "data rows": len(self.source),
-                                 "precision": self.precision, "hidden words": bool(self.config.loss.mlm_weight)}
+        facts: dict[str, Any] = {"model": {"kind": Matcher.kind, **model.plain()},
+                                 "data rows": len(self.source), "precision": self.precision,
+                                 "hidden words": bool(self.config.loss.mlm_weight)}
         if self.config.train.weight_ema:
             facts["weight_ema"] = True
         return facts | self.order.facts()
@@ -123,7 +143,8 @@ class MatcherTraining(Training):
 
     def _open_visits(self, model: MatcherConfig) -> None:
         config = self.config
-        self.visits = CaptionedVisits(self.source, model.image.resolution, config.seed, config.data.horizontal_flip)
+        self.visits = CaptionedVisits(self.source, model.image.resolution, config.seed,
+                                      config.data.horizontal_flip)
         captions = batch_captions(self.text_source, config.text, [self.source], self.group)
         masked_vocab_size = self.text_source.vocab_size if config.loss.mlm_weight else None
         self.collate = CollateCaptioned(captions, config.seed, masked_vocab_size)
@@ -139,19 +160,22 @@ class MatcherTraining(Training):
 
     def task(self) -> Task:
         """The run as the training loop sees it."""
-        return Task("train matcher", [self.engine], self.batches, self.train, self.metrics, self.sample,
-                    problem=self.problem, state=self.state, restore=self.restore, order=self.order, key=self.source.key,
-                    validate=self.validate, forward_flops=self._forward_flops())
+        return Task("train matcher", [self.engine], self.batches, self.train, self.metrics,
+                    self.sample, problem=self.problem, state=self.state, restore=self.restore,
+                    order=self.order, key=self.source.key, validate=self.validate,
+                    forward_flops=self._forward_flops())
 
     def _forward_flops(self) -> Callable[[], int] | None:
-        """FLOPs of one image and its caption; None where hidden words are predicted too, which are not counted."""
+        """FLOPs of one image and its caption; None where hidden words are predicted too, which are
+        not counted."""
         if self.config.loss.mlm_weight:
             return None
         config = self.model.matcher.config
         return lambda: matcher_forward_flops(config)
 
     def train(self, batch: CaptionedBatch, step: int) -> dict[str, Tensor]:
-        """Learn from one micro-batch: gradients, and an optimizer step at the end of a window -> loss, parts, accuracy."""
+        """Learn from one micro-batch: gradients, and an optimizer step at the end of a window ->
+        loss, parts, accuracy."""
         self.drops.count(batch.dropped)
         outputs, hidden_words = self._forward(batch)
         same_caption = batch.same_caption.to(self.group.device)
@@ -160,9 +184,11 @@ class MatcherTraining(Training):
         self.engine.step(step + 1)
 
         if self.engine.window_closed and self.model.matcher.clamp_scale():
-            self.engine.take_over([self.model.matcher.logit_scale])  # else the optimizer's copy would undo it
+            # else the optimizer's copy would undo it
+            self.engine.take_over([self.model.matcher.logit_scale])
         self.update_average()
-        return {"loss": total.detach(), **terms, "accuracy": batch_accuracy(outputs.embeddings, same_caption),
+        return {"loss": total.detach(), **terms,
+                "accuracy": batch_accuracy(outputs.embeddings, same_caption),
                 "scale": outputs.scale.detach()}
 
     def _forward(self, batch: CaptionedBatch) -> tuple[MatcherOutputs, Tensor | None]:
@@ -180,11 +206,10 @@ class MatcherTraining(Training):
     # ---- curves, measurements, export
 
     def full_model(self) -> Matcher:
-        """Return a float32 copy on the CPU with the current weights, or their average. All processes must call it."""
+        """Return a float32 copy on the CPU with the current weights, or their average."""
         state = self.current_weights()
         model = Matcher(self.model.matcher.config)
-        model.load_state_dict({name.removeprefix(MATCHER): tensor for name, tensor in state.items()
-                               if name.startswith(MATCHER)})
+        model.load_state_dict(with_prefix(MATCHER, state))
         return model.eval()
 
     def sample(self, step: int) -> None:
@@ -199,7 +224,8 @@ class MatcherTraining(Training):
         plot_curves(panels, run_dir / "curves.png")
 
     def validate(self, step: int) -> Measured:
-        """Measure the share of held-out images whose caption is found, after a step. All processes must call it."""
+        """Measure the share of held-out images whose caption is found, after a step. All processes
+        must call it."""
         model = self.full_model()
         report = self.group.first_does(lambda: self.held_out_report(model, step))
         return Measured("validation_top1", report["top1"])
@@ -208,10 +234,11 @@ class MatcherTraining(Training):
         """Measure retrieval on the held-out split."""
         assert self.held_out is not None
         scorer = MatcherScorer(model.to(self.group.device), self.text_source)
-        return {"split": self.config.data.validation_split, **evaluate_retrieval(scorer, self.held_out)}
+        return {"split": self.config.data.validation_split,
+                **evaluate_retrieval(scorer, self.held_out)}
 
     def finish(self) -> None:
-        """Measure the held-out split and export run_dir/model. All processes must call it."""
+        """Measure the held-out split and export run_dir/model."""
         model = self.full_model()
         self.drops.say()
         if not self.group.is_first:
@@ -222,9 +249,9 @@ class MatcherTraining(Training):
         if self.held_out is not None:
             report = self.held_out_report(model, self.config.train.steps)
             write_json_atomic(run_dir / "validation.json", report)
-            log.info("held-out pictures: of %d captions the right one is first for %.1f %% (chance %.1f %%), among the first "
-                     "five for %.1f %%", report["captions"], 100 * report["top1"], 100 * report["chance_top1"],
-                     100 * report["top5"])
+            log.info("held-out pictures: of %d captions the right one is first for %.1f %% "
+                     "(chance %.1f %%), among the first five for %.1f %%", report["captions"],
+                     100 * report["top1"], 100 * report["chance_top1"], 100 * report["top5"])
 
         card = matcher_card(self.config, model.config, len(self.source), report)
         folder = save_matcher_folder(run_dir / "model", model.cpu(), self.text_source, card)
@@ -233,7 +260,8 @@ class MatcherTraining(Training):
 
 def run(argv: Sequence[str] | None) -> int:
     """Train from command-line arguments."""
-    return train_from_command_line(argv, MatcherRunConfig, MatcherTraining, "train_matcher.py", __doc__ or "")
+    return train_from_command_line(argv, MatcherRunConfig, MatcherTraining, "train_matcher.py",
+                                   __doc__ or "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

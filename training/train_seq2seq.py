@@ -1,9 +1,9 @@
 """Train the caption -> image token transformer on token shards, and export the whole model folder.
 
-CPU:  python training/train_seq2seq.py --config training/recipes/debug_seq2seq.yaml --data.path TOKENS
-      --image_tokenizer TOKENIZER_RUN/model --run_dir RUN
-real: deepspeed training/train_seq2seq.py --config training/recipes/small_seq2seq.yaml --data.path TOKENS
-      --image_tokenizer TOKENIZER_RUN/model --run_dir RUN
+CPU:  python training/train_seq2seq.py --config training/recipes/debug_seq2seq.yaml
+      --data.path TOKENS --image_tokenizer TOKENIZER_RUN/model --run_dir RUN
+real: deepspeed training/train_seq2seq.py --config training/recipes/small_seq2seq.yaml
+      --data.path TOKENS --image_tokenizer TOKENIZER_RUN/model --run_dir RUN
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Seq2SeqTraining(Training):
         self.order, self.drops = self.inputs.order, self.inputs.drops
         self._check_memory_and_text_start()
 
-        # the weights are read before the run folder is touched, since a damaged file refuses the run
+        # the weights are read before the run folder is touched, since a damaged file refuses the
+        # run
         warm_model = self._warm_start()
         self.run_state = RunState(config, group, self._facts())
         self.run_state.prepare()
@@ -84,15 +85,17 @@ class Seq2SeqTraining(Training):
 
     def _check_memory_and_text_start(self) -> None:
         model_config, config = self.inputs.model_config, self.config
-        self.group.first_does(lambda: refuse_what_cannot_fit(
-            seq2seq_plan(config, self.precision, model_config, self.image_tokenizer.config), self.group))
+        self.group.first_does(
+            lambda: refuse_what_cannot_fit(seq2seq_plan(config, self.precision, model_config,
+                                                        self.image_tokenizer.config), self.group))
 
         start_from = config.text.start_from
         if start_from and self.inputs.kept_text is None:
             self.group.first_does(lambda: check_text_start(model_config, start_from))
 
     def _warm_start(self) -> ImageTransformer | None:
-        """Load the model that init_from names; None where a run starts with fresh weights or from a checkpoint."""
+        """Load the model that init_from names; None where a run starts with fresh weights or from a
+        checkpoint."""
         start = self.inputs.start
         if start is None:
             return None
@@ -101,7 +104,8 @@ class Seq2SeqTraining(Training):
     def _facts(self) -> dict[str, Any]:
         """Return the facts that a checkpoint must share with the run that continues it."""
         config, model = self.config, self.inputs.model_config
-        facts: dict[str, Any] = {"model": {"kind": model.kind, **model.plain()}, "data rows": len(self.inputs.data)}
+        facts: dict[str, Any] = {"model": {"kind": model.kind, **model.plain()},
+                                 "data rows": len(self.inputs.data)}
         if config.train.weight_ema:
             facts["weight_ema"] = True
         if config.init_from:
@@ -113,7 +117,8 @@ class Seq2SeqTraining(Training):
         return facts | self.order.facts()
 
     def _keep_tokenizers(self) -> None:
-        """Save them in the run folder, so that a run which is continued needs neither its captions nor init_from."""
+        """Save them in the run folder, so that a run which is continued needs neither its captions
+        nor init_from."""
         run = self.run_state.run_dir
         if not (run / TEXT_FOLDER).exists():
             self.text_source.save_pretrained(run / TEXT_FOLDER)
@@ -125,13 +130,16 @@ class Seq2SeqTraining(Training):
         held_out = [] if self.held_out is None else [self.held_out]
         captions = batch_captions(self.text_source, config.text, [data, *held_out], self.group)
         if isinstance(data, PictureTokens):
-            self.image_tokenizer = self.image_tokenizer.to(self.group.device)  # it encodes every batch
-            self.visits = PictureTokenVisits(data.source, self.image_tokenizer.config.resolution, config.seed,
-                                             config.data.horizontal_flip, config.caption_dropout, self._reads_classes())
+            # it encodes every batch
+            self.image_tokenizer = self.image_tokenizer.to(self.group.device)
+            self.visits = PictureTokenVisits(data.source, self.image_tokenizer.config.resolution,
+                                             config.seed, config.data.horizontal_flip,
+                                             config.caption_dropout, self._reads_classes())
             self.collate = CollatePictures(captions)
         else:
-            self.visits = TokenVisits(data, config.seed, config.caption_dropout, config.token_corruption,
-                                      self._reads_classes(), config.use_layout)
+            self.visits = TokenVisits(data, config.seed, config.caption_dropout,
+                                      config.token_corruption, self._reads_classes(),
+                                      config.use_layout)
             self.collate = CollateTokens(captions)
 
     def _reads_classes(self) -> bool:
@@ -140,7 +148,8 @@ class Seq2SeqTraining(Training):
     def _build(self, warm_model: ImageTransformer | None) -> None:
         config, model_config = self.config, self.inputs.model_config
         seed_everything(config.seed, 0)  # the same weights on every process
-        self.model: ImageTransformer = KINDS[model_config.kind](model_config) if warm_model is None else warm_model
+        self.model: ImageTransformer = KINDS[
+            model_config.kind](model_config) if warm_model is None else warm_model
         recompute_activations(self.model, config.train.gradient_checkpointing)
         self._take_text_encoder()
         self.start_engine(self.model)
@@ -152,8 +161,9 @@ class Seq2SeqTraining(Training):
         if not start_from or self.run_state.resume_from is not None:
             return
         if self.inputs.kept_text is not None:
-            raise UserError(f"{self.config.run_dir}: none of its checkpoints is whole, and its text tokenizer need not be "
-                            "that of text.start_from; give another run_dir")
+            raise UserError(f"{self.config.run_dir}: none of its checkpoints is whole, and its "
+                            "text tokenizer need not be that of text.start_from; give another "
+                            "run_dir")
 
         def take() -> None:
             take_text_encoder(self.model, start_from, encoder)
@@ -166,12 +176,15 @@ class Seq2SeqTraining(Training):
         """The run as the training loop sees it."""
         # encoding on the fly is computed too, and not counted
         flops = None if self.drops else lambda: forward_flops(self.model.config)
-        return Task("train seq2seq", [self.engine], self.batches, self.train, metrics=self.metrics, sample=self.sample,
-                    problem=self.problem, state=self.state, restore=self.restore, order=self.order, key=self.inputs.data.key,
-                    validate=self.validate, tokens_per_item=self.model.config.num_tokens, forward_flops=flops)
+        return Task("train seq2seq", [self.engine], self.batches, self.train, metrics=self.metrics,
+                    sample=self.sample, problem=self.problem, state=self.state,
+                    restore=self.restore, order=self.order, key=self.inputs.data.key,
+                    validate=self.validate, tokens_per_item=self.model.config.num_tokens,
+                    forward_flops=flops)
 
     def train(self, visits: TokenBatch | PictureBatch, step: int) -> dict[str, Tensor]:
-        """Learn from one micro-batch: gradients, and an optimizer step at the end of a window -> the loss and its parts."""
+        """Learn from one micro-batch: gradients, and an optimizer step at the end of a window ->
+        the loss and its parts."""
         batch = self._on_device(self._with_tokens(visits))
         total, terms = seq2seq_loss(self.engine, self.model, self.config.loss, batch)
         self.engine.backward(total, step + 1, terms)
@@ -187,18 +200,20 @@ class Seq2SeqTraining(Training):
             return batch
         assert self.drops is not None
         self.drops.count(batch.dropped)
-        return with_tokens(batch, self.image_tokenizer, self.config.seed, self.config.token_corruption)
+        return with_tokens(batch, self.image_tokenizer, self.config.seed,
+                           self.config.token_corruption)
 
     def _on_device(self, batch: TokenBatch) -> TokenBatch:
         device = self.group.device
         text = TextBatch(batch.text.text_input.to(device), batch.text.text_mask.to(device))
         layout = None if batch.layout is None else batch.layout.to(device)
-        return TokenBatch(text, batch.image_tokens.to(device), batch.input_tokens.to(device), layout)
+        return TokenBatch(text, batch.image_tokens.to(device), batch.input_tokens.to(device),
+                          layout)
 
     # ---- samples, measurements, export
 
     def full_model(self) -> ImageTransformer:
-        """Return a float32 copy on the CPU with the current weights, or their average. All processes must call it."""
+        """Return a float32 copy on the CPU with the current weights, or their average."""
         state = self.current_weights()
         model = type(self.model)(self.model.config)
         model.load_state_dict(state)
@@ -207,17 +222,18 @@ class Seq2SeqTraining(Training):
     def pipeline(self, model: ImageTransformer) -> TextToImage:
         """Return a sampler around `model`."""
         device = self.group.device
-        return TextToImage(LoadedModel(self.image_tokenizer.to(device), model.to(device), self.text_source,
-                                       self.generation(), self.run_state.run_dir))
+        return TextToImage(LoadedModel(self.image_tokenizer.to(device), model.to(device),
+                                       self.text_source, self.generation(), self.run_state.run_dir))
 
     def generation(self) -> SamplingParams:
         """Sampling defaults of this run's exports and grids."""
         config = self.config
-        return SamplingParams(guidance_scale=config.sample_guidance, temperature=config.sample_temperature,
-                              top_k=config.sample_top_k)
+        return SamplingParams(guidance_scale=config.sample_guidance,
+                              temperature=config.sample_temperature, top_k=config.sample_top_k)
 
     def sample(self, step: int) -> None:
-        """Write samples/step-…png: images sampled for fixed captions and seeds. All processes must call it."""
+        """Write samples/step-…png: images sampled for fixed captions and seeds. All processes must
+        call it."""
         model = self.full_model()
         if not self.group.is_first:
             return
@@ -225,7 +241,8 @@ class Seq2SeqTraining(Training):
         data = self.inputs.data
         stride = max(1, len(data) // SAMPLE_PICTURES)
         of_rows = [data.captions(row) for row in range(0, len(data), stride)][:SAMPLE_PICTURES]
-        captions = [of_row[0] for of_row in of_rows if of_row]  # a row of a stream may have none that can be used
+        # a row of a stream may have none that can be used
+        captions = [of_row[0] for of_row in of_rows if of_row]
 
         result = self.pipeline(model).generate(captions, seed=0)
         path = sample_path(self.run_state.run_dir, step)
@@ -233,7 +250,7 @@ class Seq2SeqTraining(Training):
         write_json_atomic(path.with_name("captions.json"), captions)
 
     def validate(self, step: int) -> Measured:
-        """Measure the held-out loss after a step. All processes must call it."""
+        """Measure the held-out loss after a step."""
         model = self.full_model()
         held_out: HeldOut = self.group.first_does(lambda: self.held_out_report(model, step))
         return Measured("validation_loss", held_out.loss)
@@ -241,11 +258,11 @@ class Seq2SeqTraining(Training):
     def measure(self, model: ImageTransformer, quiet: bool = True) -> HeldOut:
         """Measure the loss of `model` on the held-out split."""
         assert self.held_out is not None
-        return validation_loss(model.to(self.group.device), self.held_out, self.collate, self.config.seed,
-                               first_caption=self._reads_classes())
+        return validation_loss(model.to(self.group.device), self.held_out, self.collate,
+                               self.config.seed, first_caption=self._reads_classes())
 
     def finish(self) -> None:
-        """Measure the held-out split and export run_dir/model. All processes must call it."""
+        """Measure the held-out split and export run_dir/model."""
         model = self.full_model()
         if self.drops:
             self.drops.say()
@@ -262,14 +279,15 @@ class Seq2SeqTraining(Training):
             log.info("held-out loss: %.4f nats a token", held_out_loss)
 
         card = seq2seq_card(self.config, model.config, len(self.inputs.data), held_out_loss)
-        folder = save_model_folder(run_dir / "model", self.image_tokenizer.cpu(), model.cpu(), self.text_source,
-                                   self.generation(), card)
+        folder = save_model_folder(run_dir / "model", self.image_tokenizer.cpu(), model.cpu(),
+                                   self.text_source, self.generation(), card)
         log.info("model folder: %s", folder)
 
 
 def run(argv: Sequence[str] | None) -> int:
     """Train from command-line arguments."""
-    return train_from_command_line(argv, Seq2SeqRunConfig, Seq2SeqTraining, "train_seq2seq.py", __doc__ or "")
+    return train_from_command_line(argv, Seq2SeqRunConfig, Seq2SeqTraining, "train_seq2seq.py",
+                                   __doc__ or "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,9 @@
 """Train an image tokenizer on a folder of images.
 
-CPU:  python training/train_tokenizer.py --config training/recipes/debug_tokenizer.yaml --data.path DIR --run_dir RUN
-real: deepspeed training/train_tokenizer.py --config training/recipes/small_tokenizer.yaml --data.path DIR --run_dir RUN
+CPU:  python training/train_tokenizer.py --config training/recipes/debug_tokenizer.yaml
+      --data.path DIR --run_dir RUN
+real: deepspeed training/train_tokenizer.py --config training/recipes/small_tokenizer.yaml
+      --data.path DIR --run_dir RUN
 """
 
 # Axes: B batch, S pixels of a side
@@ -34,7 +36,12 @@ from training.evaluation.reconstruction import evaluate_reconstruction
 from training.loop.drops import PictureDrops
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
-from training.loop.trained import Training, open_held_out_pictures
+from training.loop.trained import (
+    Training,
+    add_prefix,
+    open_held_out_pictures,
+    with_prefix,
+)
 from training.objectives.adversary import Adversary
 from training.objectives.codebook_health import CodebookHealth
 from training.objectives.tokenizer import TokenizerObjective
@@ -63,10 +70,12 @@ class TokenizerTraining(Training):
         self.perceptual = group.first_then_others(self._load_perceptual)
         self._check()
 
-        source = group.first_then_others(lambda: open_training_pictures(config.data, config.data.split))
+        source = group.first_then_others(
+            lambda: open_training_pictures(config.data, config.data.split))
         self.held_out: CaptionedImages | None = open_held_out_pictures(config.data, group)
         self.drops: PictureDrops = PictureDrops(config.data, source, group)
-        self.visits = ImageVisits(source, config.model.resolution, config.seed, config.data.horizontal_flip)
+        self.visits = ImageVisits(source, config.model.resolution, config.seed,
+                                  config.data.horizontal_flip)
         self.collate = collate_pixels
         self.order = picture_order(config.data, source, config.seed)
 
@@ -86,29 +95,28 @@ class TokenizerTraining(Training):
 
     def _check(self) -> None:
         """Refuse what is impossible, before anything is touched."""
-
-        def check_batch() -> None:
-            self.micro_batch_size()
-
-        self.group.first_does(check_batch)
+        self.group.first_does(self.micro_batch_size)
         self.group.first_does(self._check_discriminator)
-        self.group.first_does(lambda: refuse_what_cannot_fit(tokenizer_plan(self.config, self.precision), self.group))
+        self.group.first_does(
+            lambda: refuse_what_cannot_fit(tokenizer_plan(self.config, self.precision), self.group))
 
     def _check_discriminator(self) -> None:
         """Refuse images that are too small for the discriminator's layers."""
         if self.config.adversarial.weight:
             with torch.device("meta"):
-                build_discriminator(self.config.adversarial.discriminator, self.config.model.resolution)
+                build_discriminator(self.config.adversarial.discriminator,
+                                    self.config.model.resolution)
 
     def _warm_start(self) -> ImageTokenizer:
-        """Return the tokenizer to train, fresh or from init_from, with the parts that do not learn frozen."""
+        """Return the tokenizer to train, fresh or from init_from, with its fixed parts frozen."""
         config, train = self.config, self.config.train
         tokenizer = build_tokenizer(config.model).train()
         decoder_only = train.trained_part == "decoder"
         init_from = config.init_from
         is_continued = facts_of_run(config.run_dir, config.checkpoint.resume) is not None
         if init_from and not is_continued:  # else the weights come from a checkpoint
-            self.group.first_then_others(lambda: take_tokenizer(tokenizer, init_from, decoder_only, config.run_dir))
+            self.group.first_then_others(
+                lambda: take_tokenizer(tokenizer, init_from, decoder_only, config.run_dir))
         if decoder_only:
             tokenizer.freeze_codes()
         tokenizer.gradient_checkpointing = train.gradient_checkpointing
@@ -117,7 +125,8 @@ class TokenizerTraining(Training):
     def _facts(self, rows: int) -> dict[str, Any]:
         """Return the facts that a checkpoint must share with the run that continues it.
 
-        An adversarial phase can be turned off, not on: a checkpoint with a discriminator serves a run without one.
+        An adversarial phase can be turned off, not on: a checkpoint with a discriminator serves a
+        run without one.
         """
         config = self.config
         facts: dict[str, Any] = {
@@ -140,7 +149,8 @@ class TokenizerTraining(Training):
         config, group = self.config, self.group
         self.start_engine(self.tokenizer)
         self.adversary = Adversary(config, group) if config.adversarial.weight else None
-        self.objective = TokenizerObjective(config.loss, self.perceptual, self.adversary.terms if self.adversary else None)
+        self.objective = TokenizerObjective(config.loss, self.perceptual,
+                                            self.adversary.terms if self.adversary else None)
         seed_everything(config.seed, group.rank)  # dropout and noise differ between the processes
         self.health = CodebookHealth(config, group, len(self.visits))
 
@@ -151,12 +161,13 @@ class TokenizerTraining(Training):
         engines = [self.engine]
         if self.adversary:
             engines.append(self.adversary.engine)
-        return Task("train tokenizer", engines, self.batches, self.train, self.metrics, self.sample, problem=self.problem,
-                    state=self.state, restore=self.restore, order=self.order, key=self.visits.source.key,
-                    validate=self.validate, forward_flops=self._forward_flops())
+        return Task("train tokenizer", engines, self.batches, self.train, self.metrics, self.sample,
+                    problem=self.problem, state=self.state, restore=self.restore, order=self.order,
+                    key=self.visits.source.key, validate=self.validate,
+                    forward_flops=self._forward_flops())
 
     def _forward_flops(self) -> Callable[[], int] | None:
-        """FLOPs of one image, where the tokenizer is all that a step computes; other networks and frozen parts have no count."""
+        """FLOPs of one image; None with other networks or frozen parts, which have no count."""
         config = self.config
         has_other_networks = config.adversarial.weight or config.loss.perceptual_weight
         if has_other_networks or config.train.trained_part != "all":
@@ -164,9 +175,9 @@ class TokenizerTraining(Training):
         return lambda: tokenizer_forward_flops(config.model)
 
     def train(self, batch: PixelBatch, step: int) -> dict[str, Tensor]:
-        """Learn from one micro-batch: gradients and, at the end of a window, steps of both networks -> terms to log."""
+        """Learn from one micro-batch; both networks step at the end of a window -> terms to log."""
         self.drops.count(batch.dropped)
-        # channels-last images make every convolution run so; the weights stay as ZeRO can flatten them
+        # every convolution then runs channels-last, while weights stay as ZeRO can flatten them
         image = batch.image.to(self.group.device, memory_format=torch.channels_last)  # [B, 3, S, S]
 
         schedules = self.tokenizer.set_step(step, self.config.train.steps)
@@ -176,7 +187,8 @@ class TokenizerTraining(Training):
         self.health.update(result.codes, self.tokenizer.take_restarts())
 
         total, terms = self.objective(result, image, self.tokenizer.last_layer, step)
-        unweighted = {name: term for name, term in terms.items() if not name.startswith("weighted.")}
+        unweighted = {name: term for name, term in terms.items()
+                      if not name.startswith("weighted.")}
         self.engine.backward(total, step + 1, unweighted)
         self.engine.step(step + 1)
         if self.adversary:
@@ -187,47 +199,36 @@ class TokenizerTraining(Training):
         return {"loss": total.detach(), **terms, **scheduled}
 
     def metrics(self) -> dict[str, float]:
-        """Return windowed codebook usage and perplexity, and unusable images. All processes must call it."""
+        """Return windowed codebook usage and perplexity, and unusable images. All processes must
+        call it."""
         return self.health.report() | super().metrics()
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Modules without an engine whose state belongs to a checkpoint, by name."""
+        lecam = {} if self.adversary is None else {"lecam": self.adversary.lecam}
+        return super().parts() | lecam
 
     def state(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint beside the engines'."""
-        state = {f"health.{name}": tensor for name, tensor in self.health.state().items()}
-        for part, module in self._modules_beside().items():
-            state |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
-        return state
+        return add_prefix("health.", self.health.state()) | super().state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Continue from the tensors that `state` gave."""
-
-        def of(part: str) -> dict[str, Tensor]:
-            prefix = f"{part}."
-            return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-        self.health.restore(of("health"))
-        for part, module in self._modules_beside().items():
-            module.load_state_dict(of(part))
-
-    def _modules_beside(self) -> dict[str, nn.Module]:
-        """Modules without an engine whose state belongs to a checkpoint."""
-        modules: dict[str, nn.Module] = {}
-        if self.average is not None:
-            modules["average"] = self.average
-        if self.adversary is not None:
-            modules["lecam"] = self.adversary.lecam
-        return modules
+        self.health.restore(with_prefix("health.", state))
+        super().restore(state)
 
     # ---- samples, measurements, export
 
     def full_model(self) -> ImageTokenizer:
-        """Return a float32 copy on the CPU with the current weights, or their average. All processes must call it."""
+        """Return a float32 copy on the CPU with the current weights, or their average."""
         state = self.current_weights()
         model = build_tokenizer(self.config.model)
         model.load_state_dict(state)
         return model.eval()
 
     def sample(self, step: int) -> None:
-        """Write originals above their reconstructions, curves.png and codebook.png. All processes must call it."""
+        """Write originals above their reconstructions, curves.png and codebook.png. All processes
+        must call it."""
         model = self.full_model()
         counts = self.health.counts()
         if not self.group.is_first:
@@ -245,14 +246,15 @@ class TokenizerTraining(Training):
         run_dir = self.run_state.run_dir
         rows = read_metrics(run_dir / "metrics.jsonl")
         weighted = sorted({name for row in rows for name in row if name.startswith("weighted.")})
-        panels = [("loss", rows, ["loss"]), ("terms, weighted", rows, weighted), ("gradient norm", rows, ["grad_norm"])]
+        panels = [("loss", rows, ["loss"]), ("terms, weighted", rows, weighted),
+                  ("gradient norm", rows, ["grad_norm"])]
         if self.adversary:
             panels.append(("logits of the discriminator", rows, ["logits_real", "logits_fake"]))
         plot_curves(panels, run_dir / "curves.png", small_too=True)
         self.health.draw(counts, run_dir / "metrics.jsonl", run_dir / "codebook.png")
 
     def validate(self, step: int) -> Measured:
-        """Measure the PSNR of the held-out images after a step. All processes must call it."""
+        """Measure the PSNR of the held-out images after a step."""
         model = self.full_model()
         report = self.group.first_does(lambda: self.held_out_report(model, step, quiet=True))
         return Measured("validation_psnr", report["psnr"])
@@ -263,7 +265,7 @@ class TokenizerTraining(Training):
         return evaluate_reconstruction(model.to(self.group.device), self.held_out, quiet=quiet)
 
     def finish(self) -> None:
-        """Measure the held-out split and export run_dir/model. All processes must call it."""
+        """Measure the held-out split and export run_dir/model."""
         model = self.full_model()
         counts = self.health.counts()
         self.drops.say()
@@ -275,7 +277,8 @@ class TokenizerTraining(Training):
         if self.held_out is not None:
             report = self.held_out_report(model, self.config.train.steps)
             write_json_atomic(run_dir / "validation.json", report)
-            log.info("held-out pictures: %.2f dB PSNR, %.1f %% of codes used", report["psnr"], 100 * report["codebook_usage"])
+            log.info("held-out pictures: %.2f dB PSNR, %.1f %% of codes used", report["psnr"],
+                     100 * report["codebook_usage"])
 
         card = tokenizer_card(self.config, model, len(self.visits), report)
         log.info("image tokenizer: %s", model.save_pretrained(run_dir / "model", card=card))
@@ -283,7 +286,8 @@ class TokenizerTraining(Training):
 
 def run(argv: Sequence[str] | None) -> int:
     """Train from command-line arguments."""
-    return train_from_command_line(argv, TokenizerRunConfig, TokenizerTraining, "train_tokenizer.py", __doc__ or "")
+    return train_from_command_line(argv, TokenizerRunConfig, TokenizerTraining,
+                                   "train_tokenizer.py", __doc__ or "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,5 @@
-"""The log of a run: metrics.jsonl (always), the console, and the writers of training/loop/writers.py."""
+"""The log of a run: metrics.jsonl (always), the console, and the writers of
+training/loop/writers.py."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def setup_console(is_first: bool) -> None:
-    """Log to stderr: the first process what it does, the others errors alone. Called from main() only."""
-    # torch.distributed deprecates functions that DeepSpeed 0.19 still calls; a user can do nothing about it
+    """Log to stderr: the first process what it does, the others errors alone. Called from main()
+    only."""
+    # torch.distributed deprecates functions that DeepSpeed 0.19 still calls; a user can do nothing
+    # about it
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     level = logging.INFO if is_first else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
@@ -43,7 +46,8 @@ class RunLog:
         self.run_dir = run_dir
         self.path = run_dir / "metrics.jsonl"
         self._writers = dict(writers or {})
-        self._bar = progress(None, what, total=total_steps, initial=first_step, unit="step", quiet=not is_first)
+        self._bar = progress(None, what, total=total_steps, initial=first_step, unit="step",
+                             quiet=not is_first)
         self._last: dict[str, Any] = {}  # newest value of every number, for the bar
         self._file = None
         if is_first:
@@ -80,8 +84,8 @@ class RunLog:
             try:
                 action(writer)
             except Exception as error:  # any package's own: a place for curves must not end a run
-                log.warning("log.%s failed and is left out from here on (%s: %s); metrics.jsonl goes on", name,
-                            type(error).__name__, error)
+                log.warning("log.%s failed and is left out from here on (%s: %s); metrics.jsonl "
+                            "goes on", name, type(error).__name__, error)
                 del self._writers[name]
 
     def close(self) -> None:

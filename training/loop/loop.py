@@ -1,4 +1,5 @@
-"""The training loop of all training scripts: resume, step, log, sample, checkpoint, stop on a signal."""
+"""The training loop of all training scripts: resume, step, log, sample, checkpoint, stop on a
+signal."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Task:
     engines: Sequence[Engine]  # all that are trained; the first is the model's
     batches: Callable[[int], Iterable[Any]]  # first step -> this process's micro-batches, in order
     train: Callable[[Any, int], dict[str, Tensor]]
-    """Micro-batch, step 0.. -> gradients and optimizer steps; returns terms to log, "loss" among them."""
+    """Micro-batch, step 0.. -> gradients and optimizer steps; returns terms to log, "loss" among
+    them."""
     metrics: Callable[[], dict[str, float]]  # further numbers for a log line
     sample: Callable[[int], None]  # write a sample grid; called on every process
     problem: Callable[[], Exception | None]  # error of this process that must end the run on all
@@ -80,7 +82,8 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
     window = Window(config.train.batch_size, task.tokens_per_item, _peak_share(task, group))
     first_step, total = _resume(task, run_state, window), config.train.steps
     if first_step >= total:
-        log.info("%s: already trained to step %d of %d; nothing to do", task.name, first_step, total)
+        log.info("%s: already trained to step %d of %d; nothing to do", task.name, first_step,
+                 total)
         return False
 
     loop = _Loop(task, config, group, run_state, window, first_step)
@@ -224,7 +227,8 @@ def _peak_share(task: Task, group: Processes) -> float | None:
 
 
 def _random_state_kept(group: Processes) -> AbstractContextManager:
-    """Keep a look at the model from changing the numbers that a resumed run, which does not repeat it, draws next."""
+    """Keep a look at the model from changing the numbers that a resumed run, which does not repeat
+    it, draws next."""
     return torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else [])
 
 

@@ -1,4 +1,5 @@
-"""The inputs of a transformer's run: warm start, tokenizers and data, opened and checked to fit together.
+"""The inputs of a transformer's run: warm start, tokenizers and data, opened and checked to fit
+together.
 
 Nothing here touches the run folder, so that a run which is refused leaves everything as it was.
 """
@@ -41,7 +42,8 @@ class Seq2SeqInputs:
         self._open_image_tokenizer()
 
         self.data = self._open(config.data.split)
-        self.held_out = self._open(config.data.validation_split) if config.data.validation_split else None
+        self.held_out = self._open(
+            config.data.validation_split) if config.data.validation_split else None
         self.order = token_order(config.data, self.data, config.seed)
         self.drops: PictureDrops | None = None
         if isinstance(self.data, PictureTokens):
@@ -53,13 +55,14 @@ class Seq2SeqInputs:
 
     def _open_image_tokenizer(self) -> None:
         self.image_tokenizer_folder = image_tokenizer_folder(self.config, self.start)
-        self.image_tokenizer = self.group.first_then_others(lambda: load_tokenizer(self.image_tokenizer_folder))
+        self.image_tokenizer = self.group.first_then_others(
+            lambda: load_tokenizer(self.image_tokenizer_folder))
         self.fingerprint = code_fingerprint(self.image_tokenizer)
 
         start = self.start
         if start is not None:
-            self.group.first_does(
-                lambda: check_codes(start, self.image_tokenizer, self.fingerprint, self.image_tokenizer_folder))
+            self.group.first_does(lambda: check_codes(start, self.image_tokenizer, self.fingerprint,
+                                                      self.image_tokenizer_folder))
 
     def _open(self, split: str) -> TokenShards | PictureTokens:
         data = self.config.data
@@ -69,26 +72,31 @@ class Seq2SeqInputs:
             return PictureTokens(source, self.image_tokenizer, self.fingerprint)
 
         shards = self.group.first_then_others(lambda: TokenShards(data.path, split))
-        check_same_tokenizer(shards.index, data.path, self.image_tokenizer.codebook_size, self.image_tokenizer.grid,
-                             self.fingerprint, self.image_tokenizer_folder)
+        check_same_tokenizer(shards.index, data.path, self.image_tokenizer.codebook_size,
+                             self.image_tokenizer.grid, self.fingerprint,
+                             self.image_tokenizer_folder)
         return shards
 
     def _open_text_source(self) -> TextSource:
         config = self.config
-        # a tokenizer that is trained on the captions is sent to the others; what is loaded, each process loads itself
+        # a tokenizer that is trained on the captions is sent to the others; what is loaded, each
+        # process loads itself
         is_loaded = config.init_from is not None or config.text.kind == FrozenTextEncoder.kind
         run = self.group.first_then_others if is_loaded else self.group.first_does
         return run(lambda: text_source_of(config, self.data, self.start, self.kept_text))
 
     def _model_config(self) -> TransformerConfig:
-        """The model as the config describes it, with what follows from the tokenizers and the data."""
-        derived = {
-            "text_vocab_size": self.text_source.vocab_size, "text_feature_width": self.text_source.feature_width,
-            "text_length": self.text_source.config.text_length, "codebook_size": self.image_tokenizer.codebook_size,
-            "grid": self.image_tokenizer.grid, "tokenizer_fingerprint": self.fingerprint}
+        """The model as the config describes it, with what follows from the tokenizers and the data.
+        """
+        derived = {"text_vocab_size": self.text_source.vocab_size,
+                   "text_feature_width": self.text_source.feature_width,
+                   "text_length": self.text_source.config.text_length,
+                   "codebook_size": self.image_tokenizer.codebook_size,
+                   "grid": self.image_tokenizer.grid, "tokenizer_fingerprint": self.fingerprint}
         layout = self.data.index.layout
         if layout and self.config.use_layout:
-            derived |= {"layout_kind": layout.kind, "layout_classes": layout.classes, "layout_grid": layout.grid}
+            derived |= {"layout_kind": layout.kind, "layout_classes": layout.classes,
+                        "layout_grid": layout.grid}
         return self.config.model.build(derived)
 
     def _check_model(self) -> None:

@@ -15,11 +15,13 @@ from training.engine.processes import Processes
 
 
 class Window:
-    """Sums between two log lines; tensors stay on the device until the line is written. Part of a checkpoint."""
+    """Sums between two log lines; tensors stay on the device until the line is written. Part of a
+    checkpoint."""
 
     PREFIX = "window."
 
-    def __init__(self, batch_size: int, tokens_per_item: int = 0, peak_share: float | None = None) -> None:
+    def __init__(self, batch_size: int, tokens_per_item: int = 0,
+                 peak_share: float | None = None) -> None:
         """batch_size: items per step over all processes; tokens_per_item: image tokens, 0 = none;
         peak_share: share of all devices' FLOPs that one item a second takes, None = unknown."""
         self.batch_size, self.tokens_per_item = batch_size, tokens_per_item
@@ -60,7 +62,8 @@ class Window:
 
     def means(self, group: Processes) -> dict[str, float]:
         """Return the mean of every term over steps and processes. All processes must call it."""
-        return {name: group.mean(float(total / count)) for name, (total, count) in self.sums.items()}
+        return {name: group.mean(float(total / count))
+                for name, (total, count) in self.sums.items()}
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -23,14 +23,15 @@ from tokenloom_common.files import write_text_atomic
 from training.config.run import LogConfig, RunConfig
 from training.runs.metrics import read_metrics, sample_grids
 
-GROUPS = {
-    "optim": ("lr", "grad_norm", "skipped_steps"),
-    "speed": ("samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_bytes"),
-    "codebook": ("codebook_usage", "codebook_perplexity", "dead_codes", "restarted_codes"),
-    "data": ("dropped_items",),
-    "validation": ("validation_loss", "validation_psnr", "validation_top1"),
-    "other": ("accuracy", "scale", "generator_weight", "logits_real", "logits_fake", "temperature", "kl_weight")}
-"""Folder that a number is shown in -> names in metrics.jsonl; every other number is a term of the loss."""
+GROUPS = {"optim": ("lr", "grad_norm", "skipped_steps"),
+          "speed": ("samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_bytes"),
+          "codebook": ("codebook_usage", "codebook_perplexity", "dead_codes", "restarted_codes"),
+          "data": ("dropped_items",),
+          "validation": ("validation_loss", "validation_psnr", "validation_top1"),
+          "other": ("accuracy", "scale", "generator_weight", "logits_real", "logits_fake",
+                    "temperature", "kl_weight")}
+"""Folder that a number is shown in -> names in metrics.jsonl; every other number is a term of the
+loss."""
 NO_NUMBERS = ("step", "elapsed_s")
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
@@ -61,7 +62,8 @@ class LogWriter(Protocol):
 
 
 class TensorBoardWriter:
-    """Event files in RUN/tensorboard. A resumed run tells TensorBoard to forget the steps that it repeats."""
+    """Event files in RUN/tensorboard. A resumed run tells TensorBoard to forget the steps that it
+    repeats."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         folder = str(Path(config.run_dir) / "tensorboard")
@@ -72,7 +74,8 @@ class TensorBoardWriter:
         """Write one scalar each."""
         for name, value in values.items():
             self._writer.add_scalar(grouped(name), value, step)
-        self._writer.flush()  # what a killed run had logged before its last checkpoint is not logged again
+        # what a killed run had logged before its last checkpoint is not logged again
+        self._writer.flush()
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Show it among TensorBoard's Images."""
@@ -178,7 +181,8 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(kind.module)
     except ImportError as error:
-        raise UserError(f"log.{name} needs a package ({error}): pip install 'tokenloom[{kind.extra}]'") from None
+        raise UserError(f"log.{name} needs a package ({error}): pip install "
+                        f"'tokenloom[{kind.extra}]'") from None
 
 
 def check_writers(config: LogConfig) -> None:

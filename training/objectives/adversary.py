@@ -1,6 +1,7 @@
 """The discriminator of a tokenizer's run: its own DeepSpeed engine, and its half of a step.
 
-It is trained in float32 whatever the tokenizer runs in: R1 and LeCAM compare small differences of its logits.
+It is trained in float32 whatever the tokenizer runs in: R1 and LeCAM compare small differences of
+its logits.
 """
 
 # Axes: B batch, S pixels of a side
@@ -25,11 +26,13 @@ class Adversary:
 
     def __init__(self, config: TokenizerRunConfig, group: Processes) -> None:
         self.config = config.adversarial
-        discriminator = build_discriminator(self.config.discriminator, config.model.resolution, config.model.in_channels)
+        discriminator = build_discriminator(self.config.discriminator, config.model.resolution,
+                                            config.model.in_channels)
         optimizer = build_optimizer(discriminator, config.discriminator_optim)
-        self.engine = Engine(discriminator, optimizer, config, group, "float32", config.discriminator_optim, NAME,
-                             self.config.start_step)
-        self.terms = AdversarialTerms(self.config, self.engine.module, average=lambda x: group.total(x) / group.world_size)
+        self.engine = Engine(discriminator, optimizer, config, group, "float32",
+                             config.discriminator_optim, NAME, self.config.start_step)
+        self.terms = AdversarialTerms(
+            self.config, self.engine.module, average=lambda x: group.total(x) / group.world_size)
         self.lecam.to(group.device)
 
     @property
@@ -38,7 +41,8 @@ class Adversary:
         return self.terms.lecam
 
     def train(self, image: Tensor, reconstruction: Tensor, step: int) -> dict[str, Tensor]:
-        """Learn from one micro-batch of images and reconstructions [B, 3, S, S]: gradients and a step -> terms to log."""
+        """Learn from one micro-batch of images and reconstructions [B, 3, S, S]: gradients and a
+        step -> terms to log."""
         if not discriminator_active(step, self.config):
             return {}
         loss = self.terms.discriminator_loss(image, reconstruction, step)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class LossTerms(NamedTuple):
-    """`total` [] float32 has gradients; `terms` are its parts [] by name, before weighting and detached."""
+    """`total` [] float32 has gradients; `terms` are its parts [] by name, before weighting and
+    detached."""
 
     total: Tensor
     terms: dict[str, Tensor]

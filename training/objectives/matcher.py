@@ -1,6 +1,8 @@
-"""The objectives of a matcher: tell each image's caption from the others of its batch, and predict hidden words of captions."""
+"""The objectives of a matcher: tell each image's caption from the others of its batch, and predict
+hidden words of captions."""
 
-# Axes: B batch, S side in pixels, E width of the shared space, T text ids, M hidden ids, D width, V vocabulary
+# Axes: B batch, S side in pixels, E width of the shared space, T text ids, M hidden ids, D width, V
+# vocabulary
 
 from __future__ import annotations
 
@@ -17,28 +19,33 @@ from training.objectives.loss_terms import LossTerms
 
 
 def contrastive_loss(embeddings: Embeddings, scale: Tensor, same_caption: Tensor) -> Tensor:
-    """Symmetric cross entropy in nats of telling partners from the others of the batch -> scalar float32.
+    """Symmetric cross entropy in nats of telling partners from the others of the batch -> scalar
+    float32.
 
-    embeddings: of B images and their B captions; scale: 1 / temperature; same_caption [B, B] bool, True on the diagonal and
-    wherever two rows have the same caption, which makes each a right answer for the other. A row with several right answers
-    is asked for an equal share of each: UniCL (Yang et al. 2022, https://arxiv.org/abs/2204.03610), and where all captions
-    differ the loss of Radford et al. 2021.
+    embeddings: of B images and their B captions; scale: 1 / temperature; same_caption [B, B] bool,
+    True on the diagonal and wherever two rows have the same caption, which makes each a right
+    answer for the other. A row with several right answers is asked for an equal share of each:
+    UniCL (Yang et al. 2022, https://arxiv.org/abs/2204.03610), and where all captions differ the
+    loss of Radford et al. 2021.
     """
     logits = scale * embeddings.image @ embeddings.text.T  # [B images, B captions]
-    # rows of one caption have the same sum, so that one matrix of shares is right in both directions
+    # rows of one caption have the same sum, so that one matrix of shares is right in both
+    # directions
     share = same_caption / same_caption.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits, share) + F.cross_entropy(logits.T, share)) / 2
 
 
 @torch.no_grad()
 def batch_accuracy(embeddings: Embeddings, same_caption: Tensor) -> Tensor:
-    """Share of images whose best caption in the batch is right (see contrastive_loss) -> scalar float32."""
+    """Share of images whose best caption in the batch is right (see contrastive_loss) -> scalar
+    float32."""
     best = (embeddings.image @ embeddings.text.T).argmax(dim=1, keepdim=True)  # [B, 1]
     return same_caption.gather(1, best).float().mean()
 
 
 class MaskedTextHead(nn.Module):
-    """Memory of a hidden word -> logits over the vocabulary, through the embedding's own weights (Devlin et al. 2019)."""
+    """Memory of a hidden word -> logits over the vocabulary, through the embedding's own weights
+    (Devlin et al. 2019)."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -53,7 +60,8 @@ class MaskedTextHead(nn.Module):
 
 
 class MatcherOutputs(NamedTuple):
-    """Embeddings of images and captions, 1 / temperature, and logits [M, V] of the hidden words in raster order, if any."""
+    """Embeddings of images and captions, 1 / temperature, and logits [M, V] of the hidden words in
+    raster order, if any."""
 
     embeddings: Embeddings
     scale: Tensor
@@ -67,12 +75,15 @@ class MatcherWithTextHead(nn.Module):
         super().__init__()
         self.matcher = matcher
         text = matcher.config.text
-        self.head = MaskedTextHead(text.width, text.text_vocab_size or 0) if loss.mlm_weight else None
+        self.head = MaskedTextHead(text.width,
+                                   text.text_vocab_size or 0) if loss.mlm_weight else None
 
-    def forward(self, image: Tensor, text_input: Tensor, text_mask: Tensor, hidden_ids: Tensor | None = None,
+    def forward(self, image: Tensor, text_input: Tensor, text_mask: Tensor,
+                hidden_ids: Tensor | None = None,
                 predicted: Tensor | tuple[Tensor, Tensor] | None = None) -> MatcherOutputs:
-        """image [B, 3, S, S]; text ids [B, T] (or features) and text_mask [B, T]; hidden_ids [B, T] as from `mask_text`;
-        predicted: which of them, as a mask [B, T] or as rows [M] and columns [M]."""
+        """image [B, 3, S, S]; text ids [B, T] (or features) and text_mask [B, T]; hidden_ids [B, T]
+        as from `mask_text`; predicted: which of them, as a mask [B, T] or as rows [M] and columns
+        [M]."""
         embeddings = self.matcher(image, text_input, text_mask)
         logits = None
         if self.head is not None and hidden_ids is not None and predicted is not None:
@@ -82,9 +93,10 @@ class MatcherWithTextHead(nn.Module):
         return MatcherOutputs(embeddings, self.matcher.scale, logits)
 
 
-def matcher_loss(outputs: MatcherOutputs, loss: MatcherLossConfig, same_caption: Tensor, hidden_words: Tensor | None
-                 ) -> LossTerms:
-    """Return the loss of one micro-batch. same_caption [B, B]: see contrastive_loss; hidden_words [M]: their true ids."""
+def matcher_loss(outputs: MatcherOutputs, loss: MatcherLossConfig, same_caption: Tensor,
+                 hidden_words: Tensor | None) -> LossTerms:
+    """Return the loss of one micro-batch. same_caption [B, B]: see contrastive_loss; hidden_words
+    [M]: their true ids."""
     contrastive = contrastive_loss(outputs.embeddings, outputs.scale, same_caption)
     total = loss.contrastive_weight * contrastive
     terms = {"contrastive": contrastive.detach()}

@@ -18,9 +18,10 @@ from training.data.visits.tokens import TokenBatch
 from training.objectives.loss_terms import LossTerms
 
 
-def seq2seq_loss(forward: Callable[..., TokenLogits], model: ImageTransformer, loss: TokenLossConfig, batch: TokenBatch
-                 ) -> LossTerms:
-    """Run the forward pass of one micro-batch and return its loss; all tensors of `batch` are on the model's device.
+def seq2seq_loss(forward: Callable[..., TokenLogits], model: ImageTransformer,
+                 loss: TokenLossConfig, batch: TokenBatch) -> LossTerms:
+    """Run the forward pass of one micro-batch and return its loss; all tensors of `batch` are on
+    the model's device.
 
     forward: `model` itself, or the engine around it, which training must go through.
     """
@@ -36,18 +37,21 @@ def seq2seq_loss(forward: Callable[..., TokenLogits], model: ImageTransformer, l
         if model.config.text_padding != "masked":  # learned padding is predicted like text
             text_mask = torch.ones_like(text_mask)
 
-    parts = loss_parts(logits, loss, batch.image_tokens, _region_weights(model, loss, batch.layout), batch.layout,
-                       text_targets, text_mask)
+    parts = loss_parts(logits, loss, batch.image_tokens, _region_weights(model, loss, batch.layout),
+                       batch.layout, text_targets, text_mask)
     weighted = [term * weight for term, weight in parts.values()]
     terms = {name: term.detach() for name, (term, _) in parts.items()}
     return LossTerms(torch.stack(weighted).sum(), terms)
 
 
-def _region_weights(model: ImageTransformer, loss: TokenLossConfig, layout: Tensor | None) -> Tensor | None:
-    """Return weights [B, N] of the image tokens by their layout class; None where all weigh the same."""
+def _region_weights(model: ImageTransformer, loss: TokenLossConfig,
+                    layout: Tensor | None) -> Tensor | None:
+    """Return weights [B, N] of the image tokens by their layout class; None where all weigh the
+    same."""
     if layout is None or not loss.region_weights:
         return None
-    return region_token_weights(layout, model.config.layout_grid, model.config.grid, loss.region_weights)
+    return region_token_weights(layout, model.config.layout_grid, model.config.grid,
+                                loss.region_weights)
 
 
 def check_losses(config: Seq2SeqRunConfig, model: TransformerConfig) -> None:
@@ -56,9 +60,11 @@ def check_losses(config: Seq2SeqRunConfig, model: TransformerConfig) -> None:
     if not weights:
         return
     if model.layout_grid is None:
-        raise UserError("loss.region_weights weigh image tokens by their layout, and this run has none: the token shards need "
-                        "a layout (encode_dataset's layout.kind) and use_layout true")
+        raise UserError("loss.region_weights weigh image tokens by their layout, and this run has "
+                        "none: the token shards need a layout (encode_dataset's layout.kind) and "
+                        "use_layout true")
     classes = model.layout_classes or 0
     unknown = [layout_class for layout_class in weights if not 0 <= layout_class < classes]
     if unknown:
-        raise UserError(f"loss.region_weights names layout class {unknown[0]}; the layout has 0 to {classes - 1}")
+        raise UserError(f"loss.region_weights names layout class {unknown[0]}; the layout has 0 "
+                        f"to {classes - 1}")

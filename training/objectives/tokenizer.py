@@ -25,44 +25,52 @@ from training.objectives.loss_terms import LossTerms
 class AdversarialTerms:
     """The two sides of the adversarial loss around one discriminator."""
 
-    def __init__(self, config: AdversarialConfig, discriminator: nn.Module, average: Callable[[Tensor], Tensor] = lambda x: x
-                 ) -> None:
-        """discriminator: the module itself, since an engine's own forward allows no gradient inside a step;
-        average: takes a tensor to its mean over the processes."""
+    def __init__(self, config: AdversarialConfig, discriminator: nn.Module,
+                 average: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        """discriminator: the module itself, since an engine's own forward allows no gradient inside
+        a step; average: takes a tensor to its mean over the processes."""
         self.config, self.discriminator, self.average = config, discriminator, average
         self.lecam = LeCAM(config.lecam_decay)
 
-    def generator_term(self, reconstruction: Tensor, reconstruction_loss: Tensor, last_layer: Tensor, step: int
-                       ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the tokenizer's weighted term [] and what to log, for a reconstruction [B, 3, S, S] with gradients.
+    def generator_term(self, reconstruction: Tensor, reconstruction_loss: Tensor,
+                       last_layer: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the tokenizer's weighted term [] and what to log, for a reconstruction [B, 3, S,
+        S] with gradients.
 
         0 and nothing to log before the tokenizer hears of the discriminator.
         """
         if not warmin(step, self.config):
             return torch.zeros((), device=reconstruction.device), {}
 
-        # without gradients of its own, or the discriminator's next step would be taken along these as well
+        # without gradients of its own, or the discriminator's next step would be taken along these
+        # as well
         self.discriminator.requires_grad_(False)
         term = generator_loss(self.discriminator(reconstruction.float()), self.config.loss)
-        weight = self.average(generator_weight(step, self.config, reconstruction_loss, term, last_layer))
+        weight = self.average(generator_weight(step, self.config, reconstruction_loss, term,
+                                               last_layer))
         weighted = term * weight
-        return weighted, {"generator": term.detach(), "generator_weight": weight, "weighted.generator": weighted.detach()}
+        return weighted, {"generator": term.detach(), "generator_weight": weight,
+                          "weighted.generator": weighted.detach()}
 
-    def discriminator_loss(self, image: Tensor, reconstruction: Tensor, step: int) -> DiscriminatorLoss:
-        """Return the discriminator's own loss on images and reconstructions [B, 3, S, S], which are detached."""
+    def discriminator_loss(self, image: Tensor, reconstruction: Tensor,
+                           step: int) -> DiscriminatorLoss:
+        """Return the discriminator's own loss on images and reconstructions [B, 3, S, S], which are
+        detached."""
         self.discriminator.requires_grad_(True)
-        return discriminator_objective(self.discriminator, image.float(), reconstruction.float(), step, self.config,
-                                       self.lecam, reduce=self.average)
+        return discriminator_objective(self.discriminator, image.float(), reconstruction.float(),
+                                       step, self.config, self.lecam, reduce=self.average)
 
 
 class TokenizerObjective:
-    """The tokenizer's loss: reconstruction, perceptual and code terms, and the adversarial one if there is a discriminator."""
+    """The tokenizer's loss: reconstruction, perceptual and code terms, and the adversarial one if
+    there is a discriminator."""
 
-    def __init__(self, loss: TokenizerLossConfig, perceptual: LPIPS | None = None, adversarial: AdversarialTerms | None = None
-                 ) -> None:
+    def __init__(self, loss: TokenizerLossConfig, perceptual: LPIPS | None = None,
+                 adversarial: AdversarialTerms | None = None) -> None:
         self.loss, self.perceptual, self.adversarial = loss, perceptual, adversarial
 
-    def __call__(self, result: Reconstruction, image: Tensor, last_layer: Tensor, step: int) -> LossTerms:
+    def __call__(self, result: Reconstruction, image: Tensor, last_layer: Tensor,
+                 step: int) -> LossTerms:
         """Return the loss of a reconstruction of `image` [B, 3, S, S] at the run's 0-based `step`.
 
         Among the terms, `weighted.NAME` is a term as it enters the total.
@@ -71,7 +79,8 @@ class TokenizerObjective:
         total = loss.total
         terms = loss.terms | {f"weighted.{name}": term for name, term in loss.weighted.items()}
         if self.adversarial is not None:
-            term, logged = self.adversarial.generator_term(result.reconstruction, total, last_layer, step)
+            term, logged = self.adversarial.generator_term(result.reconstruction, total, last_layer,
+                                                           step)
             total = total + term
             terms |= logged
         return LossTerms(total, terms)

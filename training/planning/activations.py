@@ -1,7 +1,8 @@
-"""Activations of a micro-batch, measured by running the objectives' own forward and backward passes on the meta device and
-adding up what is alive."""
+"""Activations of a micro-batch, measured by running the objectives' own forward and backward passes
+on the meta device and adding up what is alive."""
 
-# Axes: B images of a micro-batch, T text ids, F width of text features, N image tokens, L layout tokens, S pixels of a side,
+# Axes: B images of a micro-batch, T text ids, F width of text features, N image tokens, L layout
+# tokens, S pixels of a side,
 #       M hidden words
 
 from __future__ import annotations
@@ -31,36 +32,42 @@ from training.objectives.seq2seq import seq2seq_loss
 from training.objectives.tokenizer import AdversarialTerms, TokenizerObjective
 
 LEARNING_COPIES = {False: 4, True: 5}
-"""learn_codebook_by_gradient -> float32 tables [positions, codes] that vector-quantize-pytorch 1.32 holds for a moment when a
-codebook learns (measured: tests/test_activations.py); by gradient, one per codebook stays until backward."""
+"""learn_codebook_by_gradient -> float32 tables [positions, codes] that vector-quantize-pytorch 1.32
+holds for a moment when a codebook learns (measured: tests/test_activations.py); by gradient, one
+per codebook stays until backward."""
 
 
 @dataclass(frozen=True)
 class Activations:
     """Memory over the course of one micro-batch.
 
-    `peaks` has a pair for each gradient that becomes complete: the most bytes alive since the one before (that gradient
-    included, earlier ones not), and how many numbers had their gradients by then.
+    `peaks` has a pair for each gradient that becomes complete: the most bytes alive since the one
+    before (that gradient included, earlier ones not), and how many numbers had their gradients by
+    then.
     """
 
     peaks: tuple[tuple[int, int], ...]
 
     def worst(self, held: Callable[[int], int] = lambda numbers: 0) -> tuple[int, int]:
-        """Return (activations, gradients) in bytes where their sum is largest, if `held(numbers)` bytes of gradients stay."""
+        """Return (activations, gradients) in bytes where their sum is largest, if `held(numbers)`
+        bytes of gradients stay."""
         return max(((alive, held(done)) for alive, done in self.peaks), key=sum)
 
     def towards(self, other: Activations, times: int) -> Activations:
-        """Extrapolate on a straight line through this one and `other`, `times` their distance from this one."""
+        """Extrapolate on a straight line through this one and `other`, `times` their distance from
+        this one."""
         pairs = zip(self.peaks, other.peaks, strict=True)
-        return Activations(tuple((one + times * (two - one), done) for (one, done), (two, _) in pairs))
+        return Activations(tuple((one + times * (two - one), done)
+                                 for (one, done), (two, _) in pairs))
 
 
-def trace(run: Callable[[], object], parameters: Iterable[nn.Parameter], model: nn.Module, with_dropout: bool = False
-          ) -> Activations:
-    """Run a micro-batch's forward and backward, and free each gradient of `parameters` as soon as it is complete.
+def trace(run: Callable[[], object], parameters: Iterable[nn.Parameter], model: nn.Module,
+          with_dropout: bool = False) -> Activations:
+    """Run a micro-batch's forward and backward, and free each gradient of `parameters` as soon as
+    it is complete.
 
-    model: whose tensors were there before and do not count, on the meta device or on another; with_dropout: see
-    fused_attention.
+    model: whose tensors were there before and do not count, on the meta device or on another;
+    with_dropout: see fused_attention.
     """
     peaks: list[tuple[int, int]] = []
     done = 0
@@ -92,14 +99,16 @@ def text_on_meta(config: LayersConfig, captions: int) -> TextBatch:
     return TextBatch(torch.empty(shape, dtype=torch.int64, device="meta"), mask)
 
 
-def transformer_model(config: TransformerConfig, precision: str, checkpointing: bool) -> ImageTransformer:
+def transformer_model(config: TransformerConfig, precision: str,
+                      checkpointing: bool) -> ImageTransformer:
     """Build a transformer on the meta device as it is trained."""
     model: ImageTransformer = build_on_meta(KINDS[config.kind], config)
     recompute_activations(model, checkpointing)
     return model.to(DTYPES[precision])
 
 
-def transformer_step(model: ImageTransformer, loss: TokenLossConfig, count: int, text: TextBatch) -> None:
+def transformer_step(model: ImageTransformer, loss: TokenLossConfig, count: int,
+                     text: TextBatch) -> None:
     """Run forward, loss and backward over `count` images, as train_seq2seq does."""
     config, device = model.config, text.text_mask.device
     tokens = torch.zeros(count, config.num_tokens, dtype=torch.int64, device=device)
@@ -109,20 +118,23 @@ def transformer_step(model: ImageTransformer, loss: TokenLossConfig, count: int,
     seq2seq_loss(model, model, loss, TokenBatch(text, tokens, tokens, layout)).total.backward()
 
 
-def transformer_activations(config: TransformerConfig, loss: TokenLossConfig, count: int, precision: str, checkpointing: bool,
-                            cuda: bool) -> Activations:
+def transformer_activations(config: TransformerConfig, loss: TokenLossConfig, count: int,
+                            precision: str, checkpointing: bool, cuda: bool) -> Activations:
     """Measure a caption -> token transformer on a micro-batch of `count` images."""
     model = transformer_model(config, precision, checkpointing)
     text = text_on_meta(config, count)
-    return trace(lambda: transformer_step(model, loss, count, text), model.parameters(), model, with_dropout=cuda)
+    return trace(lambda: transformer_step(model, loss, count, text), model.parameters(), model,
+                 with_dropout=cuda)
 
 
 # ---- matcher
 
-def matcher_activations(config: MatcherConfig, loss: MatcherLossConfig, count: int, precision: str, checkpointing: bool,
-                        cuda: bool) -> Activations:
-    """Measure a matcher on a micro-batch of `count` images; hidden words are BERT's share of all text ids."""
-    model = build_on_meta(lambda config: MatcherWithTextHead(Matcher(config), loss), config).to(DTYPES[precision])
+def matcher_activations(config: MatcherConfig, loss: MatcherLossConfig, count: int, precision: str,
+                        checkpointing: bool, cuda: bool) -> Activations:
+    """Measure a matcher on a micro-batch of `count` images; hidden words are BERT's share of all
+    text ids."""
+    model = build_on_meta(
+        lambda config: MatcherWithTextHead(Matcher(config), loss), config).to(DTYPES[precision])
     recompute_activations(model, checkpointing)
 
     side = config.image.resolution
@@ -130,10 +142,13 @@ def matcher_activations(config: MatcherConfig, loss: MatcherLossConfig, count: i
     text, mask = text_on_meta(config.text, count)
     same_caption = torch.empty(count, count, dtype=torch.bool, device="meta")
 
-    inputs, hidden_words = [image, text, mask], None
+    inputs: list[Any] = [image, text, mask]
+    hidden_words = None
     if model.head is not None:
-        hidden_words = torch.empty(max(1, round(PREDICTED * text.numel())), dtype=torch.int64, device="meta")  # [M]
-        # places instead of the mask that training has: how many words a mask hides is not known without numbers
+        count_hidden = max(1, round(PREDICTED * text.numel()))
+        hidden_words = torch.empty(count_hidden, dtype=torch.int64, device="meta")  # [M]
+        # rows and columns instead of the mask that training has: without numbers, nobody knows how
+        # many words a mask hides
         inputs += [text, (torch.empty_like(hidden_words), torch.empty_like(hidden_words))]
 
     def step() -> None:
@@ -147,23 +162,27 @@ def matcher_activations(config: MatcherConfig, loss: MatcherLossConfig, count: i
 # ---- image tokenizer
 
 def tokenizer_model(config: TokenizerRunConfig, precision: str) -> ImageTokenizer:
-    """Build an image tokenizer on the meta device as it is trained, but with a quantizer that only looks codes up."""
+    """Build an image tokenizer on the meta device as it is trained, but with a quantizer that only
+    looks codes up."""
     model: ImageTokenizer = build_on_meta(build_tokenizer, config.model)
     if config.train.trained_part == "decoder":
         model.freeze_codes()
     model.gradient_checkpointing = config.train.gradient_checkpointing
 
-    # a codebook that learns reads its numbers, which the meta device does not have; a hook stands for its memory
+    # a codebook that learns reads its numbers, which the meta device does not have; a hook stands
+    # for its memory
     for part in model.modules():
         if isinstance(part, Quantizer) and part.config.kind != "gumbel":
             part.eval()
-            if not model.codes_frozen and part.config.kind in ("vq", "residual") and not part.config.raw_search:
+            if not model.codes_frozen and part.config.kind in (
+                    "vq", "residual") and not part.config.raw_search:
                 part.register_forward_hook(_LearningCodebook())
     return model.to(DTYPES[precision])
 
 
 class _LearningCodebook:
-    """Forward hook that allocates what a learning codebook holds: tables of all positions against all codes."""
+    """Forward hook that allocates what a learning codebook holds: tables of all positions against
+    all codes."""
 
     def __init__(self) -> None:
         self.kept: Tensor | None = None
@@ -175,18 +194,22 @@ class _LearningCodebook:
         table = (latents.numel() // latents.shape[1], quantizer.codebook_size)  # [positions, codes]
         if options.learn_codebook_by_gradient:
             self.kept = torch.empty(options.depth, *table, device=latents.device)
-        torch.empty(LEARNING_COPIES[options.learn_codebook_by_gradient], *table, device=latents.device)
+        torch.empty(LEARNING_COPIES[options.learn_codebook_by_gradient], *table,
+                    device=latents.device)
 
 
 def tokenizer_activations(config: TokenizerRunConfig, count: int, precision: str) -> Activations:
-    """Measure an image tokenizer with its discriminator and perceptual network on a micro-batch of `count` images."""
+    """Measure an image tokenizer with its discriminator and perceptual network on a micro-batch of
+    `count` images."""
     networks, step = tokenizer_step(config, count, precision)
     trained = [parameter for parameter in networks["model"].parameters() if parameter.requires_grad]
     return trace(step, trained, networks)
 
 
-def tokenizer_step(config: TokenizerRunConfig, count: int, precision: str) -> tuple[nn.ModuleDict, Callable[[], None]]:
-    """Return the networks of a tokenizer's run on the meta device, and a step of both halves as train_tokenizer does it."""
+def tokenizer_step(config: TokenizerRunConfig, count: int,
+                   precision: str) -> tuple[nn.ModuleDict, Callable[[], None]]:
+    """Return the networks of a tokenizer's run on the meta device, and a step of both halves as
+    train_tokenizer does it."""
     model = tokenizer_model(config, precision)
     side, channels = config.model.resolution, config.model.in_channels
     networks = nn.ModuleDict({"model": model})
@@ -205,7 +228,8 @@ def tokenizer_step(config: TokenizerRunConfig, count: int, precision: str) -> tu
         result = model(image.to(DTYPES[precision]))
         objective(result, image, model.last_layer, config.train.steps).total.backward()
         if adversarial is not None:  # at a step that computes R1
-            loss = adversarial.discriminator_loss(image, result.reconstruction, config.adversarial.start_step)
+            loss = adversarial.discriminator_loss(image, result.reconstruction,
+                                                  config.adversarial.start_step)
             loss.total.backward()
 
     return networks, step

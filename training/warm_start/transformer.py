@@ -61,40 +61,45 @@ def _check_tokenizers_named(config: Seq2SeqRunConfig, start: StartFolder) -> Non
              "text.tokenizer": text.tokenizer or text.kind == FrozenTextEncoder.kind}
     missing = [name for name, value in named.items() if not value]
     if missing:
-        raise UserError(f"init_from {start.name}: a transformer alone, without tokenizers; name {' and '.join(missing)} that "
-                        "it was trained with, or give a whole model folder")
+        raise UserError(f"init_from {start.name}: a transformer alone, without tokenizers; name "
+                        f"{' and '.join(missing)} that it was trained with, or give a whole model "
+                        "folder")
 
 
 def _check_text_of_folder(config: Seq2SeqRunConfig, start: StartFolder) -> None:
     text, folder = config.text, start.folder / TEXT_FOLDER
     kind = read_mapping(folder / "config.json").get("kind")
     if text.kind != kind:
-        raise UserError(f"init_from {start.name}: its text.kind is {kind}, this run's {text.kind}; leave text.* out, or "
-                        "a recipe's with --text null")
-    given = [name for name in ("tokenizer", "vocab_size", "text_length") if getattr(text, name) is not None]
-    if kind == FrozenTextEncoder.kind and read_config(folder, kind, FrozenTextConfig).padding != text.padding:
+        raise UserError(f"init_from {start.name}: its text.kind is {kind}, this run's "
+                        f"{text.kind}; leave text.* out, or a recipe's with --text null")
+    given = [name for name in ("tokenizer", "vocab_size", "text_length")
+             if getattr(text, name) is not None]
+    if kind == FrozenTextEncoder.kind and read_config(folder, kind,
+                                                      FrozenTextConfig).padding != text.padding:
         given.append("padding")
     if given:
-        raise UserError(f"init_from {start.name} brings its text tokenizer; leave text.{given[0]} out, or a recipe's text.* "
-                        "with --text null")
+        raise UserError(f"init_from {start.name} brings its text tokenizer; leave text.{given[0]} "
+                        "out, or a recipe's text.* with --text null")
 
 
 def image_tokenizer_folder(config: Seq2SeqRunConfig, start: StartFolder | None) -> str:
-    """Return the folder of a run's image tokenizer: as named, else of init_from, else, of a continued run, its own."""
+    """Return the folder of a run's image tokenizer: as named, else of init_from, else, of a
+    continued run, its own."""
     if config.image_tokenizer is not None:
         return config.image_tokenizer
     if start is not None:
         return str(start.folder / IMAGE_FOLDER)
     kept = Path(config.run_dir) / IMAGE_FOLDER
     if not kept.is_dir():
-        raise MissingFileError(f"{kept}: the image tokenizer of the run that is continued is missing; copy it there, or name "
-                               "it with image_tokenizer")
+        raise MissingFileError(f"{kept}: the image tokenizer of the run that is continued is "
+                               "missing; copy it there, or name it with image_tokenizer")
     return str(kept)
 
 
 def text_source_of(config: Seq2SeqRunConfig, data: CaptionRows, start: StartFolder | None,
                    kept: Path | None) -> TextSource:
-    """Load the text source of the model folder that a run starts from, or choose one as text_source_of_run does.
+    """Load the text source of the model folder that a run starts from, or choose one as
+    text_source_of_run does.
 
     kept: the text source of the run that is continued.
     """
@@ -105,44 +110,52 @@ def text_source_of(config: Seq2SeqRunConfig, data: CaptionRows, start: StartFold
     return text_source_of_run(config.text, data, kept)
 
 
-def check_codes(start: StartFolder, tokenizer: ImageTokenizer, fingerprint: str, where: str) -> None:
-    """Raise UserError, naming both values, when the transformer was trained for codes of another image tokenizer than the one
-    at `where`."""
+def check_codes(start: StartFolder, tokenizer: ImageTokenizer, fingerprint: str,
+                where: str) -> None:
+    """Raise UserError, naming both values, when the transformer was trained for codes of another
+    image tokenizer than the one at `where`."""
     trained = start.config()
-    here = {"codebook_size": tokenizer.codebook_size, "grid": tuple(tokenizer.grid), "tokenizer_fingerprint": fingerprint}
+    here = {"codebook_size": tokenizer.codebook_size, "grid": tuple(tokenizer.grid),
+            "tokenizer_fingerprint": fingerprint}
     for name, value in here.items():
         there = getattr(trained, name)
         if there not in ("", value):  # a converted transformer alone has no fingerprint
-            raise UserError(f"init_from {start.name}: {name} is {there} there and {value} here; {where} is not the image "
-                            "tokenizer that it was trained with: give that one, and tokens of it")
+            raise UserError(f"init_from {start.name}: {name} is {there} there and {value} here; "
+                            f"{where} is not the image tokenizer that it was trained with: give "
+                            "that one, and tokens of it")
 
 
 def check_start(start: StartFolder, model: TransformerConfig) -> None:
-    """Raise UserError, naming the field and both values, when the run's model differs from the folder's in anything that its
-    weights or their meaning depend on. Reads no weights, so that a run can be refused before anything is touched."""
+    """Raise UserError, naming the field and both values, when the run's model differs from the
+    folder's in anything that its weights or their meaning depend on. Reads no weights, so that a
+    run can be refused before anything is touched."""
     trained = start.config()
     if trained.kind != model.kind:
-        raise UserError(f"init_from {start.name}: its model.kind is {trained.kind}, this run's {model.kind}; leave model.* out, "
-                        "or a recipe's with --model null")
+        raise UserError(f"init_from {start.name}: its model.kind is {trained.kind}, this run's "
+                        f"{model.kind}; leave model.* out, or a recipe's with --model null")
     fields = [name for name in type(model).model_fields if name not in (*FREE, *_IMAGE)]
     # those that follow from the files first: they explain the others
     for name in sorted(fields, key=lambda name: name not in DERIVED):
         there, here = getattr(trained, name), getattr(model, name)
         if there != here:
             key = name if name in DERIVED else f"model.{name}"
-            raise UserError(f"init_from {start.name}: {key} is {there} there and {here} here; {_remedy(name)}")
+            raise UserError(f"init_from {start.name}: {key} is {there} there and {here} here; "
+                            f"{_remedy(name)}")
 
 
 def _remedy(name: str) -> str:
     if name in _TEXT:
         return "name the text tokenizer that it was trained with"
     if name in DERIVED:
-        return "the layout of the token shards, and use_layout, must be those that it was trained with"
-    return f"leave model.* out, or a recipe's with --model null (only {', '.join(FREE)} may be another)"
+        return ("the layout of the token shards, and use_layout, must be those that it was trained "
+                "with")
+    return ("leave model.* out, or a recipe's with --model null "
+            f"(only {', '.join(FREE)} may be another)")
 
 
 def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransformer:
-    """Build a model with the weights of the folder, in float32 whatever they are stored in; check_start comes before.
+    """Build a model with the weights of the folder, in float32 whatever they are stored in;
+    check_start comes before.
 
     UserError naming folder and tensors where the weights do not fit.
     """
@@ -155,7 +168,8 @@ def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransf
     model.load_state_dict(tensors)
 
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    log.info("init_from %s: %s numbers of %d tensors taken over", start.name, f"{numbers:,}", len(tensors))
+    log.info("init_from %s: %s numbers of %d tensors taken over", start.name, f"{numbers:,}",
+             len(tensors))
     return model
 
 
