@@ -127,6 +127,7 @@ class Demo:
         self.out.mkdir(parents=True, exist_ok=True)
         tokenizer_recipe = TOKENIZER_RECIPE.read_text(encoding="utf-8")
         seq2seq_recipe = SEQ2SEQ_RECIPE.read_text(encoding="utf-8")
+        # a phase that reads only earlier results has no inputs of its own: the chain has theirs
         self.phase("data", repr(self.data_arguments()), self.captioned, self.build_data)
         self.phase("tokenizer", tokenizer_recipe, self.out / "tokenizer" / "model",
                    self.train_tokenizer)
@@ -176,6 +177,7 @@ class Demo:
         self.launch("train_seq2seq.py", "--config", SEQ2SEQ_RECIPE, "--data.path",
                     self.out / "tokens", "--image_tokenizer", self.out / "tokenizer" / "model",
                     "--run_dir", self._fresh("seq2seq"), "--seed", self.seed, *self.size.overrides)
+        # a copy, so that OUT/model is complete without the run folder
         shutil.rmtree(self.out / "model", ignore_errors=True)
         shutil.copytree(self.out / "seq2seq" / "model", self.out / "model")
 

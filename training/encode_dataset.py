@@ -134,7 +134,7 @@ class DatasetEncoder:
         self._lock = file
 
     def _splits(self) -> list[str]:
-        refuse_others(self.out, OWN_FILES)
+        refuse_others(self.out, OWN_FILES)  # before hours of work, since publishing replaces it
         if self.out.is_dir() and any(self.out.iterdir()):
             log.warning("%s: the token shards there will be replaced", self.out)
         if self.config.splits is not None:
@@ -178,7 +178,7 @@ class DatasetEncoder:
         """Encode the shards that are not done -> those that every process wrote, by name."""
         missing = [shard for shard in shards if shard.name not in done]
         own = missing[self.group.rank:: self.group.world_size]
-        if self.group.is_first:
+        if self.group.is_first:  # of earlier shards, one process alone counts the unusable images
             for shard in shards:
                 if shard.name in done:
                     self.shards.count(done[shard.name].dropped)

@@ -67,7 +67,7 @@ class TokenizerTraining(Training):
 
     def __init__(self, config: TokenizerRunConfig, group: Processes) -> None:
         super().__init__(config, group)
-        self.perceptual = group.first_then_others(self._load_perceptual)
+        self.perceptual = group.first_then_others(self._load_perceptual)  # a missing file: now
         self._check()
 
         source = group.first_then_others(

@@ -37,9 +37,9 @@ class Seq2SeqInputs:
         """The text tokenizer of the run that is continued; None for a fresh run."""
         self.start = None
         """The folder that init_from names, of a fresh run."""
-        if self.kept_text is None:
+        if self.kept_text is None:  # a continued run has all it needs of that folder in its own
             self.start = group.first_then_others(lambda: open_start(config))
-        self._open_image_tokenizer()
+        self._open_image_tokenizer()  # first: the data is checked against its codes
 
         self.data = self._open(config.data.split)
         self.held_out = self._open(
@@ -93,6 +93,7 @@ class Seq2SeqInputs:
                    "text_length": self.text_source.config.text_length,
                    "codebook_size": self.image_tokenizer.codebook_size,
                    "grid": self.image_tokenizer.grid, "tokenizer_fingerprint": self.fingerprint}
+        # token shards may have a layout that this run does not want to learn
         layout = self.data.index.layout
         if layout and self.config.use_layout:
             derived |= {"layout_kind": layout.kind, "layout_classes": layout.classes,

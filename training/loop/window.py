@@ -48,12 +48,13 @@ class Window:
         self.sums = {name.removeprefix(prefix): total for name, total in tensors.items()
                      if name.startswith(prefix)}
         self.steps = int(tensors[f"{self.PREFIX}counts"])
-        self.resumed_steps = self.steps
+        self.resumed_steps = self.steps  # not timed here, so not part of the speed
 
     def add(self, terms: dict[str, Tensor]) -> None:
         """Add scalar terms; one that is there in some steps only (R1) is averaged over those."""
         for name, value in terms.items():
             one = torch.ones_like(value, dtype=torch.float32)
+            # on the device: reading the value here would wait for it in every micro-batch
             sum_and_count = torch.stack([value.detach().float(), one])  # [2]
             before = self.sums.get(name)
             if before is not None:  # on the CPU after a resume

@@ -36,6 +36,7 @@ class RunFacts:
     @property
     def kind(self) -> str:
         """The script that made it, and the family of its model."""
+        # config.yaml does not name its script, so by the keys that only one of them has
         if "image_tokenizer" in self.config:
             script = "seq2seq"
         elif "codebook" in self.config:
@@ -144,6 +145,7 @@ class RunFacts:
         if dropped:
             found.append(f"{int(dropped)} unusable pictures were left out")
 
+        # the watchdog writes the stacks of a stalled rank into a .txt
         stalls = sorted((self.path / "incidents").glob("*.txt"))
         found += [f"{path.name}: where a rank stood still" for path in stalls]
         earlier_runs = sorted(self.path.glob("before-*"))
@@ -189,6 +191,7 @@ def find_runs(folder: Path) -> list[RunFacts]:
         raise MissingFileError(f"{folder}: no such folder")
     found = []
     for root, folders, files in os.walk(folder):
+        # in place, which keeps os.walk out of what is left out here
         folders[:] = sorted(name for name in folders if not name.startswith((".", "before-")))
         if "config.yaml" in files and is_run(Path(root)):
             found.append(read_run(Path(root)))

@@ -35,6 +35,7 @@ def checkpoint_problem(folder: Path) -> str | None:
             age = "newer" if schema > SCHEMA_VERSION else "older"
             return f"its schema {schema} is {age} than this release reads ({SCHEMA_VERSION})"
 
+        # without the random state of one process, a run would not resume to the bit
         ranks = sum(entry["name"].startswith(f"{RANKS}/") for entry in manifest["files"])
         if ranks != manifest["world_size"]:
             return f"it is of {manifest['world_size']} processes and holds the state of {ranks}"

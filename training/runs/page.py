@@ -85,6 +85,7 @@ def _curves(run: RunFacts) -> str:
     logged = {name for row in run.rows for name, value in row.items()
               if isinstance(value, (int, float))}
     panels = {title: name for title, name in CURVES.items() if name in logged}
+    # whatever else is logged is a term of the loss, or belongs to one
     terms = logged - set(CURVES.values()) - TERMS_LEFT_OUT
     panels |= {name: name for name in sorted(terms)}
     if not panels:
@@ -110,6 +111,7 @@ def _curve(title: str, rows: list[dict[str, Any]], name: str) -> str:
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
 
+    # as vectors in the page itself, which stays one file
     file = io.StringIO()
     figure.savefig(file, format="svg")
     svg = file.getvalue()

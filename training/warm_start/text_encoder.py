@@ -81,6 +81,7 @@ def take_text_encoder(model: ImageTransformer, folder: str | Path,
     check_text_start(model.config, folder)
     scorer = load_matcher_folder(folder, "cpu", text_encoder=text_encoder)
     assert isinstance(model, EncoderDecoder), "its config says so"
+    # both are the same class, so that strict loading checks names and shapes once more
     model.text_encoder.load_state_dict(scorer.matcher.text_encoder.state_dict())
     log.info("text encoder: %d layers of width %d taken over from %s",
              scorer.matcher.config.text.layers, model.config.width, folder)

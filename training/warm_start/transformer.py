@@ -160,7 +160,7 @@ def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransf
     UserError naming folder and tensors where the weights do not fit.
     """
     folder = start.transformer
-    with Undrawn():
+    with Undrawn():  # every weight is about to be replaced
         model = KINDS[config.kind](config)
     tensors, own = read_tensors(folder), model.state_dict()
     check_tensors(_shapes(own), _shapes(tensors), folder)
