@@ -197,10 +197,10 @@ class Demo:
     def report(self) -> None:
         """Sample, measure, draw."""
         model = TextToImage.from_pretrained(self.out / "model")
-        held_out = evaluate_reconstruction(model.image_tokenizer,
-                                           open_dataset(self.pictures, split="unseen_concept"))
-        trained = evaluate_reconstruction(model.image_tokenizer,
-                                          open_dataset(self.pictures, split="train"))
+        unseen = open_dataset(self.pictures, split="unseen_concept")
+        held_out = evaluate_reconstruction(model.image_tokenizer, unseen)
+        seen = open_dataset(self.pictures, split="train")
+        trained = evaluate_reconstruction(model.image_tokenizer, seen)
         scores = self._sample_splits(model)
         self._draw_curves()
         write_json_atomic(self.out / "report.json", {
@@ -222,8 +222,8 @@ class Demo:
         for split, title in SPLITS.items():
             if split not in existing:  # one style alone has no unseen style
                 continue
-            questions = choose_questions(open_dataset(self.captioned, split=split), QUESTIONS,
-                                         self.seed)
+            source = open_dataset(self.captioned, split=split)
+            questions = choose_questions(source, QUESTIONS, self.seed)
             images = sample_questions(model, questions, self.seed, f"sample {split}")
             # no training image has the base caption of an unseen concept
             if split != "unseen_concept":

@@ -228,11 +228,10 @@ class DatasetEncoder:
         layouts = Layouts(self.config.layout).index() if self.config.layout.kind != "none" else None
         splits = {split: SplitIndex(rows=rows[split], files=of_split)
                   for split, of_split in files.items()}
-        write_index(self.aside,
-                    TokenIndex(tokenizer_fingerprint=self.fingerprint,
-                               codebook_size=self.tokenizer.codebook_size, grid=self.tokenizer.grid,
-                               views=view_names(self.config.views), layout=layouts,
-                               dropped=dict(dropped), splits=splits))
+        write_index(self.aside, TokenIndex(
+            tokenizer_fingerprint=self.fingerprint, codebook_size=self.tokenizer.codebook_size,
+            grid=self.tokenizer.grid, views=view_names(self.config.views), layout=layouts,
+            dropped=dict(dropped), splits=splits))
         write_origin(data_origin(self.config.data.path), self.aside,
                      "Image tokens and captions of this data, made by Tokenloom's encode_dataset; "
                      "tokens.json says with what.")

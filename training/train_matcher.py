@@ -83,8 +83,8 @@ class MatcherTraining(Training):
         self.order = picture_order(config.data, self.source, config.seed)
         self.text_source = self._open_text_source()
         model_config = self._model_config()
-        group.first_does(lambda: refuse_what_cannot_fit(matcher_plan(config, self.precision,
-                                                                     model_config), group))
+        group.first_does(lambda: refuse_what_cannot_fit(
+            matcher_plan(config, self.precision, model_config), group))
 
         self.run_state = RunState(config, group, self._facts(model_config))
         self.run_state.prepare()

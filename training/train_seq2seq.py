@@ -85,17 +85,19 @@ class Seq2SeqTraining(Training):
 
     def _check_memory_and_text_start(self) -> None:
         model_config, config = self.inputs.model_config, self.config
-        self.group.first_does(
-            lambda: refuse_what_cannot_fit(seq2seq_plan(config, self.precision, model_config,
-                                                        self.image_tokenizer.config), self.group))
+        tokenizer_config = self.image_tokenizer.config
 
+        def check_memory() -> None:
+            plan = seq2seq_plan(config, self.precision, model_config, tokenizer_config)
+            refuse_what_cannot_fit(plan, self.group)
+
+        self.group.first_does(check_memory)
         start_from = config.text.start_from
         if start_from and self.inputs.kept_text is None:
             self.group.first_does(lambda: check_text_start(model_config, start_from))
 
     def _warm_start(self) -> ImageTransformer | None:
-        """Load the model that init_from names; None where a run starts with fresh weights or from a
-        checkpoint."""
+        """Load the model that init_from names; None for fresh weights, or a run that is continued."""
         start = self.inputs.start
         if start is None:
             return None
@@ -117,8 +119,7 @@ class Seq2SeqTraining(Training):
         return facts | self.order.facts()
 
     def _keep_tokenizers(self) -> None:
-        """Save them in the run folder, so that a run which is continued needs neither its captions
-        nor init_from."""
+        """Save them in the run folder: a continued run needs neither captions nor init_from."""
         run = self.run_state.run_dir
         if not (run / TEXT_FOLDER).exists():
             self.text_source.save_pretrained(run / TEXT_FOLDER)
@@ -183,8 +184,7 @@ class Seq2SeqTraining(Training):
                     forward_flops=flops)
 
     def train(self, visits: TokenBatch | PictureBatch, step: int) -> dict[str, Tensor]:
-        """Learn from one micro-batch: gradients, and an optimizer step at the end of a window ->
-        the loss and its parts."""
+        """Learn from one micro-batch; a step at the end of a window -> the loss and its parts."""
         batch = self._on_device(self._with_tokens(visits))
         total, terms = seq2seq_loss(self.engine, self.model, self.config.loss, batch)
         self.engine.backward(total, step + 1, terms)
@@ -232,8 +232,7 @@ class Seq2SeqTraining(Training):
                               temperature=config.sample_temperature, top_k=config.sample_top_k)
 
     def sample(self, step: int) -> None:
-        """Write samples/step-…png: images sampled for fixed captions and seeds. All processes must
-        call it."""
+        """Write samples/step-…png: images sampled for fixed captions and seeds."""
         model = self.full_model()
         if not self.group.is_first:
             return

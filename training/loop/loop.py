@@ -20,7 +20,7 @@ from training.data.visits.order import DataOrder
 from training.engine.deepspeed_engine import Engine
 from training.engine.gpus import peak_flops, training_flops
 from training.engine.processes import Processes, shared
-from training.engine.stopping import stop_flag
+from training.engine.stopping import StopFlag, stop_flag
 from training.engine.watchdog import Watchdog
 from training.loop.log import RunLog
 from training.loop.window import Window, memory
@@ -91,7 +91,7 @@ def run_training(task: Task, config: RunConfig, group: Processes, run_state: Run
         with stop_flag() as stop, loop.watchdog.watching():
             for step in range(first_step, total):
                 loop.train_step(step)
-                loop.after_step(step + 1, stop.signal)
+                loop.after_step(step + 1, stop)
     finally:
         loop.run_log.close()
     return True
@@ -126,7 +126,7 @@ class _Loop:
         self.run_log.step_done()
         self.watchdog.beat(step + 1)
 
-    def after_step(self, done: int, signal: int) -> None:
+    def after_step(self, done: int, stop: StopFlag) -> None:
         """Log, measure, save, sample, and end the run where it must; `done`: steps so far."""
         train, checkpoint = self.config.train, self.config.checkpoint
         if done % train.log_every == 0 or done in (1, self.total):
@@ -134,7 +134,7 @@ class _Loop:
 
         # every process must take the same branches below, so each decision is made together
         self.group.raise_together(self.task.problem())
-        signal = int(self.group.maximum(float(signal)))
+        signal = int(self.group.maximum(float(stop.signal)))
         skipped = self.task.skipped - self.skipped_before
         too_many_skipped = skipped > train.max_skipped_steps
         is_ending = bool(signal) or too_many_skipped

@@ -59,10 +59,10 @@ class Seq2SeqInputs:
             lambda: load_tokenizer(self.image_tokenizer_folder))
         self.fingerprint = code_fingerprint(self.image_tokenizer)
 
-        start = self.start
+        start, folder = self.start, self.image_tokenizer_folder
         if start is not None:
-            self.group.first_does(lambda: check_codes(start, self.image_tokenizer, self.fingerprint,
-                                                      self.image_tokenizer_folder))
+            self.group.first_does(
+                lambda: check_codes(start, self.image_tokenizer, self.fingerprint, folder))
 
     def _open(self, split: str) -> TokenShards | PictureTokens:
         data = self.config.data

@@ -46,8 +46,8 @@ class AdversarialTerms:
         # as well
         self.discriminator.requires_grad_(False)
         term = generator_loss(self.discriminator(reconstruction.float()), self.config.loss)
-        weight = self.average(generator_weight(step, self.config, reconstruction_loss, term,
-                                               last_layer))
+        weight = generator_weight(step, self.config, reconstruction_loss, term, last_layer)
+        weight = self.average(weight)  # the same one on every process
         weighted = term * weight
         return weighted, {"generator": term.detach(), "generator_weight": weight,
                           "weighted.generator": weighted.detach()}
@@ -79,8 +79,8 @@ class TokenizerObjective:
         total = loss.total
         terms = loss.terms | {f"weighted.{name}": term for name, term in loss.weighted.items()}
         if self.adversarial is not None:
-            term, logged = self.adversarial.generator_term(result.reconstruction, total, last_layer,
-                                                           step)
+            reconstruction = result.reconstruction
+            term, logged = self.adversarial.generator_term(reconstruction, total, last_layer, step)
             total = total + term
             terms |= logged
         return LossTerms(total, terms)

@@ -227,9 +227,9 @@ def tokenizer_step(config: TokenizerRunConfig, count: int,
     def step() -> None:
         result = model(image.to(DTYPES[precision]))
         objective(result, image, model.last_layer, config.train.steps).total.backward()
-        if adversarial is not None:  # at a step that computes R1
-            loss = adversarial.discriminator_loss(image, result.reconstruction,
-                                                  config.adversarial.start_step)
+        if adversarial is not None:
+            step_with_r1 = config.adversarial.start_step
+            loss = adversarial.discriminator_loss(image, result.reconstruction, step_with_r1)
             loss.total.backward()
 
     return networks, step

@@ -20,15 +20,13 @@ log = logging.getLogger(__name__)
 
 HISTORY, LEAST = 100, 30  # most and fewest steps before it that a loss is compared with
 DEVIATIONS = 6.0
-# a normal distribution's standard deviation over its median absolute deviation
-MAD_TO_SIGMA = 1.4826
+MAD_TO_SIGMA = 1.4826  # standard deviation over median absolute deviation, of a normal distribution
 NAMED = 8  # keys in a message; the file has all
 FILE = "incidents.jsonl"
 
 
 class Incidents:
-    """Watches the losses of one run. order: of the data; key: index of an item -> its key in the
-    data."""
+    """Watches the losses of one run; order: of the data; key: index of an item -> its key."""
 
     def __init__(self, run_dir: Path, batch_size: int, order: DataOrder, key: Callable[[int], str],
                  writes: bool, first_step: int = 0) -> None:
@@ -52,8 +50,8 @@ class Incidents:
         if len(self._losses) >= LEAST:
             # medians, which a few earlier spikes do not move
             median = statistics.median(self._losses)
-            deviation = MAD_TO_SIGMA * statistics.median(abs(value - median)
-                                                         for value in self._losses)
+            distances = [abs(value - median) for value in self._losses]
+            deviation = MAD_TO_SIGMA * statistics.median(distances)
             if loss > median + max(DEVIATIONS * deviation, 0.1 * abs(median)):
                 self._note(step, {"what": "spike", "loss": loss, "median": median},
                            f"step {step + 1}: loss {loss:.4g} is far above the "

@@ -26,10 +26,11 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
     if python_gauss is None:  # the second number of a pair, where one is left over
         python_gauss = math.nan
 
+    # a checkpoint holds tensors alone; float64 keeps each of the three as it is
+    numpy_rest = [float(position), float(has_gauss), float(numpy_gauss)]
     state = {"torch": torch.get_rng_state(),
              "numpy": torch.from_numpy(numpy_key.astype(numpy.int64)),
-             "numpy_rest": torch.tensor([float(position), float(has_gauss), float(numpy_gauss)],
-                                        dtype=torch.float64),
+             "numpy_rest": torch.tensor(numpy_rest, dtype=torch.float64),
              "python": torch.tensor(python_key, dtype=torch.int64),
              "python_gauss": torch.tensor([python_gauss], dtype=torch.float64)}
     if device.type == "cuda":

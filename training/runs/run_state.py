@@ -110,12 +110,13 @@ class RunState:
         """
         try:
             self._save(engines, step, task_state, measured)
-        # safetensors and torch.save have exceptions of their own for a full disk
         except Exception as error:
-            if getattr(error, "errno",
-                       None) != errno.ENOSPC and shutil.disk_usage(self.run_dir).free > FULL_BYTES:
+            # safetensors and torch.save have exceptions of their own for a full disk
+            is_full = (getattr(error, "errno", None) == errno.ENOSPC
+                       or shutil.disk_usage(self.run_dir).free <= FULL_BYTES)
+            if not is_full:
                 raise
-            # it fills what little is left
+            # the unfinished checkpoint fills what little is left
             shutil.rmtree(self.checkpoints / f".step-{step:08d}.tmp", ignore_errors=True)
             kept = self._whole_names()
             earlier = f"{kept[-1]} is whole" if kept else "there is no earlier one"
@@ -135,7 +136,7 @@ class RunState:
         self.group.first_does(clear)
         engines.save(aside)
         tensors = rng_state(self.group.device)
-        tensors |= {f"{TASK}{name}": tensor.contiguous() for name, tensor in task_state.items()}
+        tensors |= {f"{TASK}{key}": tensor.contiguous() for key, tensor in task_state.items()}
         save_file(tensors, _rank_file(aside, self.group.rank))
         self.group.barrier()
         self.group.first_does(lambda: self._publish(aside, name, step, measured))
@@ -152,8 +153,7 @@ class RunState:
         write_json_atomic(self.run_dir / "latest.json",
                           {"step": step, "checkpoint": f"checkpoints/{name}"})
 
-        # a later one is a damaged one that was passed over: it must not push out what was just
-        # saved
+        # a later one was damaged and passed over: it must not push out the one just saved
         earlier = [other for other in self._whole_names() if other <= name]
         delete_old(self.run_dir, self.config.checkpoint, earlier)
 

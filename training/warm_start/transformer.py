@@ -74,9 +74,10 @@ def _check_text_of_folder(config: Seq2SeqRunConfig, start: StartFolder) -> None:
                         f"{text.kind}; leave text.* out, or a recipe's with --text null")
     given = [name for name in ("tokenizer", "vocab_size", "text_length")
              if getattr(text, name) is not None]
-    if kind == FrozenTextEncoder.kind and read_config(folder, kind,
-                                                      FrozenTextConfig).padding != text.padding:
-        given.append("padding")
+    if kind == FrozenTextEncoder.kind:
+        encoder = read_config(folder, kind, FrozenTextConfig)
+        if encoder.padding != text.padding:
+            given.append("padding")
     if given:
         raise UserError(f"init_from {start.name} brings its text tokenizer; leave text.{given[0]} "
                         "out, or a recipe's text.* with --text null")

@@ -52,8 +52,8 @@ class RowViewsDataset(Dataset):
             views = picture_views(item.image, self.resolution, self.config.views)
             layouts = None
             if self.layouts is not None:
-                layouts = self.layouts.of_views(self.source, row, views,
-                                                mirror=self.config.views.flip)
+                mirror = self.config.views.flip
+                layouts = self.layouts.of_views(self.source, row, views, mirror)
         except BAD_ITEM_ERRORS as error:
             return RowViews(self.source.key(row), [], None, None, error.reason)
         return RowViews(item.key, list(item.captions), views, layouts)
