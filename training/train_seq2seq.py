@@ -97,7 +97,7 @@ class Seq2SeqTraining(Training):
             self.group.first_does(lambda: check_text_start(model_config, start_from))
 
     def _warm_start(self) -> ImageTransformer | None:
-        """Load the model that init_from names; None for fresh weights, or a run that is continued."""
+        """Load the model of init_from; None for fresh weights, or a run that is continued."""
         start = self.inputs.start
         if start is None:
             return None
