@@ -65,8 +65,7 @@ from training.loop.log import setup_console
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
-OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}",
-             "*-?????-of-?????.parquet")
+OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}")
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one another: one may have hours of shards before it when the others
 are done."""
