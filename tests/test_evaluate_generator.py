@@ -30,15 +30,15 @@ from training.data.builders.scenes import COMBINATIONS, describe, draw_scene, ma
 from training.data.sources.open_dataset import open_dataset
 from training.evaluation.features import EXTRACTORS, FeatureExtractor
 from training.evaluation.generator import (
-    Judges,
-    Looked,
+    alignment_metrics,
     diversity,
-    judge,
-    measure_real,
-    picture_retrieval,
+    image_retrieval,
     shuffled,
 )
+from training.evaluation.observations import Observations
 from training.evaluation.questions import Question, choose_questions
+from training.evaluation.real_images import measure_real_images
+from training.evaluation.scorers import Scorers
 
 ROWS = 20
 NO_DIVERSITY = {"diversity-captions": None, "diversity-images": None}
@@ -126,14 +126,14 @@ def report_in(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
-# ---- judges ----
+# ---- metrics of images ----
 
 def test_scores_and_retrieval_by_hand():
-    judges = Judges(matcher=ByColour())
-    looked = Looked(judges)
-    looked.add(plain(RED, GREEN))
-    looked.add(plain(RED, BLUE))  # the third caption asks for green
-    found = judge(looked, questions("red one", "green one", "green two", "blue one"), judges, seed=0)
+    scorers = Scorers(matcher=ByColour())
+    observed = Observations(scorers)
+    observed.add(plain(RED, GREEN))
+    observed.add(plain(RED, BLUE))  # the third caption asks for green
+    found = alignment_metrics(observed, questions("red one", "green one", "green two", "blue one"), scorers, seed=0)
     assert found["matcher_score"] == pytest.approx((1 + 1 + 0 + 1) / 4)
     assert found["retrieval"] == pytest.approx(
         {"concepts": 3, "top1": 0.75, "top5": 1.0, "chance_top1": 1 / 3, "chance_top5": 1})
@@ -148,10 +148,10 @@ def test_a_tie_is_no_success():
         def _embed_images(self, images):
             return torch.full((len(images), 3), 3**-0.5)
 
-    judges = Judges(matcher=Blind())
-    looked = Looked(judges)
-    looked.add(plain(RED, GREEN))
-    assert judge(looked, questions("red one", "green one"), judges, 0)["retrieval"]["top1"] == 0
+    scorers = Scorers(matcher=Blind())
+    observed = Observations(scorers)
+    observed.add(plain(RED, GREEN))
+    assert alignment_metrics(observed, questions("red one", "green one"), scorers, 0)["retrieval"]["top1"] == 0
 
 
 def test_a_matcher_that_gives_no_numbers_is_no_success_either():
@@ -159,19 +159,19 @@ def test_a_matcher_that_gives_no_numbers_is_no_success_either():
         def _embed_images(self, images):
             return torch.full((len(images), 3), torch.nan)
 
-    judges = Judges(matcher=Broken())
-    looked = Looked(judges)
-    looked.add(plain(RED, GREEN))
+    scorers = Scorers(matcher=Broken())
+    observed = Observations(scorers)
+    observed.add(plain(RED, GREEN))
     with pytest.raises(RunFailedError, match="not finite"):
-        judge(looked, questions("red one", "green one"), judges, 0)
+        alignment_metrics(observed, questions("red one", "green one"), scorers, 0)
 
 
 def test_concepts_that_differ_in_case_are_one():
-    judges = Judges(matcher=ByColour())
-    looked = Looked(judges)
-    looked.add(plain(RED, RED, GREEN))
+    scorers = Scorers(matcher=ByColour())
+    observed = Observations(scorers)
+    observed.add(plain(RED, RED, GREEN))
     asked = [Question(0, "red a", "Red", 0), Question(1, "red b", "red", 1), Question(2, "green a", "green", 2)]
-    assert judge(looked, asked, judges, 0)["retrieval"]["top1"] == 1
+    assert alignment_metrics(observed, asked, scorers, 0)["retrieval"]["top1"] == 1
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
@@ -183,13 +183,13 @@ def test_shuffled_gives_every_place_another_one(count):
 
 
 def test_the_nearest_real_picture_decides_picture_retrieval():
-    judges = Judges(extractor=extractor())
-    real, drawn = Looked(judges), Looked(judges)
+    scorers = Scorers(extractor=extractor())
+    real, drawn = Observations(scorers), Observations(scorers)
     real.add(plain(RED, (240, 20, 20), GREEN, BLUE))
     drawn.add(plain((230, 30, 30), RED, (20, 20, 240), BLUE))
     asked = questions("red a", "red b", "green a", "blue a")
-    assert picture_retrieval(drawn, real, asked) == {"top1": 0.75, "chance": (4 + 1 + 1) / 16}
-    assert picture_retrieval(real, real, asked)["top1"] == 1
+    assert image_retrieval(drawn, real, asked) == {"top1": 0.75, "chance": (4 + 1 + 1) / 16}
+    assert image_retrieval(real, real, asked)["top1"] == 1
 
 
 def scenes(count: int) -> tuple[torch.Tensor, list[str]]:
@@ -198,11 +198,11 @@ def scenes(count: int) -> tuple[torch.Tensor, list[str]]:
 
 
 def test_composition_is_right_on_drawn_scenes_and_at_chance_with_other_captions():
-    judges = Judges(reads_scenes=True)
-    looked = Looked(judges)
+    scorers = Scorers(reads_scenes=True)
+    observed = Observations(scorers)
     pixels, captions = scenes(150)
-    looked.add(pixels)
-    found = judge(looked, questions(*captions), judges, seed=1)
+    observed.add(pixels)
+    found = alignment_metrics(observed, questions(*captions), scorers, seed=1)
     assert found["composition"]["all"] == {"share": 1.0, "captions": 150}
     assert found["composition_shuffled"]["all"]["share"] < 0.02
     # by chance, of seven colours and six shapes: the colours of a single thing agree in a seventh of cases at most
@@ -236,7 +236,7 @@ def test_diversity_is_nothing_without_chance_and_what_the_features_say_with_it(f
 def test_the_loss_is_that_of_the_pictures_own_tokens(folders):
     model, source = TextToImage.from_pretrained(folders["model"], "cpu"), open_dataset(folders["data"])
     asked = choose_questions(source, None, 3, first_caption=False)
-    real = measure_real(model, source, asked, Judges(), 7, "layout")
+    real = measure_real_images(model, source, asked, Scorers(), 7, "layout")
     sums, without = [], []
     for question in real.questions:
         pixels = torch.from_numpy(image_to_pixels(source[question.row].image, 16))[None]
@@ -258,7 +258,7 @@ def test_a_model_with_layouts_is_measured_with_the_pictures_own(tmp_path, folder
     model = TextToImage.from_pretrained(tiny.model_folder(tmp_path / "model", **layout), "cpu")
     source = open_dataset(folders["data"])
     question, other = [asked for asked in choose_questions(source, None, 0, True) if asked.caption != "broken"][:2]
-    real = measure_real(model, source, [question, other], Judges(), 4, "layout")
+    real = measure_real_images(model, source, [question, other], Scorers(), 4, "layout")
     losses = []
     for asked in (question, other):
         square = image_to_pixels(source[asked.row].image, 16)
@@ -277,7 +277,7 @@ def test_a_single_picture_is_too_few(folders):
     broken = next(row for row in range(len(source)) if source.captions(row) == ["broken"])
     asked = [Question(0, "a", "a", 0), Question(broken, "b", "b", 1)]
     with pytest.raises(DataError, match="1 usable pictures to measure"):
-        measure_real(model, source, asked, Judges(), 4, "layout")
+        measure_real_images(model, source, asked, Scorers(), 4, "layout")
 
 
 # ---- questions ----
@@ -402,13 +402,13 @@ def test_composition_is_checked_on_shapes_data_of_its_own_accord(run, folders, t
 
 
 def test_pictures_are_those_that_generate_draws(run, folders, tmp_path, monkeypatch):
-    looked: list[numpy.ndarray] = []
-    add = Looked.add
-    monkeypatch.setattr(Looked, "add", lambda self, pixels: (looked.append(pixels.numpy()), add(self, pixels))[1])
+    observed: list[numpy.ndarray] = []
+    add = Observations.add
+    monkeypatch.setattr(Observations, "add", lambda self, pixels: (observed.append(pixels.numpy()), add(self, pixels))[1])
     assert run(out=tmp_path / "out", **{"num-captions": 5, "diversity-captions": 0, "diversity-images": None,
                                           "batch-size": 2}).code == 0
     asked = report_in(tmp_path / "out")["questions"]
-    drawn = numpy.concatenate(looked)[-len(asked):]  # after the data's own pictures
+    drawn = numpy.concatenate(observed)[-len(asked):]  # after the data's own pictures
     model = TextToImage.from_pretrained(folders["model"], "cpu")
     for question, pixels in zip(asked, drawn, strict=True):
         assert (numpy.asarray(model.generate(question["caption"], seed=question["seed"]).images[0]) == pixels).all()

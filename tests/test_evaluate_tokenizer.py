@@ -35,14 +35,12 @@ from training.evaluation.features import (
     FeatureExtractor,
     load_extractor,
 )
+from training.evaluation.frechet import CROP, RESIZE, preparation
 from training.evaluation.metrics import Moments, frechet_distance, psnr, ssim
 from training.evaluation.reconstruction import (
-    CROP,
-    RESIZE,
-    EvaluationOptions,
+    ReconstructionOptions,
     choose_rows,
-    evaluate_tokenizer,
-    preparation,
+    measure_reconstruction,
 )
 from training.evaluation.reference import (
     ReferenceStatistics,
@@ -569,7 +567,7 @@ def test_the_commands_of_the_page_run_on_a_whole_model_folder(capsys, folders, t
 
 def test_the_numbers_are_those_of_the_pictures_one_by_one(folders):
     model, source, extractor = tokenizer(), open_dataset(folders["data"]), tiny_extractor()
-    found = evaluate_tokenizer(model, source, EvaluationOptions(batch_size=7, extractor=extractor))
+    found = measure_reconstruction(model, source, ReconstructionOptions(batch_size=7, extractor=extractor))
     original = stack([Image.fromarray(image_to_pixels(source[row].image, SIDE)) for row in range(24)])
     codes = model.encode(pixels_to_float(original))
     rebuilt = ((model.decode(codes).permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -53,7 +53,7 @@ class ReferenceStatistics:
     fingerprint: str
 
 
-class PictureHash:
+class ImageHash:
     """blake2b over a preparation and pixels in their order, however they are cut into batches."""
 
     def __init__(self, preparation: Preparation) -> None:
