@@ -476,6 +476,12 @@ def test_a_reference_comes_back_as_it_was(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["r.npz"]
 
 
+def test_a_reference_in_float32_is_refused(tmp_path):
+    save_reference(tmp_path / "r.npz", statistics(mean=statistics().mean.float(), covariance=statistics().covariance.float()))
+    with pytest.raises(UserError, match="arrays not in float64"):
+        load_reference(tmp_path / "r.npz")
+
+
 def test_a_reference_of_another_preparation_is_refused_by_name(tmp_path):
     path = tmp_path / "r.npz"
     for other, words in ((preparation(tokenizer(), tiny_extractor("other")), "extractor tiny, this evaluation has other"),

@@ -16,7 +16,7 @@ SHOWN_IMAGES = 16
 
 
 class Observations:
-    """What the scorers see in images that arrive in batches.
+    """Everything that the scorers see in images that arrive in batches.
 
     Only the first SHOWN_IMAGES images are kept themselves, so that memory does not grow with the
     sample by whole images.

@@ -21,7 +21,7 @@ COMPOSITION_CHOICES = ("auto", "yes", "no")
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """What an evaluation reads and writes, as the caller named it; out None: no files."""
+    """Inputs and output of an evaluation, as the caller named them; out None: no files."""
 
     model: str
     data: str

@@ -22,7 +22,7 @@ from training.evaluation.scenes.reader import LARGEST, SMALLEST
 
 @dataclass(frozen=True)
 class Scorers:
-    """What images are measured with; None, or False, leaves one out.
+    """The means of measuring images; None, or False, leaves one out.
 
     reads_scenes: whether to read coloured shapes, as the captions of the shapes data describe.
     reference: statistics of real images to measure the Frechet distance against, instead of the
