@@ -10,6 +10,7 @@ import pytest
 import tokenloom
 from tests import tiny
 from tests.bad_images import corrupt_png
+from tests.evaluation_images import report_in
 from tokenloom import (
     GeneratorEvaluationOptions,
     TokenizerEvaluationOptions,
@@ -31,10 +32,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     (root / "bad" / "a.png").write_bytes(corrupt_png())
     (root / "bad" / "a.txt").write_text("a")
     return {"model": tiny.model_folder(root / "model"), "data": root / "data", "bad": root / "bad"}
-
-
-def report_in(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
 
 
 def test_a_tokenizers_report_is_that_of_the_command(folders, tmp_path):
