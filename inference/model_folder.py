@@ -15,7 +15,7 @@ import torch
 from inference.sampling import SamplingParams
 from seq2seq import KINDS as TRANSFORMER_KINDS
 from seq2seq import TEXT_SOURCES, FrozenTextEncoder, ImageTransformer, TextSource, load_text_source
-from tokenizer_image import KINDS, ImageTokenizer, load_tokenizer
+from tokenizer_image import IMAGE_TOKENIZERS, ImageTokenizer, load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError, choose
@@ -129,7 +129,7 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revi
     folder = resolve_folder(name, revision)
     index = read_model_index(folder)
     where = f"{folder / INDEX_NAME}: "
-    tokenizer_class = choose(KINDS, str(index.get("tokenizer_image")), f"{where}kind of image tokenizer")
+    tokenizer_class = choose(IMAGE_TOKENIZERS, str(index.get("tokenizer_image")), f"{where}kind of image tokenizer")
     seq2seq_class = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")), f"{where}kind of seq2seq model")
     image_tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer_image", device)
     seq2seq = seq2seq_class.from_pretrained(folder / "seq2seq", device)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests import tiny
-from tokenizer_image import KINDS, PRESETS, build_tokenizer
+from tokenizer_image import IMAGE_TOKENIZERS, PRESETS, build_tokenizer
 from tokenloom_common import weights
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import MissingFileError, UserError
@@ -66,7 +66,7 @@ BUILT_IN_EARNEST = {"vqgan", "vit_vqgan"}
 
 
 def test_every_kind_of_image_tokenizer_is_among_the_models():
-    assert set(KINDS) <= set(MODELS)
+    assert set(IMAGE_TOKENIZERS) <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from tokenizer_image import KINDS, ImageTokenizerConfig, TokenizerLossConfig, VQGANConfig, preset
+from tokenizer_image import IMAGE_TOKENIZERS, ImageTokenizerConfig, TokenizerLossConfig, VQGANConfig, preset
 from tokenizer_image.adversarial import AdversarialConfig
 from tokenloom_common.config import StrictConfig, explain, merge
 from tokenloom_common.errors import choose
@@ -74,7 +74,7 @@ class TokenizerRunConfig(RunConfig):
         name = values.pop("preset", None)
         if name is not None:
             values = merge(preset(str(name)).plain(), values)
-        kind = choose(KINDS, str(values.get("kind", VQGAN_KIND)), "model.kind")
+        kind = choose(IMAGE_TOKENIZERS, str(values.get("kind", VQGAN_KIND)), "model.kind")
         try:
             return kind.config_class.model_validate(values)
         except ValidationError as error:

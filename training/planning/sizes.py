@@ -12,7 +12,7 @@ from inference.scoring.matcher import Matcher, MatcherConfig
 from inference.scoring.matcher_folder import find_matcher_folder
 from seq2seq import ClassLabels, FrozenTextEncoder, TransformerConfig, load_text_source
 from seq2seq.config import DERIVED
-from tokenizer_image import KINDS, ImageTokenizerConfig
+from tokenizer_image import IMAGE_TOKENIZERS, ImageTokenizerConfig
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.pretrained import read_config
@@ -124,7 +124,7 @@ def _image_tokenizer(name: str) -> ImageTokenizerConfig | None:
     path = Path(name) / "config.json"
     if not path.is_file():
         return None
-    kind = choose(KINDS, str(read_mapping(path).get("kind")), f"{path}: kind of image tokenizer")
+    kind = choose(IMAGE_TOKENIZERS, str(read_mapping(path).get("kind")), f"{path}: kind of image tokenizer")
     return read_config(Path(name), kind.kind, kind.config_class)
 
 
