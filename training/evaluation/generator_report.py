@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,9 @@ def _sampling_settings(options: GeneratorEvaluationOptions,
                        defaults: SamplingParams) -> list[SamplingParams]:
     """Return the model folder's sampling with the options' changes, once per guidance scale."""
     changes = {name: getattr(options, name) for name in SAMPLING_FIELDS}
+    scales: Sequence[float | None] = options.guidance or [None]
     settings = []
-    for scale in options.guidance or [None]:
+    for scale in scales:
         given = {"guidance_scale": scale, **changes}
         known = {name: value for name, value in given.items() if value is not None}
         settings.append(SamplingParams.parse({**defaults.plain(), **known}, "sampling options"))
