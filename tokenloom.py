@@ -19,9 +19,17 @@ if TYPE_CHECKING:
     from inference.checkpoints import export_checkpoint, from_checkpoint
     from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
     from tokenizer_image import VQGAN, ImageTokenizer, VQGANConfig, load_tokenizer
+    from training.evaluation.generator_report import evaluate_generator
+    from training.evaluation.options import (
+        GeneratorEvaluationOptions,
+        TokenizerEvaluationOptions,
+    )
+    from training.evaluation.tokenizer_report import evaluate_tokenizer
 
-__all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep", "ImageTokenizer", "PromptRequest",
-           "SamplingParams", "Seq2SeqConfig", "TextToImage", "TextTokenizer", "VQGANConfig", "export_checkpoint",
+__all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep",
+           "GeneratorEvaluationOptions", "ImageTokenizer", "PromptRequest", "SamplingParams",
+           "Seq2SeqConfig", "TextToImage", "TextTokenizer", "TokenizerEvaluationOptions",
+           "VQGANConfig", "evaluate_generator", "evaluate_tokenizer", "export_checkpoint",
            "from_checkpoint", "load_matcher", "load_tokenizer", "main"]
 
 _NAMES = {"TextToImage": "inference", "SamplingParams": "inference", "GenerationResult": "inference",
@@ -29,7 +37,11 @@ _NAMES = {"TextToImage": "inference", "SamplingParams": "inference", "Generation
           "EncoderDecoder": "seq2seq", "Seq2SeqConfig": "seq2seq",
           "TextTokenizer": "seq2seq", "VQGAN": "tokenizer_image", "VQGANConfig": "tokenizer_image",
           "export_checkpoint": "inference.checkpoints", "from_checkpoint": "inference.checkpoints",
-          "ImageTokenizer": "tokenizer_image", "load_tokenizer": "tokenizer_image"}
+          "ImageTokenizer": "tokenizer_image", "load_tokenizer": "tokenizer_image",
+          "evaluate_tokenizer": "training.evaluation.tokenizer_report",
+          "evaluate_generator": "training.evaluation.generator_report",
+          "TokenizerEvaluationOptions": "training.evaluation.options",
+          "GeneratorEvaluationOptions": "training.evaluation.options"}
 
 COMMANDS = {
     "generate": ("inference.commands.generate", "generate", "sample pictures for a caption"),

@@ -23,7 +23,7 @@ from tests.llamagen_reference import TEXT, Sizes, make_state, shapes
 from tests.test_decoder import cached_with
 from tokenizer_image import codes_to_tokens, pixels_to_float
 from tokenloom_common.errors import UserError
-from training.evaluation.generator import _loss_sums
+from training.evaluation.real_images import caption_loss_sums
 
 PROMPTS = ["a red heart", "octopus", "a large blue circle"]
 TOLERANCE = 3e-5  # 8e-6 seen, of logits with a standard deviation of 1.4
@@ -146,7 +146,7 @@ def test_a_caption_is_measured_against_the_features_of_none_under_its_mask(parts
     for each in (features, state["cls_embedding.uncond_embedding"].expand(3, -1, -1)):
         found = reference.logits(state, TEXT, reference.text_prefix(state, each), real, image_tokens[:, :-1])
         expected.append(torch.nn.functional.cross_entropy(found.transpose(1, 2), image_tokens, reduction="none").sum(dim=0))
-    sums = _loss_sums(model, pixels, PROMPTS, None)
+    sums = caption_loss_sums(model, pixels, PROMPTS, None)
     assert (sums - torch.stack(expected)).abs().max() < 1e-4
     assert (sums[0] - sums[1]).abs().max() > 0.01
 
