@@ -23,15 +23,16 @@ ENCODER_DECODERS = {
     "normformer": {"norm_placement": "normformer", "norm": "layernorm", "embedding_norm": True,
                    "image_positions": "flat", "rotary": "none", "feedforward": "geglu",
                    "feedforward_bias": False},
-    "bart-norms": {"norm_placement": "normformer", "norm": "layernorm", "norm_bias": True, "norm_eps": 3e-3,
-                   "embedding_norm": True, "feedforward": "geglu", "kv_heads": 1},
+    "bart-norms": {"norm_placement": "normformer", "norm": "layernorm", "norm_bias": True,
+                   "norm_eps": 3e-3, "embedding_norm": True, "feedforward": "geglu", "kv_heads": 1},
     "layout": {"layout_kind": "classes", "layout_classes": 5, "layout_grid": (2, 3)},
     "features": {"text_vocab_size": None, "text_feature_width": 6, "encoder_layers": 0},
 }
 DECODERS_ONLY = {
     "default": {},
-    "dalle": {"predict_text": True, "text_padding": "learned", "begin_of_image": False, "rotary": "none",
-              "attention": ("row", "column", "row"), "last_attention": "convolution", "convolution_size": 3},
+    "dalle": {"predict_text": True, "text_padding": "learned", "begin_of_image": False,
+              "rotary": "none", "attention": ("row", "column", "row"),
+              "last_attention": "convolution", "convolution_size": 3},
     "dalle-masked": {"predict_text": True, "begin_of_image": False, "rotary": "none",
                      "attention_bias": True},
     "llamagen": {"text_positions": "blind", "begin_of_image": False, "learned_positions": False,
@@ -47,10 +48,11 @@ DECODERS_ONLY = {
                "attention": ("row", "full")},
     "one-slot": {"text_vocab_size": 7, "text_length": 1},
 }
-SHAPES = {
-    **{f"encoder-decoder {name}": (tiny.seq2seq, changes) for name, changes in ENCODER_DECODERS.items()},
-    **{f"decoder-only {name}": (tiny.decoder_only, changes) for name, changes in DECODERS_ONLY.items()},
-}
+SHAPES = {}
+for name, changes in ENCODER_DECODERS.items():
+    SHAPES[f"encoder-decoder {name}"] = (tiny.seq2seq, changes)
+for name, changes in DECODERS_ONLY.items():
+    SHAPES[f"decoder-only {name}"] = (tiny.decoder_only, changes)
 STRATEGIES = {"torch": MatmulStrategy(), "native": MatmulStrategy(native_to=64)}
 
 

@@ -70,8 +70,7 @@ def make_peer(name: str, model: EncoderDecoder) -> Peer:
 
 
 def missing(name: str) -> str | None:
-    """The package to install if a peer cannot be imported, else None. UserError for an unknown
-    name."""
+    """The package to install if a peer cannot be imported, else None. UserError: unknown peer."""
     kind: Kind = choose(PEERS, name, "peer")
     try:
         importlib.import_module(kind.module).peer_version()

@@ -4,8 +4,8 @@ Peers differ in caches and kernels, not in results: each is compared with the lo
 `EncoderDecoder.decode` over the same tokens.
 """
 
-# Axes: B images, C captions, n images per caption, R rows (B, or 2B with guidance), T text ids, s
-#       tokens sampled, K codebook size
+# Axes: B images, C captions, n images per caption, R rows (B, or 2B with guidance), T text ids,
+#       s tokens sampled, K codebook size
 
 from __future__ import annotations
 

@@ -117,8 +117,7 @@ class Subject:
 
 
 def subject_of(name: str, quick: bool, device: str, dtype: str) -> Subject:
-    """Open or build a subject. UserError for an unknown or decoder-only preset or a wrong
-    folder."""
+    """Open or build a subject. UserError for an unknown or decoder-only preset or folder."""
     if name == "reference":
         return Subject(name, make_model(QUICK if quick else REFERENCE, device, dtype), dtype)
     if name in PRESETS:

@@ -1,5 +1,4 @@
-"""transformers as a sampler: a BART decoder of our shape behind our text encoder, through its
-`generate`.
+"""transformers as a sampler: BART's `generate`, a decoder of our shape behind our text encoder.
 
 Its weights are random: BART has a plain feed-forward and norms after its blocks. The feed-forward's
 width makes a layer as large as ours. Guidance: `guidance_scale` adds a second forward per step that
@@ -35,8 +34,7 @@ def peer_version() -> str:
 
 
 class BartPeer:
-    """Samples every row of the work on its own. cache: `dynamic` grows with the sequence, `static`
-    does not.
+    """Samples every row of the work on its own. cache: `dynamic` grows with it, `static` not.
 
     layer_parameters: number of parameters in its decoder layers; our_layer_parameters: in ours.
     """
@@ -44,8 +42,7 @@ class BartPeer:
     one_caption = False
 
     def __init__(self, model: EncoderDecoder, cache: str = "dynamic") -> None:
-        """ImportError without transformers; ValueError for an unknown cache or an impossible
-        width."""
+        """ImportError without transformers; ValueError for an unknown cache or a wrong width."""
         if cache not in CACHES:
             raise ValueError(f"cache '{cache}': expected one of {', '.join(CACHES)}")
         self.model = model
@@ -75,16 +72,14 @@ class BartPeer:
         return ids[:, 1:]  # without the begin slot
 
     def verify(self, work: Work) -> dict[str, Any]:
-        """Check that s codes per row come out; with weights of its own there is no more to
-        compare."""
+        """Check that s codes per row come out; its weights differ, so nothing else compares."""
         shape = (len(work.row_text.text_mask), work.tokens)
         drawn_ok = are_codes(self.sample(work), shape, self.model.config.codebook_size)
         return verdict(work, drawn_ok, None, None, None)
 
 
 def feedforward_width(config: Seq2SeqConfig, layer_parameters: int) -> int:
-    """Width of the feed-forward for which a BART decoder layer has about `layer_parameters`
-    parameters.
+    """Feed-forward width for which a BART decoder layer has about so many parameters.
 
     Its two attentions have 4 D^2 + 4 D each, its three norms 6 D, its feed-forward 2 D + 1 per unit
     and D.

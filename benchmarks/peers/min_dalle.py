@@ -6,8 +6,8 @@ samples with guidance, and all images of a call are of one caption. Its loop fix
 codebook of 16,384 and captions of 64 ids; it can be left after every 32 tokens.
 """
 
-# Axes: B images, R = 2B rows, T text ids, s = N image tokens, K codebook size, D width, I inner
-#       width of the feed-forward
+# Axes: B images, R = 2B rows, T text ids, s = N image tokens, K codebook size, D width,
+#       I inner width of the feed-forward
 
 from __future__ import annotations
 
@@ -85,8 +85,7 @@ class MinDallePeer:
             return image_tokens[:, : work.tokens]
 
     def forced(self, work: Work, image_tokens: Tensor) -> Tensor:
-        """Logits [R, N, K], conditional rows first, before each of the image_tokens [B, N]
-        given."""
+        """Logits [R, N, K], conditional rows first, before each of image_tokens [B, N]."""
         decoder = self.loop.decoder
         seen: list[Tensor] = []
 
@@ -105,8 +104,7 @@ class MinDallePeer:
         return torch.stack(seen, dim=1)
 
     def verify(self, work: Work) -> dict[str, Any]:
-        """Check that its logits and most likely tokens are ours, and that it samples codes; in
-        float32."""
+        """Check that its logits and greedy tokens are ours, and that it samples codes."""
         codebook_size = self.model.config.codebook_size
         forced = random_tokens(work, work.pictures, codebook_size)
         expected = forced_logits(self.model, work, forced.repeat(2, 1))
@@ -122,8 +120,7 @@ class MinDallePeer:
 
 
 def _make_loop(model: EncoderDecoder) -> Any:
-    """Build a `MinDalle` of the model's sizes, without its files, text tokenizer and image
-    decoder."""
+    """Build a `MinDalle` of the model's sizes, without text tokenizer and image decoder."""
     config = model.config
     weight = model.to_logits.weight
     package = _package()
@@ -156,8 +153,7 @@ class _Ids:
 
 
 class _ImageCount:
-    """Passed as `grid_size`, which the loop only squares: any number of images, not only 1, 4,
-    9."""
+    """Passed as `grid_size`, which is only squared: any number of images, not only 1, 4, 9."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -221,8 +217,7 @@ def _copy_feedforward(target: Any, ours: Any) -> None:
 
 @torch.no_grad()
 def _copy_norm(target: nn.LayerNorm, ours: Any) -> None:
-    """Copy PyTorch's LayerNorm, or x-transformers', which has no bias and may store its gain
-    `gamma` less 1."""
+    """Copy PyTorch's LayerNorm, or x-transformers': no bias, `gamma` may be stored less 1."""
     if isinstance(ours, nn.LayerNorm):
         target.weight.copy_(ours.weight)
         target.bias.copy_(torch.zeros_like(target.bias) if ours.bias is None else ours.bias)
@@ -279,8 +274,7 @@ def _check_work(work: Work) -> None:
 
 @contextlib.contextmanager
 def _unchanged_process() -> Iterator[None]:
-    """Restore threads, gradients and cuDNN, which the package's import sets for the whole
-    process."""
+    """Restore threads, gradients and cuDNN, which the package's import changes."""
     threads = torch.get_num_threads()
     gradients = torch.is_grad_enabled()
     cudnn = (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32)

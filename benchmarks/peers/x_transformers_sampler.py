@@ -79,8 +79,7 @@ class XTransformersPeer:
             cache_kv=self.cached, **options)
 
     def verify(self, work: Work) -> dict[str, Any]:
-        """Check that its logits and greedy tokens are ours, and that it samples codes; in
-        float32."""
+        """Check that its logits and greedy tokens are ours, and that it samples codes."""
         codebook_size = self.model.config.codebook_size
         rows = len(work.row_text.text_mask)
         forced = random_tokens(work, rows, codebook_size)
@@ -128,8 +127,7 @@ def _check(config: Seq2SeqConfig) -> None:
 
 
 def _make_layers(model: EncoderDecoder) -> nn.Module:
-    """Copy our decoder and put x-transformers' own attention back, taken from a new decoder of the
-    same shape."""
+    """Copy our decoder, with the attention of a plain x-transformers decoder of the same shape."""
     config = model.config
     plain: Any = Decoder(
         dim=config.width, depth=1, heads=config.heads, attn_dim_head=config.head_dim,

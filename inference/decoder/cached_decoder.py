@@ -1,5 +1,4 @@
-"""The serving graph: the trained parameters of either family in a lean decoder with fused weights
-and a KV cache.
+"""The serving graph: the parameters of either family in a lean decoder with a KV cache.
 
 x-transformers stays the training graph; parity tests on logits hold the two together.
 - `prefill` processes each caption once;
@@ -8,8 +7,8 @@ x-transformers stays the training graph; parity tests on logits hold the two tog
 - `decode_layout` computes those of a layout token.
 """
 
-# Axes: R rows, C captions, n images per caption, s slots per row in this step, P prefix slots, S
-#       slots, N image tokens, T text slots, D width, K codebook size, L layout tokens
+# Axes: R rows, C captions, n images per caption, s slots per row in this step, P prefix slots,
+#       S slots, N image tokens, T text slots, D width, K codebook size, L layout tokens
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ from seq2seq import DecoderOnly, EncoderDecoder, ImageTransformer, TextBatch
 
 
 class CachedDecoder:
-    """Fused decoder that takes over a transformer in eval mode: the model's parameters become views
-    of the fused ones.
+    """Takes over a transformer in eval mode: its parameters become views of fused matrices.
 
     int8: store the decoder's matrices in 8 bits (`inference.decoder.projection.Int8Projection`);
         embeddings and the text encoder stay as they are.
@@ -180,8 +178,7 @@ class CachedDecoder:
     @torch.inference_mode()
     def decode_one(self, previous: Tensor | None, position: int, groups: list[CaptionMemory],
                    cache: SelfCache) -> Tensor:
-        """Logits [R, K] of image token `position` from the token before it [R] (None at position
-        0).
+        """Logits [R, K] of image token `position`; previous: the token before it [R], None at 0.
 
         The rows are those of the groups, in order. A layout, if any, must be in the cache already
         (`decode_layout`).
@@ -224,8 +221,7 @@ class CachedDecoder:
     @torch.inference_mode()
     def decode_layout(self, tokens: Tensor, first: int, groups: list[CaptionMemory],
                       cache: SelfCache) -> Tensor:
-        """Logits [R, classes] of the layout token after `tokens` [R, s], which are put into the
-        cache.
+        """Put layout `tokens` [R, s] into the cache -> logits [R, classes] of the next one.
 
         The tokens have numbers `first` .. `first` + s - 1; number 0 comes with the layout's begin
         slot before it. After the last layout token the logits have no meaning.

@@ -1,7 +1,7 @@
 """Keys and values of the decoder: a fixed buffer of self-attention, and those of the captions."""
 
-# Axes: C captions, R rows (an image, or one of its branches under guidance), G key/value heads, S
-#       slots of the sequence, T text slots, d head width, D width
+# Axes: C captions, R rows (an image, or one of its branches under guidance), G key/value heads,
+#       S slots of the sequence, T text slots, d head width, D width
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""The layers of the serving decoder: the same numbers as x-transformers in eval mode, from fused
-weights, on flat rows.
+"""Layers of the serving decoder: x-transformers' in eval mode, from fused weights, on flat rows.
 
 A layer is self-attention, cross-attention (in encoder-decoders), feed-forward; each normalizes the
 stream and adds to it.
 """
 
-# Axes: M rows of the stream (R rows x s slots), R rows, s slots per row in this step, H heads, G
-#       key/value heads, D width, d head width, C captions, n images per caption, T text slots, e
-#       slots that a step can see
+# Axes: M rows of the stream (R rows x s slots), R rows, s slots per row in this step, H heads,
+#       G key/value heads, D width, d head width, C captions, n images per caption, T text slots,
+#       e slots that a step can see
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Matrices of the serving decoder: several linear layers of the model fused into one, in float or
-in 8-bit integers.
+"""Matrices of the serving decoder: several linear layers fused into one, in float or int8.
 
 A fused matrix owns the memory of its source layers: their parameters become views of it (or 8-bit
 parts of it), so the model keeps its parameter names and values, and no weight is stored twice.
@@ -45,8 +44,7 @@ class Projection(Protocol):
 
 
 class MatmulStrategy(NamedTuple):
-    """How float matrices lie in memory and are multiplied with few rows;
-    `inference.decoder.calibration` finds the fastest.
+    """How float matrices are stored and multiplied with few rows; see `decoder.calibration`.
 
     storage: memory order. vector and flipped_from apply to storage `rows` alone.
     vector: multiply a single row as matrix times vector.

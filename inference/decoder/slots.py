@@ -1,5 +1,4 @@
-"""Positions of a step's rows in their sequences: cache slots to write, attention masks, rotary
-factors.
+"""Positions of a step's rows: cache slots to write, attention masks, rotary factors.
 
 Computed once per step and used by every layer.
 - `SharedSlots`: all rows at the same slots, known to Python, so keys and values are written and
@@ -8,8 +7,8 @@ Computed once per step and used by every layer.
   times, for Jacobi windows, and for CUDA graphs, where nothing may depend on a Python number.
 """
 
-# Axes: R rows, s slots per row in this step, H heads, G key/value heads, S slots of the cache, e
-#       slots that a step can see, d head width
+# Axes: R rows, s slots per row in this step, H heads, G key/value heads, S slots of the cache,
+#       e slots that a step can see, d head width
 
 from __future__ import annotations
 

@@ -107,9 +107,9 @@ def store_keys_values(step, layer, keys, values, row, group):
 def self_attention(step, thread, layer, layer_number, row, group):
     """Store one key/value head of a row's s slots, then attend with the queries that share it."""
     width, heads, groups = step[t.HEAD_DIM], step[t.HEADS], step[t.KV_HEADS]
-    cached = layer_number * step[t.LAYER_STRIDE] + row * step[t.ROW_STRIDE]
-    cached = (cached + group * step[t.SLOTS] * width) * 4
-    keys, values = step[t.KEYS] + cached, step[t.VALUES] + cached
+    row_start = layer_number * step[t.LAYER_STRIDE] + row * step[t.ROW_STRIDE]
+    head_bytes = (row_start + group * step[t.SLOTS] * width) * 4
+    keys, values = step[t.KEYS] + head_bytes, step[t.VALUES] + head_bytes
     store_keys_values(step, layer, keys, values, row, group)
 
     slots = int64_at(step[t.ROW_SLOTS], step[t.ROWS])
@@ -149,6 +149,6 @@ def cross_attention(step, thread, layer, layer_number, row, head):
         at = (stream * heads + head) * width * 4
         query = step[t.HEADS_IN] + at
         if gains:
-            gain, values_in = float32_at(gains + head * width * 4, width), float32_at(query, width)
-            normalize(values_in, values_in, width, t.RMS, gain, np.float32(0))
+            gain, query_head = float32_at(gains + head * width * 4, width), float32_at(query, width)
+            normalize(query_head, query_head, width, t.RMS, gain, np.float32(0))
         attend(query, keys, values, length, width, step[t.HEADS_OUT] + at, scores, seen, 0)

@@ -1,5 +1,4 @@
-"""One decoder step as compiled code that every thread of a team runs: the same layers as
-`inference.decoder.layers`.
+"""One decoder step as compiled code that all threads run: the layers of `decoder.layers`.
 
 Between matrices there are hundreds of small sums over a few hundred numbers, each of which costs
 more to start from Python than to compute. Here a step is one call. Threads share each part of a
@@ -46,8 +45,7 @@ from inference.decoder.native.threads import barrier, compiled, thread_count, th
 
 @compiled_part
 def feedforward_up(step, thread, threads, layer):
-    """The feed-forward block up to its activation, whose result lies at the front of each row of
-    INNER.
+    """The feed-forward block up to its activation; the result begins each row of INNER.
 
     Each thread computes the gates that belong to its own values, so that no barrier is needed
     before the activation.

@@ -44,8 +44,7 @@ def apply_norm(norm, source, target, count):
 
 @compiled_part
 def prepare_inputs(step, thread, norm, source, stride, inputs):
-    """Normalize rows [M, I] at `source` and round them where matrices are int8 -> (address,
-    stride).
+    """Normalize rows [M, I] at `source`, round them for int8 matrices -> (address, stride).
 
     Every thread does this for all rows in its own scratch memory, so that no barrier is needed
     before the product.

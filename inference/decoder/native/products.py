@@ -1,5 +1,4 @@
-"""Products of a matrix with a few rows at the speed of memory, as LLVM vector code that Numba
-compiles.
+"""Products of a matrix with a few rows at the speed of memory, as LLVM code that Numba compiles.
 
 BLAS libraries are made for many rows; with one to eight they reach a fifth of what the processor
 can do, and what limits a decoder's step is how fast its matrices are read. Here a panel of four

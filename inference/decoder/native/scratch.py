@@ -11,8 +11,7 @@ CACHE_LINE = 16  # numbers of 32 bits
 
 
 def scratch_numbers(rows: int, inputs: int, scores: int) -> int:
-    """Size of one thread's scratch memory in numbers of 32 bits, for what `thread_scratch` divides
-    it into.
+    """Size of one thread's scratch memory, in numbers of 32 bits, as `thread_scratch` divides it.
 
     Rounded up to whole cache lines, as threads that write to the same line slow each other down.
     """

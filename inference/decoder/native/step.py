@@ -1,8 +1,8 @@
 """The serving decoder's step on the CPU in one call: fill the tables of `kernels`, run it."""
 
-# Axes: M rows of the stream (R rows x s slots), R rows, s slots per row in this step, D width, H
-#       heads, G key/value heads, d head width, S slots, C captions, n images per caption, T text
-#       slots, K codebook size
+# Axes: M rows of the stream (R rows x s slots), R rows, s slots per row in this step, D width,
+#       H heads, G key/value heads, d head width, S slots, C captions, n images per caption,
+#       T text slots, K codebook size
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""PyTorch's own threads for compiled steps: one parallel region of its OpenMP library, with
-barriers inside.
+"""Compiled steps on PyTorch's own threads: one parallel OpenMP region with barriers inside.
 
 A second thread pool would compete with PyTorch's for the cores, because OpenMP's threads spin while
 they wait. So a step runs on the existing pool; a step of a hundred parts costs one start and a
