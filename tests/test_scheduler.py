@@ -17,7 +17,7 @@ from inference.generation.ways import generate_tokens
 from inference.sampling import SamplingParams
 from seq2seq import TextBatch
 from tests import tiny
-from tests.test_decoder import SHAPES, build, caption
+from tests.decoder_shapes import SHAPES, build, caption
 from tokenloom_common.errors import UserError
 
 PLAIN = SamplingParams(guidance_scale=1.0, top_k=8)

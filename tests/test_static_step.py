@@ -12,7 +12,7 @@ import torch
 from inference.generation import cuda_graph as static_step
 from inference.generation.batch import Generation
 from inference.generation.cuda_graph import StaticStep, padded, static_steps
-from tests.test_decoder import SHAPES
+from tests.decoder_shapes import SHAPES
 from tests.test_jacobi import PARAMS, request
 
 
