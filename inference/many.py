@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from inference.decoder.cached_decoder import CachedDecoder
-from inference.generation.picture_job import FailedPicture, PictureJob
+from inference.generation.image_job import FailedImage, ImageJob
 from inference.generation.scheduler import Scheduler
 from inference.requests import PromptRequest
 from inference.results import ManyResult
@@ -24,7 +24,7 @@ class BatchModel(Protocol):
 
     decoder: CachedDecoder
 
-    def picture_job(self, request: PromptRequest, name: object) -> PictureJob:
+    def image_job(self, request: PromptRequest, name: object) -> ImageJob:
         """The request as the scheduler takes it."""
         ...
 
@@ -41,10 +41,10 @@ def generate_many(model: BatchModel, requests: Iterable[PromptRequest], batch_si
     scheduler = Scheduler(model.decoder, batch_size)
     asked: dict[int, tuple[PromptRequest, SamplingParams]] = {}
 
-    def jobs() -> Iterator[PictureJob]:
+    def jobs() -> Iterator[ImageJob]:
         for number, request in enumerate(requests):
             try:
-                job = model.picture_job(request, number)
+                job = model.image_job(request, number)
             except UserError as error:
                 raise UserError(f"request {number + 1}: {error}") from None
             asked[number] = request, job.params
@@ -55,7 +55,7 @@ def generate_many(model: BatchModel, requests: Iterable[PromptRequest], batch_si
         number = picture.name
         request, params = asked[number]
         common = (number, picture.index, request.prompt, request.seed + picture.index, params, request.negative_prompt)
-        if isinstance(picture, FailedPicture):
+        if isinstance(picture, FailedImage):
             yield ManyResult(*common, reason=picture.reason)
         else:
             tokens = picture.image_tokens.cpu()

@@ -22,8 +22,8 @@ from inference.attention_maps import attention_to_text, word_positions
 from inference.decoder.calibration import _decoder
 from inference.decoder.projection import Precision, check_precision
 from inference.generation.batch import Generation, Request
-from inference.generation.picture_job import PictureJob
-from inference.generation.scheduler import KEPT_UNGUIDED
+from inference.generation.image_job import ImageJob
+from inference.generation.row_buffers import KEPT_UNCONDITIONAL
 from inference.generation.ways import generate_tokens, token_steps
 from inference.layouts import read_layout
 from inference.many import generate_many
@@ -162,19 +162,19 @@ class TextToImage(Pushable):
         The tokens are those of `generate`. UserError for a batch size below 1, and for a wrong request when it is read.
         """
         check_counts(1, batch_size, 0)
-        captions = batch_size + 1 + KEPT_UNGUIDED  # the rows' own, the one that is coming, and texts that guidance leads from
+        captions = batch_size + 1 + KEPT_UNCONDITIONAL  # the rows' own, the one that is coming, and texts that guidance leads from
         work = self._workload(batch_size, captions, False, kept=1, decoded=1, streamed=True)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
         return generate_many(self, requests, batch_size)
 
-    def picture_job(self, request: PromptRequest, name: object = None) -> PictureJob:
+    def image_job(self, request: PromptRequest, name: object = None) -> ImageJob:
         """A request as the scheduler takes it. UserError for what generate refuses."""
         texts = check_prompts(request.prompt)
         check_counts(request.num_images, request.num_images, request.seed)
         options = self._options(request.params, request.negative_prompt, request.layout)
         layout = read_layout(request.layout, self.seq2seq.config, request.num_images)
         asked = self._request(texts, 1, options, [request.seed + i for i in range(request.num_images)], layout)
-        return PictureJob(asked.captions, asked.unguided, asked.params, asked.seeds, asked.layout, name)
+        return ImageJob(asked.captions, asked.unconditional, asked.params, asked.seeds, asked.layout, name)
 
     def _stream(self, generation: Generation, every: int | None) -> Iterator[GenerationStep]:
         drawn: list[Tensor] = []

@@ -139,16 +139,16 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     return logits.softmax(dim=-1)
 
 
-def sample(logits: Tensor, params: SamplingParams, keys: Tensor, asks: bool = True) -> Tensor:
+def sample(logits: Tensor, params: SamplingParams, keys: Tensor, allow_sync: bool = True) -> Tensor:
     """Next ids [B] int64 from guided logits [B, K] and the noise's keys [B] (`noise_keys`), with the probabilities of
     `filtered_probabilities`: the kept id with the largest logit / temperature + Gumbel noise (Maddison et al. 2014,
     A* sampling, https://arxiv.org/abs/1411.0030). Temperature 0: the likeliest.
 
-    asks: whether Python may look at values, which a recorded step may not; the ids are the same.
+    allow_sync: False inside CUDA graph capture, where Python must not wait for a value; the ids are the same.
     """
     if params.temperature == 0:
         return logits.argmax(dim=-1)
-    values, ids = _candidates(logits.float(), params) if asks else likeliest(logits.float(), params.top_k)  # [B, k]
+    values, ids = _candidates(logits.float(), params) if allow_sync else likeliest(logits.float(), params.top_k)  # [B, k]
     values = (values - values.amax(dim=-1, keepdim=True)) / params.temperature
     values = keep_min_p(keep_top_p(values, params.top_p), params.min_p)
     best = (values + gumbel_noise(keys, ids)).argmax(dim=-1, keepdim=True)

@@ -11,8 +11,9 @@ import torch
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.kv_cache import SelfCache
 from inference.generation.batch import Request
-from inference.generation.picture_job import FailedPicture, FinishedPicture, PictureJob
-from inference.generation.scheduler import KEPT_UNGUIDED, Scheduler
+from inference.generation.image_job import FailedImage, FinishedImage, ImageJob
+from inference.generation.row_buffers import KEPT_UNCONDITIONAL
+from inference.generation.scheduler import Scheduler
 from inference.generation.ways import generate_tokens
 from inference.sampling import SamplingParams
 from seq2seq import TextBatch
@@ -53,18 +54,18 @@ def row(text: TextBatch, at: int) -> TextBatch:
     return caption(text, slice(at, at + 1))
 
 
-def job(text: TextBatch, at: int, params: SamplingParams, seeds, layout=None, unguided: int = 2, name=None) -> PictureJob:
-    return PictureJob(row(text, at), row(text, unguided), params, list(seeds), layout, name)
+def job(text: TextBatch, at: int, params: SamplingParams, seeds, layout=None, unconditional: int = 2, name=None) -> ImageJob:
+    return ImageJob(row(text, at), row(text, unconditional), params, list(seeds), layout, name)
 
 
-def alone(decoder: CachedDecoder, one: PictureJob):
+def alone(decoder: CachedDecoder, one: ImageJob):
     """Tokens [n, N] and layout [n, L] as `inference.generation.ways` draws them."""
-    return generate_tokens(decoder, Request(one.captions, one.unguided, len(one.seeds), one.params, one.seeds, one.layout))
+    return generate_tokens(decoder, Request(one.captions, one.unconditional, len(one.seeds), one.params, one.seeds, one.layout))
 
 
-def check_equal(decoder: CachedDecoder, jobs: dict[int, PictureJob], ended) -> None:
+def check_equal(decoder: CachedDecoder, jobs: dict[int, ImageJob], ended) -> None:
     """Every picture of `jobs` (by ticket) came once, with the tokens and the layout that it has alone."""
-    assert all(isinstance(picture, FinishedPicture) for picture in ended), ended
+    assert all(isinstance(picture, FinishedImage) for picture in ended), ended
     assert sorted((p.ticket, p.index) for p in ended) == [(t, i) for t, one in jobs.items() for i in range(len(one.seeds))]
     expected = {ticket: alone(decoder, one) for ticket, one in jobs.items()}
     for picture in ended:
@@ -81,7 +82,7 @@ def test_pictures_equal_those_drawn_alone_whatever_shares_the_batch(shape):
     decoder = CachedDecoder(model)
     kinds = list(KINDS.values())
     first = [job(text, 0, kinds[0], [5, 6]), job(text, 1, kinds[1], [5])]
-    later = [job(text, 1, kinds[2], [7, 8, 9], unguided=3), job(text, 3, kinds[3], [1]), job(text, 2, kinds[4], [0, 1]),
+    later = [job(text, 1, kinds[2], [7, 8, 9], unconditional=3), job(text, 3, kinds[3], [1]), job(text, 2, kinds[4], [0, 1]),
              job(text, 0, kinds[5], [5]), job(text, 0, kinds[2], [3, 4], None if layout is None else layout[:2]),
              job(text, 1, PLAIN, [5], None if layout is None else layout[:1])]
     scheduler = Scheduler(decoder, rows=5)
@@ -116,7 +117,7 @@ def test_any_order_of_calls_keeps_the_promise(shape):
     for _ in range(30):
         if dice.random() < 0.4:
             one = job(text, dice.randrange(4), dice.choice([*KINDS.values(), PLAIN]), range(dice.randrange(1, 4)),
-                      unguided=dice.randrange(4))
+                      unconditional=dice.randrange(4))
             jobs[scheduler.submit(one)] = one
         if dice.random() < 0.15 and jobs:
             ticket = dice.choice(list(jobs))
@@ -124,7 +125,7 @@ def test_any_order_of_calls_keeps_the_promise(shape):
                 del jobs[ticket]
                 ended = [picture for picture in ended if picture.ticket != ticket]
         ended += scheduler.step()
-        assert sorted(r.at for p in scheduler._pictures for r in p.rows) == list(range(scheduler.active_rows))
+        assert sorted(r.index for p in scheduler._images for r in p.rows) == list(range(scheduler.active_rows))
     check_equal(decoder, jobs, ended + list(scheduler.run()))
     assert len(jobs) > 5
 
@@ -236,14 +237,14 @@ def test_each_text_is_worked_through_once(decoder, text, monkeypatch):
     monkeypatch.setattr(CachedDecoder, "prefill", counting)
     guided = KINDS["guided"]
     scheduler = Scheduler(decoder, rows=4)
-    for at, unguided in ((0, 2), (1, 2), (0, 2), (3, 1), (3, 2)):
-        scheduler.submit(job(text, at, guided, range(5), unguided=unguided))
+    for at, unconditional in ((0, 2), (1, 2), (0, 2), (3, 1), (3, 2)):
+        scheduler.submit(job(text, at, guided, range(5), unconditional=unconditional))
     assert len(list(scheduler.run())) == 25
     names = [text.text_input[at].tolist() for at in range(4)]
     assert [names.index(each) for each in worked] == [0, 2, 1, 0, 3, 1, 3]
     scheduler.submit(job(text, 0, PLAIN, [0]))
     list(scheduler.run())
-    assert len(worked) == 8  # no second branch, no unguided text
+    assert len(worked) == 8  # no second branch, no unconditional text
 
 
 @pytest.mark.parametrize("shape", ["encoder-decoder default", "decoder-only default"])
@@ -267,9 +268,9 @@ def test_nothing_is_allocated_after_construction(shape, monkeypatch):
         scheduler.submit(job(other, at % 4, KINDS["short guidance"], range(3)))
     while scheduler.waiting:
         scheduler.step()
-        assert sum(ref() is not None for ref in alive) <= KEPT_UNGUIDED + 1
+        assert sum(ref() is not None for ref in alive) <= KEPT_UNCONDITIONAL + 1
     list(scheduler.run())
-    assert sum(ref() is not None for ref in alive) == KEPT_UNGUIDED < 8
+    assert sum(ref() is not None for ref in alive) == KEPT_UNCONDITIONAL < 8
     assert [buffer.data_ptr() for buffer in scheduler._buffers.tensors()] == places
     assert scheduler.nbytes == size
 
@@ -335,7 +336,7 @@ def test_a_text_that_fails_fails_its_job_alone(decoder, text, monkeypatch, bad):
         scheduler = Scheduler(decoder, rows=3)
         tickets = {scheduler.submit(one): at for at, one in given.items()}
         ended = list(scheduler.run())
-    failed = [picture for picture in ended if isinstance(picture, FailedPicture)]
+    failed = [picture for picture in ended if isinstance(picture, FailedImage)]
     assert [(p.name, p.index) for p in failed] == [(bad, 0), (bad, 1)]
     assert {p.reason for p in failed} == {"RuntimeError: out of memory: tried to allocate 9 GiB"}
     check_equal(decoder, {t: expected[at] for t, at in tickets.items() if at != bad}, [p for p in ended if p not in failed])
@@ -355,8 +356,8 @@ def test_a_job_that_fails_half_way_keeps_the_pictures_that_have_begun(monkeypatc
             ended += scheduler.step()
         ended += scheduler.step()
     assert [(type(p).__name__, p.ticket, p.index) for p in ended] == [
-        ("FinishedPicture", ticket, 0), ("FinishedPicture", ticket, 1), *[("FailedPicture", ticket, i) for i in (2, 3, 4)],
-        ("FailedPicture", second, 0)]
+        ("FinishedImage", ticket, 0), ("FinishedImage", ticket, 1), *[("FailedImage", ticket, i) for i in (2, 3, 4)],
+        ("FailedImage", second, 0)]
     again = scheduler.submit(other)
     check_equal(decoder, {again: other}, list(scheduler.run()))
 
@@ -374,7 +375,7 @@ def test_a_step_that_raised_can_be_repeated_and_loses_nothing(decoder, text, mon
                 ended += scheduler.step()
             except RuntimeError:
                 assert len(asked) % 2
-    failed = [picture for picture in ended if isinstance(picture, FailedPicture)]
+    failed = [picture for picture in ended if isinstance(picture, FailedImage)]
     assert [(p.ticket, p.index) for p in failed] == [(1, 0)]
     check_equal(decoder, {0: jobs[0]}, [picture for picture in ended if picture not in failed])
 
@@ -426,19 +427,19 @@ def ones(captions: int, length: int) -> TextBatch:
     ({"seeds": [1, -1]}, "got -1"),
     ({"seeds": [True]}, "got True"),
     ({"seeds": [1 << 63]}, "whole number"),
-    ({"layout": LAYOUT[:1]}, r"\(1, 6\) numbers for 2 pictures"),
-    ({"layout": LAYOUT[:, :5]}, "reads 6 a picture"),
+    ({"layout": LAYOUT[:1]}, r"\(1, 6\) numbers for 2 images"),
+    ({"layout": LAYOUT[:, :5]}, "reads 6 per image"),
     ({"layout": LAYOUT - 1}, "0 to 4, found -1"),
     ({"layout": LAYOUT + 5}, "0 to 4, found 5"),
     ({"captions": ones(2, 12)}, "one caption of 12"),
-    ({"unguided": ones(1, 5)}, "unguided: a job has one"),
+    ({"unconditional": ones(1, 5)}, "unconditional: a job has one"),
 ])
 def test_a_job_that_can_never_be_drawn_is_refused(text, change, words):
     model, _, _ = build("encoder-decoder layout")
     scheduler = Scheduler(CachedDecoder(model), rows=1)
     good = job(text, 0, PLAIN, [1, 2], LAYOUT)
     with pytest.raises(UserError, match=words):
-        scheduler.submit(PictureJob(**{**vars(good), **change}))
+        scheduler.submit(ImageJob(**{**vars(good), **change}))
     assert scheduler.waiting == 0
     scheduler.submit(good)
 
