@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training import train_seq2seq
 from training.engine.launch import _import_deepspeed
-from training.loop.loop import loop
+from training.loop import loop
 
 LONGEST_SECONDS = 2.0  # that a child lives; starting takes about one
 SAVING_EVERY = 5

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training import train_seq2seq, train_tokenizer
 from training.engine.launch import _import_deepspeed
-from training.loop.loop import loop
+from training.loop import loop
 
 IMPORTED_LATE = ("deepspeed.runtime.zero.muon.muon_optimizer", "datasets", "matplotlib.pyplot")  # seconds in each child
 SCRIPTS = {"train_seq2seq": train_seq2seq, "train_tokenizer": train_tokenizer}

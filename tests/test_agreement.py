@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from tokenloom_common.errors import MissingFileError, RunFailedError, UserError
+from training.engine import agreement
+from training.engine import processes as process_group
 from training.engine.agreement import check_same, check_shared
-from training.engine.deepspeed_engine import agreement
-from training.engine.deepspeed_engine import processes as process_group
 from training.engine.processes import Processes, meeting, peers_may_go
 
 RANKS = 3

@@ -10,13 +10,13 @@ from PIL import Image
 
 from benchmarks import __main__ as command
 from benchmarks import harness
+from benchmarks.decode import chart as decode_chart
+from benchmarks.decode import run as decode
+from benchmarks.decode import subject as decode_subject
 from benchmarks.decode.engines import Mode, OurEngine, our_case
 from benchmarks.decode.limits import Limits, StepCost, measure_limits, step_cost
 from benchmarks.decode.reference import make_model, make_work
 from benchmarks.decode.run import GUIDANCE, Bench
-from benchmarks.decode.run import chart as decode_chart
-from benchmarks.decode.run import run as decode
-from benchmarks.decode.run import subject as decode_subject
 from inference.decoder.cached_decoder import CachedDecoder
 from tests import tiny
 from tests.test_benchmarks import last_line, threads_as_before  # noqa: F401

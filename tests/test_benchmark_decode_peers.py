@@ -8,9 +8,9 @@ import torch
 
 from benchmarks import harness
 from benchmarks.attention import relative_gap
+from benchmarks.decode import peers as decode_peers
+from benchmarks.decode import reference as decode_reference
 from benchmarks.decode.reference import TOLERANCE, make_model, make_work
-from benchmarks.decode.run import peers as decode_peers
-from benchmarks.decode.run import reference as decode_reference
 from benchmarks.peers.x_transformers_sampler import XTransformersPeer
 from seq2seq.layers import PatternAttend
 from seq2seq.presets import PRESETS

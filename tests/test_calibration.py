@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inference.decoder.cached_decoder import calibration
+from inference.decoder import calibration
 from inference.decoder.calibration import fastest, fastest_threads, fastest_way
 from inference.decoder.native import threads
 from inference.decoder.projection import Way

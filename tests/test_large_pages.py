@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from inference.decoder.cached_decoder import large_pages
+from inference.decoder import large_pages
 from inference.decoder.large_pages import CHUNK, LEAST, PAGE, LargePages
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.engine.processes import Processes
-from training.loop.loop import window as log_window
+from training.loop import window as log_window
 from training.loop.window import Window, memory
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

@@ -26,8 +26,9 @@ from training import train_seq2seq
 from training.config.run import LogConfig, RunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.engine.processes import Processes
+from training.loop import script
 from training.loop.log import RunLog, in_short
-from training.loop.loop import run_training, script
+from training.loop.loop import run_training
 from training.loop.writers import (
     GROUPS,
     KINDS,

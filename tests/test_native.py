@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from inference.decoder.cached_decoder import CachedDecoder, calibration
+from inference.decoder import calibration
+from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.native import basics, threads
 from inference.decoder.native.basics import error_function, exponential, version
 from inference.decoder.native.trial import products

@@ -13,8 +13,9 @@ import torch
 from tests.bad_images import encode, photo
 from tests.test_data_sources import PNG, SAMPLES, as_bytes, own_cache, write_tar  # noqa: F401 (a fixture for all tests here)
 from tokenloom_common.errors import DataError, RunFailedError, UserError
+from training.data.sources import in_place
 from training.data.sources.drops import BadItemError
-from training.data.sources.open_dataset import in_place, load_source, open_dataset
+from training.data.sources.open_dataset import load_source, open_dataset
 from training.data.visits.images import ImageVisits
 from training.data.visits.loader import batch_loader
 from training.data.visits.order import DataOrder, MicroBatches

@@ -15,7 +15,7 @@ from training.engine.processes import Processes, peers_may_go
 from training.loop.log import setup_console
 from training.loop.loop import Task, run_training
 from training.loop.writers import check_writers
-from training.run_state import RunState, environment
+from training.runs.run_state import RunState, environment
 
 
 class Training(Protocol):
