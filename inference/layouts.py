@@ -1,5 +1,6 @@
-"""Layouts: a coarse grid of classes that comes before the image tokens (Make-A-Scene, Gafni et al. 2022,
-https://arxiv.org/abs/2203.13131). Of `classes` that the data carries (a segmentation), or of the picture's own `colors`.
+"""Layouts: a coarse grid of classes that comes before the image tokens (Make-A-Scene, Gafni et al.
+2022, https://arxiv.org/abs/2203.13131). Of `classes` that the data carries (a segmentation), or of
+the picture's own `colors`.
 """
 
 # Axes: B pictures, L layout tokens (= rows * columns), S side in pixels
@@ -21,22 +22,27 @@ COLOR_CLASSES = COLOR_LEVELS**3
 
 
 def color_layout(image: Image.Image, grid: tuple[int, int]) -> numpy.ndarray:
-    """A picture's colour layout [L] int64 in [0, 27): each cell's mean colour, each channel to the nearest of 0, 128, 255."""
+    """A picture's colour layout [L] int64 in [0, 27): each cell's mean colour, each channel to the
+    nearest of 0, 128, 255.
+    """
     small = numpy.asarray(image.convert("RGB").resize((grid[1], grid[0]), Image.Resampling.BOX), dtype=numpy.float64)
     levels = numpy.rint(small / 255 * (COLOR_LEVELS - 1)).astype(numpy.int64)  # [rows, columns, 3]
     return (levels @ numpy.array([COLOR_LEVELS**2, COLOR_LEVELS, 1])).reshape(-1)
 
 
 def color_picture(layout: Tensor, grid: tuple[int, int], side: int) -> Image.Image:
-    """The other way: a colour layout [L] as a picture of side x side pixels, for people to look at."""
+    """The other way: a colour layout [L] as a picture of side x side pixels, for people to look at.
+    """
     levels = torch.stack([layout // COLOR_LEVELS**2, layout // COLOR_LEVELS % COLOR_LEVELS, layout % COLOR_LEVELS], dim=-1)
     pixels = (levels.reshape(*grid, 3) * 255 // (COLOR_LEVELS - 1)).to(torch.uint8).numpy()
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
 
 def read_layout(given: Any, config: TransformerConfig, rows: int) -> Tensor | None:
-    """What a caller gives as a layout -> [rows, L] int64: a picture (colour layouts), class numbers [L] or [rows, columns], or
-    one such for each of the `rows` pictures. None stays None: it is sampled. UserError on anything else."""
+    """What a caller gives as a layout -> [rows, L] int64: a picture (colour layouts), class numbers
+    [L] or [rows, columns], or one such for each of the `rows` pictures. None stays None: it is
+    sampled. UserError on anything else.
+    """
     if given is None:
         return None
     if config.layout_grid is None:

@@ -1,6 +1,8 @@
-"""The model folder: model_index.json + tokenizer_image/ + seq2seq/ + text_tokenizer/, and generation_config.json.
+"""The model folder: model_index.json + tokenizer_image/ + seq2seq/ + text_tokenizer/, and
+generation_config.json.
 
-The one place that knows its layout. It is written whole or not at all; no pickle is ever read from it.
+The one place that knows its layout. It is written whole or not at all; no pickle is ever read from
+it.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class WrittenPart(Protocol):
 
 def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer,
                       text_tokenizer: TextSource, generation: SamplingParams, card: str) -> Path:
-    """Write a whole model folder with its model card. UserError if the parts do not belong together."""
+    """Write a whole model folder with its model card. UserError if the parts do not belong
+    together.
+    """
     return write_model_folder(folder, image_tokenizer, seq2seq, text_tokenizer, generation, card)
 
 
@@ -125,7 +129,9 @@ def read_model_index(folder: Path) -> dict[str, str]:
 
 def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revision: str | None = None,
                       text_encoder: str | None = None) -> LoadedModel:
-    """Load a local model folder or a hub id, strictly, in eval mode. text_encoder: see TextToImage.from_pretrained."""
+    """Load a local model folder or a hub id, strictly, in eval mode. text_encoder: see
+    TextToImage.from_pretrained.
+    """
     folder = resolve_folder(name, revision)
     index = read_model_index(folder)
     where = f"{folder / INDEX_NAME}: "

@@ -25,7 +25,7 @@ from inference.memory.estimate import (
     estimate,
     largest_batch,
 )
-from inference.memory.estimate import estimate as memory_module
+from inference.memory import estimate as memory_module
 from inference.memory.meta_device import Alive
 from inference.memory.parts import picture_bytes
 from inference.memory.sizes import human
