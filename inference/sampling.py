@@ -119,8 +119,7 @@ def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # id
     bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    sort_keys = (bits.to(torch.int64) << 32) | (size - 1 - ids)
-    largest = sort_keys.topk(k, dim=-1).values
+    largest = ((bits.to(torch.int64) << 32) | (size - 1 - ids)).topk(k, dim=-1).values
     kept = size - 1 - (largest & 0xFFFFFFFF)
     return logits.gather(-1, kept), kept
 
@@ -243,6 +242,7 @@ def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
     stream.
     """
     bits = _mixed(keys[:, None] + (ids + 1) * _GOLDEN)
-    mantissa = (bits >> 11) & 0x1FFFFFFFFFFFFF  # the upper 53 bits
-    uniform = (mantissa.double() + 0.5) * 2.0**-53  # + 0.5: never 0
+    # the upper 53 bits; + 0.5: never 0. One expression, since a named part would add to the peak
+    # memory
+    uniform = (((bits >> 11) & 0x1FFFFFFFFFFFFF).double() + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform))
