@@ -1,5 +1,6 @@
 # make demo       real pictures from captions, everything from scratch (about 15 minutes on 2 CPU cores)
-# make test       the tests (`make test-all`: the slow ones too)
+# make test       the tests in parallel (`make test-all`: the slow ones too)
+# make test-fast  the tests of under a second each: after every change
 # make examples   the README's commands and the docs' code as they stand, a quick benchmark of training
 # make lint       style, types, import direction
 #
@@ -12,6 +13,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 DEMO_OUT ?= demo
 DEMO_SIZE ?= full
+JOBS ?= 2
 
 ifeq ($(VENV),)
 BIN :=
@@ -21,18 +23,24 @@ BIN := $(VENV)/bin/
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test test-all examples lint setup clean force
+.PHONY: demo test test-fast test-all examples lint setup clean force
 
 setup: $(READY)
 
 demo: $(READY)
 	$(BIN)python -m training.demo --out $(DEMO_OUT) --size $(DEMO_SIZE)
 
+# a file's tests stay in one process: they share its launches and models
+PARALLEL = -n $(JOBS) --dist loadfile
+
 test: $(READY)
-	$(BIN)python -m pytest
+	$(BIN)python -m pytest $(PARALLEL)
+
+test-fast: $(READY)
+	$(BIN)python -m pytest $(PARALLEL) -m "not long and not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)python -m pytest -m "not gpu or gpu"
+	$(BIN)python -m pytest $(PARALLEL) -m "not gpu or gpu"
 
 examples: $(READY)
 	$(BIN)python -m pytest tests/test_readme.py tests/test_benchmark_training.py -m "slow or not slow"

@@ -13,6 +13,13 @@ from training.engine.launch import processes
 from training.engine.processes import Processes
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each parallel worker one thread: more of them would wait for one another on the same cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+        torch.set_num_threads(1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--kills 100`: how often tests/test_killed.py kills a training; `--mutations 10000`: of files that are read."""
     parser.addoption("--kills", type=int, default=6)

@@ -1,4 +1,4 @@
-"""The README's commands and code, run as they stand in a folder of their own (training with fewer steps)."""
+"""Run the commands and code of README and docs as they stand, in a folder of their own (training with fewer steps)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from tests.llamagen_reference import make_state as make_gpt
 from tests.vqgan_references import Shape
 from tests.vqgan_references import make_state as make_vqgan
 
-PAGES = [launching.REPOSITORY / "README.md", *sorted((launching.REPOSITORY / "docs").glob("*.md"))]
+README = launching.REPOSITORY / "README.md"
+INDEX = launching.REPOSITORY / "docs" / "README.md"
+GATE = [launching.REPOSITORY / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+PAGES = [README, *sorted((launching.REPOSITORY / "docs").glob("*.md"))]
+PACKAGES = ("tokenizer_image", "seq2seq", "inference", "training", "benchmarks", "tokenloom_common", "tests", "docs")
 FEWER = {"training/train_tokenizer.py": ["--train.steps", "2", "--train.batch_size", "4", "--model.channels", "32"],
          "training/train_seq2seq.py": ["--train.steps", "2", "--train.batch_size", "4", "--model.width", "64",
                                        "--model.encoder_layers", "1", "--model.decoder_layers", "1"],
          "llamagen-gpt": ["--config", "heads.json"]}  # whose published sizes are known by their shapes
-NOT_RUN = ("git ", "make ")
+NOT_RUN = ("git ", "make ", "pip ")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -62,7 +66,7 @@ def run(command: list[str], place: Path) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_readmes_commands_run(place):
-    lines = commands(PAGES[0])
+    lines = [*commands(README), *commands(INDEX)]
     ran = []
     for line in lines:
         if line.startswith(NOT_RUN):
@@ -73,7 +77,7 @@ def test_the_readmes_commands_run(place):
         result = run([words[0], *port, *words[1:], *extra], place)
         assert result.returncode == 0, f"{line}\n{result.stderr[-3000:]}"
         ran.append(line)
-    assert len(ran) >= 7
+    assert len(ran) >= 16
     assert len(list((place / "pictures").glob("a-cat-on-a-chair-seed*.png"))) == 4
 
 
@@ -102,14 +106,42 @@ def test_the_make_targets_that_are_named_exist():
 
 
 def test_links_to_files_lead_somewhere():
-    for page in PAGES:
+    for page in [*PAGES, *GATE]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_tree_names_every_package_file():
-    readme = PAGES[0].read_text(encoding="utf-8")
-    tree = readme.split("## The tree")[1].split("```")[1]
-    for package in ("tokenizer_image", "seq2seq", "inference", "training"):
-        for path in (launching.REPOSITORY / package).glob("*.py"):
-            assert path.name == "__init__.py" or path.name in tree, f"{package}/{path.name} is not in the README's tree"
+def folders(package: str) -> list[str]:
+    """A package's own folders with Python in them."""
+    found = {path.parent.name for path in (launching.REPOSITORY / package).glob("*/*.py")}
+    return sorted(found - {"__pycache__"})
+
+
+def test_the_readme_names_every_package_and_every_folder_of_the_two_large_ones():
+    listing = README.read_text(encoding="utf-8").split("## Folders")[1].split("```")[1]
+    named = set(re.findall(r"\b[a-z0-9_]+(?=/)", listing))
+    assert set(PACKAGES) <= named
+    assert {*folders("inference"), *folders("training")} <= named
+
+
+def test_the_architecture_page_names_every_folder():
+    page = (launching.REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b[a-z0-9_]+(?=/)", page))
+    for package in ("inference", "training"):
+        assert set(folders(package)) <= named
+    for inner in (*folders("inference/checkpoints"), *folders("inference/decoder"), *folders("training/data")):
+        assert inner in named
+
+
+def test_every_page_is_in_the_index():
+    linked = set(re.findall(r"\]\(([a-z_]+\.md)\)", INDEX.read_text(encoding="utf-8")))
+    assert linked == {page.name for page in INDEX.parent.glob("*.md")} - {"README.md"}
+
+
+def test_every_package_says_what_its_folder_holds():
+    for package in PACKAGES[:6]:
+        for folder in {path.parent for path in (launching.REPOSITORY / package).rglob("*.py")}:
+            if folder.name == "__pycache__":
+                continue
+            first = (folder / "__init__.py").read_text(encoding="utf-8").splitlines()[0]
+            assert first.startswith('"""') and first.rstrip('"').endswith("."), f"{folder}/__init__.py: {first}"
