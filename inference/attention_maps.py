@@ -22,8 +22,9 @@ from seq2seq.layers import blinded, layer_blocks
 from tokenloom_common.errors import UserError
 
 _WORD_START_MARKS = ("▁", "Ġ")
-"""Of SentencePiece and byte-level BPE. CLIP's BPE ends words in </w>, WordPiece continues them with
-##.
+"""Of SentencePiece and byte-level BPE.
+
+CLIP's BPE ends words in </w>, WordPiece continues them with ##.
 """
 
 
@@ -183,8 +184,7 @@ def _bare(piece: str) -> str:
 
 def overlay(image: Image.Image, weights: Tensor) -> Image.Image:
     """Return the image, at its size, under its attention [h, w]: reddish where high, dark grey
-    where low.
-    """
+    where low."""
     values = weights.float().cpu().numpy()
     spread = max(float(values.max() - values.min()), 1e-12)  # not 0 where attention is even
     values = (values - values.min()) / spread

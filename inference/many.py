@@ -1,6 +1,5 @@
 """Many prompts, each with its own parameters and seed, in one batch that never waits for its
-slowest image.
-"""
+slowest image."""
 
 # Axes: N image tokens, n images of a request
 

@@ -75,8 +75,9 @@ class WrittenPart(Protocol):
 def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer,
                       seq2seq: ImageTransformer, text_tokenizer: TextSource,
                       generation: SamplingParams, card: str) -> Path:
-    """Write a whole model folder with its model card. UserError if the parts do not belong
-    together.
+    """Write a whole model folder with its model card.
+
+    UserError if the parts do not belong together.
     """
     return write_model_folder(folder, image_tokenizer, seq2seq, text_tokenizer, generation, card)
 
@@ -124,8 +125,9 @@ def save_loaded_model(folder: str | Path, parts: LoadedModel) -> Path:
 
 
 def read_model_index(folder: Path) -> dict[str, str]:
-    """Read and check model_index.json. UserError or MissingFileError naming the file and the
-    remedy.
+    """Read and check model_index.json.
+
+    UserError or MissingFileError naming the file and the remedy.
     """
     path = folder / INDEX_NAME
     if not path.is_file():
@@ -203,8 +205,7 @@ def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | Writ
 
 def check_text_source(source: TextSource, config: LayersConfig, where: str, model: str) -> None:
     """Raise UserError unless `source` gives the text that the `model` of this config was trained
-    with.
-    """
+    with."""
     check_trained_with(where, "text tokenizer", model, [
         ("vocabulary", source.vocab_size, config.text_vocab_size),
         ("width of features", source.feature_width, config.text_feature_width),
@@ -213,8 +214,7 @@ def check_text_source(source: TextSource, config: LayersConfig, where: str, mode
 
 def check_trained_with(where: str, part: str, model: str,
                        facts: list[tuple[str, Any, Any]]) -> None:
-    """Raise UserError for the first fact (name, of the part, as the model expects it) that differs.
-    """
+    """Raise UserError for the first fact (name, found, expected by the model) that differs."""
     for name, found, expected in facts:
         if found != expected:
             raise UserError(f"{where}: the {part} has {name} {found}, the {model} was trained for "

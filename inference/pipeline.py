@@ -167,8 +167,7 @@ class TextToImage(Pushable):
     def _sample(self, prompts: list[str], num_images: int, options: SamplingOptions,
                 seeds: list[int], batch_size: int) -> tuple[Tensor, Tensor | None]:
         """Draw image_tokens [B, N] of all prompts, and layouts [B, L] of models with one; on the
-        CPU.
-        """
+        CPU."""
         largest = Workload.of_request(len(prompts), num_images, batch_size)
         self._check_memory(
             largest.pictures, largest.captions, guided=options.params.guidance_scale != 1,
@@ -271,8 +270,9 @@ class TextToImage(Pushable):
 
     @torch.inference_mode()
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
-        """image_tokens [B, N] int64 in [0, K) -> B images. UserError for another shape, dtype or
-        range.
+        """image_tokens [B, N] int64 in [0, K) -> B images.
+
+        UserError for another shape, dtype or range.
         """
         if not isinstance(image_tokens, Tensor):
             raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
@@ -282,8 +282,7 @@ class TextToImage(Pushable):
 
     def decode_step(self, image_tokens: Tensor) -> list[Image.Image]:
         """Do what decode_tokens does, and remember its time for the preview budget of the next
-        stream.
-        """
+        stream."""
         start = time.perf_counter()
         images = self.decode_tokens(image_tokens)
         self._preview_seconds[len(images)] = time.perf_counter() - start
@@ -291,8 +290,7 @@ class TextToImage(Pushable):
 
     def attention_map(self, prompt: str, word: str, image_tokens: Tensor,
                       layout: Tensor | None = None) -> Tensor:
-        """Return the attention [h, w] float32 of image_tokens [1, N] (and layout [1, L]) to `word`.
-        """
+        """Return the attention [h, w] float32 of image_tokens [1, N] (layout [1, L]) to `word`."""
         text = text_like(self.text_tokenizer.encode([prompt]), self.seq2seq.image_embedding.weight)
         if layout is not None:
             layout = layout.to(self.device)

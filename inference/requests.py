@@ -22,7 +22,9 @@ MAX_SEED = (1 << 63) - 1  # of the last image; the largest that a torch generato
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """Images of one prompt: image i is drawn with seed + i. params: the model folder's when None.
+    """Images of one prompt: image i is drawn with seed + i.
+
+    params: the model folder's when None.
     """
 
     prompt: str
@@ -100,8 +102,7 @@ def first_seeds(seed: int | Sequence[int], prompts: int, num_images: int,
 
 
 def check_counts(num_images: int, batch_size: int, seed: int) -> None:
-    """Raise UserError unless counts are at least 1, the seed at least 0, and the last one in range.
-    """
+    """Raise UserError unless counts are at least 1, and all seeds are in 0 to MAX_SEED."""
     for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1),
                                ("seed", seed, 0)):
         if not is_count(value, least):
@@ -117,8 +118,7 @@ def is_count(value: object, least: int = 1) -> bool:
 
 
 def batches(prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[range, range]]:
-    """Split num_images of each prompt into batches: yield which prompts, and which of their images.
-    """
+    """Split num_images per prompt into batches: yield which prompts, and which images of each."""
     prompts_at_once = max(1, batch_size // num_images)
     for first in range(0, prompts, prompts_at_once):
         which = range(first, min(first + prompts_at_once, prompts))
@@ -129,8 +129,7 @@ def batches(prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[ra
 
 def text_like(text: TextBatch, weights: Tensor) -> TextBatch:
     """Move a text to the device of the model's weights, features of a text encoder also to their
-    type.
-    """
+    type."""
     text_input = text.text_input.to(weights.device)
     if text_input.is_floating_point():
         text_input = text_input.to(weights.dtype)

@@ -78,7 +78,6 @@ class GenerationResult:
         return self.model.attention_map(self.prompts[picture], word, self.image_tokens[own], layout)
 
     def attention_overlay(self, word: str, picture: int = 0) -> Image.Image:
-        """Return the image under its `attention`: bright and reddish where it attended to the word
-        most.
-        """
+        """Return the image under its `attention`: bright and reddish where it attended to the
+        word most."""
         return overlay(self.images[picture], self.attention(word, picture))

@@ -125,8 +125,7 @@ def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep exactly min(k, K) logits per row of [B, K]; ties: the lower id stays. k = 0 keeps all.
-    """
+    """Keep exactly min(k, K) logits per row of [B, K], on ties the lower id; k = 0 keeps all."""
     values, ids = likeliest(logits, k)
     return torch.full_like(logits, -torch.inf).scatter_(-1, ids, values)
 
@@ -149,8 +148,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     """Drop tokens less likely than min_p times the likeliest (Nguyen et al. 2024, arXiv
-    2407.01082).
-    """
+    2407.01082)."""
     if min_p <= 0:
         return logits.clone()
     best = logits.amax(dim=-1, keepdim=True)
@@ -158,9 +156,8 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Return probabilities [B, K] float32 after temperature, top-k, top-p and min-p; temperature 0:
-    one-hot.
-    """
+    """Return probabilities [B, K] float32 after temperature, top-k, top-p and min-p; temperature
+    0: one-hot."""
     logits = logits.float()
     if params.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
@@ -217,8 +214,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, SplitMix64's increment, as
 
 def _mixed(z: Tensor) -> Tensor:
     """Apply the finaliser of SplitMix64, int64 -> int64 (Steele, Lea and Flood 2014,
-    https://doi.org/10.1145/2660193.2660195).
-    """
+    https://doi.org/10.1145/2660193.2660195)."""
     # products wrap around as they must; >> repeats the sign bit, so its copies are masked off
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB

@@ -20,15 +20,16 @@ Result = TypeVar("Result")
 Decode = Callable[[Tensor], list[Image.Image]]
 """Image tokens [B, N] -> B images."""
 SHARE = 0.035
-"""Time of previews as a share of the time without them. 5 % is promised: a preview also slows the
-steps after it, by what it evicts from the caches, and that is not on its clock.
+"""Time of previews as a share of the time without them.
+
+5 % is promised: a preview also slows the steps after it, by what it evicts from the caches, and
+that is not on its clock.
 """
 
 
 class GenerationStep:
     """One position of a stream: `position` (0 .. N-1), `image_tokens` [B, position+1] so far,
-    `preview`.
-    """
+    `preview`."""
 
     def __init__(self, decode: Decode, image_tokens: Tensor, total: int,
                  budget: PreviewBudget | None = None) -> None:
@@ -45,8 +46,7 @@ class GenerationStep:
 
     @property
     def previews(self) -> list[Image.Image]:
-        """The images so far, decoded when asked for; positions not yet drawn repeat the last token.
-        """
+        """The images so far, decoded on access; positions not yet drawn repeat the last token."""
         missing = self.total - self.image_tokens.shape[1]
         last = self.image_tokens[:, -1:]
         filled = torch.cat([self.image_tokens, last.expand(-1, missing)], dim=1)

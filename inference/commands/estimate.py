@@ -1,6 +1,5 @@
-"""`tokenloom estimate`: the memory of sampling from a model folder or a preset, before anything is
-loaded.
-"""
+"""`tokenloom estimate`: the memory of sampling from a model folder or a preset, before anything
+is loaded."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ PARTS = ("weights", "image_tokenizer", "self_cache", "caption_memory", "working"
 @dataclass(frozen=True)
 class _Configs:
     """The configs to estimate from; `not_counted`: a sentence for each part that the estimate
-    leaves out.
-    """
+    leaves out."""
 
     transformer: TransformerConfig
     tokenizer: ImageTokenizerConfig | None

@@ -38,8 +38,9 @@ GRID_COLUMNS = 8  # at most
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
-    """Write one PNG per image and a grid, and print the files' names. 1 if an image could not be
-    drawn.
+    """Write one PNG per image and a grid, and print the files' names.
+
+    1 if an image could not be drawn.
     """
     args = _parser().parse_args(argv)
     device = choose_device(args.device)
@@ -146,8 +147,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _check_attention_words(model: TextToImage, args: argparse.Namespace) -> None:
     """Raise UserError, before anything is sampled, for a word of --attention that a caption does
-    not have.
-    """
+    not have."""
     for prompt in args.prompt:
         for word in args.attention or []:
             word_positions(model.text_tokenizer, prompt, word)
@@ -209,8 +209,7 @@ def _metadata(args: argparse.Namespace, prompt: str, seed: int, params: Sampling
 
 def _save_results(results: list[GenerationResult], out: Path,
                   args: argparse.Namespace) -> list[Path]:
-    """Write the images of all captions, their attention overlays, and a grid if there are several.
-    """
+    """Write all images, their attention overlays, and a grid if there are several images."""
     paths: list[Path] = []
 
     def save(image: Image.Image, stem: str, info: PngInfo | None = None) -> None:

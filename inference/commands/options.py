@@ -32,8 +32,9 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str | None) -> str:
-    """Return the device of --device, or the GPU if there is one. UserError for one that is not
-    usable.
+    """Return the device of --device, or the GPU if there is one.
+
+    UserError for one that is not usable.
     """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,8 +56,7 @@ def choose_device(name: str | None) -> str:
 
 def add_speed_options(parser: OneLineParser) -> None:
     """Add options that change how fast images are drawn, not which (up to the rounding of
-    --weights).
-    """
+    --weights)."""
     parser.add_argument(
         "--weights", choices=get_args(Precision), help="of the generator (default: float32 on the "
         "CPU, bfloat16 on CUDA); int8 is smaller and faster, and rounds")

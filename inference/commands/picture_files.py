@@ -26,8 +26,9 @@ def png_metadata(values: dict[str, Any]) -> PngInfo:
 
 
 def output_folder(name: str) -> Path:
-    """Create the folder of --out, if need be. UserError, before anything is sampled, if it cannot
-    be written to.
+    """Create the folder of --out, if need be.
+
+    UserError, before anything is sampled, if it cannot be written to.
     """
     out = Path(name)
     if not name:

@@ -33,7 +33,9 @@ MAX_PSNR = 100.0  # dB, also of images that are equal
 
 
 def reconstruct(argv: Sequence[str] | None = None) -> int:
-    """Write each image beside its reconstruction, and print its PSNR. 1 if some could not be read.
+    """Write each image beside its reconstruction, and print its PSNR.
+
+    1 if some could not be read.
     """
     args = _parser().parse_args(argv)
     device = choose_device(args.device)
@@ -89,8 +91,9 @@ def _read_pixels(name: str, tokenizer: ImageTokenizer, tiled: bool) -> numpy.nda
 
 
 def _whole_cells(image: Image.Image, name: str, tokenizer: ImageTokenizer) -> numpy.ndarray:
-    """Crop the image's centre to whole code cells, uint8 [H, W, 3]. BadImageError if it is too
-    small.
+    """Crop the image's centre to whole code cells, uint8 [H, W, 3].
+
+    BadImageError if it is too small.
     """
     cell, side = tokenizer.config.downsampling, tokenizer.config.resolution
     full_width, full_height = image.size

@@ -1,6 +1,5 @@
-"""One batch of captions that is generated together: the request, and the state while its tokens are
-drawn.
-"""
+"""One batch of captions that is generated together: the request, and the state while its tokens
+are drawn."""
 
 # Axes: B images, C captions, T text ids, R rows (B, or 2B under guidance), N image tokens, L layout
 #       tokens, K codebook size
@@ -91,8 +90,7 @@ class Generation:
 
     def prefill(self) -> tuple[list[CaptionMemory], SelfCache]:
         """Return the captions' memory, one group per branch, and a cache that holds all that
-        precedes the image tokens.
-        """
+        precedes the image tokens."""
         request = self.request
         groups = [self.decoder.prefill(request.captions, request.images)]
         if self.branches == 2:

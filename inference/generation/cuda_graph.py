@@ -78,8 +78,7 @@ class StaticStep:
         self.positions.fill_(position)
 
     def __call__(self) -> None:
-        """Draw the token at `positions` of every image into `tokens`, and move on by one position.
-        """
+        """Draw the token at `positions` of every image into `tokens`, and advance by one."""
         self._run()
 
     @torch.inference_mode()
@@ -93,8 +92,7 @@ class StaticStep:
         self.positions.add_(1)
 
     def capture(self) -> None:
-        """Replace the step by a CUDA graph of it; the buffers' contents are undefined afterwards.
-        """
+        """Replace the step by a CUDA graph of it; leaves the buffers' contents undefined."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -113,8 +111,7 @@ class StaticStep:
 
     def request_cache(self, count: int) -> SelfCache:
         """Return the cache of a request's B = `count` images without the padding, as it is after
-        the steps so far.
-        """
+        the steps so far."""
         images = torch.arange(count)
         branch_rows = [images + branch * self.images for branch in range(self.branches)]
         rows = torch.cat(branch_rows).to(self.cache.keys.device)
@@ -124,8 +121,7 @@ class StaticStep:
 
 def _copy_memory(source: CaptionMemory, target: CaptionMemory, captions: Tensor) -> None:
     """Copy captions [P] of one memory into a static one, and hide the text slots beyond the
-    source's.
-    """
+    source's."""
     if not target.keys:
         return  # decoder-only: the text is part of the self-attention cache
     length = source.keys[0].shape[2]
@@ -139,9 +135,8 @@ def _copy_memory(source: CaptionMemory, target: CaptionMemory, captions: Tensor)
 
 def kept_step(decoder: CachedDecoder, images: int, branches: int,
               params: SamplingParams) -> StaticStep:
-    """Return a step of these sizes, captured if there is CUDA; the decoder keeps the most recently
-    used ones.
-    """
+    """Return a step of these sizes, captured if there is CUDA; the decoder keeps the most
+    recently used ones."""
     kept = decoder.recorded_steps
     key = (images, branches, params)
     step = kept.pop(key, None)
@@ -156,9 +151,8 @@ def kept_step(decoder: CachedDecoder, images: int, branches: int,
 
 
 def static_steps(generation: Generation) -> Iterator[Tensor]:
-    """Do what `Generation.steps` does with static steps: yield the next ids [B] int64 for each of
-    the N positions.
-    """
+    """Do what `Generation.steps` does with static steps: yield the next ids [B] int64 for each
+    of the N positions."""
     decoder, request = generation.decoder, generation.request
     groups, cache = generation.prefill()
     count = request.rows

@@ -54,9 +54,8 @@ def draw_tokens(logits: Tensor, scale: float | Tensor, params: SamplingParams, k
 
 def draw_at(logits: Tensor, position: int, total: int, params: SamplingParams,
             keys: Tensor) -> Tensor:
-    """Draw ids [B] at `position` of `total`, where all images are at the same position; logits and
-    keys as in draw_tokens.
-    """
+    """Draw ids [B] at `position` of `total`, where all images are at the same position; logits
+    and keys as in draw_tokens."""
     scale = guidance_at(params, position, total)
     if scale == 1.0:
         logits = logits[: len(keys)]  # the conditional ones, which guiding by 1 would round

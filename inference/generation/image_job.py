@@ -1,6 +1,5 @@
 """Jobs of continuous batching: what a Scheduler takes and returns, and its own record of what is
-queued and drawn.
-"""
+queued and drawn."""
 
 # Axes: n images of a job, b images drawn by one call, N image tokens, L layout tokens, T text slots
 
@@ -39,8 +38,7 @@ class ImageJob:
 
 @dataclass(frozen=True)
 class FinishedImage:
-    """Image `index` of a job: image_tokens [N] int64, and layout [L] int64 of models that have one.
-    """
+    """Image `index` of a job: image_tokens [N] int64, and layout [L] int64 if the model has one."""
 
     ticket: int
     name: Any
@@ -110,9 +108,8 @@ class QueuedJob:
 
 @dataclass
 class Row:
-    """A row of the batch: its index, which changes when rows are freed, and the text slots that it
-    cross-attends to.
-    """
+    """A row of the batch: its index, which changes when rows are freed, and the text slots that
+    it cross-attends to."""
 
     index: int
     text_slots: int
@@ -121,8 +118,7 @@ class Row:
 @dataclass
 class ActiveImage:
     """An image being drawn: its row, under guidance the unconditional branch's too, and the
-    position of its next token.
-    """
+    position of its next token."""
 
     job: QueuedJob
     index: int

@@ -60,8 +60,7 @@ def jacobi_steps(generation: Generation) -> Iterator[Tensor]:
 def _draw_window(generation: Generation, tokens: Tensor, known: Tensor, window: int,
                  groups: list[CaptionMemory], cache: SelfCache) -> Tensor:
     """Draw the next `window` tokens of each image into `tokens`, and return the number of known
-    tokens [B].
-    """
+    tokens [B]."""
     # near the end a window reaches back over known tokens
     start = known.clamp(max=generation.total - window)
     positions = start[:, None] + torch.arange(window, device=known.device)  # [B, w]
@@ -96,8 +95,7 @@ def _draw_window(generation: Generation, tokens: Tensor, known: Tensor, window: 
 def _guess_previous(tokens: Tensor, known: Tensor, positions: Tensor,
                     generation: Generation) -> Tensor:
     """Return the token before each of `positions` [B, w]: known, or guessed by the last step, or
-    copied from a neighbour.
-    """
+    copied from a neighbour."""
     begin = generation.decoder.begin
     columns = generation.decoder.config.grid[1]
     previous = tokens.gather(1, positions)

@@ -1,6 +1,5 @@
-"""Per-row state of a continuous batch, in buffers allocated once: a row is given to the next image
-when its image ends.
-"""
+"""Per-row state of a continuous batch, in buffers allocated once: a row is given to the next
+image when its image ends."""
 
 # Axes: R rows, N image tokens, T text slots, G key/value heads, d head width
 
@@ -96,9 +95,8 @@ class RowBuffers:
 
 
 def _put_memory(group: CaptionMemory, rows: SelfCache) -> None:
-    """Copy a caption's cross-attention keys and values into its rows, and hide the text slots after
-    them.
-    """
+    """Copy a caption's cross-attention keys and values into its rows, and hide the text slots
+    after them."""
     assert rows.seen is not None
     length = group.keys[0].shape[2]
     for buffer, layers in ((rows.keys, group.keys), (rows.values, group.values)):
@@ -116,8 +114,7 @@ def text_to(text: TextBatch, device: torch.device) -> TextBatch:
 
 class UnconditionalTexts:
     """Prefill unconditional texts, and keep the memory of the last KEPT_UNCONDITIONAL of them,
-    which jobs share.
-    """
+    which jobs share."""
 
     def __init__(self, decoder: CachedDecoder) -> None:
         self.decoder = decoder

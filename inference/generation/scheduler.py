@@ -44,8 +44,7 @@ from inference.sampling import guided_steps, noise_keys
 from tokenloom_common.errors import UserError, one_line
 
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError)
-"""What admitting a job may raise (torch's out of memory is a RuntimeError); it ends that job alone.
-"""
+"""Errors of admission that end the job alone (torch's out of memory is a RuntimeError)."""
 
 
 class Scheduler:
@@ -183,8 +182,7 @@ class Scheduler:
 
     def _start(self, queued: QueuedJob, images: int) -> None:
         """Put the job's next images after the active rows, up to where a decoder step continues
-        them.
-        """
+        them."""
         decoder, buffers, job = self.decoder, self._buffers, queued.job
         layout_tokens = decoder.config.layout_tokens
         if queued.memory is None:
@@ -215,7 +213,7 @@ class Scheduler:
             buffers.tokens[first:end, 1] = ids.repeat(branches)
 
         # only now that nothing can fail any more
-        rows = []
+        rows: list[Row] = []
         for group in groups:
             text_slots = group.keys[0].shape[2]
             rows += [Row(first + len(rows) + at, text_slots) for at in range(images)]

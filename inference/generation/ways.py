@@ -1,5 +1,6 @@
-"""Captions -> image tokens: choose how to decode (plain, Jacobi, CUDA graph) and run it. A layout
-comes first, if there is one.
+"""Captions -> image tokens: choose how to decode (plain, Jacobi, CUDA graph) and run it.
+
+A layout comes first, if there is one.
 """
 
 # Axes: B images, N image tokens, L layout tokens
@@ -18,17 +19,15 @@ from inference.generation.jacobi import jacobi_steps
 
 
 def generate_tokens(decoder: CachedDecoder, request: Request) -> tuple[Tensor, Tensor | None]:
-    """Run all steps -> image_tokens [B, N] int64 in raster order, and the layout [B, L] of models
-    that have one.
-    """
+    """Run all steps -> image_tokens [B, N] int64 in raster order, and the layout [B, L] of
+    models that have one."""
     generation = Generation(decoder, request)
     return torch.stack(list(token_steps(generation)), dim=1), generation.layout
 
 
 def token_steps(generation: Generation) -> Iterator[Tensor]:
-    """Yield the next ids [B] for each of the N positions, decoded as suits request and device; the
-    tokens are the same.
-    """
+    """Yield the next ids [B] for each of the N positions, decoded as suits request and device;
+    the tokens are the same."""
     if generation.request.window > 1:
         return jacobi_steps(generation)
     if generation.decoder.device.type == "cuda":

@@ -27,8 +27,7 @@ def available_memory(device: str | torch.device, root: Path = Path("/")) -> int 
 
 
 def _control_groups(root: Path) -> list[int]:
-    """Return the bytes left in each control group of the process and in those above it, if limited.
-    """
+    """Return the bytes left in each limited control group of the process, and in those above."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -80,9 +79,8 @@ def _number(path: Path) -> int | None:
 
 
 def kernel_numbers(path: Path, unit: int = 1024) -> dict[str, int]:
-    """Read lines `name number [kB]` of a file of the kernel's as bytes by name; empty without the
-    file.
-    """
+    """Read lines `name number [kB]` of a file of the kernel's as bytes by name; empty without
+    the file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

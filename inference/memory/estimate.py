@@ -36,8 +36,7 @@ FIRST_USE = 24 << 20
 (measured: 15 MiB in float32, 21 in bfloat16; torch 2.13, CPU)."""
 DRAWING_BYTES = 48
 """Bytes per number of the guided logits [B, K] while a token is drawn: filtered, sorted with the
-order, with noise (37 at most over several samplers, counted on the CPU).
-"""
+order, with noise (37 at most over several samplers, counted on the CPU)."""
 PILLOW_BYTES = 4
 """Bytes of an RGB pixel in a Pillow image."""
 MOST_PICTURES = 1 << 24
@@ -80,8 +79,7 @@ class Workload:
     @classmethod
     def of_request(cls, prompts: int, num_images: int, batch_size: int, **others: Any) -> Workload:
         """Return the largest batch of num_images images of each prompt, as TextToImage batches
-        them.
-        """
+        them."""
         captions = min(prompts, max(1, batch_size // num_images))
         pictures = captions * min(num_images, batch_size)
         total = prompts * num_images
@@ -149,8 +147,9 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All bytes of sampling, with the loaded model. Loading also holds the float32 weights for
-        a moment.
+        """All bytes of sampling, with the loaded model.
+
+        Loading also holds the float32 weights for a moment.
         """
         return self.weights + self.image_tokenizer + self.beyond_weights + self.results
 
@@ -247,8 +246,7 @@ def largest_batch(config: TransformerConfig, tokenizer: ImageTokenizerConfig | N
 
 
 def check_fits(needed: int, available: int | None, what: str, remedy: str) -> None:
-    """Raise UserError if `needed` bytes are more than are available; None = unknown, which passes.
-    """
+    """Raise UserError if `needed` bytes are not available; None = unknown, which passes."""
     if available is not None and needed > available:
         raise UserError(f"{what} needs {exact_and_human(needed)} of memory, "
                         f"and {exact_and_human(max(0, available))} are there; {remedy}")

@@ -1,6 +1,5 @@
-"""Models on torch's meta device, where tensors have shapes and no numbers: count memory before it
-is allocated.
-"""
+"""Models on torch's meta device, where tensors have shapes and no numbers: count memory before
+it is allocated."""
 
 # Axes: B batch, H heads, G key/value heads, n slots, d head width
 
@@ -22,7 +21,9 @@ from tokenloom_common.errors import UserError
 
 
 def build_on_meta(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
-    """Build the model of a config on the meta device. UserError for one that no machine could hold.
+    """Build the model of a config on the meta device.
+
+    UserError for one that no machine could hold.
     """
     try:
         with torch.device("meta"):
@@ -34,8 +35,7 @@ def build_on_meta(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
 
 @contextmanager
 def autocast_on_meta() -> Iterator[None]:
-    """Let code that turns autocast off run on the meta device, which torch.autocast does not know.
-    """
+    """Let code that turns autocast off run on the meta device, unknown to torch.autocast."""
     original = torch.autocast.__init__
 
     def start(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
@@ -51,8 +51,7 @@ def autocast_on_meta() -> Iterator[None]:
 
 def peak_on_meta(run: Callable[[], object], model: nn.Module) -> int:
     """Return the peak bytes of the tensors that `run` allocates on the meta device, without the
-    model's own.
-    """
+    model's own."""
     with torch.no_grad(), fused_attention(), Alive(model) as alive:
         run()
     return alive.peak
@@ -86,9 +85,8 @@ def fused_attention(with_dropout: bool = False) -> Iterator[None]:
 
 
 class _Fused(torch.autograd.Function):
-    """The memory of a fused kernel: it keeps inputs, output, a float32 sum per row, and the mask in
-    the queries' type.
-    """
+    """The memory of a fused kernel: it keeps inputs, output, a float32 sum per row, and the mask
+    in the queries' type."""
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor,
@@ -109,9 +107,8 @@ class _Fused(torch.autograd.Function):
 
 
 class Alive(TorchDispatchMode):
-    """Count the bytes of tensors that operations allocate on the model's device and have not freed:
-    `now` and `peak`.
-    """
+    """Count the bytes of tensors that operations allocate on the model's device and have not
+    freed: `now` and `peak`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

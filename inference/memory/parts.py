@@ -32,8 +32,7 @@ class TransformerSizes:
 
     def weight_bytes(self, weights: str, number: int) -> int:
         """Return the bytes of all weights in this precision; `number`: bytes of a number that is
-        not int8.
-        """
+        not int8."""
         # int8: one byte per number of a matrix and one scale per output row; the rest stays as it
         # was
         if weights == "int8":
@@ -57,17 +56,15 @@ def transformer_sizes(config: TransformerConfig) -> TransformerSizes:
 
 def slot_bytes(config: TransformerConfig, number: int) -> int:
     """Return the bytes of one slot's keys and values in all decoder layers; `number`: bytes per
-    number.
-    """
+    number."""
     layers: int = config.decoder_layers  # type: ignore[attr-defined]
     return 2 * layers * (config.kv_heads or config.heads) * config.head_dim * number
 
 
 @lru_cache(maxsize=32)
 def tokenizer_bytes(config: ImageTokenizerConfig) -> int:
-    """Return the bytes of parameters and buffers of both halves, float32 whatever the transformer
-    is.
-    """
+    """Return the bytes of parameters and buffers of both halves, float32 whatever the
+    transformer is."""
     model = build_on_meta(build_tokenizer, config)
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 

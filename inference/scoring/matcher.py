@@ -57,8 +57,7 @@ class ImageTowerConfig(StrictConfig):
 
 class TextTowerConfig(LayersConfig):
     """The caption encoder: the same as in an encoder-decoder transformer, so that one can start
-    from it.
-    """
+    from it."""
 
     layers: int = Field(
         4, ge=0, le=512, description="of the text tower; 0 only with text features")
@@ -81,8 +80,7 @@ class MatcherConfig(StrictConfig):
 
 
 class ImageTower(nn.Module):
-    """Image -> one vector: residual blocks at falling resolution, then the mean over all positions.
-    """
+    """Image -> one vector: residual blocks at falling resolution, then the mean over positions."""
 
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__()
@@ -115,8 +113,7 @@ class Embeddings(NamedTuple):
 
 class Matcher(PretrainedModule):
     """Embed images and captions as vectors of length 1, whose dot product is their cosine
-    similarity.
-    """
+    similarity."""
 
     kind = "matcher"
     config_class = MatcherConfig
@@ -135,8 +132,7 @@ class Matcher(PretrainedModule):
 
     def _initialise(self) -> None:
         """Initialise embeddings and positions with std 0.02, as in the transformers; all else by
-        torch's default.
-        """
+        torch's default."""
         text_input = self.text_encoder.text_input
         for module in text_input.modules():
             if isinstance(module, nn.Embedding):
@@ -145,7 +141,9 @@ class Matcher(PretrainedModule):
             nn.init.normal_(text_input.position, std=0.02)
 
     def embed_images(self, image: Tensor) -> Tensor:
-        """Image [B, 3, S, S] in [-1, 1] -> [B, E] float32 of length 1. ValueError for another size.
+        """Image [B, 3, S, S] in [-1, 1] -> [B, E] float32 of length 1.
+
+        ValueError for another size.
         """
         side = self.config.image.resolution
         if image.shape[1:] != (3, side, side):
@@ -154,9 +152,8 @@ class Matcher(PretrainedModule):
         return F.normalize(self.image_projection(self.image_tower(image)).float(), dim=-1)
 
     def embed_captions(self, text_input: Tensor, text_mask: Tensor) -> Tensor:
-        """Text ids [B, T] int64 (or features [B, T, F]), text_mask [B, T] bool (True = real) -> [B,
-        E] float32 of length 1.
-        """
+        """Text ids [B, T] int64 (or features [B, T, F]), text_mask [B, T] bool (True = real) ->
+        [B, E] float32 of length 1."""
         memory = self.text_encoder(text_input, text_mask)
         real = text_mask[..., None].to(memory.dtype)
         # mean over what is not padding; clamped, since an empty caption has no real position

@@ -51,9 +51,8 @@ model.generate("a red heart", num_images=1, rerank_from=8)"""
 
 
 class MatcherScorer(ImageTextScorer, Pushable):
-    """A matcher with the text tokenizer (or frozen text encoder) that it was trained with, and its
-    card.
-    """
+    """A matcher with the text tokenizer (or frozen text encoder) that it was trained with, and
+    its card."""
 
     def __init__(self, matcher: Matcher, text_source: TextSource, card: str | None = None) -> None:
         """Raise UserError if the two do not belong together."""
@@ -91,8 +90,9 @@ class MatcherScorer(ImageTextScorer, Pushable):
 
 def save_matcher_folder(folder: str | Path, matcher: Matcher, text_source: TextSource,
                         card: str) -> Path:
-    """Write a whole matcher folder with its model card. UserError if the parts do not belong
-    together.
+    """Write a whole matcher folder with its model card.
+
+    UserError if the parts do not belong together.
     """
     check_text_source(text_source, matcher.config.text, "the matcher folder to write", "matcher")
     with atomic_folder(Path(folder), (*PARTS, INDEX_NAME, "README.md")) as aside:

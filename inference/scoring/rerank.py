@@ -12,8 +12,7 @@ from tokenloom_common.errors import UserError
 
 
 def check_candidates(rerank_from: int | None, num_images: int) -> None:
-    """Raise UserError if there are fewer candidates than images to keep; None means no reranking.
-    """
+    """Raise UserError if there are fewer candidates than images to keep; None: no reranking."""
     if rerank_from is None:
         return
     is_number = isinstance(rerank_from, int) and not isinstance(rerank_from, bool)

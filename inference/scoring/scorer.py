@@ -22,8 +22,9 @@ class Scorer(Protocol):
 
 
 class ImageTextScorer:
-    """Embeds images and captions in one space. A subclass implements _embed_images and
-    _embed_captions, for a batch.
+    """Embeds images and captions in one space.
+
+    A subclass implements _embed_images and _embed_captions, for a batch.
     """
 
     batch_size = 64
@@ -38,16 +39,16 @@ class ImageTextScorer:
         return self._in_batches(checked, self._embed_images)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
-        """Embed M captions -> [M, E] float32 of length 1, on the CPU. UserError for anything but a
-        list of text.
+        """Embed M captions -> [M, E] float32 of length 1, on the CPU.
+
+        UserError for anything but a list of text.
         """
         checked = _checked(captions, str, "caption", "text")
         return self._in_batches(checked, self._embed_captions)
 
     def scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """Return the cosine similarity [P, M] float32 in [-1, 1] of P images and M captions, on the
-        CPU.
-        """
+        """Return the cosine similarity [P, M] float32 in [-1, 1] of P images and M captions, on
+        the CPU."""
         return self.embed_images(images) @ self.embed_captions(captions).T
 
     @torch.inference_mode()
