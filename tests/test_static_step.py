@@ -8,9 +8,9 @@ import weakref
 
 import pytest
 import torch
-
 from inference.generation.batch import Generation
 from inference.generation.cuda_graph import MAX_STEPS_KEPT, StaticStep, padded, static_steps
+
 from tests.test_decoder import SHAPES
 from tests.test_jacobi import PARAMS, request
 
