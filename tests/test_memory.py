@@ -346,8 +346,9 @@ def test_the_peak_of_a_run_is_predicted():
 @pytest.mark.slow
 def test_a_limit_that_is_too_small_is_noticed_in_a_process_of_its_own():
     """ulimit -v: what is left of it is what can be allocated."""
-    code = ("import resource, inference.memory.estimate as m, torch; size = [int(l.split()[1]) for l in open('/proc/self/status') "
-            "if l.startswith('VmSize')][0] * 1024; resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2); "
+    code = ("import resource, inference.memory.estimate as m, torch; "
+            "size = [int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmSize')]"
+            "[0] * 1024; resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2); "
             "print(m.available_memory('cpu'))")
     done = subprocess.run([sys.executable, "-c", code], cwd=launching.REPOSITORY, env=launching.environment(), text=True,
                           capture_output=True, timeout=280, check=True)
