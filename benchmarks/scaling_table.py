@@ -14,8 +14,9 @@ from typing import NamedTuple
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.engine.gpus import GPU_MEMORY, peak_flops
 from training.planning.activations import Activations
-from training.planning.fits import Change, Fitting
-from training.planning.plan import Plan, checkpoint_bytes, seq2seq_plan
+from training.planning.fits import MemoryFit, MemoryOptions
+from training.planning.plan import Plan, seq2seq_plan
+from training.planning.rank_memory import checkpoint_bytes
 
 SIZES = ("parti-350m", "parti-750m", "parti-3b", "parti-20b")
 PROCESSES = (8, 64, 256)
@@ -32,7 +33,7 @@ class Row(NamedTuple):
 
     model: str
     processes: int
-    change: Change | None
+    change: MemoryOptions | None
     total: int
     host: int
     hours: float
@@ -84,7 +85,7 @@ def rows_of_size(name: str) -> list[Row]:
 
     rows = []
     for processes in PROCESSES:
-        fitting = Fitting(plan, processes, cuda=True)
+        fitting = MemoryFit(plan, processes, cuda=True)
         change = fitting.smallest_change(memory)
         hours = seconds / processes / 3600
         total = host = checkpoint = 0

@@ -1,4 +1,4 @@
-"""A trained model folder -> pictures."""
+"""From a trained model folder to images."""
 
 from inference.model_folder import LoadedModel, load_model_folder, save_model_folder
 from inference.pipeline import TextToImage
@@ -9,6 +9,6 @@ from inference.scoring.matcher import Matcher, MatcherConfig, TextTowerConfig
 from inference.scoring.matcher_folder import load_matcher
 from inference.streaming import GenerationStep
 
-__all__ = ["GenerationResult", "GenerationStep", "LoadedModel", "ManyResult", "Matcher", "MatcherConfig",
-           "PromptRequest", "SamplingParams", "TextToImage",
-           "TextTowerConfig", "load_matcher", "load_model_folder", "save_model_folder"]
+__all__ = ["GenerationResult", "GenerationStep", "LoadedModel", "ManyResult", "Matcher",
+           "MatcherConfig", "PromptRequest", "SamplingParams", "TextToImage", "TextTowerConfig",
+           "load_matcher", "load_model_folder", "save_model_folder"]

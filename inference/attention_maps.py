@@ -1,10 +1,12 @@
-"""Which word painted which patch: the attention of each image token to each position of its caption.
+"""Attention maps: how much each image token attended to each word of its caption.
 
-Cross-attention (encoder-decoder) or the image slots' attention to the text slots (decoder-only), averaged over layers and
-heads, as Hertz et al. 2022 (https://arxiv.org/abs/2208.01626) draw it for diffusion.
+Cross-attention (encoder-decoder) or the image slots' attention to the text slots (decoder-only),
+averaged over layers and heads, as Hertz et al. 2022 (https://arxiv.org/abs/2208.01626) show it for
+diffusion.
 """
 
-# Axes: B pictures, H heads, n slots, N image tokens, T text positions, P prefix slots, h w code grid, d head width
+# Axes: B images, H heads, n slots, N image tokens, T text positions, P prefix slots, h w code grid,
+#       d head width
 
 from __future__ import annotations
 
@@ -19,51 +21,86 @@ from seq2seq import EncoderDecoder, ImageTransformer, TextBatch, TextSource
 from seq2seq.layers import blinded, layer_blocks
 from tokenloom_common.errors import UserError
 
-_BEFORE_A_WORD = ("▁", "Ġ")  # SentencePiece, byte-level BPE; CLIP's BPE ends words in </w>, WordPiece goes on with ##
+_WORD_START_MARKS = ("▁", "Ġ")
+"""Of SentencePiece and byte-level BPE.
+
+CLIP's BPE ends words in </w>, WordPiece continues them with ##.
+"""
+
+
+def attention_map(model: ImageTransformer, text: TextBatch, positions: list[int],
+                  image_tokens: Tensor, layout: Tensor | None = None) -> Tensor:
+    """Return the attention [h, w] float32 of image_tokens [1, N] to some positions of their
+    caption.
+
+    positions: numbers among the caption's real positions, as word_positions returns them.
+    """
+    real = text.text_mask[0].nonzero().flatten()  # a caption may be padded on its left
+    weights = attention_to_text(model, text, image_tokens, layout)
+    to_word = weights[0, :, real[positions]].sum(dim=-1)  # [N]
+    return to_word.reshape(model.config.grid).cpu()
 
 
 @torch.inference_mode()
-def attention_to_text(model: ImageTransformer, text: TextBatch, image_tokens: Tensor, layout: Tensor | None = None) -> Tensor:
-    """Weights [B, N, T] float32 of text positions for the slots that predict image_tokens [B, N], from one forward pass.
+def attention_to_text(model: ImageTransformer, text: TextBatch, image_tokens: Tensor,
+                      layout: Tensor | None = None) -> Tensor:
+    """Return the weights [B, N, T] float32 of text positions for the slots that predict
+    image_tokens [B, N].
 
-    Encoder-decoder: they sum to 1 over the real positions. Decoder-only: to what is left beside image and layout.
+    From one forward pass. Encoder-decoder: they sum to 1 over the real positions. Decoder-only: to
+    what is left beside image and layout.
     """
     crosses = isinstance(model, EncoderDecoder)
-    total = torch.zeros(())
     layers = layer_blocks(model.decoder, cross_attend=crosses)
+    total = torch.zeros(())
 
+    # the models' fused attention does not return its weights: compute them again from its inputs
     def record(attend: Any, args: tuple, kwargs: dict) -> None:
         nonlocal total
         query, key = args[0].float(), args[1].float()
         mask = kwargs.get("mask")
-        total = total + (_cross_weights(query, key, mask) if crosses else _own_weights(attend, query, key, mask)).mean(dim=1)
+        if crosses:
+            weights = _cross_weights(query, key, mask)
+        else:
+            weights = _self_weights(attend, query, key, mask)
+        total = total + weights.mean(dim=1)
 
-    hooks = [blocks[1 if crosses else 0].block.attend.register_forward_pre_hook(record, with_kwargs=True) for blocks in layers]
+    # the blocks of a layer: self-attention, cross-attention (if it has one), feed-forward
+    block = 1 if crosses else 0
+    attentions = [blocks[block].block.attend for blocks in layers]
+    hooks = [attend.register_forward_pre_hook(record, with_kwargs=True) for attend in attentions]
     try:
         model(*text, image_tokens, layout)
     finally:
         for hook in hooks:
             hook.remove()
-    first = model.prefix_slots - (0 if model.begin_of_image_slot else 1)
+
+    # without a begin slot, the last slot of the prefix predicts token 0
+    first = model.prefix_slots if model.begin_of_image_slot else model.prefix_slots - 1
     weights = total[:, first: first + model.config.num_tokens] / len(layers)  # [B, N, keys]
     start = 0 if crosses else model.text_slots - model.config.text_length
     return weights[..., start: start + model.config.text_length]
 
 
 def _cross_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, H, n, T]."""
-    return _softmax(query, key, torch.ones(1, dtype=torch.bool, device=query.device) if mask is None else mask)
+    """Return cross-attention weights [B, H, n, T]."""
+    if mask is None:
+        mask = torch.ones(1, dtype=torch.bool, device=query.device)
+    return _softmax(query, key, mask)
 
 
-def _own_weights(attend: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, H, n, n] under a layer's own pattern."""
-    pattern, slots = attend.pattern, query.shape[2]
+def _self_weights(attend: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Return self-attention weights [B, H, n, n] under the layer's own pattern."""
+    slots = query.shape[2]
     if attend.blind_slots:
-        query, key = blinded(query, attend.blind_slots), blinded(key, attend.blind_slots)
-    seen = pattern.mask(slots).to(query.device)
+        query = blinded(query, attend.blind_slots)
+        key = blinded(key, attend.blind_slots)
+    seen = attend.pattern.mask(slots).to(query.device)
     if mask is not None:
-        rest = torch.ones(*mask.shape[:-1], slots - mask.shape[-1], dtype=torch.bool, device=mask.device)
-        seen = seen & torch.cat([mask, rest], dim=-1)
+        # the mask is of the text alone; all that follows it is real
+        image_shape = (*mask.shape[:-1], slots - mask.shape[-1])
+        image_mask = torch.ones(image_shape, dtype=torch.bool, device=mask.device)
+        seen = seen & torch.cat([mask, image_mask], dim=-1)
     return _softmax(query, key, seen)
 
 
@@ -73,67 +110,91 @@ def _softmax(query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
     return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
 
 
-def word_positions(source: TextSource, caption: str, word: str) -> list[int]:
-    """Positions of a caption's text input that hold `word` (or several words in a row), each time that it occurs.
+# ---- words and their positions
 
-    UserError, with the caption's pieces, when it does not occur.
+
+def word_positions(source: TextSource, caption: str, word: str) -> list[int]:
+    """Return the positions of a caption's text input that hold `word`, every time that it occurs.
+
+    `word` may be several words in a row. UserError, with the caption's pieces, if it does not
+    occur.
     """
     pieces = source.words(caption)
-    bare, begins = [_bare(piece) for piece in pieces], _word_begins(pieces)
+    bare = [_bare(piece) for piece in pieces]
+    starts = _word_starts(pieces)
     wanted = "".join(word.casefold().split())
     found: set[int] = set()
-    for first in [at for at, begin in enumerate(begins) if begin]:
+    for first, is_start in enumerate(starts):
+        if not is_start:
+            continue
         joined = ""
         for last in range(first, len(pieces)):
             if _is_special(pieces[last]):
                 break
             joined += bare[last]
-            ends = last + 1 == len(pieces) or begins[last + 1] or _is_special(pieces[last + 1])
+            following = last + 1
+            ends = following == len(pieces) or starts[following] or _is_special(pieces[following])
             if joined == wanted and ends:
-                found |= set(range(first, last + 1))
+                found |= set(range(first, following))
             if not wanted.startswith(joined):
                 break
     if not wanted or not found:
-        raise UserError(f"the caption '{caption}' has no word '{word}'; its pieces: {' '.join(filter(None, bare))}")
+        shown = " ".join(filter(None, bare))
+        raise UserError(f"the caption '{caption}' has no word '{word}'; its pieces: {shown}")
     return sorted(found)
 
 
-def _word_begins(pieces: list[str]) -> list[bool]:
-    """Which pieces begin a word: after a mark of the word before, or with one of its own, as the vocabulary writes them."""
-    before = next((mark for mark in _BEFORE_A_WORD if any(mark in piece for piece in pieces)), None)
-    begins = []
+def _word_starts(pieces: list[str]) -> list[bool]:
+    """Say of each piece whether it starts a word, by the marks of the vocabulary."""
+    text = "".join(pieces)
+    start_marks = [mark for mark in _WORD_START_MARKS if mark in text]
+    start_mark = start_marks[0] if start_marks else None
+    has_end_marks = any(piece.endswith("</w>") for piece in pieces)
+
+    starts = []
     for number, piece in enumerate(pieces):
+        is_first = number == 0
+        after_special = not is_first and _is_special(pieces[number - 1])
         if _is_special(piece):
-            begins.append(False)
-        elif before is not None:
-            begins.append(piece.startswith(before) or (number > 0 and _is_special(pieces[number - 1])))
-        elif any(other.endswith("</w>") for other in pieces):
-            begins.append(number == 0 or _is_special(pieces[number - 1]) or pieces[number - 1].endswith("</w>"))
+            starts.append(False)
+        elif start_mark is not None:
+            starts.append(piece.startswith(start_mark) or after_special)
+        elif has_end_marks:
+            starts.append(is_first or after_special or pieces[number - 1].endswith("</w>"))
         else:
-            begins.append(not piece.startswith("##"))
-    return begins
+            starts.append(not piece.startswith("##"))
+    return starts
 
 
 def _is_special(piece: str) -> bool:
+    """Whether a piece is a special token, such as <s> or [CLS]."""
     return len(piece) > 2 and (piece[0] + piece[-1]) in ("<>", "[]")
 
 
 def _bare(piece: str) -> str:
     if _is_special(piece):
         return ""
-    for mark in (*_BEFORE_A_WORD, "##", "</w>"):
+    for mark in (*_WORD_START_MARKS, "##", "</w>"):
         piece = piece.replace(mark, "")
     return "".join(piece.casefold().split())
 
 
-def overlay(picture: Image.Image, weights: Tensor) -> Image.Image:
-    """A picture under its attention [h, w]: bright where it is high, dark where it is low, on the picture's own size."""
+# ---- for people to look at
+
+
+def overlay(image: Image.Image, weights: Tensor) -> Image.Image:
+    """Return the image, at its size, under its attention [h, w]: reddish where high, dark grey
+    where low."""
     values = weights.float().cpu().numpy()
-    values = (values - values.min()) / max(float(values.max() - values.min()), 1e-12)
-    heat = Image.fromarray((values * 255).astype(numpy.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
+    spread = max(float(values.max() - values.min()), 1e-12)  # not 0 where attention is even
+    values = (values - values.min()) / spread
+    heat = Image.fromarray((values * 255).astype(numpy.uint8))
+    heat = heat.resize(image.size, Image.Resampling.BICUBIC)
     share = numpy.asarray(heat, dtype=numpy.float32)[..., None] / 255
-    pixels = numpy.asarray(picture.convert("RGB"), dtype=numpy.float32)
-    gray = pixels.mean(axis=-1, keepdims=True) * 0.35
+
+    pixels = numpy.asarray(image.convert("RGB"), dtype=numpy.float32)
+    dark = pixels.mean(axis=-1, keepdims=True) * 0.35
     red = numpy.array([255.0, 60.0, 30.0], dtype=numpy.float32)
-    shown = gray * (1 - share) + (pixels * 0.65 + red * 0.35) * share
+    bright = pixels * 0.65 + red * 0.35
+    shown = dark * (1 - share) + bright * share
     return Image.fromarray(shown.clip(0, 255).astype(numpy.uint8))

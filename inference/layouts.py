@@ -1,8 +1,10 @@
-"""Layouts: a coarse grid of classes that comes before the image tokens (Make-A-Scene, Gafni et al. 2022,
-https://arxiv.org/abs/2203.13131). Of `classes` that the data carries (a segmentation), or of the picture's own `colors`.
+"""Layouts: a coarse grid of classes that precedes the image tokens.
+
+The classes come with the data (a segmentation), or are the image's own colours. After Make-A-Scene
+(Gafni et al. 2022, https://arxiv.org/abs/2203.13131).
 """
 
-# Axes: B pictures, L layout tokens (= rows * columns), S side in pixels
+# Axes: B images, L layout tokens (= rows * columns), S side in pixels
 
 from __future__ import annotations
 
@@ -16,51 +18,71 @@ from torch import Tensor
 from seq2seq import TransformerConfig
 from tokenloom_common.errors import UserError
 
-COLOR_LEVELS = 3  # a channel: dark, middle, bright
+COLOR_LEVELS = 3  # per channel: dark, middle, bright
 COLOR_CLASSES = COLOR_LEVELS**3
 
 
 def color_layout(image: Image.Image, grid: tuple[int, int]) -> numpy.ndarray:
-    """A picture's colour layout [L] int64 in [0, 27): each cell's mean colour, each channel to the nearest of 0, 128, 255."""
-    small = numpy.asarray(image.convert("RGB").resize((grid[1], grid[0]), Image.Resampling.BOX), dtype=numpy.float64)
-    levels = numpy.rint(small / 255 * (COLOR_LEVELS - 1)).astype(numpy.int64)  # [rows, columns, 3]
-    return (levels @ numpy.array([COLOR_LEVELS**2, COLOR_LEVELS, 1])).reshape(-1)
+    """Return an image's colour layout [L] int64 in [0, 27).
+
+    Each cell has its mean colour, each channel rounded to the nearest of 0, 128, 255.
+    """
+    rows, columns = grid
+    cells = image.convert("RGB").resize((columns, rows), Image.Resampling.BOX)
+    means = numpy.asarray(cells, dtype=numpy.float64)
+    levels = numpy.rint(means / 255 * (COLOR_LEVELS - 1)).astype(numpy.int64)  # [rows, columns, 3]
+    place_values = numpy.array([COLOR_LEVELS**2, COLOR_LEVELS, 1])
+    return (levels @ place_values).reshape(-1)
 
 
 def color_picture(layout: Tensor, grid: tuple[int, int], side: int) -> Image.Image:
-    """The other way: a colour layout [L] as a picture of side x side pixels, for people to look at."""
-    levels = torch.stack([layout // COLOR_LEVELS**2, layout // COLOR_LEVELS % COLOR_LEVELS, layout % COLOR_LEVELS], dim=-1)
-    pixels = (levels.reshape(*grid, 3) * 255 // (COLOR_LEVELS - 1)).to(torch.uint8).numpy()
-    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+    """Show a colour layout [L] as an image of side x side pixels, for people to look at."""
+    red = layout // COLOR_LEVELS**2
+    green = layout // COLOR_LEVELS % COLOR_LEVELS
+    blue = layout % COLOR_LEVELS
+    levels = torch.stack([red, green, blue], dim=-1).reshape(*grid, 3)
+    pixels = (levels * 255 // (COLOR_LEVELS - 1)).to(torch.uint8)
+    return Image.fromarray(pixels.numpy()).resize((side, side), Image.Resampling.NEAREST)
 
 
 def read_layout(given: Any, config: TransformerConfig, rows: int) -> Tensor | None:
-    """What a caller gives as a layout -> [rows, L] int64: a picture (colour layouts), class numbers [L] or [rows, columns], or
-    one such for each of the `rows` pictures. None stays None: it is sampled. UserError on anything else."""
+    """Convert a caller's layout to [rows, L] int64, one for each of `rows` images.
+
+    given: an image (for colour layouts), class numbers [L] or [rows, columns], or one of these for
+    each image. None stays None: the layout is sampled. UserError for anything else.
+    """
     if given is None:
         return None
     if config.layout_grid is None:
         raise UserError("this model was trained without layouts; leave the layout out")
+    grid = f"{config.layout_grid[0]} x {config.layout_grid[1]}"
     if isinstance(given, Image.Image):
         if config.layout_kind != "colors":
-            raise UserError(f"this model's layouts are {config.layout_classes} classes, not colours; give their numbers, "
-                            f"{config.layout_grid[0]} x {config.layout_grid[1]} of them")
+            classes = config.layout_classes
+            raise UserError(f"this model's layouts are {classes} classes, not colours; "
+                            f"give their numbers, {grid} of them")
         given = color_layout(given, config.layout_grid)
+
     try:
         layout = torch.as_tensor(numpy.asarray(given))
     except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"a layout must be a picture or whole numbers, got {type(given).__name__}") from None
+        raise UserError(
+            f"a layout must be a picture or whole numbers, got {type(given).__name__}") from None
     if layout.is_floating_point() or layout.is_complex() or layout.dtype == torch.bool:
-        raise UserError(f"a layout holds whole numbers, got {str(layout.dtype).removeprefix('torch.')}")
+        dtype = str(layout.dtype).removeprefix("torch.")
+        raise UserError(f"a layout holds whole numbers, got {dtype}")
+
     count = config.layout_tokens
     if layout.numel() == count:
-        layout = layout.reshape(1, count).expand(rows, -1)
+        layout = layout.reshape(1, count).expand(rows, -1)  # the same for all images
     elif layout.numel() == rows * count and len(layout) == rows:
         layout = layout.reshape(rows, count)
     else:
-        raise UserError(f"a layout of {tuple(layout.shape)} numbers: this model reads {config.layout_grid[0]} x "
-                        f"{config.layout_grid[1]} of them, for all pictures or for each of {rows}")
-    if int(layout.min()) < 0 or int(layout.max()) >= (config.layout_classes or 0):
-        raise UserError(f"a layout's numbers must lie in 0 to {(config.layout_classes or 0) - 1}, found "
-                        f"{int(layout.min())} to {int(layout.max())}")
+        raise UserError(f"a layout of {tuple(layout.shape)} numbers: this model reads {grid} of "
+                        f"them, for all pictures or for each of {rows}")
+
+    lowest, highest = int(layout.min()), int(layout.max())
+    limit = (config.layout_classes or 0) - 1
+    if lowest < 0 or highest > limit:
+        raise UserError(f"a layout's numbers must lie in 0 to {limit}, found {lowest} to {highest}")
     return layout.long()

@@ -1,17 +1,19 @@
-"""Many prompts, each with parameters and a seed of its own, in one batch that never waits for its slowest picture."""
+"""Many prompts, each with its own parameters and seed, in one batch that never waits for its
+slowest image."""
 
-# Axes: N image tokens, n pictures of a request
+# Axes: N image tokens, n images of a request
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from PIL import Image
 from torch import Tensor
 
 from inference.decoder.cached_decoder import CachedDecoder
-from inference.generation.picture_job import FailedPicture, PictureJob
+from inference.generation.image_job import FailedImage, ImageJob
 from inference.generation.scheduler import Scheduler
 from inference.requests import PromptRequest
 from inference.results import ManyResult
@@ -20,47 +22,54 @@ from tokenloom_common.errors import UserError
 
 
 class BatchModel(Protocol):
-    """A model whose requests share a batch; `TextToImage` is one."""
+    """A model that can draw many requests in one batch; `TextToImage` is one."""
 
     decoder: CachedDecoder
 
-    def picture_job(self, request: PromptRequest, name: object) -> PictureJob:
-        """The request as the scheduler takes it."""
+    def image_job(self, request: PromptRequest, name: object) -> ImageJob:
+        """Encode the request for the scheduler. UserError for a wrong one."""
         ...
 
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
-        """Image tokens [B, N] -> B images."""
+        """Decode image tokens [B, N] to B images."""
         ...
 
 
-def generate_many(model: BatchModel, requests: Iterable[PromptRequest], batch_size: int) -> Iterator[ManyResult]:
-    """Pictures of all requests in the order in which they end, in `batch_size` rows at a time (a guided picture takes two).
+def generate_many(model: BatchModel, requests: Iterable[PromptRequest],
+                  batch_size: int) -> Iterator[ManyResult]:
+    """Yield the images of all requests in the order in which they end, drawn in `batch_size` rows.
 
-    Requests are read as there is room, so there may be any number. UserError for a request that is wrong, when it is read.
+    An image takes one row, or two under guidance. Requests are read as there is room, so there may
+    be any number of them. UserError for a wrong request, when it is read.
     """
     scheduler = Scheduler(model.decoder, batch_size)
-    asked: dict[int, tuple[PromptRequest, SamplingParams]] = {}
+    # requests whose images have not all ended: the request, its parameters as used, and the images
+    # left
+    open_requests: dict[int, tuple[PromptRequest, SamplingParams]] = {}
+    images_left: dict[int, int] = {}
 
-    def jobs() -> Iterator[PictureJob]:
+    def jobs() -> Iterator[ImageJob]:
         for number, request in enumerate(requests):
             try:
-                job = model.picture_job(request, number)
+                job = model.image_job(request, number)
             except UserError as error:
                 raise UserError(f"request {number + 1}: {error}") from None
-            asked[number] = request, job.params
+            open_requests[number] = request, job.params
+            images_left[number] = request.num_images
             yield job
 
-    left: dict[int, int] = {}
-    for picture in scheduler.run(jobs()):
-        number = picture.name
-        request, params = asked[number]
-        common = (number, picture.index, request.prompt, request.seed + picture.index, params, request.negative_prompt)
-        if isinstance(picture, FailedPicture):
-            yield ManyResult(*common, reason=picture.reason)
+    for image in scheduler.run(jobs()):
+        number = image.name
+        request, params = open_requests[number]
+        result = ManyResult(number, image.index, request.prompt, request.seed + image.index, params,
+                            request.negative_prompt)
+        if isinstance(image, FailedImage):
+            yield replace(result, reason=image.reason)
         else:
-            tokens = picture.image_tokens.cpu()
-            yield ManyResult(*common, model.decode_tokens(tokens[None])[0], tokens,
-                             None if picture.layout is None else picture.layout.cpu())
-        left[number] = left.get(number, request.num_images) - 1
-        if not left[number]:
-            del asked[number], left[number]
+            tokens = image.image_tokens.cpu()
+            layout = None if image.layout is None else image.layout.cpu()
+            [pixels] = model.decode_tokens(tokens[None])
+            yield replace(result, image=pixels, image_tokens=tokens, layout=layout)
+        images_left[number] -= 1
+        if not images_left[number]:
+            del open_requests[number], images_left[number]

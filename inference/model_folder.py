@@ -1,10 +1,12 @@
-"""The model folder: model_index.json + tokenizer_image/ + seq2seq/ + text_tokenizer/, and generation_config.json.
+"""The model folder: model_index.json, generation_config.json, tokenizer_image/, seq2seq/,
+text_tokenizer/.
 
-The one place that knows its layout. It is written whole or not at all; no pickle is ever read from it.
+The one module that knows its structure. It is written atomically; no pickle is ever read from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,8 +15,16 @@ from typing import Any, Protocol
 import torch
 
 from inference.sampling import SamplingParams
-from seq2seq import TEXT_SOURCES, TRANSFORMER_KINDS, FrozenTextEncoder, ImageTransformer, TextSource, load_text_source
-from tokenizer_image import KINDS, ImageTokenizer, load_tokenizer
+from seq2seq import (
+    TEXT_SOURCES,
+    TRANSFORMER_KINDS,
+    FrozenTextEncoder,
+    ImageTransformer,
+    TextSource,
+    load_text_source,
+)
+from seq2seq.config import LayersConfig
+from tokenizer_image import IMAGE_TOKENIZERS, ImageTokenizer, load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError, choose
@@ -31,7 +41,7 @@ USAGE = """from tokenloom import TextToImage
 
 model = TextToImage.from_pretrained("path/or/hub-id")
 model.generate("a red heart", num_images=4, seed=0).images[0].save("heart.png")"""
-"""For a model card."""
+"""The example of a model card."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,11 @@ class LoadedModel:
     text_tokenizer: TextSource
     generation: SamplingParams
     folder: Path
-    card: str | None = None
-    """The text of its README.md."""
+    card: str | None = None  # the text of README.md
 
 
 def toolkit_version() -> str:
-    """The installed version of Tokenloom."""
+    """Return the installed version of Tokenloom."""
     try:
         return version("tokenloom")
     except PackageNotFoundError:
@@ -56,7 +65,7 @@ def toolkit_version() -> str:
 
 
 class WrittenPart(Protocol):
-    """What writes a part's folder without holding the part: its class, its config, and `write`."""
+    """A part that can write its folder without holding its weights in memory (a conversion)."""
 
     @property
     def model_class(self) -> type[PretrainedModule]: ...
@@ -65,101 +74,161 @@ class WrittenPart(Protocol):
     def write(self, folder: Path) -> None: ...
 
 
-def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer,
-                      text_tokenizer: TextSource, generation: SamplingParams, card: str) -> Path:
-    """Write a whole model folder with its model card. UserError if the parts do not belong together."""
+# ---- writing
+
+
+def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer,
+                      seq2seq: ImageTransformer, text_tokenizer: TextSource,
+                      generation: SamplingParams, card: str) -> Path:
+    """Write a whole model folder with its model card.
+
+    UserError if the parts do not belong together.
+    """
     return write_model_folder(folder, image_tokenizer, seq2seq, text_tokenizer, generation, card)
 
 
-def write_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | WrittenPart,
-                       text_tokenizer: TextSource, generation: SamplingParams, card: str) -> Path:
-    """As save_model_folder, of a transformer that may be too large to hold."""
+def write_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer,
+                       seq2seq: ImageTransformer | WrittenPart, text_tokenizer: TextSource,
+                       generation: SamplingParams, card: str) -> Path:
+    """Do what save_model_folder does, also for a transformer that may be too large to hold."""
     check_pair(image_tokenizer, seq2seq, text_tokenizer, "the model folder to write")
-    kind = seq2seq.kind if isinstance(seq2seq, ImageTransformer) else seq2seq.model_class.kind
-    with atomic_folder(Path(folder), (*PARTS, INDEX_NAME, GENERATION_NAME, "README.md")) as aside:
+    names = (*PARTS, INDEX_NAME, GENERATION_NAME, "README.md")
+    with atomic_folder(Path(folder), names) as aside:
         for name in PARTS:
             (aside / name).mkdir()
-        write_pretrained(image_tokenizer.kind, image_tokenizer.config, image_tokenizer.state_dict(), aside / "tokenizer_image")
+        write_pretrained(image_tokenizer.kind, image_tokenizer.config, image_tokenizer.state_dict(),
+                         aside / "tokenizer_image")
         if isinstance(seq2seq, ImageTransformer):
+            kind = seq2seq.kind
             write_pretrained(kind, seq2seq.config, seq2seq.state_dict(), aside / "seq2seq")
         else:
+            kind = seq2seq.model_class.kind
             seq2seq.write(aside / "seq2seq")
         text_tokenizer.write_files(aside / "text_tokenizer")
         write_json_atomic(aside / GENERATION_NAME, generation.plain())
         write_text_atomic(aside / "README.md", card)
         write_json_atomic(aside / INDEX_NAME, {
-            "_class_name": CLASS_NAME, "_tokenloom_version": toolkit_version(), "schema_version": SCHEMA_VERSION,
-            "tokenizer_image": image_tokenizer.kind, "seq2seq": kind, "text_tokenizer": text_tokenizer.kind})
+            "_class_name": CLASS_NAME, "_tokenloom_version": toolkit_version(),
+            "schema_version": SCHEMA_VERSION, "tokenizer_image": image_tokenizer.kind,
+            "seq2seq": kind, "text_tokenizer": text_tokenizer.kind})
     return Path(folder)
 
 
 def save_loaded_model(folder: str | Path, parts: LoadedModel) -> Path:
     """Write loaded parts as a model folder again, with the card that they came with."""
-    card = parts.card or model_card(CardFacts(
-        title="Text-to-image model", summary="Saved with Tokenloom. Nothing is known here of its training.", usage=USAGE,
-        pipeline_tag="text-to-image", tags=(parts.seq2seq.kind, parts.image_tokenizer.kind)))
-    return save_model_folder(folder, parts.image_tokenizer, parts.seq2seq, parts.text_tokenizer, parts.generation, card)
+    card = parts.card
+    if not card:
+        card = model_card(CardFacts(
+            title="Text-to-image model",
+            summary="Saved with Tokenloom. Nothing is known here of its training.", usage=USAGE,
+            pipeline_tag="text-to-image", tags=(parts.seq2seq.kind, parts.image_tokenizer.kind)))
+    return save_model_folder(folder, parts.image_tokenizer, parts.seq2seq, parts.text_tokenizer,
+                             parts.generation, card)
+
+
+# ---- reading
 
 
 def read_model_index(folder: Path) -> dict[str, str]:
-    """model_index.json, checked; UserError or MissingFileError naming the file and the remedy."""
+    """Read and check model_index.json.
+
+    UserError or MissingFileError naming the file and the remedy.
+    """
     path = folder / INDEX_NAME
     if not path.is_file():
-        raise MissingFileError(f"{folder}: {INDEX_NAME} is missing, so this is not a (whole) model folder; "
-                               "give the folder that training wrote as RUN/model")
+        raise MissingFileError(
+            f"{folder}: {INDEX_NAME} is missing, so this is not a (whole) model folder; "
+            "give the folder that training wrote as RUN/model")
     index = read_mapping(path)
-    if index.get("_class_name") != CLASS_NAME:
-        raise UserError(f"{path}: _class_name is {index.get('_class_name')!r}, expected '{CLASS_NAME}'; "
+    class_name = index.get("_class_name")
+    if class_name != CLASS_NAME:
+        raise UserError(f"{path}: _class_name is {class_name!r}, expected '{CLASS_NAME}'; "
                         "models of other projects are converted first")
-    if not isinstance(index.get("schema_version"), int) or not 1 <= index["schema_version"] <= SCHEMA_VERSION:
-        raise UserError(f"{path}: schema_version {index.get('schema_version')!r} is not supported by this release")
+    check_schema_version(index, SCHEMA_VERSION, path)
     choose(TEXT_SOURCES, str(index.get("text_tokenizer")), f"{path}: kind of text tokenizer")
     if not (folder / GENERATION_NAME).is_file():
-        raise MissingFileError(f"{folder}: {GENERATION_NAME} is missing, so the model folder is only half there; copy it again")
-    for part in PARTS:
-        if not (folder / part).is_dir():
-            raise MissingFileError(f"{folder}: {part}/ is missing, so the model folder is only half there; copy it again")
+        raise MissingFileError(f"{folder}: {GENERATION_NAME} is missing, "
+                               "so the model folder is only half there; copy it again")
+    check_parts(folder, PARTS, "model folder")
     return index
 
 
-def load_model_folder(name: str | Path, device: str | torch.device = "cpu", revision: str | None = None,
-                      text_encoder: str | None = None) -> LoadedModel:
-    """Load a local model folder or a hub id, strictly, in eval mode. text_encoder: see TextToImage.from_pretrained."""
+def check_schema_version(index: dict[str, Any], newest: int, path: Path) -> None:
+    """Raise UserError for an index file of another release's schema."""
+    version = index.get("schema_version")
+    if not isinstance(version, int) or not 1 <= version <= newest:
+        raise UserError(f"{path}: schema_version {version!r} is not supported by this release")
+
+
+def check_parts(folder: Path, parts: Sequence[str], what: str) -> None:
+    """Raise MissingFileError unless all part folders are there."""
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise MissingFileError(
+                f"{folder}: {part}/ is missing, so the {what} is only half there; copy it again")
+
+
+def load_model_folder(name: str | Path, device: str | torch.device = "cpu",
+                      revision: str | None = None, text_encoder: str | None = None) -> LoadedModel:
+    """Load a local model folder or a hub id, strictly, in eval mode.
+
+    text_encoder: see TextToImage.from_pretrained.
+    """
     folder = resolve_folder(name, revision)
     index = read_model_index(folder)
-    where = f"{folder / INDEX_NAME}: "
-    tokenizer_class = choose(KINDS, str(index.get("tokenizer_image")), f"{where}kind of image tokenizer")
-    seq2seq_class = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")), f"{where}kind of seq2seq model")
+    path = folder / INDEX_NAME
+    tokenizer_class = choose(IMAGE_TOKENIZERS, str(index.get("tokenizer_image")),
+                             f"{path}: kind of image tokenizer")
+    seq2seq_class = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")),
+                           f"{path}: kind of seq2seq model")
+
     image_tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer_image", device)
     seq2seq = seq2seq_class.from_pretrained(folder / "seq2seq", device)
     text_tokenizer = load_text_source(folder / "text_tokenizer", text_encoder)
     if isinstance(text_tokenizer, FrozenTextEncoder):
         text_tokenizer.to(device)
-    generation = SamplingParams.parse(read_mapping(folder / GENERATION_NAME), str(folder / GENERATION_NAME))
+    generation_file = folder / GENERATION_NAME
+    generation = SamplingParams.parse(read_mapping(generation_file), str(generation_file))
     check_pair(image_tokenizer, seq2seq, text_tokenizer, str(folder))
-    return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder, read_card(folder))
+    card = read_card(folder)
+    return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder, card)
 
 
-def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | WrittenPart, text_tokenizer: TextSource,
-               where: str) -> None:
-    """UserError naming both sides when the parts do not belong together."""
+def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | WrittenPart,
+               text_tokenizer: TextSource, where: str) -> None:
+    """Raise UserError naming both sides if the parts do not belong together."""
     config = seq2seq.config
-    pairs = [("codebook size", "image tokenizer", image_tokenizer.codebook_size, config.codebook_size),
-             ("code grid", "image tokenizer", tuple(image_tokenizer.grid), tuple(config.grid)),
-             ("vocabulary", "text tokenizer", text_tokenizer.vocab_size, config.text_vocab_size),
-             ("width of features", "text tokenizer", text_tokenizer.feature_width, config.text_feature_width),
-             ("text length", "text tokenizer", text_tokenizer.config.text_length, config.text_length)]
+    check_trained_with(where, "image tokenizer", "transformer", [
+        ("codebook size", image_tokenizer.codebook_size, config.codebook_size),
+        ("code grid", tuple(image_tokenizer.grid), tuple(config.grid))])
+    check_text_source(text_tokenizer, config, where, "transformer")
     if config.tokenizer_fingerprint:
-        pairs.append(("codes (fingerprint)", "image tokenizer", code_fingerprint(image_tokenizer),
-                      config.tokenizer_fingerprint))
-    for what, part, theirs, ours in pairs:
-        if theirs != ours:
-            raise UserError(f"{where}: the {part} has {what} {theirs}, the transformer was trained for {ours}; "
-                            f"use the {part} that it was trained with")
+        found = code_fingerprint(image_tokenizer)
+        check_trained_with(where, "image tokenizer", "transformer", [
+            ("codes (fingerprint)", found, config.tokenizer_fingerprint)])
+
+
+def check_text_source(source: TextSource, config: LayersConfig, where: str, model: str) -> None:
+    """Raise UserError unless `source` gives the text that the `model` of this config was trained
+    with."""
+    check_trained_with(where, "text tokenizer", model, [
+        ("vocabulary", source.vocab_size, config.text_vocab_size),
+        ("width of features", source.feature_width, config.text_feature_width),
+        ("text length", source.config.text_length, config.text_length)])
+
+
+def check_trained_with(where: str, part: str, model: str,
+                       facts: list[tuple[str, Any, Any]]) -> None:
+    """Raise UserError for the first fact (name, found, expected by the model) that differs."""
+    for name, found, expected in facts:
+        if found != expected:
+            raise UserError(f"{where}: the {part} has {name} {found}, the {model} was trained for "
+                            f"{expected}; use the {part} that it was trained with")
 
 
 def load_image_tokenizer(name: str, device: str, revision: str | None = None) -> ImageTokenizer:
-    """The image tokenizer of a model folder, or the one whose own folder is named."""
+    """Load the image tokenizer of a model folder, or the one whose own folder is named."""
     folder = resolve_folder(name, revision)
-    part = folder / PARTS[0] if (folder / INDEX_NAME).is_file() else folder
-    return load_tokenizer(part, device)
+    if (folder / INDEX_NAME).is_file():
+        folder = folder / "tokenizer_image"
+    return load_tokenizer(folder, device)

@@ -1,26 +1,31 @@
-"""Checks of prompts, seeds and counts, and prompts files for batch generation."""
+"""Requests for images: checks of prompts, seeds and counts, their batches, and prompts files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from inference.sampling import SamplingParams
+from seq2seq import TextBatch
 from tokenloom_common.errors import UserError, nearest_name, one_line
 
-if TYPE_CHECKING:
-    pass
-from collections.abc import Sequence
-
 REQUEST_FIELDS = ("prompt", "num_images", "seed", "negative_prompt", "layout")
-"""Of a line of a prompts file, beside the fields of SamplingParams."""
+"""Fields of a line of a prompts file, beside those of SamplingParams."""
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_SEED = (1 << 63) - 1  # of the last image; the largest that a torch generator takes
 
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """Pictures of one prompt: picture i is drawn with seed + i. params: the model folder's when None."""
+    """Images of one prompt: image i is drawn with seed + i.
+
+    params: the model folder's when None.
+    """
 
     prompt: str
     num_images: int = 1
@@ -30,60 +35,9 @@ class PromptRequest:
     layout: Any = None
 
 
-def read_prompts(path: Path, defaults: PromptRequest, base: SamplingParams) -> list[PromptRequest]:
-    """A prompts file: .jsonl, an object a line with `prompt` and any of REQUEST_FIELDS and of SamplingParams' fields; anything
-    else is text, a prompt a line, blank lines left out. What a line does not say comes from `defaults` and `base`.
-
-    UserError naming file and line for a line that cannot be used, or a file without prompts.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {path}: cannot be read ({one_line(error)})") from None
-    requests = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = _values(line) if path.suffix.lower() == ".jsonl" else {"prompt": line.strip()}
-            requests.append(_request(values, defaults, base))
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-    if not requests:
-        raise UserError(f"--prompts {path}: holds no prompt")
-    return requests
-
-
-def _values(line: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"not JSON ({one_line(error)})") from None
-    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
-        raise UserError('expected an object with a "prompt", for example {"prompt": "a red heart", "seed": 7}')
-    return values
-
-
-def _request(values: dict[str, Any], defaults: PromptRequest, base: SamplingParams) -> PromptRequest:
-    valid = (*REQUEST_FIELDS, *SamplingParams.model_fields)
-    for name in values:
-        if name not in valid:
-            raise UserError(f"unknown field '{name}'{nearest_name(name, valid)}")
-    sampling = {name: value for name, value in values.items() if name not in REQUEST_FIELDS}
-    params = SamplingParams.parse({**base.plain(), **sampling}, "its sampling") if sampling else base
-    own = {name: values.get(name, getattr(defaults, name)) for name in REQUEST_FIELDS}
-    return PromptRequest(params=params, **own)
-
-
-MAX_PROMPT_CHARACTERS = 10_000
-
-
-MAX_SEED = (1 << 63) - 1  # of the last picture; what a torch generator takes
-
-
 @dataclass(frozen=True)
-class _Options:
-    """What every way of sampling takes beside prompts and counts."""
+class SamplingOptions:
+    """Everything that sampling depends on beside prompts, counts and seeds."""
 
     params: SamplingParams
     negative_prompt: str | None
@@ -91,8 +45,28 @@ class _Options:
     jacobi: int = 1
 
 
+def check_options(params: SamplingParams | None, defaults: SamplingParams,
+                  negative_prompt: str | None, layout: Any, jacobi: int = 1) -> SamplingOptions:
+    """Return the options, with `defaults` where params is None. UserError for impossible ones."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise UserError(f"params must be SamplingParams, got {type(params).__name__}")
+    used = params or defaults
+    if not is_count(jacobi):
+        raise UserError(f"jacobi must be a whole number of at least 1, got {jacobi!r}; "
+                        "1 = one token after another")
+    if negative_prompt is not None:
+        check_prompts(negative_prompt)
+        if used.guidance_scale == 1:
+            raise UserError("a negative prompt acts through guidance, and guidance_scale is 1; "
+                            "raise it, or leave the negative prompt out")
+    return SamplingOptions(used, negative_prompt, layout, jacobi)
+
+
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """One prompt or several -> a list. UserError for none, for what is not text, and for more than 10,000 characters."""
+    """Return one or several prompts as a list.
+
+    UserError for none, for anything but text, and for more than MAX_PROMPT_CHARACTERS.
+    """
     if isinstance(prompt, str):
         prompts = [prompt]
     elif isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
@@ -105,13 +79,21 @@ def check_prompts(prompt: str | Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise UserError(f"a prompt must be text, got {type(text).__name__}")
         if len(text) > MAX_PROMPT_CHARACTERS:
-            raise UserError(f"a prompt has {len(text):,} characters, the limit is {MAX_PROMPT_CHARACTERS:,}; shorten it")
+            raise UserError(f"a prompt has {len(text):,} characters, the limit is "
+                            f"{MAX_PROMPT_CHARACTERS:,}; shorten it")
     return prompts
 
 
-def _seeds(seed: int | Sequence[int], prompts: int, num_images: int, batch_size: int) -> list[int]:
-    """One a prompt. UserError for another number of them, or for what check_counts refuses."""
-    seeds = [seed] * prompts if not isinstance(seed, Sequence) or isinstance(seed, str) else list(seed)
+def first_seeds(seed: int | Sequence[int], prompts: int, num_images: int,
+                batch_size: int) -> list[int]:
+    """Return the seed of each prompt's first image, from one for all or one per prompt.
+
+    UserError for another number of seeds, or for what check_counts refuses.
+    """
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        seeds = list(seed)
+    else:
+        seeds = [seed] * prompts
     if len(seeds) != prompts:
         raise UserError(f"{len(seeds)} seeds for {prompts} prompts; give one seed, or one a prompt")
     for value in seeds:
@@ -119,14 +101,93 @@ def _seeds(seed: int | Sequence[int], prompts: int, num_images: int, batch_size:
     return seeds
 
 
-def _check_params(params: object) -> None:
-    if params is not None and not isinstance(params, SamplingParams):
-        raise UserError(f"params must be SamplingParams, got {type(params).__name__}")
-
-
 def check_counts(num_images: int, batch_size: int, seed: int) -> None:
-    for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    """Raise UserError unless counts are at least 1, and all seeds are in 0 to MAX_SEED."""
+    for name, value, least in (("num_images", num_images, 1), ("batch_size", batch_size, 1),
+                               ("seed", seed, 0)):
+        if not is_count(value, least):
             raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if seed + num_images - 1 > MAX_SEED:
-        raise UserError(f"seed must be at most {MAX_SEED} for the last picture too, got {seed} for {num_images}")
+        raise UserError(f"seed must be at most {MAX_SEED} for the last picture too, "
+                        f"got {seed} for {num_images}")
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def batches(prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[range, range]]:
+    """Split num_images per prompt into batches: yield which prompts, and which images of each."""
+    prompts_at_once = max(1, batch_size // num_images)
+    for first in range(0, prompts, prompts_at_once):
+        which = range(first, min(first + prompts_at_once, prompts))
+        # several parts only if the images of one prompt do not fit into a batch
+        for start in range(0, num_images, batch_size):
+            yield which, range(start, min(start + batch_size, num_images))
+
+
+def text_like(text: TextBatch, weights: Tensor) -> TextBatch:
+    """Move a text to the device of the model's weights, features of a text encoder also to their
+    type."""
+    text_input = text.text_input.to(weights.device)
+    if text_input.is_floating_point():
+        text_input = text_input.to(weights.dtype)
+    return TextBatch(text_input, text.text_mask.to(weights.device))
+
+
+# ---- prompts files
+
+
+def read_prompts(path: Path, defaults: PromptRequest, base: SamplingParams) -> list[PromptRequest]:
+    """Read a prompts file.
+
+    .jsonl: one object per line with `prompt` and any of REQUEST_FIELDS and of SamplingParams'
+    fields. Anything else is text: one prompt per line, blank lines left out. What a line does not
+    say comes from `defaults` and `base`. UserError naming file and line for a line that cannot be
+    used, or a file without prompts.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts {path}: cannot be read ({one_line(error)})") from None
+
+    is_json = path.suffix.lower() == ".jsonl"
+    requests = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = _json_object(line) if is_json else {"prompt": line.strip()}
+            requests.append(_request(values, defaults, base))
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    if not requests:
+        raise UserError(f"--prompts {path}: holds no prompt")
+    return requests
+
+
+def _json_object(line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not JSON ({one_line(error)})") from None
+    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        raise UserError('expected an object with a "prompt", '
+                        'for example {"prompt": "a red heart", "seed": 7}')
+    return values
+
+
+def _request(values: dict[str, Any], defaults: PromptRequest,
+             base: SamplingParams) -> PromptRequest:
+    valid = (*REQUEST_FIELDS, *SamplingParams.model_fields)
+    for name in values:
+        if name not in valid:
+            raise UserError(f"unknown field '{name}'{nearest_name(name, valid)}")
+
+    fields = {name: values.get(name, getattr(defaults, name)) for name in REQUEST_FIELDS}
+    sampling = {name: value for name, value in values.items() if name not in REQUEST_FIELDS}
+    params = base
+    if sampling:
+        params = SamplingParams.parse({**base.plain(), **sampling}, "its sampling")
+    return PromptRequest(params=params, **fields)

@@ -1,5 +1,7 @@
 """Results of generation: images with their tokens, seeds and parameters."""
 
+# Axes: B images, N image tokens, L layout tokens, h w code grid
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -13,17 +15,21 @@ from inference.sampling import SamplingParams
 from tokenloom_common.errors import UserError
 
 
-class AttentionModel(Protocol):
-    """A model that can say where its image tokens attended to; `TextToImage` is one."""
+class AttentionSource(Protocol):
+    """A model that can compute attention maps of its images; `TextToImage` is one."""
 
-    def attention_map(self, prompt: str, word: str, image_tokens: Tensor, layout: Tensor | None) -> Tensor:
-        """Attention [h, w] of image tokens [1, N] to `word` of the prompt."""
+    def attention_map(self, prompt: str, word: str, image_tokens: Tensor,
+                      layout: Tensor | None) -> Tensor:
+        """Return the attention [h, w] of image_tokens [1, N] to `word` of the prompt."""
         ...
 
 
 @dataclass(frozen=True)
 class ManyResult:
-    """One picture of request number `request`: image_tokens [N] int64 on the CPU, or in one line the reason for none."""
+    """One image of request number `request`, or the `reason` in one line why there is none.
+
+    image_tokens [N] int64 and layout [L] int64 (of models with one) are on the CPU.
+    """
 
     request: int
     index: int
@@ -39,8 +45,12 @@ class ManyResult:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """images: B pictures; image_tokens: LongTensor [B, N] on the CPU; seeds and prompts: one a picture; params: as used;
-    layouts: LongTensor [B, L] of models with a layout, given or sampled; scores: one a picture where a matcher chose."""
+    """B images with all that is needed to draw them again.
+
+    image_tokens: LongTensor [B, N] on the CPU. prompts, seeds: one per image. params: as used.
+    layouts: LongTensor [B, L] of models with a layout, given or sampled.
+    scores: one per image where a matcher chose among candidates.
+    """
 
     images: list[Image.Image]
     image_tokens: Tensor
@@ -48,19 +58,26 @@ class GenerationResult:
     seeds: list[int]
     params: SamplingParams
     layouts: Tensor | None = None
-    model: AttentionModel | None = field(default=None, repr=False, compare=False)
+    model: AttentionSource | None = field(default=None, repr=False, compare=False)
     scores: list[float] | None = None
 
     def attention(self, word: str, picture: int = 0) -> Tensor:
-        """How much each image token of a picture attended to `word` of its prompt, [h, w] float32: the mean over layers and
-        heads. UserError when the prompt has no such word, or there is no such picture."""
+        """Return how much each token of an image attended to `word` of its prompt, [h, w] float32.
+
+        The mean over layers and heads. UserError if the prompt has no such word, or there is no
+        such image.
+        """
         if self.model is None:
-            raise UserError("this result does not know its model; ask the result that TextToImage.generate returned")
+            raise UserError("this result does not know its model; "
+                            "ask the result that TextToImage.generate returned")
         if not 0 <= picture < len(self.image_tokens):
-            raise UserError(f"picture {picture}: the result holds pictures 0 to {len(self.image_tokens) - 1}")
-        layout = None if self.layouts is None else self.layouts[picture: picture + 1]
-        return self.model.attention_map(self.prompts[picture], word, self.image_tokens[picture: picture + 1], layout)
+            last = len(self.image_tokens) - 1
+            raise UserError(f"picture {picture}: the result holds pictures 0 to {last}")
+        own = slice(picture, picture + 1)
+        layout = None if self.layouts is None else self.layouts[own]
+        return self.model.attention_map(self.prompts[picture], word, self.image_tokens[own], layout)
 
     def attention_overlay(self, word: str, picture: int = 0) -> Image.Image:
-        """The picture with `attention` over it: bright and reddish where its tokens attended to the word most."""
+        """Return the image under its `attention`: bright and reddish where it attended to the
+        word most."""
         return overlay(self.images[picture], self.attention(word, picture))

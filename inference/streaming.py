@@ -1,4 +1,6 @@
-"""Streaming: one step of a growing image, and previews within a time budget."""
+"""Streaming: the steps of a growing image, and previews within a time budget."""
+
+# Axes: B images, N image tokens
 
 from __future__ import annotations
 
@@ -11,11 +13,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from inference.generation.batch import Generation
+from inference.generation.ways import token_steps
+
+Result = TypeVar("Result")
 Decode = Callable[[Tensor], list[Image.Image]]
 """Image tokens [B, N] -> B images."""
+SHARE = 0.035
+"""Time of previews as a share of the time without them.
+
+5 % is promised: a preview also slows the steps after it, by what it evicts from the caches, and
+that is not on its clock.
+"""
+
 
 class GenerationStep:
-    """One position of a stream: `position` (0 .. N-1), `image_tokens` [B, position+1] so far, `is_last`, `preview`."""
+    """One position of a stream: `position` (0 .. N-1), `image_tokens` [B, position+1] so far,
+    `preview`."""
 
     def __init__(self, decode: Decode, image_tokens: Tensor, total: int,
                  budget: PreviewBudget | None = None) -> None:
@@ -27,69 +41,88 @@ class GenerationStep:
 
     @property
     def is_last(self) -> bool:
-        """Whether the picture is complete."""
+        """Whether the image is complete."""
         return self.position == self.total - 1
 
     @property
     def previews(self) -> list[Image.Image]:
-        """The pictures so far, decoded when asked for; positions not yet drawn repeat the last token."""
+        """The images so far, decoded on access; positions not yet drawn repeat the last token."""
         missing = self.total - self.image_tokens.shape[1]
-        filled = torch.cat([self.image_tokens, self.image_tokens[:, -1:].expand(-1, missing)], dim=1)
+        last = self.image_tokens[:, -1:]
+        filled = torch.cat([self.image_tokens, last.expand(-1, missing)], dim=1)
         if self._budget is None:
             return self._decode(filled)
         return self._budget.spent_on(lambda: self._decode(filled))
 
     @property
     def preview(self) -> Image.Image:
-        """The first picture so far."""
+        """The first image so far."""
         return self.previews[0]
 
 
-Result = TypeVar("Result")
-
-
-SHARE = 0.035
-"""Of the time without previews. 5 % is promised; that caches a preview swept slow the next steps is not on its clock."""
-
-
 class PreviewBudget:
-    """Counts the time of decoding and of previews.
+    """Measure the time of decoding and of previews, and decide whether another preview is
+    affordable.
 
-    longest: seconds that a preview takes, where one is known from before. While none is, the first waits for half the tokens.
+    longest: seconds of a preview, if known from an earlier stream; if not, the first preview waits
+    for half the tokens.
     """
 
-    def __init__(self, longest: float = 0.0, share: float = SHARE, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.share, self._clock = share, clock
-        self._start = clock()
-        self._not_ours = 0.0
-        self.preview_seconds = 0.0
+    def __init__(self, longest: float = 0.0, share: float = SHARE,
+                 clock: Callable[[], float] = time.perf_counter) -> None:
+        self.share = share
         self.longest = longest
+        self.preview_seconds = 0.0
+        self._clock = clock
+        self._start = clock()
+        self._caller_seconds = 0.0
 
     @property
     def decoding_seconds(self) -> float:
-        """Since the start, without previews and without what callers did."""
-        return self._clock() - self._start - self._not_ours
+        """Seconds since the start, without those of the caller (and so of previews)."""
+        return self._clock() - self._start - self._caller_seconds
 
     def allows(self, done: int, total: int) -> bool:
-        """Whether one more preview, as long as the longest so far, stays within the share of the time so far."""
+        """Whether one more preview, as long as the longest so far, stays within the share."""
         if not self.longest:
             return 2 * done >= total
         return self.preview_seconds + self.longest <= self.share * self.decoding_seconds
 
     def spent_on(self, preview: Callable[[], Result]) -> Result:
-        """Run a preview and count it."""
+        """Run a preview and count its time."""
         start = self._clock()
         result = preview()
-        taken = self._clock() - start
-        self.preview_seconds += taken
-        self.longest = max(self.longest, taken)
+        seconds = self._clock() - start
+        self.preview_seconds += seconds
+        self.longest = max(self.longest, seconds)
         return result
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Time that is not decoding's."""
+        """Leave the time inside this context out of decoding_seconds."""
         start = self._clock()
         try:
             yield
         finally:
-            self._not_ours += self._clock() - start
+            self._caller_seconds += self._clock() - start
+
+
+def stream_steps(generation: Generation, every: int | None, decode: Decode,
+                 known_seconds: float) -> Iterator[GenerationStep]:
+    """Draw all tokens, yielding a step after every `every` of them and after the last one.
+
+    every: None to yield whenever the budget allows a preview. known_seconds: time of a preview, 0
+    if unknown.
+    """
+    total = generation.total
+    budget = PreviewBudget(known_seconds)
+    drawn: list[Tensor] = []
+    for ids in token_steps(generation):
+        drawn.append(ids)
+        done = len(drawn)
+        is_last = done == total
+        is_due = budget.allows(done, total) if every is None else done % every == 0
+        if is_last or is_due:
+            tokens = torch.stack(drawn, dim=1).cpu()
+            with budget.outside():  # the caller's time between two steps is not the stream's
+                yield GenerationStep(decode, tokens, total, None if is_last else budget)

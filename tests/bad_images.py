@@ -1,4 +1,4 @@
-"""Difficult and broken pictures as bytes, made on the spot, for every test that reads pictures."""
+"""Difficult and broken image files as bytes, built here, for every test that reads images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RED, BLUE = (220, 20, 30), (20, 30, 220)
 
 
 def encode(image: Image.Image, format_name: str, **options) -> bytes:
-    """A picture as a file's bytes."""
+    """Return an image as the bytes of a file."""
     file = BytesIO()
     image.save(file, format_name, **options)
     return file.getvalue()
@@ -27,22 +27,23 @@ def photo(width: int = 40, height: int = 24, seed: int = 0) -> Image.Image:
 
 
 def half_red() -> Image.Image:
-    """40 x 24, red above, blue below: shows a rotation."""
+    """40 x 24, red above blue, so that a rotation shows."""
     image = Image.new("RGB", (40, 24), BLUE)
     image.paste(RED, (0, 0, 40, 12))
     return image
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
-    """One chunk of a PNG file with its checksum."""
+    """Return one chunk of a PNG file with its checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def raw_png(width: int, height: int, bits: int, color_type: int, rows: bytes) -> bytes:
-    """A PNG file put together by hand, for depths and sizes that Pillow would not write."""
+    """Return a hand-made PNG file, for depths and sizes that Pillow would not write."""
     header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows))
-            + png_chunk(b"IEND", b""))
+    data = zlib.compress(rows)
+    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def empty() -> bytes:
@@ -89,7 +90,7 @@ def small_bomb() -> bytes:
 
 
 def tiff() -> bytes:
-    """A whole picture in a format outside the allow-list."""
+    """A whole image in a format outside the allow-list."""
     return encode(photo(), "TIFF")
 
 
@@ -97,7 +98,8 @@ def animated(format_name: str) -> bytes:
     """GIF or WEBP: a red frame, then a blue one."""
     frames = [Image.new("RGB", (16, 16), color) for color in (RED, BLUE)]
     options = {"lossless": True} if format_name == "WEBP" else {}
-    return encode(frames[0], format_name, save_all=True, append_images=frames[1:], duration=100, **options)
+    return encode(frames[0], format_name, save_all=True, append_images=frames[1:], duration=100,
+                  **options)
 
 
 def cmyk_jpeg() -> bytes:
@@ -136,7 +138,10 @@ def palette_png() -> bytes:
 
 
 def rotated_jpeg() -> bytes:
-    """Stored 40 x 24 red above blue with EXIF orientation 6: upright it is 24 x 40, blue left, red right."""
+    """Stored 40 x 24, red above blue, with EXIF orientation 6.
+
+    Upright it is 24 x 40, blue left, red right.
+    """
     exif = Image.Exif()
     exif[0x0112] = 6
     return encode(half_red(), "JPEG", quality=95, exif=exif)
@@ -144,7 +149,8 @@ def rotated_jpeg() -> bytes:
 
 def broken_exif_jpeg() -> bytes:
     """Whole pixels with an EXIF block of noise."""
-    return encode(half_red(), "JPEG", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 30)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 30
+    return encode(half_red(), "JPEG", quality=95, exif=exif)
 
 
 def very_wide_png() -> bytes:
@@ -168,8 +174,16 @@ REFUSED = {
     "tiff": (tiff(), "unknown format"),
 }
 ACCEPTED = {
-    "png without end": png_without_end(), "animated gif": animated("GIF"), "animated webp": animated("WEBP"),
-    "cmyk": cmyk_jpeg(), "grey16": grey16_png(), "rgb16": rgb16_png(), "grey+alpha": grey_alpha_png(),
-    "alpha": half_transparent_png(), "palette+alpha": palette_png(), "rotated": rotated_jpeg(),
-    "broken exif": broken_exif_jpeg(), "very wide": very_wide_png(),
+    "png without end": png_without_end(),
+    "animated gif": animated("GIF"),
+    "animated webp": animated("WEBP"),
+    "cmyk": cmyk_jpeg(),
+    "grey16": grey16_png(),
+    "rgb16": rgb16_png(),
+    "grey+alpha": grey_alpha_png(),
+    "alpha": half_transparent_png(),
+    "palette+alpha": palette_png(),
+    "rotated": rotated_jpeg(),
+    "broken exif": broken_exif_jpeg(),
+    "very wide": very_wide_png(),
 }

@@ -1,4 +1,4 @@
-"""Tokens of one picture of a data set, made anew without encode_dataset."""
+"""Encode one image of a data set without encode_dataset."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from training.data.sources.open_dataset import open_dataset
 
 
 def tokens_of_row(tokenizer: VQGAN, data: Path, row: int) -> list[int]:
-    """Image tokens of a row of the train split."""
-    pixels = image_to_pixels(open_dataset(str(data), split="train")[row].image, tokenizer.config.resolution)
-    return tokenizer.encode(pixels_to_float(torch.from_numpy(pixels)[None])).flatten().tolist()
+    """Return the image tokens of a row of the train split."""
+    image = open_dataset(str(data), split="train")[row].image
+    pixels = torch.from_numpy(image_to_pixels(image, tokenizer.config.resolution))
+    return tokenizer.encode(pixels_to_float(pixels[None])).flatten().tolist()

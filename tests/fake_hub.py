@@ -1,4 +1,4 @@
-"""The few endpoints of the Hugging Face Hub that pushing and pulling a model needs, as a local HTTP server over memory.
+"""A local HTTP server with the endpoints of the Hugging Face Hub that push and pull a model.
 
 Commits are whole trees; every file is a regular one (no LFS). A write needs `Bearer hf_good`.
 """
@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repository:
-    """refs: branch -> commit; commits: commit -> its files."""
+    """refs: branch -> commit; commits: commit -> its files by name."""
 
     private: bool = False
     refs: dict[str, str] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds, what was asked of it ("POST /api/repos/create"), and where it listens."""
+    """The server's repositories, the requests so far ("POST /api/repos/create"), its address."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ def _oid(content: bytes) -> str:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else an answer in two packets waits 40 ms for an acknowledgement
+    disable_nagle_algorithm = True  # else an answer in two packets waits 40 ms in between
 
     def log_message(self, format: str, *args: object) -> None:
         """Silent."""
@@ -85,27 +85,38 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(found[1], found[2], unquote(found[3]))
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
-            if at := self._commit(found[1], found[2]):
-                self._send(200, [{"type": "file", "path": name, "size": len(content), "oid": _oid(content)}
-                                 for name, content in at[0].commits[at[1]].items()])
+            self._tree(found[1], found[2])
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            if at := self._commit(found[1], found[2] or "main"):
-                self._send(200, {"id": found[1], "sha": at[1], "private": at[0].private,
-                                 "siblings": [{"rfilename": name} for name in at[0].commits[at[1]]]})
+            self._info(found[1], found[2] or "main")
         else:
             self._refuse(404, "Unknown")
 
     do_HEAD = do_GET
 
+    def _tree(self, repo_id: str, revision: str) -> None:
+        if at := self._commit(repo_id, revision):
+            repository, commit = at
+            files = repository.commits[commit]
+            self._send(200, [{"type": "file", "path": name, "size": len(files[name]),
+                              "oid": _oid(files[name])} for name in files])
+
+    def _info(self, repo_id: str, revision: str) -> None:
+        if at := self._commit(repo_id, revision):
+            repository, commit = at
+            files = [{"rfilename": name} for name in repository.commits[commit]]
+            self._send(200, {"id": repo_id, "sha": commit, "private": repository.private,
+                             "siblings": files})
+
     def _file(self, repo_id: str, revision: str, name: str) -> None:
         at = self._commit(repo_id, revision)
         if at is None:
             return
-        content = at[0].commits[at[1]].get(name)
+        repository, commit = at
+        content = repository.commits[commit].get(name)
         if content is None:
             self._refuse(404, "EntryNotFound")
         else:
-            self._send(200, content, ETag=f'"{_oid(content)}"', X_Repo_Commit=at[1])
+            self._send(200, content, ETag=f'"{_oid(content)}"', X_Repo_Commit=commit)
 
     def do_POST(self) -> None:
         """Create a repository or a branch, say how files are sent, commit."""
@@ -123,20 +134,24 @@ class _Handler(BaseHTTPRequestHandler):
             repository.refs.setdefault(unquote(found[2]), repository.refs["main"])
             self._send(200)
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
-            self._send(200, {"files": [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                       for one in json.loads(body)["files"]]})
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for file in json.loads(body)["files"]]
+            self._send(200, {"files": files})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/(.+)", path):
-            self._make_commit(found[1], unquote(found[2]), [json.loads(line) for line in body.splitlines()])
+            lines = [json.loads(line) for line in body.splitlines()]
+            self._make_commit(found[1], unquote(found[2]), lines)
         else:
             self._refuse(404, "Unknown")
 
     def _create(self, asked: dict) -> None:
         repo_id = f"{asked['organization']}/{asked['name']}"
         if repo_id in self.hub.repositories:
-            self._send(409, {"error": "You already created this model repo", "url": f"{self.hub.address}/{repo_id}"})
+            self._send(409, {"error": "You already created this model repo",
+                             "url": f"{self.hub.address}/{repo_id}"})
             return
-        repository = self.hub.repositories[repo_id] = Repository(private=asked.get("visibility") == "private")
+        repository = Repository(private=asked.get("visibility") == "private")
         repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.hub.repositories[repo_id] = repository
         self._send(200, {"url": f"{self.hub.address}/{repo_id}"})
 
     def _make_commit(self, repo_id: str, branch: str, lines: list[dict]) -> None:
@@ -156,11 +171,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A hub at an address of this machine while the block lasts."""
+    """Run a hub on this machine while the block lasts."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01},
+                              daemon=True)
     thread.start()
     try:
         yield hub

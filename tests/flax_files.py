@@ -1,4 +1,4 @@
-"""Flax's weight files as flax.serialization.msgpack_serialize writes them, written without Flax for the tests."""
+"""Write Flax's weight files as flax.serialization.msgpack_serialize does, without Flax."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHUNK_BYTES = 2**30  # Flax's; tests make it small
 
 
 def flax_bytes(tree: dict[str, Any], chunk_bytes: int = CHUNK_BYTES) -> bytes:
-    """Nested maps of arrays (numpy's or torch's) -> a file's bytes."""
+    """Nested maps of arrays (numpy or torch) -> the bytes of a file."""
     return msgpack.packb(_split(tree, chunk_bytes), default=_extension, strict_types=True)
 
 
@@ -27,15 +27,15 @@ def nested(tensors: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, value in tensors.items():
         *folders, last = name.split(".")
-        place = tree
+        branch = tree
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = value
+            branch = branch.setdefault(folder, {})
+        branch[last] = value
     return tree
 
 
 def packed(shape: tuple, dtype: str, content: bytes) -> bytes:
-    """What is in the extension of an array."""
+    """The content of an array's extension."""
     return msgpack.packb((shape, dtype, content), use_bin_type=True)
 
 
@@ -44,7 +44,8 @@ def _extension(value: Any) -> msgpack.ExtType:
         import torch
 
         content = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return msgpack.ExtType(1, packed(tuple(value.shape), str(value.dtype).removeprefix("torch."), content))
+        dtype = str(value.dtype).removeprefix("torch.")
+        return msgpack.ExtType(1, packed(tuple(value.shape), dtype, content))
     if isinstance(value, numpy.ndarray):
         return msgpack.ExtType(1, packed(value.shape, value.dtype.name, value.tobytes()))
     if isinstance(value, numpy.generic):
@@ -56,9 +57,13 @@ def _extension(value: Any) -> msgpack.ExtType:
 
 def _split(value: Any, chunk_bytes: int) -> Any:
     if isinstance(value, dict):
-        return {name: _split(value[name], chunk_bytes) for name in sorted(value)}  # as JAX orders a tree
+        # JAX sorts the keys of a tree
+        return {name: _split(value[name], chunk_bytes) for name in sorted(value)}
     if not isinstance(value, numpy.ndarray) or value.size * value.itemsize <= chunk_bytes:
         return value
-    step, flat = max(1, chunk_bytes // value.itemsize), value.reshape(-1)
-    return {"__msgpack_chunked_array__": True, "shape": {str(axis): side for axis, side in enumerate(value.shape)},
-            "chunks": {str(number): flat[first: first + step] for number, first in enumerate(range(0, value.size, step))}}
+    step = max(1, chunk_bytes // value.itemsize)
+    flat = value.reshape(-1)
+    chunks = [flat[first: first + step] for first in range(0, value.size, step)]
+    return {"__msgpack_chunked_array__": True,
+            "shape": {str(axis): side for axis, side in enumerate(value.shape)},
+            "chunks": {str(number): chunk for number, chunk in enumerate(chunks)}}

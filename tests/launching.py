@@ -1,4 +1,4 @@
-"""Running the training scripts as people do: as processes, with or without the launcher."""
+"""Run the training scripts as users do: as processes, with or without the launcher."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ def free_port() -> int:
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """Offline, CPU, `threads` threads a process; the interpreter's own folder first, so that `deepspeed` is ours."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """Offline, on the CPU, with `threads` threads per process."""
+    # our `deepspeed`
+    own_folder_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads),
+            "CUDA_VISIBLE_DEVICES": "", "PATH": own_folder_first}
 
 
 def python(script: str, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess:
-    """`python script arguments`."""
+    """Run `python script arguments`."""
     return _run([sys.executable, script], arguments, timeout)
 
 
-def deepspeed(processes: int, script: str, *arguments: object, timeout: float = 280) -> subprocess.CompletedProcess:
-    """`deepspeed --num_accelerators processes script arguments`."""
-    launcher = ["deepspeed", "--num_accelerators", str(processes), "--master_port", str(free_port())]
+def deepspeed(processes: int, script: str, *arguments: object,
+              timeout: float = 280) -> subprocess.CompletedProcess:
+    """Run `deepspeed --num_accelerators processes script arguments`."""
+    launcher = ["deepspeed", "--num_accelerators", str(processes),
+                "--master_port", str(free_port())]
     return _run([*launcher, script], arguments, timeout)
 
 
 def _run(command: list[str], arguments: tuple, timeout: float) -> subprocess.CompletedProcess:
-    return subprocess.run([*command, *map(str, arguments)], cwd=REPOSITORY, env=environment(), text=True, timeout=timeout,
-                          capture_output=True, check=False)
+    return subprocess.run([*command, *map(str, arguments)], cwd=REPOSITORY, env=environment(),
+                          text=True, timeout=timeout, capture_output=True, check=False)

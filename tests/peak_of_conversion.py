@@ -1,4 +1,4 @@
-"""Convert a checkpoint in a process of its own and print the most memory that it took, beyond what it had before, in bytes.
+"""Convert a checkpoint in a process of its own; print its peak memory beyond the start, in bytes.
 
 python -m tests.peak_of_conversion KIND SRC OUT [RESOLUTION [CONFIG]]
 """
@@ -16,7 +16,7 @@ from tokenizer_image import VQGAN, preset
 
 
 def peak() -> int:
-    """Most bytes that this process ever had in memory, mapped files among them (getrusage also counts what its parent had)."""
+    """Peak resident bytes of this process, mapped files included (getrusage adds the parent's)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) << 10
 
@@ -26,7 +26,9 @@ if __name__ == "__main__":
     resolution = int(sys.argv[4]) if len(sys.argv) > 4 else None
     config = Path(sys.argv[5]) if len(sys.argv) > 5 else None
     importlib.import_module(f"inference.checkpoints.formats.{kind.replace('-', '_')}")
-    build_on_meta(VQGAN, preset("debug")).state_dict()  # brings in what torch needs for shapes, which no file's size changes
+    # imports torch's code for shapes, whose memory does not depend on the file
+    build_on_meta(VQGAN, preset("debug")).state_dict()
     before = peak()
-    write_converted(convert(kind, Path(source), ConvertOptions(config=config, resolution=resolution)), source, out)
+    options = ConvertOptions(config=config, resolution=resolution)
+    write_converted(convert(kind, Path(source), options), source, out)
     print(peak() - before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 
 from inference.memory.meta_device import Alive, fused_attention
 from inference.scoring.matcher import Matcher
-from seq2seq import TRANSFORMER_KINDS
+from seq2seq import TRANSFORMER_KINDS, TextBatch
 from seq2seq.layers import recompute_activations
 from seq2seq.losses import TokenLossConfig
 from tests import tiny
@@ -17,7 +19,7 @@ from tokenizer_image.quantizers import QuantizerConfig, build_quantizer
 from training.config.matcher import MatcherLossConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.engine.launch import DTYPES
-from training.objectives.matcher import MatcherObjective, contrastive_loss
+from training.objectives.matcher import MatcherWithTextHead, contrastive_loss
 from training.planning import activations as module
 from training.planning.activations import (
     LEARNING_COPIES,
@@ -41,8 +43,8 @@ MODELS = {
 def text(config, count: int):
     mask = torch.ones(count, config.text_length, dtype=torch.bool)
     if config.text_feature_width:
-        return torch.randn(count, config.text_length, config.text_feature_width), mask
-    return torch.ones(count, config.text_length, dtype=torch.int64), mask
+        return TextBatch(torch.randn(count, config.text_length, config.text_feature_width), mask)
+    return TextBatch(torch.ones(count, config.text_length, dtype=torch.int64), mask)
 
 
 def held(activations: Activations, number: int) -> int:
@@ -145,7 +147,7 @@ def test_a_learning_codebook_compares_all_positions_with_all_codes(kind, by_grad
 
 def test_a_matchers_activations_are_those_of_a_real_step():
     config, loss = tiny.matcher().config, MatcherLossConfig()
-    real = MatcherObjective(Matcher(config), loss).train()
+    real = MatcherWithTextHead(Matcher(config), loss).train()
     image, same, given = torch.randn(6, 3, 16, 16), torch.eye(6, dtype=torch.bool), text(config.text, 6)
 
     def step() -> None:
@@ -173,3 +175,22 @@ def test_attention_is_torchs_own_again():
         heads = torch.randn(1, 2, 4, 8)
         assert torch.equal(F.scaled_dot_product_attention(heads, heads, heads), before(heads, heads, heads))
     assert F.scaled_dot_product_attention is before
+
+
+@pytest.mark.parametrize(("function", "measure"), [
+    ("seq2seq.loss_parts", lambda: transformer_activations(tiny.seq2seq().config, TokenLossConfig(), 2, "float32", False, False)),
+    ("matcher.contrastive_loss",
+     lambda: matcher_activations(tiny.matcher().config, MatcherLossConfig(), 2, "float32", False, False)),
+    ("tokenizer.tokenizer_loss", lambda: tokenizer_activations(
+        TokenizerRunConfig.parse({"run_dir": "-", "data": {"path": "-"}, **TOKENIZERS["vqgan"]}, "test"), 2, "float32"))])
+def test_what_a_loss_keeps_shows_in_the_plan_by_itself(function, measure, monkeypatch):
+    before, kept, size = measure().worst()[0], [], 1 << 24
+    module_name, name = function.split(".")
+    original = getattr(importlib.import_module(f"training.objectives.{module_name}"), name)
+
+    def with_more(*args, **options):
+        kept.append(torch.empty(size, dtype=torch.int8, device="meta"))
+        return original(*args, **options)
+
+    monkeypatch.setattr(f"training.objectives.{function}", with_more)
+    assert measure().worst()[0] == before + size

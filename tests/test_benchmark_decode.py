@@ -13,10 +13,12 @@ from benchmarks import harness
 from benchmarks.decode import chart as decode_chart
 from benchmarks.decode import run as decode
 from benchmarks.decode import subject as decode_subject
+from benchmarks.decode.document import fastest_variant
 from benchmarks.decode.engines import Mode, OurEngine, our_case
 from benchmarks.decode.limits import Limits, StepCost, measure_limits, step_cost
+from benchmarks.decode.options import DEFAULT_PEERS, GUIDANCE
 from benchmarks.decode.reference import make_model, make_work
-from benchmarks.decode.run import GUIDANCE, Bench
+from benchmarks.decode.run import Bench
 from inference.decoder.cached_decoder import CachedDecoder
 from tests import tiny
 from tests.test_benchmarks import last_line, threads_as_before  # noqa: F401
@@ -90,16 +92,16 @@ def test_a_peer_that_is_missing_is_named_and_left_out(here, monkeypatch, capsys)
     assert command.main([*FEW, "--batch", "1", "--guidance", "off", "--no-int8"]) == 0
     captured = capsys.readouterr()
     assert "not measured: transformers (pip install tokenloom[bench] (transformers))" in captured.out
-    assert set(json.loads(captured.out.splitlines()[-1])["peers"]) == set(decode.DEFAULT_PEERS)
+    assert set(json.loads(captured.out.splitlines()[-1])["peers"]) == set(DEFAULT_PEERS)
 
 
 def test_ratios_are_against_the_fastest_variant_of_a_peer():
     timed = {name: harness.Timing(seconds) for name, seconds in {
         "ours": [1.0, 1.0], "transformers": [4.0, 6.0], "transformers, static cache": [3.0, 3.0], "x-transformers": [2.0] * 2,
         "x-transformers, no cache": [9.0] * 2}.items()}
-    assert decode._best(timed, "transformers") == "transformers, static cache"
-    assert decode._best(timed, "x-transformers") == "x-transformers"
-    assert decode._best(timed, "min-dalle") is None
+    assert fastest_variant(timed, "transformers") == "transformers, static cache"
+    assert fastest_variant(timed, "x-transformers") == "x-transformers"
+    assert fastest_variant(timed, "min-dalle") is None
 
 
 def test_a_steps_least_cost_by_hand():
@@ -170,7 +172,7 @@ def test_wrong_options_are_one_line(capsys, options, words):
 def test_defaults_are_the_issues_batches_and_peers():
     options = decode.parse(["--threads", "1"])[0]
     assert options.batches == [1, 2, 4, 8, 16, 32]
-    assert options.peers == list(decode.DEFAULT_PEERS)
+    assert options.peers == list(DEFAULT_PEERS)
     assert decode.parse(["--model", "dalle-mini", "--threads", "1"])[0].peers == ["min-dalle"]
     with pytest.raises(UserError, match="expected whole numbers"):
         decode.parse(["--jacobi", "x"])

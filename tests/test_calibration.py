@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from inference.decoder import calibration
-from inference.decoder.calibration import fastest, fastest_threads, fastest_way
+from inference.decoder.calibration import fastest, fastest_strategy, fastest_threads
 from inference.decoder.native import threads
-from inference.decoder.projection import Way
+from inference.decoder.projection import MatmulStrategy
 
 
 class Clock:
@@ -38,12 +38,16 @@ def test_the_least_median_wins_and_the_warm_up_does_not_count():
 
 
 @pytest.mark.parametrize(("slow", "expected"), [
-    ((), Way("rows")), (("rows",), Way("columns")), (("rows", "columns"), Way("rows", True, 16)), (("columns",), Way("rows")),
-    (("rows", "vector", "flipped"), Way("columns")), (("rows", "columns", "flipped"), Way("rows", True))])
+    ((), MatmulStrategy("rows")),
+    (("rows",), MatmulStrategy("columns")),
+    (("rows", "columns"), MatmulStrategy("rows", True, 16)),
+    (("columns",), MatmulStrategy("rows")),
+    (("rows", "vector", "flipped"), MatmulStrategy("columns")),
+    (("rows", "columns", "flipped"), MatmulStrategy("rows", True))])
 def test_what_torch_multiplies_faster_is_chosen_without_compiled_steps(monkeypatch, slow, expected):
     monkeypatch.setattr(threads, "library", lambda: None)
     seen = turns(monkeypatch, lambda names: {name: 2.0 if name in slow else 1.0 for name in names})
-    assert fastest_way.__wrapped__(512, 600, 1) == expected
+    assert fastest_strategy.__wrapped__(512, 600, 1) == expected
     assert seen == [["columns", "rows", "vector"], ["columns", "rows"], ["columns", "rows"], ["columns", "flipped", "rows"]]
 
 
@@ -69,7 +73,7 @@ def test_compiled_steps_are_taken_up_to_the_most_rows_that_they_win(monkeypatch,
     others = ["rounded"] if int8 else ["flipped", "rows"]
     seen = turns(monkeypatch, lambda names: {name: 1.0 if name != "native" or len(seen) <= wins else 2.0 for name in names}
                  | {"native": 0.5 if len(seen) <= wins else 2.0})
-    way = fastest_way.__wrapped__(512, 600, 1, int8)
+    way = fastest_strategy.__wrapped__(512, 600, 1, int8)
     assert way.native_to == expected
     assert (way.storage, way.vector) == ("rows", False)
     assert seen == [sorted(["native", *others])] * min(wins + 1, 4)
@@ -77,10 +81,10 @@ def test_compiled_steps_are_taken_up_to_the_most_rows_that_they_win(monkeypatch,
 
 def test_where_torch_wins_at_once_its_own_ways_are_measured(monkeypatch):
     seen = turns(monkeypatch, lambda names: {name: 2.0 if name in ("native", "columns") else 1.0 for name in names})
-    assert fastest_way.__wrapped__(512, 600, 1) == Way("rows")
+    assert fastest_strategy.__wrapped__(512, 600, 1) == MatmulStrategy("rows")
     assert seen[0] == ["flipped", "native", "rows"]
     assert len(seen) == 5
-    assert fastest_way.__wrapped__(512, 600, 1, True) == Way()
+    assert fastest_strategy.__wrapped__(512, 600, 1, True) == MatmulStrategy()
     assert len(seen) == 6
 
 
@@ -88,12 +92,12 @@ def test_flipped_products_are_used_where_compiled_steps_end(monkeypatch):
     turns(monkeypatch, lambda names: {"native": 1.0, "flipped": 0.5, "rows": 2.0} if compiled.pop() else
           {"native": 0.5, "flipped": 1.0, "rows": 2.0})
     compiled = [True, False, False]
-    assert fastest_way.__wrapped__(512, 600, 1) == Way("rows", False, 32, 16)
+    assert fastest_strategy.__wrapped__(512, 600, 1) == MatmulStrategy("rows", False, 32, 16)
 
 
 def test_small_matrices_are_not_measured(monkeypatch):
     monkeypatch.setattr(calibration, "fastest", lambda *a: pytest.fail("measured"))
-    assert fastest_way.__wrapped__(64, 256, 1) == Way()
+    assert fastest_strategy.__wrapped__(64, 256, 1) == MatmulStrategy()
 
 
 def test_threads_are_tried_at_powers_of_two_and_the_most_and_left_at_the_best(monkeypatch):

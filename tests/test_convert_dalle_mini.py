@@ -225,6 +225,6 @@ def test_vqgan_jax_encodes_and_decodes_the_same(tmp_path, flax):
     codes = torch.randint(2**14, (2, 16, 16))
     assert torch.equal(found.decode(codes), ours.decode(codes))
     converted: Any = convert("dalle-mini", flax, ConvertOptions(image_tokenizer=tmp_path))
-    assert torch.equal(converted.tokenizer().decode(codes), ours.decode(codes))
+    assert torch.equal(converted.load_tokenizer().decode(codes), ours.decode(codes))
     with pytest.raises(UserError, match="says 32"):
         convert("vqgan-jax", tmp_path, ConvertOptions(resolution=64))

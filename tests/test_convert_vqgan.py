@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from inference.checkpoints import KINDS, from_checkpoint
+from inference.checkpoints import CHECKPOINT_KINDS, from_checkpoint
 from inference.checkpoints.formats.vqgan_names import diffusers_name, janus_name, llamagen_name
 from tests.vqgan_references import Functions, Shape, make_state
 from tokenizer_image import VQGAN, load_tokenizer, preset
@@ -322,7 +322,7 @@ def test_names_of_the_three_orders():
 def test_every_kind_has_a_converter():
     import importlib
 
-    for kind in KINDS:
+    for kind in CHECKPOINT_KINDS:
         assert callable(importlib.import_module(f"inference.checkpoints.formats.{kind.replace('-', '_')}").convert)
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tokenizer_image import DVAE, DVAEConfig, TokenizerLossConfig, preset, tokenizer_loss
-from tokenizer_image.dvae import BottleneckBlock, logit_laplace_loss, logit_laplace_picture
+from tokenizer_image.dvae import BottleneckBlock
+from tokenizer_image.logit_laplace import logit_laplace_loss, logit_laplace_mean
 from tokenizer_image.quantizers.gumbel import gumbel_softmax, half_cosine, kl_to_uniform
 from tokenloom_common.errors import UserError
 
@@ -143,14 +144,14 @@ def test_logit_laplace_is_a_density_and_best_at_its_mean():
     density = (-losses).exp()
     assert (density.sum() * 0.8 / 1000).item() == pytest.approx(1, abs=0.01)  # dy = 0.4 dx; b = 0.05, all within the margins
     best = image[0, 0, 0, 20 * int(density.argmax())]
-    assert logit_laplace_picture(parameters[..., :1]).item() == pytest.approx(best.item(), abs=2e-3)
+    assert logit_laplace_mean(parameters[..., :1]).item() == pytest.approx(best.item(), abs=2e-3)
 
 
-def test_logit_laplace_picture_undoes_the_map():
+def test_logit_laplace_mean_undoes_the_map():
     image = make_image()
     mean = (0.1 + 0.8 * (image + 1) / 2).logit()
-    torch.testing.assert_close(logit_laplace_picture(torch.cat([mean, torch.zeros_like(mean)], dim=1)), image)
-    extreme = logit_laplace_picture(torch.tensor([-100.0, 0.0]).view(1, 2, 1, 1))
+    torch.testing.assert_close(logit_laplace_mean(torch.cat([mean, torch.zeros_like(mean)], dim=1)), image)
+    extreme = logit_laplace_mean(torch.tensor([-100.0, 0.0]).view(1, 2, 1, 1))
     assert extreme.item() == pytest.approx(-1.25)
 
 

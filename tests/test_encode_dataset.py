@@ -1,64 +1,39 @@
-"""Encoding pictures: views, restart after a stop, damage to what an earlier run left, and training on pictures themselves."""
+"""Encoding pictures: views, restart after a stop, damage to what an earlier run left."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from tests import tiny
+from tests.encoded_data import ROWS, encode, make_data
 from tokenizer_image import load_tokenizer
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.config import merge
 from tokenloom_common.errors import DataError, ResumeError, RunFailedError, UserError
 from training import encode_dataset
 from training.config.encoding import EncodeRunConfig, ViewsConfig
-from training.config.seq2seq import Seq2SeqRunConfig
 from training.data.origin import data_origin
 from training.data.sources.drops import BadItem, DropCounter
 from training.data.sources.open_dataset import open_dataset
+from training.data.tokens import shard_encoder
 from training.data.tokens.encoding_plan import prepare
+from training.data.tokens.shard_encoder import RowViewsDataset
 from training.data.tokens.shards import TokenShards
 from training.data.tokens.views import picture_views, view_names
-from training.data.visits.order import ItemId
 from training.encode_dataset import DatasetEncoder
 from training.engine.processes import Processes
-from training.loop.loop import run_training
-from training.runs.metrics import read_metrics
-from training.train_seq2seq import Seq2SeqTraining
-
-ROWS = 21
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A tokenizer of 16 px, and a folder of 21 pictures with two captions each, one of them damaged, in two splits."""
-    folder = tmp_path_factory.mktemp("made")
-    tiny.vqgan().save_pretrained(folder / "tokenizer")
-    for split, rows in (("train", ROWS), ("validation", 5)):
-        (folder / "data" / split).mkdir(parents=True)
-        for row, picture in enumerate(tiny.pictures(rows, side=20, seed=rows)):
-            picture.save(folder / "data" / split / f"{row:02d}.png")
-            (folder / "data" / split / f"{row:02d}.txt").write_text(f"{tiny.CAPTIONS[row]}\nnumber {row}\n")
-    (folder / "data/train/07.png").write_bytes(b"no picture")
-    return folder
-
-
-def encode(made: Path, out: Path, group: Processes, **changes: Any) -> TokenShards:
-    """Encode the train split into `out`."""
-    base = {"image_tokenizer": str(made / "tokenizer"), "data": {"path": str(made / "data")}, "out": str(out),
-            "splits": ["train"], "batch_size": 4, "shard_rows": 6}
-    DatasetEncoder(EncodeRunConfig.parse(merge(base, changes), "test"), group).run()
-    return TokenShards(out, "train")
+    return make_data(tmp_path_factory.mktemp("made"))
 
 
 def content(shards: TokenShards) -> list[tuple]:
@@ -97,7 +72,7 @@ class Stopped(Exception):
 def stop_after(shards: int, monkeypatch) -> list[str]:
     """Let so many shards be written and end then -> the names of those that are written, as they come."""
     wrote: list[str] = []
-    write = encode_dataset.write_shard
+    write = shard_encoder.write_shard
 
     def counted(path: Path, *rest: Any) -> Any:
         if len(wrote) == shards:
@@ -105,7 +80,7 @@ def stop_after(shards: int, monkeypatch) -> list[str]:
         wrote.append(path.name)
         return write(path, *rest)
 
-    monkeypatch.setattr(encode_dataset, "write_shard", counted)
+    monkeypatch.setattr(shard_encoder, "write_shard", counted)
     return wrote
 
 
@@ -193,25 +168,25 @@ def test_a_kill_while_it_publishes_loses_nothing(made, tmp_path, group, monkeypa
 
 
 def test_two_runs_do_not_encode_into_one_folder(made, tmp_path, group, monkeypatch):
-    write = encode_dataset.write_shard
+    write = shard_encoder.write_shard
 
     def other_run(*rest):
         with pytest.raises(UserError, match="another run is encoding into it"):
             encode(made, tmp_path / "tokens", group)
         return write(*rest)
 
-    monkeypatch.setattr(encode_dataset, "write_shard", other_run)
+    monkeypatch.setattr(shard_encoder, "write_shard", other_run)
     assert len(encode(made, tmp_path / "tokens", group)) == 20
 
 
 def test_a_shard_that_somebody_changed_is_not_published(made, tmp_path, group, monkeypatch):
-    mark = encode_dataset.mark_done
+    mark = shard_encoder.mark_done
 
     def changed(aside, shard, done):
         mark(aside, shard, done)
         (aside / shard.name).write_bytes(b"other")
 
-    monkeypatch.setattr(encode_dataset, "mark_done", changed)
+    monkeypatch.setattr(shard_encoder, "mark_done", changed)
     with pytest.raises(RunFailedError, match=r"00000-of-00004\.arrow: changed after it was written"):
         encode(made, tmp_path / "tokens", group)
     assert not (tmp_path / "tokens").exists()
@@ -222,20 +197,20 @@ def test_a_full_disk_is_said_and_the_other_processes_stop(made, tmp_path, group,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode_dataset, "write_shard", full)
+        patch.setattr(shard_encoder, "write_shard", full)
         with pytest.raises(RunFailedError, match=r"no space left .*start the same command again"):
             encode(made, tmp_path / "tokens", group)
     assert (tmp_path / ".tokens.tmp/.failed-0").exists()
     assert len(encode(made, tmp_path / "tokens", group)) == 20  # the mark is of the run before
     reads = []
-    read = encode_dataset.Rows.__getitem__
+    read = RowViewsDataset.__getitem__
 
     def failing_elsewhere(self, row):
         reads.append(row)
         (tmp_path / ".tokens.tmp/.failed-1").touch()
         return read(self, row)
 
-    monkeypatch.setattr(encode_dataset.Rows, "__getitem__", failing_elsewhere)
+    monkeypatch.setattr(RowViewsDataset, "__getitem__", failing_elsewhere)
     with pytest.raises(KeyError):  # alone, there is nobody to say what happened
         encode(made, tmp_path / "tokens", group)
     assert len(reads) == 4  # a batch
@@ -323,79 +298,3 @@ def test_too_many_unusable_pictures_end_the_run_and_a_new_start_meets_them_again
     for _ in range(2):
         with pytest.raises(DataError, match=r"dropped 11 of 22 .*max_bad_fraction"):
             encode(made, tmp_path / "tokens", group, data={"path": str(folder)})
-
-
-# Training on pictures, encoded on the fly
-
-def trained(made: Path, run_dir: Path, group: Processes, data: dict[str, Any], **changes: Any) -> Seq2SeqTraining:
-    base = {"data": {"validation_split": "validation", **data}, "image_tokenizer": str(made / "tokenizer"),
-            "run_dir": str(run_dir),
-            **({} if "model" in changes else {"model": {"preset": "debug", "width": 32, "heads": 2, "head_dim": 16}}),
-            **({} if "text" in changes else {"text": {"vocab_size": 300, "text_length": 12}}),
-            "train": {"steps": 5, "batch_size": 6, "precision": "float32", "log_every": 1, "sample_every": 5},
-            "optim": {"lr": 0.003, "warmup_steps": 0}, "token_corruption": 0.2, "caption_dropout": 0.3}
-    run = Seq2SeqRunConfig.parse(merge(base, changes), "test")
-    training = Seq2SeqTraining(run, group)
-    run_training(training.task(), run, group, training.run_state)
-    training.finish()
-    return training
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_tokens_made_on_the_fly_train_as_stored_ones_do(workers, made, tmp_path, group):
-    encode(made, tmp_path / "tokens", group, splits=["train", "validation"])
-    clean = tmp_path / "clean"
-    for split in ("train", "validation"):  # the damaged picture is not in the shards, so that rows would not be the same
-        (clean / split).mkdir(parents=True)
-        for path in (made / "data" / split).iterdir():
-            if path.stem != "07" or split == "validation":
-                (clean / split / path.name).write_bytes(path.read_bytes())
-    trained(made, tmp_path / "stored", group, {"path": str(tmp_path / "tokens")})
-    trained(made, tmp_path / "made", group, {"path": str(clean), "on_the_fly": True, "workers": workers})
-    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("stored", "made")]
-    assert [row["loss"].hex() for row in rows[0]] == [row["loss"].hex() for row in rows[1]]
-    assert len(rows[0]) == 5
-    held_out = [json.loads((tmp_path / name / "validation.json").read_text())["loss"] for name in ("stored", "made")]
-    assert held_out[0] == held_out[1]
-    assert (tmp_path / "made/model").is_dir() and list((tmp_path / "made/samples").glob("*.png"))
-
-
-def test_unusable_pictures_are_counted_and_augmentation_is_drawn_anew(made, tmp_path, group, caplog):
-    training = trained(made, tmp_path / "run", group, {"path": str(made / "data"), "on_the_fly": True, "horizontal_flip": 0.5},
-                       train={"steps": 8})
-    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["dropped_items"] == 1
-    assert "passed over 1 unusable pictures (1 not an image)" in caplog.text
-    pixels = [training.visits[ItemId(epoch, 3)].pixels[0] for epoch in range(12)]
-    assert {bool((one == pixels[0]).all()) for one in pixels} == {True, False}
-    assert any((one == pixels[0][:, ::-1]).all() for one in pixels)
-    assert not torch.is_grad_enabled() or all(p.grad is None for p in training.image_tokenizer.parameters())
-
-
-@pytest.mark.parametrize("text", [{"vocab_size": 300, "text_length": 12}, {"kind": "classes"}])
-def test_streams_are_trained_on_and_rows_without_a_caption_passed_over(text, made, tmp_path, group):
-    pictures = [(made / f"data/train/{row:02d}.png").read_bytes() for row in range(ROWS) if row != 7]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    for split in ("train", "validation"):
-        pq.write_table(pa.table({"image": pa.array([{"bytes": picture, "path": None} for picture in pictures], kind),
-                                 "text": ["  " if row in (0, 5) else f"thing {row % 4}" for row in range(20)]}),
-                       tmp_path / f"{split}.parquet", row_group_size=4)
-    data = {"path": str(tmp_path), "on_the_fly": True, "streaming": True, "shuffle_rows": 8, "workers": 2,
-            "max_bad_fraction": 0.5}
-    run = {"text": text, "model": {"preset": "debug-decoder", "width": 32, "heads": 2, "head_dim": 16}}
-    training = trained(made, tmp_path / "run", group, data, **run)
-    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["dropped_items"] == 2
-    assert len(training.order._plan(0)[2]) > 1
-    assert not any(tmp_path.glob("run/**/*.arrow"))
-    for other in ({"shuffle_rows": 12}, {"streaming": False, "shuffle_rows": None}):
-        with pytest.raises(ResumeError, match=r"data\.shuffle_rows 8 then"):
-            trained(made, tmp_path / "run", group, {**data, **other}, train={"steps": 7}, **run)
-
-
-@pytest.mark.parametrize(("data", "words"), [
-    ({"horizontal_flip": 0.5}, "data.horizontal_flip is for pictures, with data.on_the_fly true"),
-    ({"streaming": True}, "data.streaming is for pictures"), ({"caption_column": "x"}, "data.caption_column is for pictures"),
-    ({"on_the_fly": True, "shuffle_rows": 5}, "data.shuffle_rows is for token shards and for data.streaming"),
-    ({"shuffle_rows": 0}, "greater than or equal to 1")])
-def test_keys_of_pictures_are_refused_for_token_shards(data, words, made, tmp_path):
-    with pytest.raises(UserError, match=words):
-        Seq2SeqRunConfig.parse({"data": {"path": "d", **data}, "image_tokenizer": "t", "run_dir": "r"}, "test")

@@ -15,7 +15,7 @@ from tests import launching, tiny
 from training.config.transformer import read_settings
 from training.engine.gpus import training_flops
 from training.planning.flops import forward_flops, tokenizer_training_flops
-from training.planning.plan import checkpoint_bytes
+from training.planning.rank_memory import checkpoint_bytes
 
 GB = 10**9
 GPUS = ("--gpus", 8, "--gpu", "H100")
@@ -162,7 +162,7 @@ def test_advice_names_what_to_change(run):
     narrow = values(run, *DEBUG, "--memory", f"{whole - (1 << 20)}B")["advice"]
     assert narrow.startswith("does not fit: ") and "it would fit with train.accumulation 2" in narrow
     assert "refuse" not in narrow
-    assert "the training would refuse to start" in values(run, *DEBUG, "--memory", "500MiB")["advice"]
+    assert "the run would refuse to start" in values(run, *DEBUG, "--memory", "500MiB")["advice"]
     assert values(run, "--config", "small_seq2seq", *GPUS)["advice"].startswith("fits; deepspeed.zero_stage 0 would too")
     assert values(run, "--config", "small_seq2seq", *GPUS, "--deepspeed.zero_stage", 0)["advice"] == "fits"
 
@@ -200,7 +200,7 @@ def test_on_a_cpu_time_is_unknown_and_memory_is_shared(run, monkeypatch):
     (["--config", "small_seq2seq", "--memory", "much"], "--memory 'much': expected a number and a unit"),
     (["--config", "small_seq2seq", "--grid", "16"], "--grid '16': expected rows x columns"),
     (["--config", "small_seq2seq", "--vocab-size", "99"], "files and config say 4000, leave it out"),
-    (["--config", "emoji_matcher", "--grid", "16x16"], "--grid is not read by this training"),
+    (["--config", "emoji_matcher", "--grid", "16x16"], "--grid is not read by this run"),
     (["--config", "small_seq2seq", "--train.step", "9"], "unknown option '--train.step'; did you mean 'train.steps'?"),
     (["--config"], "--config needs a value"),
     (["--config", "small_seq2seq", "--kind", "pictures"], "argument --kind: invalid choice: 'pictures'")])

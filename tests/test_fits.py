@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference.memory.estimate import estimate as memory_module
+from inference.memory import available as memory_module
 from tests import tiny
 from tokenloom_common.errors import UserError
 from training.config.matcher import MatcherRunConfig
@@ -16,8 +16,9 @@ from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.engine.processes import Processes
 from training.planning import fits
-from training.planning.fits import Change, Fitting, least_memory, refuse_what_cannot_fit
-from training.planning.plan import Plan, layout_of, plan_of, rank_memory
+from training.planning.fits import MemoryFit, MemoryOptions, least_memory, refuse_what_cannot_fit
+from training.planning.plan import Plan, plan_of
+from training.planning.rank_memory import rank_memory, sharding_of
 from training.train_matcher import MatcherTraining
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
@@ -36,8 +37,8 @@ def seq2seq(processes: int = 1, offload: str = "none", **train: Any) -> Plan:
 
 
 def needed(plan: Plan, **changes: Any) -> int:
-    fitting = Fitting(plan, 1, False)
-    memory = fitting.memory(Change.none(plan.config)._replace(**changes))
+    fit = MemoryFit(plan, 1, False)
+    memory = fit.memory(MemoryOptions.of(plan.config)._replace(**changes))
     assert memory is not None
     return memory.total
 
@@ -59,7 +60,7 @@ def test_only_what_is_certain_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     plan = seq2seq()
     activations = plan.activations(64, False, False)
-    least = least_memory(rank_memory(plan, layout_of(plan, 1, 1, False), activations), activations)
+    least = least_memory(rank_memory(plan, sharding_of(plan, 1, 1, False), activations), activations)
     assert least < 0.6 * needed(plan)
     limited(monkeypatch, least)
     refuse_what_cannot_fit(plan, ALONE)
@@ -103,37 +104,37 @@ def with_much_state(**train: Any) -> Plan:
 
 def test_a_larger_stage_is_the_first_remedy():
     """Gradients that add up over micro-batches are whole at stage 1 and shared out at stage 2."""
-    fitting = Fitting(with_much_state(accumulation=2), 8, True)
-    totals = {stage: fitting.memory(Change(stage, 2, False, "none")).total for stage in range(4)}
+    fit = MemoryFit(with_much_state(accumulation=2), 8, True)
+    totals = {stage: fit.memory(MemoryOptions(stage, 2, False, "none")).total for stage in range(4)}
     assert totals[2] < totals[1] - MIB < totals[0]
-    assert fitting.remedy(totals[2]) == "it would fit with deepspeed.zero_stage 2"
-    assert fitting.remedy(10 * MIB).startswith("no ZeRO stage")
+    assert fit.remedy(totals[2]) == "it would fit with deepspeed.zero_stage 2"
+    assert fit.remedy(10 * MIB).startswith("no ZeRO stage")
 
 
 def test_more_processes_are_a_remedy():
-    fitting = Fitting(with_much_state(), 1, False)
-    least = min(fitting.memory(Change(stage, 16, on, "none")).total for on in (False, True) for stage in (1, 2, 3))
-    assert re.match(r"it would fit on 2 processes", fitting.remedy(int(0.95 * least)))
+    fit = MemoryFit(with_much_state(), 1, False)
+    least = min(fit.memory(MemoryOptions(stage, 16, on, "none")).total for on in (False, True) for stage in (1, 2, 3))
+    assert re.match(r"it would fit on 2 processes", fit.remedy(int(0.95 * least)))
 
 
 def test_a_matchers_batch_is_not_divided():
     """Fewer pictures at a time are fewer captions to tell one from: another training."""
     config = MatcherRunConfig.parse({"run_dir": "-", "data": {"path": "-"}, "train": {"batch_size": 64}}, "test")
     model = config.model.build({"text_vocab_size": 300, "text_length": 12})
-    fitting = Fitting(plan_of(config, "float32", model=model), 1, False)
+    fit = MemoryFit(plan_of(config, "float32", model=model), 1, False)
     for part in (2, 4, 8):
-        memory = fitting.memory(Change.none(config))
-        assert "train.accumulation" not in fitting.remedy(memory.total // part)
+        memory = fit.memory(MemoryOptions.of(config))
+        assert "train.accumulation" not in fit.remedy(memory.total // part)
 
 
 def test_combinations_that_the_config_refuses_are_not_proposed():
     config = TokenizerRunConfig.parse({"run_dir": "-", "data": {"path": "-"}, "model": {"preset": "debug"}}, "test")
     plan = plan_of(config, "float32")
-    assert Fitting(plan, 1, False).memory(Change(3, 1, False, "none")) is None  # a tokenizer is not sharded so far
+    assert MemoryFit(plan, 1, False).memory(MemoryOptions(3, 1, False, "none")) is None  # a tokenizer is not sharded so far
     adafactor = Seq2SeqRunConfig.parse({
         "run_dir": "-", "data": {"path": "-"}, "image_tokenizer": "-", "optim": {"name": "adafactor"},
         "deepspeed": {"zero_stage": 0}}, "test")
-    assert Change(2, 1, False, "none").changed(plan_of(adafactor, "float32", model=adafactor.model.build(
+    assert MemoryOptions(2, 1, False, "none").applied_to(plan_of(adafactor, "float32", model=adafactor.model.build(
         {"text_vocab_size": 300, "text_length": 12, "codebook_size": 512, "grid": (4, 4)}))) is None
 
 

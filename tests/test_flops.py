@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seq2seq import DecoderOnlyConfig, Seq2SeqConfig
 from tests import tiny
-from tokenizer_image import KINDS, PRESETS, VQGANConfig, build_tokenizer
+from tokenizer_image import IMAGE_TOKENIZERS, PRESETS, VQGANConfig, build_tokenizer
 from training.config.transformer import read_settings
 from training.engine.gpus import PEAK_FLOPS, known_gpu, peak_flops, training_flops
 from training.planning.flops import forward_flops, matcher_forward_flops, tokenizer_forward_flops
@@ -97,7 +97,7 @@ def test_gumbel_counts_the_draw_of_training():
     assert tokenizer_forward_flops(config) == counted_for_real(model.eval(), torch.zeros(1, 3, 16, 16)) + scores
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IMAGE_TOKENIZERS)
 def test_every_family_of_image_tokenizers_is_counted(kind):
     config = next(config for family, config in PRESETS.values() if family == kind)
     pixels = config.resolution**2

@@ -16,7 +16,7 @@ from inference.generation.ways import generate_tokens
 from inference.sampling import SamplingParams, filtered_probabilities, guidance_at, guide
 from seq2seq import TextBatch
 from tests import tiny
-from tests.test_decoder import SHAPES, build
+from tests.decoder_shapes import SHAPES, build
 
 PARAMS = {
     "plain": SamplingParams(guidance_scale=1.0, top_k=8),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inference.memory.estimate import estimate as memory
+from inference.memory import estimate as memory
 from inference.requests import PromptRequest, read_prompts
 from tests import tiny
 from tokenloom import SamplingParams, TextToImage, main

@@ -26,7 +26,7 @@ from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.config import merge
 from tokenloom_common.errors import MissingFileError, UserError
 from training.config.matcher import MatcherLossConfig
-from training.objectives.matcher import MatcherObjective, contrastive_loss
+from training.objectives.matcher import MatcherWithTextHead, contrastive_loss
 
 # ---- the model ----
 
@@ -47,7 +47,7 @@ def test_vectors_have_length_one_and_padding_says_nothing():
 def test_every_parameter_learns(features):
     changes = {"text_vocab_size": None, "text_feature_width": 6, "layers": 0} if features else {}
     model = tiny.matcher(**changes).train()
-    objective = MatcherObjective(model, MatcherLossConfig(mlm_weight=0.0 if features else 0.5))
+    objective = MatcherWithTextHead(model, MatcherLossConfig(mlm_weight=0.0 if features else 0.5))
     text, mask = tiny.text_tokenizer().encode(tiny.CAPTIONS[:12])
     masked: tuple = ()
     if features:

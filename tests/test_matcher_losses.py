@@ -15,7 +15,7 @@ from seq2seq.text_tokenizer import END, NULL, PAD, UNKNOWN
 from tests import tiny
 from training.config.matcher import MatcherLossConfig
 from training.data.visits.captioned import same_captions
-from training.objectives.matcher import MatcherObjective, batch_accuracy, contrastive_loss
+from training.objectives.matcher import MatcherWithTextHead, batch_accuracy, contrastive_loss
 
 # ---- the contrastive loss ----
 
@@ -93,7 +93,7 @@ def test_no_caption_contains_the_mask():
 
 def test_only_hidden_words_are_predicted_and_none_is_no_loss():
     model = tiny.matcher()
-    objective = MatcherObjective(model, MatcherLossConfig(mlm_weight=1.0)).eval()
+    objective = MatcherWithTextHead(model, MatcherLossConfig(mlm_weight=1.0)).eval()
     text_ids, mask = tiny.text_tokenizer().encode(["a red heart", "a blue circle"])
     predicted = torch.zeros_like(mask)
     predicted[0, 1], predicted[1, 2] = True, True

@@ -1,6 +1,6 @@
 """The compiled step of the CPU: its products, its independence of neighbours and threads, and when it is used.
 
-That it computes what the training graph computes is in test_decoder.py, for every family.
+That it computes what the training graph computes is in test_decoder.py, for every shape.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.native import basics, threads
 from inference.decoder.native.basics import error_function, exponential, version
 from inference.decoder.native.trial import products
-from inference.decoder.projection import Way
+from inference.decoder.projection import MatmulStrategy
 from inference.generation.ways import generate_tokens
-from tests.test_decoder import SHAPES, WAYS, begun, build, cached_with, tokens
+from tests.decoder_shapes import SHAPES, STRATEGIES, build, cached_with, prefilled, tokens
 from tests.test_jacobi import PARAMS, request
 
 SIZES = [(1, 1), (4, 16), (7, 13), (9, 33), (33, 70), (16, 1365)]  # outputs, inputs
@@ -75,7 +75,7 @@ def test_all_of_several_matrices_are_multiplied(two_threads):
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_row_is_the_same_to_the_last_bit_whatever_shares_the_batch_and_however_many_threads(shape, int8, two_threads):
     model, text, layout = build(shape)
-    decoder = CachedDecoder(model, int8=int8, way=WAYS["native"])
+    decoder = CachedDecoder(model, int8=int8, matmul=STRATEGIES["native"])
     image_tokens = tokens(model, 4)
     together = cached_with(decoder, text, image_tokens, layout)
     for row in range(4):
@@ -97,7 +97,7 @@ def test_eight_bit_steps_equal_those_of_torch(shape):
     plain = CachedDecoder(model, int8=True)
     expected = cached_with(plain, text, image_tokens, layout)
     model, text, layout = build(shape)
-    found = cached_with(CachedDecoder(model, int8=True, way=WAYS["native"]), text, image_tokens, layout)
+    found = cached_with(CachedDecoder(model, int8=True, matmul=STRATEGIES["native"]), text, image_tokens, layout)
     # sums of norms differ in the last bit, so that here and there an input is rounded to its other neighbour
     assert (found - expected).abs().mean() < 2e-3 * expected.std()
     assert (found - expected).abs().median() < 1e-4
@@ -108,17 +108,17 @@ def test_eight_bit_steps_equal_those_of_torch(shape):
 def test_tokens_equal_those_of_torch(shape, window):
     decoder, asked = request(shape, PARAMS["ends-early"], window)
     expected = generate_tokens(decoder, dataclasses.replace(asked, window=1))[0]
-    native = CachedDecoder(build(shape)[0], way=WAYS["native"])
+    native = CachedDecoder(build(shape)[0], matmul=STRATEGIES["native"])
     assert torch.equal(generate_tokens(native, asked)[0], expected)
 
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_broken_row_leaves_the_others_alone_and_is_seen_to_be_broken(int8):
     model, text, _ = build("encoder-decoder default")
-    decoder = CachedDecoder(model, int8=int8, way=WAYS["native"])
+    decoder = CachedDecoder(model, int8=int8, matmul=STRATEGIES["native"])
     image_tokens = tokens(model, 4)
     expected = cached_with(decoder, text, image_tokens)
-    groups, cache = begun(decoder, text, None)
+    groups, cache = prefilled(decoder, text, None)
     with torch.inference_mode():
         groups[0].keys[0][1] = torch.nan
     for at in range(4):
@@ -129,7 +129,7 @@ def test_a_broken_row_leaves_the_others_alone_and_is_seen_to_be_broken(int8):
 
 def test_more_rows_than_measured_fast_are_worked_through_by_torch(monkeypatch):
     model, text, _ = build("encoder-decoder default")
-    decoder = CachedDecoder(model, way=Way(native_to=3))
+    decoder = CachedDecoder(model, matmul=MatmulStrategy(native_to=3))
     used = []
     real = decoder._native
     monkeypatch.setattr(decoder, "_native", lambda hidden, *rest: used.append(len(hidden)) or real(hidden, *rest))
@@ -144,7 +144,7 @@ def test_without_pytorchs_own_threads_it_is_not_chosen(monkeypatch):
     real = threads.library.__wrapped__
     assert real() is None
     monkeypatch.setattr(threads, "library", lambda: None)
-    assert calibration._native_way([torch.randn(8, 8)], False, torch.Generator()) == Way()
+    assert calibration._native_strategy([torch.randn(8, 8)], False, torch.Generator()) == MatmulStrategy()
     monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "native thread pool")
     assert real() is None
 

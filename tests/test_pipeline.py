@@ -145,7 +145,7 @@ def test_previews_take_at_most_their_share_of_the_time(caller):
 
 def test_a_preview_that_is_known_to_take_long_is_not_made(monkeypatch, folder):
     model, seconds = TextToImage.from_pretrained(folder, device="cpu"), {"now": 0.0}
-    monkeypatch.setattr("inference.pipeline.PreviewBudget", partial(PreviewBudget, clock=lambda: seconds["now"]))
+    monkeypatch.setattr("inference.streaming.PreviewBudget", partial(PreviewBudget, clock=lambda: seconds["now"]))
     monkeypatch.setattr("inference.pipeline.time.perf_counter", lambda: seconds["now"])
 
     def decoded(tokens):

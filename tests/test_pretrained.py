@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests import tiny
-from tokenizer_image import KINDS, PRESETS, build_tokenizer
+from tokenizer_image import IMAGE_TOKENIZERS, PRESETS, build_tokenizer
 from tokenloom_common import weights
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import MissingFileError, UserError
@@ -23,8 +23,8 @@ from tokenloom_common.pretrained import (
     INDEX_NAME,
     WEIGHTS_NAME,
     PretrainedModule,
-    Undrawn,
-    keeps_what_no_file_has,
+    SkipParameterInit,
+    has_unsaved_tensors,
 )
 from tokenloom_common.tensor_writer import ALIGNMENT, write_tensors
 from tokenloom_common.weights import read_tensors
@@ -66,7 +66,7 @@ BUILT_IN_EARNEST = {"vqgan", "vit_vqgan"}
 
 
 def test_every_kind_of_image_tokenizer_is_among_the_models():
-    assert set(KINDS) <= set(MODELS)
+    assert set(IMAGE_TOKENIZERS) <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -82,7 +82,7 @@ def test_a_loaded_model_has_every_number_of_the_saved_one(name, tmp_path):
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in loaded.parameters()]
     with torch.device("meta"):
         empty = type(model)(model.config)
-    assert keeps_what_no_file_has(empty) == (name in BUILT_IN_EARNEST)
+    assert has_unsaved_tensors(empty) == (name in BUILT_IN_EARNEST)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
@@ -139,7 +139,7 @@ def test_a_buffer_that_no_file_has_is_computed(tmp_path):
 def test_no_parameter_is_drawn_for_a_model_that_a_file_fills(name):
     config, kind = (model := MODELS[name]()).config, type(model)
     torch.manual_seed(0)
-    with Undrawn():
+    with SkipParameterInit():
         kind(config)
     drawn = torch.get_rng_state()
     torch.manual_seed(0)
@@ -151,7 +151,7 @@ def test_no_parameter_is_drawn_for_a_model_that_a_file_fills(name):
 
 
 def test_what_is_frozen_while_building_stays_frozen():
-    with Undrawn():
+    with SkipParameterInit():
         assert not nn.Parameter(torch.ones(2)).requires_grad_(False).requires_grad
         assert nn.init.ones_(nn.Parameter(torch.zeros(2))).tolist() == [1, 1]  # what is not drawn is set
 

@@ -15,8 +15,10 @@ from training.config.seq2seq import Seq2SeqRunConfig
 from training.engine.processes import Processes
 from training.loop.loop import run_training
 from training.planning.activations import Activations
-from training.planning.plan import checkpoint_bytes, layout_of, plan_of, rank_memory
-from training.planning.rank_memory import Layout, TrainedModule, engine_memory, optimizer_bytes
+from training.planning.engine_memory import Sharding, engine_memory
+from training.planning.plan import plan_of
+from training.planning.rank_memory import checkpoint_bytes, rank_memory, sharding_of
+from training.planning.trained_module import TrainedModule, optimizer_bytes
 from training.train_seq2seq import Seq2SeqTraining
 
 NOTHING = Activations(((0, 0),))
@@ -55,7 +57,7 @@ def test_predicted_bytes_are_those_alive_in_a_run(made, tmp_path, group, stage, 
     precision = run.train.precision
     plan = plan_of(run, precision, model=training.model.config, tokenizer=training.image_tokenizer.config)
     activations = plan.activations(4 // run.train.accumulation, False, False)
-    memory = rank_memory(plan, layout_of(plan, stage, 1, False), activations)
+    memory = rank_memory(plan, sharding_of(plan, stage, 1, False), activations)
     assert memory.total - memory.process == pytest.approx(found, rel=0.05)
     files = (tmp_path / "run/checkpoints/step-00000002/deepspeed").rglob("*.pt")
     averages = [path.stat().st_size for path in (tmp_path / "run/checkpoints").rglob("rank*.safetensors")]
@@ -85,18 +87,18 @@ def test_adafactor_keeps_rows_and_columns():
 
 
 def test_stage_0_by_hand():
-    found = engine_memory(module(*WEIGHTS), Layout(0, 4, 1), NOTHING)
+    found = engine_memory(module(*WEIGHTS), Sharding(0, 4, 1), NOTHING)
     assert (found.parameters, found.optimizer, found.offloaded) == (4 * 5450, 8 * 5450, 0)
-    low = engine_memory(module(*WEIGHTS, precision="bfloat16"), Layout(0, 4, 1), NOTHING)
+    low = engine_memory(module(*WEIGHTS, precision="bfloat16"), Sharding(0, 4, 1), NOTHING)
     assert (low.parameters, low.optimizer) == (2 * 5450, 12 * 5450)  # float32 copies and moments
-    moments = {moment.name: moment for moment in low.moments}
-    assert moments["reducing gradients"].total == 2 * 2 * 5450
-    assert moments["optimizer step"].total == 2 * 5450 + 4 * 5450 + 2 * 4 * 5000
+    phases = {phase.name: phase for phase in low.phases}
+    assert phases["reducing gradients"].total == 2 * 2 * 5450
+    assert phases["optimizer step"].total == 2 * 5450 + 4 * 5450 + 2 * 4 * 5000
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_stays_is_shared_out(stage):
-    alone, four = (engine_memory(module(((1024, 512),), precision="bfloat16"), Layout(stage, count, 1), NOTHING)
+    alone, four = (engine_memory(module(((1024, 512),), precision="bfloat16"), Sharding(stage, count, 1), NOTHING)
                    for count in (1, 4))
     assert alone.optimizer == 4 * four.optimizer == 12 * 1024 * 512
     assert alone.parameters == (4 if stage == 3 else 1) * four.parameters == 2 * 1024 * 512
@@ -104,34 +106,34 @@ def test_what_stays_is_shared_out(stage):
 
 def test_gradients_that_add_up_are_whole_below_stage_2():
     def backward(stage: int, accumulation: int) -> int:
-        found = engine_memory(module(((1024, 512),)), Layout(stage, 8, accumulation), NOTHING)
-        return next(moment.gradients for moment in found.moments if moment.name == "forward and backward")
+        found = engine_memory(module(((1024, 512),)), Sharding(stage, 8, accumulation), NOTHING)
+        return next(phase.gradients for phase in found.phases if phase.name == "forward and backward")
 
     assert [backward(stage, 1) for stage in (0, 1, 2)] == [0, 0, 0]
     assert [backward(stage, 2) for stage in (0, 1, 2)] == [4 * 1024 * 512, 4 * 1024 * 512, 4 * 1024 * 512 // 8]
 
 
 def test_offloaded_state_is_in_main_memory():
-    here, there = (engine_memory(module(((1024, 512),), precision="bfloat16"), Layout(2, 4, 1, offload, cuda=True), NOTHING)
+    here, there = (engine_memory(module(((1024, 512),), precision="bfloat16"), Sharding(2, 4, 1, offload, cuda=True), NOTHING)
                    for offload in ("none", "optimizer"))
     assert here.offloaded == 0 and here.optimizer == 12 * 1024 * 128
     assert there.optimizer == 0 and there.offloaded == 12 * 1024 * 128 + 4 * 1024 * 128 + 2 * 1024 * 128
-    parameters = engine_memory(module(((1024, 512),), precision="bfloat16"), Layout(3, 4, 1, "parameters", cuda=True), NOTHING)
+    parameters = engine_memory(module(((1024, 512),), precision="bfloat16"), Sharding(3, 4, 1, "parameters", cuda=True), NOTHING)
     assert parameters.parameters == 0
 
 
 def test_a_users_buckets_count():
     def reducing(**zero: int) -> int:
-        found = engine_memory(module(((1024, 512),)), Layout(2, 2, 1, zero=zero), NOTHING)
-        return next(moment.total for moment in found.moments if moment.name == "reducing gradients")
+        found = engine_memory(module(((1024, 512),)), Sharding(2, 2, 1, zero=zero), NOTHING)
+        return next(phase.total for phase in found.phases if phase.name == "reducing gradients")
 
     assert reducing() > reducing(reduce_bucket_size=1024) + 4 * 1024 * 512 / 2
 
 
 def test_stage_3_has_live_parameters_up_to_a_limit():
     def forward(**zero: int) -> int:
-        found = engine_memory(module(((1024, 512),)), Layout(3, 2, 1, zero=zero), NOTHING)
-        return next(moment.buffers for moment in found.moments if moment.name == "forward and backward")
+        found = engine_memory(module(((1024, 512),)), Sharding(3, 2, 1, zero=zero), NOTHING)
+        return next(phase.buffers for phase in found.phases if phase.name == "forward and backward")
 
     assert forward() == 4 * 1024 * 512
     assert forward(stage3_max_live_parameters=1000) == 4 * 1000

@@ -1,103 +1,41 @@
-"""Checkpoints appear whole or not at all, damage is seen, random numbers continue, and the log follows."""
+"""Run folders: checkpoints that are found, kept and refused, random numbers, the log of a resumed run."""
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
-import os
 import random
-import shutil
-from functools import partial
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import yaml
 
-from tokenloom_common import files
-from tokenloom_common.errors import ResumeError, RunFailedError, UserError
+from tests.fake_runs import (
+    ALONE,
+    TWO,
+    FakeEngine,
+    FirstOfTwo,
+    RandomStateKept,
+    config,
+    latest,
+    names,
+    saved,
+    state,
+    step_of,
+    task_state,
+)
+from tokenloom_common.errors import ResumeError, UserError
 from training.config.run import RunConfig
-from training.engine.processes import Processes
 from training.loop.log import RunLog
-from training.runs import run_state as run_state_module
 from training.runs.metrics import read_metrics
 from training.runs.random_state import seed_everything
-from training.runs.run_state import MANIFEST, RunState
-
-ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-
-
-class FirstOfTwo(Processes):
-    """The first of two processes, of which the other has the same to say."""
-
-    def first_does(self, action):
-        return action()
-
-    def gather(self, value):
-        return [value, value]
-
-
-TWO = FirstOfTwo(rank=0, world_size=2, local_rank=0, device=torch.device("cpu"))
-
-
-class FakeEngine:
-    """Keeps one number; writes it as DeepSpeed's part of a checkpoint."""
-
-    def __init__(self, value: int = 0) -> None:
-        self.value = value
-
-    def save(self, folder: Path) -> None:
-        (folder / "deepspeed").mkdir()
-        (folder / "deepspeed" / "states.pt").write_bytes(f"{self.value:>200}".encode())
-
-    def load(self, folder: Path, resharded: bool = False) -> None:
-        self.resharded = resharded
-        self.value = int((folder / "deepspeed" / "states.pt").read_text())
-
-
-def config(run: Path, **changes) -> RunConfig:
-    return RunConfig.parse({"run_dir": str(run), "checkpoint": {"keep_last": 3}, **changes}, "test")
-
-
-def state(run: Path, group: Processes = ALONE, **changes) -> RunState:
-    return RunState(config(run, **changes), group)
-
-
-def task_state(step: int) -> dict[str, torch.Tensor]:
-    return {"seen": torch.tensor(step), "usage": torch.full((3, 2), step / 7).T}
-
-
-def saved(run: Path, *steps: int) -> RunState:
-    """A prepared run with checkpoints at some steps."""
-    it = state(run)
-    it.prepare()
-    for step in steps:
-        it.save(FakeEngine(step), step, task_state(step))
-    return it
-
-
-def names(run: Path) -> list[str]:
-    """What lies in checkpoints/ and is seen as one."""
-    return sorted(p.name for p in (run / "checkpoints").glob("step-*"))
-
-
-def latest(run: Path) -> dict:
-    return json.loads((run / "latest.json").read_text())
-
-
-def step_of(path: Path | None) -> int | None:
-    return None if path is None else int(path.name.removeprefix("step-"))
+from training.runs.run_state import MANIFEST
 
 
 @pytest.fixture(autouse=True)
 def _random_state_of_other_tests():
-    before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    yield
-    random.setstate(before[0])
-    numpy.random.set_state(before[1])
-    torch.set_rng_state(before[2])
+    with RandomStateKept():
+        yield
 
 
 # ---- saving and finding ----
@@ -175,83 +113,6 @@ def test_a_step_that_is_repeated_replaces_its_damaged_checkpoint(tmp_path):
     assert engine.value == 61
 
 
-# ---- damage ----
-
-def _truncate(folder: Path) -> None:
-    path = folder / "deepspeed/states.pt"
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def _flip(folder: Path) -> None:
-    path = folder / "ranks/rank0.safetensors"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def _newer(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 99}))
-
-
-def _changed(folder: Path, **values: int) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | values))
-
-
-def _forbid(path: Path) -> None:
-    """Root may read everything: what the system says to others is said by the reader here."""
-    FORBIDDEN.add(path)
-
-
-FORBIDDEN: set[Path] = set()
-
-
-@pytest.fixture(autouse=True)
-def _forbidden_files_are_not_read(monkeypatch):
-    real = run_state_module.file_hash
-
-    def hashed(path: Path) -> str:
-        if path in FORBIDDEN:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(run_state_module, "file_hash", hashed)
-    yield
-    FORBIDDEN.clear()
-
-
-DAMAGE = {
-    "truncated file": (_truncate, "deepspeed/states.pt is damaged"),
-    "flipped bit": (_flip, "ranks/rank0.safetensors is damaged"),
-    "missing file": (lambda f: (f / "ranks/rank0.safetensors").unlink(), "ranks/rank0.safetensors is missing"),
-    "missing folder": (lambda f: shutil.rmtree(f / "deepspeed"), "deepspeed/states.pt is missing"),
-    "missing manifest": (lambda f: (f / MANIFEST).unlink(), "MANIFEST.json cannot be read (FileNotFoundError)"),
-    "empty manifest": (lambda f: (f / MANIFEST).write_bytes(b""), "MANIFEST.json cannot be read (JSONDecodeError)"),
-    "half a manifest": (lambda f: (f / MANIFEST).write_bytes((f / MANIFEST).read_bytes()[:90]), "MANIFEST.json cannot be read"),
-    "a list as manifest": (lambda f: (f / MANIFEST).write_text("[]"), "MANIFEST.json cannot be read (TypeError)"),
-    "noise as manifest": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe\x00"), "MANIFEST.json cannot be read"),
-    "newer schema": (_newer, "its schema 99 is newer than this release reads (1)"),
-    "empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), "MANIFEST.json cannot be read"),
-    "older schema": (partial(_changed, schema_version=0), "its schema 0 is older than this release reads (1)"),
-    "wrong world size": (partial(_changed, world_size=2), "it is of 2 processes and holds the state of 1"),
-    "zero length": (lambda f: (f / "deepspeed/states.pt").write_bytes(b""), "deepspeed/states.pt is damaged"),
-    "no permission": (lambda f: _forbid(f / "deepspeed/states.pt"), "deepspeed/states.pt cannot be read (permission denied)"),
-}
-
-
-@pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplog, damage, words):
-    it = saved(tmp_path, 5, 10)
-    damage(tmp_path / "checkpoints/step-00000010")
-    with caplog.at_level(logging.WARNING):
-        assert step_of(it.find()) == 5
-    (warning,) = caplog.messages
-    assert "step-00000010 is not usable" in warning
-    assert words in warning
-    assert "trying the one before" in warning
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b'{"step": 3}'])
 def test_what_latest_says_decides_nothing(tmp_path, content):
     it = saved(tmp_path, 5, 10)
@@ -259,21 +120,6 @@ def test_what_latest_says_decides_nothing(tmp_path, content):
     assert step_of(it.find()) == 10
     (tmp_path / "latest.json").unlink()
     assert step_of(it.find()) == 10
-
-
-def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path, monkeypatch):
-    it = saved(tmp_path, 5)
-    monkeypatch.setattr(run_state_module, "save_file", lambda *_: (_ for _ in ()).throw(
-        OSError(errno.ENOSPC, "No space left on device")))
-    words = r"no space left .* step 10 was not written; step-00000005 is whole; free some"
-    with pytest.raises(RunFailedError, match=words) as full:
-        it.save(FakeEngine(10), 10, {})
-    assert full.value.exit_code == 1
-    assert step_of(state(tmp_path).find()) == 5
-    monkeypatch.undo()
-    again = state(tmp_path)
-    again.prepare()
-    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
@@ -284,16 +130,6 @@ def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
     assert names(tmp_path) == ["step-00000010", "step-00000020", "step-00000025"]
     with pytest.raises(UserError, match="keep_every_steps 7 must be a multiple of every_steps 5"):
         state(tmp_path, checkpoint={"every_steps": 5, "keep_every_steps": 7})
-
-
-@pytest.mark.parametrize("resume", ["auto", "required"])
-def test_when_every_checkpoint_is_damaged_the_run_is_refused(tmp_path, resume):
-    saved(tmp_path, 5, 10)
-    for name in names(tmp_path):
-        _truncate(tmp_path / "checkpoints" / name)
-    with pytest.raises(ResumeError, match=r"none of 2 checkpoints is whole.*--checkpoint\.resume never") as caught:
-        state(tmp_path, checkpoint={"resume": resume}).find()
-    assert caught.value.exit_code == 3
 
 
 def test_without_checkpoints_a_run_starts_fresh_unless_resuming_is_required(tmp_path):
@@ -342,112 +178,6 @@ def test_more_steps_or_another_learning_rate_continue(tmp_path):
     it.prepare()
     assert step_of(it.resume_from) == 5
     assert "steps: 5000" in (tmp_path / "config.yaml").read_text()
-
-
-# ---- crashes while saving ----
-
-class BrokenEngine(FakeEngine):
-    """Fails after it wrote half of its files."""
-
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        raise OSError(28, "No space left on device")
-
-
-def test_a_save_that_fails_leaves_the_checkpoint_before_and_latest_as_they_were(tmp_path):
-    it = saved(tmp_path, 5)
-    with pytest.raises(RunFailedError, match="no space left"):
-        it.save(BrokenEngine(9), 10, {})
-    assert names(tmp_path) == ["step-00000005"]
-    assert latest(tmp_path)["step"] == 5
-    assert step_of(it.find()) == 5
-    it.save(FakeEngine(10), 10, {})  # the leftovers are not in the way
-    assert step_of(it.find()) == 10
-
-
-@pytest.mark.parametrize("where", ["write_json_atomic", "publish_folder"])
-def test_a_publication_that_fails_leaves_the_checkpoint_before_and_latest_as_they_were(tmp_path, monkeypatch, where):
-    it = saved(tmp_path, 5)
-
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_state_module, where, fail)
-    with pytest.raises(KeyboardInterrupt):
-        it.save(FakeEngine(10), 10, {})
-    monkeypatch.undo()
-    assert names(tmp_path) == ["step-00000005"]
-    assert latest(tmp_path)["step"] == 5
-    assert step_of(it.find()) == 5
-
-
-KILLED = {  # where the process dies -> (the step that a resumed run finds, the step that latest.json names)
-    "engine": (5, 5), "rank file": (5, 5), "manifest": (5, 5), "first flush": (5, 5), "before rename": (5, 5),
-    "after rename": (10, 5), "latest": (10, 5), "deleting": (10, 10),
-}
-
-
-def _die(*_) -> None:
-    os._exit(9)
-
-
-def _arm(where: str) -> FakeEngine:
-    """In the forked child: make one function of the saving end the process."""
-    engine = FakeEngine(10)
-    rename, write = os.rename, run_state_module.write_json_atomic
-    if where == "engine":
-        engine.save = _die
-    elif where == "rank file":
-        run_state_module.save_file = _die
-    elif where == "manifest":
-        run_state_module.write_json_atomic = lambda path, value: path.write_text("{") and _die()
-    elif where == "first flush":
-        files.sync_path = _die
-    elif where == "before rename":
-        files.os.rename = _die
-    elif where == "after rename":
-        files.os.rename = lambda a, b: (rename(a, b), _die())
-    elif where == "latest":
-        run_state_module.write_json_atomic = lambda path, value: _die() if path.name == "latest.json" else write(path, value)
-    elif where == "deleting":
-        run_state_module.shutil.rmtree = lambda path, **_: _die() if Path(path).name == "step-00000001" else None
-    return engine
-
-
-@pytest.mark.parametrize("where", KILLED)
-def test_a_process_killed_anywhere_while_saving_leaves_a_whole_newest_checkpoint(tmp_path, where):
-    it = saved(tmp_path, 1, 3, 5)
-    child = os.fork()
-    if child == 0:
-        try:
-            it.save(_arm(where), 10, task_state(10))
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9  # it did die where it was told to
-    found, named = KILLED[where]
-    again = state(tmp_path)
-    again.prepare()
-    assert step_of(again.resume_from) == found
-    assert latest(tmp_path)["step"] == named
-    assert (tmp_path / latest(tmp_path)["checkpoint"] / MANIFEST).is_file()
-    assert not list((tmp_path / "checkpoints").glob(".*"))  # leftovers are cleared when the run starts again
-    engine = FakeEngine()
-    step, tensors = again.load(engine, again.resume_from)
-    assert (step, engine.value, int(tensors["seen"])) == (found, found, found)
-
-
-def test_a_process_killed_while_replacing_a_checkpoint_leaves_the_one_before(tmp_path):
-    it = saved(tmp_path, 5, 10)
-    child = os.fork()
-    if child == 0:
-        try:
-            it.save(_arm("after rename"), 10, {})
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert step_of(it.find()) == 5
-    it.prepare()
-    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 # ---- random numbers ----

@@ -7,15 +7,17 @@ import pickle
 
 import numpy
 import pyarrow
-import pyarrow.parquet
+import pyarrow.ipc
 import pytest
 import torch
 
 from tests import tiny
 from tokenloom_common.errors import DataError, MissingFileError, UserError
+from tokenloom_common.files import file_hash
 from training.commands.data import main as data_command
 from training.data.tokens import shards as token_shards
 from training.data.tokens.shards import (
+    ShardFile,
     SplitIndex,
     TokenIndex,
     TokenShards,
@@ -68,17 +70,6 @@ def test_rows_lie_in_the_file_and_not_in_memory(shards):
     array = read.image_tokens(2)
     assert not array.flags.owndata and not array.flags.writeable
     assert pyarrow.total_allocated_bytes() == before
-
-
-def test_parquet_shards_of_the_first_schema_are_read(tmp_path):
-    for name, rows in (("a.parquet", slice(0, 4)), ("b.parquet", slice(4, 6))):
-        pyarrow.parquet.write_table(pyarrow.table({
-            "captions": CAPTIONS[rows], "tokens": pyarrow.array(TOKENS[rows].tolist(), pyarrow.list_(pyarrow.uint16())),
-            "key": [f"k{i}" for i in range(6)][rows]}), tmp_path / name)
-    (tmp_path / "tokens.json").write_text(json.dumps({
-        "schema_version": 1, "tokenizer_fingerprint": "f", "codebook_size": 32, "grid": [2, 2], "layout": None, "dropped": {},
-        "splits": {"train": {"rows": 6, "files": ["a.parquet", "b.parquet"]}}}))
-    check_content(TokenShards(tmp_path, "train"))
 
 
 def test_token_shards_are_read_by_datasets(shards):
@@ -195,19 +186,32 @@ GOOD = {"captions": pyarrow.array([["a"], ["b"]]), "tokens": pyarrow.array([[0, 
     ({"captions": pyarrow.array([["a"], ["b"]], pyarrow.list_(pyarrow.large_string()))}, "column captions is not as"),
     ({"captions": pyarrow.array(["a", "b"])}, "column captions is not as"),
     ({"key": pyarrow.array([1, 2])}, "column key is not as")])
-@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_files_that_others_wrote_otherwise_are_refused(columns, words, suffix, tmp_path):
+def test_files_that_others_wrote_otherwise_are_refused(columns, words, tmp_path):
     table = pyarrow.table({**GOOD, **columns})
-    if suffix == "parquet":
-        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    else:
-        with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
-            writer.write_table(table)
-    (tmp_path / "tokens.json").write_text(json.dumps({
-        "schema_version": 1, "tokenizer_fingerprint": "f", "codebook_size": 32, "grid": [2, 2],
-        "splits": {"train": {"rows": 2, "files": [f"a.{suffix}"]}}}))
+    path = tmp_path / "a.arrow"
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+    file = ShardFile(name="a.arrow", rows=2, size=path.stat().st_size, blake2b=file_hash(path))
+    write_index(tmp_path, TokenIndex(tokenizer_fingerprint="f", codebook_size=32, grid=(2, 2),
+                                     splits={"train": SplitIndex(rows=2, files=[file])}))
     with pytest.raises(UserError, match=words):
         TokenShards(tmp_path, "train")
+
+
+def test_an_index_of_another_schema_is_refused(shards):
+    values = json.loads((shards / "tokens.json").read_text())
+    for version in (1, 3):
+        (shards / "tokens.json").write_text(json.dumps({**values, "schema_version": version}))
+        with pytest.raises(UserError, match=f"schema_version is {version}, this release reads 2"):
+            TokenShards(shards, "train")
+
+
+def test_an_index_does_not_lead_out_of_its_folder(shards):
+    values = json.loads((shards / "tokens.json").read_text())
+    values["splits"]["train"]["files"][1]["name"] = f"../{shards.name}/{NAMES[1]}"
+    (shards / "tokens.json").write_text(json.dumps(values))
+    with pytest.raises(MissingFileError, match="a token shard is missing"):
+        TokenShards(shards, "train")
 
 
 @pytest.mark.parametrize("values", [{"grid": [-2, -2]}, {"grid": [0, 4]}, {"codebook_size": 10**15}])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenizer_image import (
-    KINDS,
+    IMAGE_TOKENIZERS,
     DVAEConfig,
     ImageTokenizer,
     ImageTokenizerConfig,
@@ -101,7 +101,7 @@ def differing(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -
 
 
 def test_every_kind_and_every_quantizer_is_tested_here():
-    assert {type(build(config)) for config in CONFIGS.values()} == set(KINDS.values())
+    assert {type(build(config)) for config in CONFIGS.values()} == set(IMAGE_TOKENIZERS.values())
     assert {config.quantizer.kind for config in CONFIGS.values() if hasattr(config, "quantizer")} == set(QUANTIZERS)
 
 

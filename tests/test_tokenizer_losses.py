@@ -82,7 +82,7 @@ def test_lpips_equals_the_plain_formula(network):
     for image in pair:
         hidden = ((image.permute(0, 2, 3, 1) - shift) / scale).permute(0, 3, 1, 2)
         taps, convs = [], list(model.convs)
-        for step in model.layout:
+        for step in model.steps:
             if step == "tap":
                 taps.append(hidden)
             elif step == "pool":

@@ -111,7 +111,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(data, tmp_path, group):
     batch = training.collate([training.visits[ItemId(0, row)] for row in range(12)])
     assert batch.masked is not None
     with torch.no_grad():
-        out = training.objective(batch.image, *batch.text, *batch.masked)
+        out = training.model(batch.image, *batch.text, *batch.masked)
     expected = (0.5 * contrastive_loss(out.embeddings, out.scale, batch.same_caption)
                 + 2.0 * masked_text_loss(out.text_logits, batch.text.text_input[batch.masked.predicted]))
     assert float(training.train(batch, 0)["loss"]) == pytest.approx(float(expected), abs=1e-5)
@@ -155,7 +155,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, group):
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(whole.full_model().state_dict()[name], tensor)
-               for name, tensor in whole.objective.matcher.state_dict().items())  # the average is what is exported
+               for name, tensor in whole.model.matcher.state_dict().items())  # the average is what is exported
     with pytest.raises(ResumeError, match="hidden words"):
         MatcherTraining(config(data, tmp_path / "b", **merge(values, {"loss": {"mlm_weight": 0.0}})), group)
 
@@ -163,10 +163,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, group):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_the_temperature_stays_bounded_in_the_optimizers_copy_too(data, tmp_path, group, stage, monkeypatch):
     """With a loss that only asks for a larger scale."""
-    monkeypatch.setattr(train_matcher, "contrastive_loss",
+    monkeypatch.setattr("training.objectives.matcher.contrastive_loss",
                         lambda embeddings, scale, same: 0 * (embeddings.image.sum() + embeddings.text.sum()) - scale)
     training = MatcherTraining(config(data, tmp_path / "run", deepspeed={"zero_stage": stage}, train={"steps": 8}), group)
-    matcher = training.objective.matcher
+    matcher = training.model.matcher
     with torch.no_grad():
         matcher.logit_scale.fill_(MAX_SCALE - 0.02)
     training.engine.take_over([matcher.logit_scale])
@@ -206,7 +206,7 @@ def test_a_frozen_text_encoder_feeds_the_text_tower(data, tmp_path, group):
     ({"deepspeed": {"zero_stage": 3}}, "zero_stage 3"), ({"loss": {"contrastive_weight": 0}}, "contrastive_weight"),
     ({"model": {"text": {"preset": "smal"}}}, "did you mean 'small'"),
     ({"model": {"text": {"preset": "dalle"}}}, "unknown preset of a text encoder 'dalle'"),
-    ({"model": {"text": {"widht": 8}}}, "did you mean 'width'"), ({"model": {"text": {"text_length": 8}}}, "text_length"),
+    ({"model": {"text": {"widht": 8}}}, "did you mean 'model.text.width'"), ({"model": {"text": {"text_length": 8}}}, "text_length"),
     ({"model": {"text": {"layers": 0}}}, "layers 0 leaves"), ({"model": {"embed_dim": 1}}, "embed_dim"),
     ({"model": {"image": {"resolution": 18}}}, "cannot be halved")])
 def test_impossible_options_are_refused_before_anything_is_read(changes, words, data, tmp_path):

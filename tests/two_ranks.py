@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.test_engine import (
+from tests.small_engine import (
     batch,
     config,
     engine_for,

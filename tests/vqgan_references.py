@@ -1,10 +1,11 @@
-"""VQGANs of projects that are no package, written from their papers and layouts as plain functions of a state dict.
+"""VQGANs as plain functions of a state dict, written from the papers of projects without a package.
 
-Independent of our modules: only torch's functions, names as the published files have them. taming-transformers (Esser et al.
-2021, arXiv 2012.09841) and LlamaGen (Sun et al. 2024, arXiv 2406.06525).
+Independent of our modules: only torch's functions, and the names of the published files.
+taming-transformers (Esser et al. 2021, arXiv 2012.09841), LlamaGen (Sun et al. 2024, arXiv
+2406.06525).
 """
 
-# Axes: B batch, C channels, S pixels of a side, h w code grid, K codebook size, D length of a code vector
+# Axes: B batch, C channels, S image side, h w code grid, K codebook size, D length of a code vector
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """What configs call ch, ch_mult, num_res_blocks, z_channels, embed_dim, n_embed; the levels that attend."""
+    """Sizes: ch, ch_mult, num_res_blocks, levels with attention, z_channels, embed_dim, n_embed."""
 
     channels: int = 32
     multipliers: tuple[int, ...] = (1, 1, 2)
@@ -39,13 +40,15 @@ class Shape:
         return f"encoder.conv_blocks.{level}.{part.replace('block', 'res')}"
 
     def up(self, level: int, part: str) -> str:
-        """taming numbers the decoder's levels as the encoder's, LlamaGen in the order in which they run."""
+        """taming numbers the decoder's levels as the encoder's, LlamaGen in running order."""
         if self.names == "taming":
             return f"decoder.up.{level}.{part}"
         return f"decoder.conv_blocks.{self.levels - 1 - level}.{part.replace('block', 'res')}"
 
     def mid(self, side: str, number: int) -> str:
-        return f"{side}.mid.{('block_1', 'attn_1', 'block_2')[number] if self.names == 'taming' else number}"
+        if self.names == "taming":
+            return f"{side}.mid.{('block_1', 'attn_1', 'block_2')[number]}"
+        return f"{side}.mid.{number}"
 
 
 def make_state(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
@@ -54,7 +57,8 @@ def make_state(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
 
     def conv(name: str, inner: int, outer: int, side: int) -> None:
-        state[f"{name}.weight"] = torch.randn(outer, inner, side, side, generator=generator) * (inner * side * side) ** -0.5
+        scale = (inner * side * side) ** -0.5
+        state[f"{name}.weight"] = torch.randn(outer, inner, side, side, generator=generator) * scale
         state[f"{name}.bias"] = torch.randn(outer, generator=generator) * 0.1
 
     def norm(name: str, width: int) -> None:
@@ -79,6 +83,7 @@ def make_state(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
         attention(shape.mid(side, 1), width)
         block(shape.mid(side, 2), width, width)
 
+    # the order of the calls is the order of the random numbers
     width = shape.channels
     conv("encoder.conv_in", 3, width, 3)
     for level, factor in enumerate(shape.multipliers):
@@ -98,24 +103,25 @@ def make_state(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
     middle("decoder", width)
     for level in reversed(range(shape.levels)):
         for index in range(shape.blocks + 1):
-            block(shape.up(level, f"block.{index}"), width, shape.channels * shape.multipliers[level])
-            width = shape.channels * shape.multipliers[level]
+            outer = shape.channels * shape.multipliers[level]
+            block(shape.up(level, f"block.{index}"), width, outer)
+            width = outer
             if level in shape.attention:
                 attention(shape.up(level, f"attn.{index}"), width)
         if level:
             conv(shape.up(level, "upsample.conv"), width, width, 3)
     norm("decoder.norm_out", width)
     conv("decoder.conv_out", width, 3, 3)
+    book = "quantize.embedding.weight"
     if shape.quantizer == "gumbel":
         conv("quantize.proj", shape.dim, shape.codes, 1)
-        state["quantize.embed.weight"] = torch.randn(shape.codes, shape.dim, generator=generator)
-    else:
-        state["quantize.embedding.weight"] = torch.randn(shape.codes, shape.dim, generator=generator)
+        book = "quantize.embed.weight"
+    state[book] = torch.randn(shape.codes, shape.dim, generator=generator)
     return state
 
 
 class Functions:
-    """encode and decode of a state dict."""
+    """Encode and decode with the tensors of a state dict."""
 
     def __init__(self, shape: Shape, state: dict[str, Tensor]) -> None:
         self.shape, self.state = shape, {name: tensor.float() for name, tensor in state.items()}
@@ -125,9 +131,11 @@ class Functions:
 
     def norm(self, name: str, hidden: Tensor) -> Tensor:
         grouped = hidden.reshape(len(hidden), 32, -1)
-        mean, variance = grouped.mean(-1, keepdim=True), grouped.var(-1, unbiased=False, keepdim=True)
+        mean = grouped.mean(-1, keepdim=True)
+        variance = grouped.var(-1, unbiased=False, keepdim=True)
         normed = ((grouped - mean) / (variance + 1e-6).sqrt()).reshape(hidden.shape)
-        return normed * self.state[f"{name}.weight"][:, None, None] + self.state[f"{name}.bias"][:, None, None]
+        scale, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]  # [C]
+        return normed * scale[:, None, None] + bias[:, None, None]
 
     def swish(self, hidden: Tensor) -> Tensor:
         return hidden * torch.sigmoid(hidden)
@@ -141,9 +149,11 @@ class Functions:
 
     def attention(self, name: str, hidden: Tensor) -> Tensor:
         normed = self.norm(f"{name}.norm", hidden)
-        query, key, value = (self.conv(f"{name}.{part}", normed).flatten(2) for part in ("q", "k", "v"))  # [B, C, h*w]
-        shares = (query.transpose(1, 2) @ key * query.shape[1] ** -0.5).softmax(dim=-1)  # [B, queries, keys]
-        mixed = (value @ shares.transpose(1, 2)).reshape(hidden.shape)
+        parts = [self.conv(f"{name}.{part}", normed) for part in ("q", "k", "v")]
+        query, key, value = (part.flatten(2) for part in parts)  # [B, C, h*w]
+        scores = query.transpose(1, 2) @ key * query.shape[1] ** -0.5  # [B, queries, keys]
+        weights = scores.softmax(dim=-1)
+        mixed = (value @ weights.transpose(1, 2)).reshape(hidden.shape)
         return hidden + self.conv(f"{name}.proj_out", mixed)
 
     def middle(self, side: str, hidden: Tensor) -> Tensor:
@@ -159,10 +169,13 @@ class Functions:
                 hidden = self.block(shape.down(level, f"block.{index}"), hidden)
                 if level in shape.attention:
                     hidden = self.attention(shape.down(level, f"attn.{index}"), hidden)
-            if level < shape.levels - 1:  # one row and one column of zeros, right and below
-                hidden = self.conv(shape.down(level, "downsample.conv"), F.pad(hidden, (0, 1, 0, 1)), stride=2)
+            if level < shape.levels - 1:
+                padded = F.pad(hidden, (0, 1, 0, 1))  # a row and a column of zeros, right and below
+                hidden = self.conv(shape.down(level, "downsample.conv"), padded, stride=2)
+
         hidden = self.middle("encoder", hidden)
-        features = self.conv("encoder.conv_out", self.swish(self.norm("encoder.norm_out", hidden)), padding=1)
+        hidden = self.swish(self.norm("encoder.norm_out", hidden))
+        features = self.conv("encoder.conv_out", hidden, padding=1)
         return self.conv("quant_conv", features)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -170,18 +183,23 @@ class Functions:
         latents = self.latents(image)
         if self.shape.quantizer == "gumbel":
             return self.conv("quantize.proj", latents).argmax(dim=1)
-        rows, book = latents.permute(0, 2, 3, 1), self.state["quantize.embedding.weight"]  # [B, h, w, D], [K, D]
+        vectors = latents.permute(0, 2, 3, 1)  # [B, h, w, D]
+        book = self.state["quantize.embedding.weight"]  # [K, D]
         if self.shape.names == "llamagen":
-            rows, book = (part / part.norm(dim=-1, keepdim=True) for part in (rows, book))
-        return ((rows[..., None, :] - book) ** 2).sum(-1).argmin(-1)
+            vectors = vectors / vectors.norm(dim=-1, keepdim=True)
+            book = book / book.norm(dim=-1, keepdim=True)
+        return ((vectors[..., None, :] - book) ** 2).sum(-1).argmin(-1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, h, w] -> [B, 3, S, S], unclamped."""
         shape = self.shape
-        book = self.state["quantize.embed.weight" if shape.quantizer == "gumbel" else "quantize.embedding.weight"]
+        name = "quantize.embed" if shape.quantizer == "gumbel" else "quantize.embedding"
+        book = self.state[f"{name}.weight"]
         if shape.names == "llamagen":
             book = book / book.norm(dim=-1, keepdim=True)
-        hidden = self.conv("decoder.conv_in", self.conv("post_quant_conv", book[codes].permute(0, 3, 1, 2)), padding=1)
+        latents = self.conv("post_quant_conv", book[codes].permute(0, 3, 1, 2))  # [B, C, h, w]
+        hidden = self.conv("decoder.conv_in", latents, padding=1)
+
         hidden = self.middle("decoder", hidden)
         for level in reversed(range(shape.levels)):
             for index in range(shape.blocks + 1):
@@ -191,4 +209,5 @@ class Functions:
             if level:
                 doubled = hidden.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
                 hidden = self.conv(shape.up(level, "upsample.conv"), doubled, padding=1)
-        return self.conv("decoder.conv_out", self.swish(self.norm("decoder.norm_out", hidden)), padding=1)
+        hidden = self.swish(self.norm("decoder.norm_out", hidden))
+        return self.conv("decoder.conv_out", hidden, padding=1)

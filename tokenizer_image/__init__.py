@@ -1,4 +1,4 @@
-"""Image <-> codes: the image tokenizers, and all that turns files into pixels and pixels into files.
+"""Image <-> codes: the image tokenizers, and the conversion of image files to pixels and back.
 
 Knows pixels, nothing of captions.
 """
@@ -16,7 +16,13 @@ from tokenizer_image.images import (
     pixels_to_float,
     pixels_to_images,
 )
-from tokenizer_image.kinds import KINDS, PRESETS, build_tokenizer, load_tokenizer, preset
+from tokenizer_image.kinds import (
+    IMAGE_TOKENIZERS,
+    PRESETS,
+    build_tokenizer,
+    load_tokenizer,
+    preset,
+)
 from tokenizer_image.losses import TokenizerLoss, TokenizerLossConfig, tokenizer_loss
 from tokenizer_image.perceptual import LPIPS
 from tokenizer_image.quantizer_config import QuantizerConfig
@@ -25,9 +31,10 @@ from tokenizer_image.vit_vqgan import ViTVQGAN, ViTVQGANConfig
 from tokenizer_image.vqgan import VQGAN
 
 __all__ = [
-    "DVAE", "KINDS", "LPIPS", "PRESETS", "VQGAN", "BadImageError", "CodebookUsage", "DVAEConfig", "ImageTokenizer",
-    "ImageTokenizerConfig", "QuantizerConfig", "Reconstruction", "TokenizerLoss", "TokenizerLossConfig", "Usage",
-    "VQGANConfig", "ViTVQGAN", "ViTVQGANConfig", "build_tokenizer", "codes_to_tokens", "float_to_pixels", "image_grid",
-    "image_to_pixels", "load_tokenizer", "open_image", "pixels_to_float", "pixels_to_images", "preset", "tokenizer_loss",
-    "tokens_to_codes",
+    "DVAE", "IMAGE_TOKENIZERS", "LPIPS", "PRESETS", "VQGAN", "BadImageError", "CodebookUsage",
+    "DVAEConfig", "ImageTokenizer", "ImageTokenizerConfig", "QuantizerConfig", "Reconstruction",
+    "TokenizerLoss", "TokenizerLossConfig", "Usage", "VQGANConfig", "ViTVQGAN", "ViTVQGANConfig",
+    "build_tokenizer", "codes_to_tokens", "float_to_pixels", "image_grid", "image_to_pixels",
+    "load_tokenizer", "open_image", "pixels_to_float", "pixels_to_images", "preset",
+    "tokenizer_loss", "tokens_to_codes",
 ]

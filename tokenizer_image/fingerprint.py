@@ -1,4 +1,4 @@
-"""Which codes a tokenizer speaks: a hash of everything that decides them."""
+"""Fingerprint of an image tokenizer: equal fingerprints mean equal codes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from tokenizer_image.image_tokenizer import ImageTokenizer
 
 
 def code_fingerprint(tokenizer: ImageTokenizer) -> str:
-    """16 hex digits over encoder, codebook and what else decides a code.
+    """Return 16 hex digits over the encoder, the codebook and all settings that decide a code.
 
-    A fine-tuned decoder, moving averages and fields that a later release adds leave it as it is, so tokens stay valid.
+    A fine-tuned decoder and moving averages leave it as it is, so tokens stay valid. Models and
+    token shards on disk carry it: what is hashed, and in which order, must not change.
     """
-    digest = hashlib.blake2b(json.dumps(tokenizer.code_settings(), sort_keys=True).encode(), digest_size=8)
-    parts = tuple(f"{name}." for name in tokenizer.code_parts if name != "quantizer")
-    tensors = {name: tensor for name, tensor in tokenizer.state_dict().items() if name.startswith(parts)}
-    for name, tensor in sorted({**tensors, **tokenizer.code_tensors()}.items()):
+    settings = json.dumps(tokenizer.code_settings(), sort_keys=True)
+    digest = hashlib.blake2b(settings.encode(), digest_size=8)
+
+    # of the quantizer only code_tensors() decide codes; its moving averages do not
+    prefixes = tuple(f"{name}." for name in tokenizer.code_parts if name != "quantizer")
+    tensors = dict(tokenizer.code_tensors())
+    for name, tensor in tokenizer.state_dict().items():
+        if name.startswith(prefixes):
+            tensors.setdefault(name, tensor)
+
+    for name in sorted(tensors):
+        values = tensors[name].detach().float().cpu().contiguous()
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()

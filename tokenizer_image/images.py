@@ -1,4 +1,4 @@
-"""Pictures in and out: a guarded reader, resize and crop, and the one place that knows how uint8 maps to [-1, 1].
+"""Images in and out: a guarded reader, resize and crop, and the map from uint8 to [-1, 1].
 
 Axes: B batch, C channels, H W pixels.
 """
@@ -22,39 +22,47 @@ from torch import Tensor
 from tokenloom_common.errors import MissingFileError, UserError, one_line
 
 MAX_IMAGE_PIXELS = 25_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # others are refused: their decoders are where the CVEs are
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no others: their decoders are where the CVEs are
 READ_HINT = f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 
-# What Pillow's decoders raise on damaged files, besides OSError.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error,
-                  zlib.error)
-# First bytes of formats that people do have, so that the message can name them: (offset, bytes, name).
-_OTHER_FORMATS = ((0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftyp", "HEIC/AVIF or video"), (0, b"%PDF", "PDF"),
-                  (0, b"<svg", "SVG"), (0, b"8BPS", "Photoshop"), (0, b"\0\0\0\x0cjP", "JPEG 2000"),
-                  (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\1\0", "ICO"))
+# exceptions of Pillow's decoders on damaged files
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError,
+                  struct.error, zlib.error)
+# formats that people do have, by their first bytes, for the message: (offset, bytes, name)
+_OTHER_FORMATS = (
+    (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftyp", "HEIC/AVIF or video"),
+    (0, b"%PDF", "PDF"), (0, b"<svg", "SVG"), (0, b"8BPS", "Photoshop"),
+    (0, b"\0\0\0\x0cjP", "JPEG 2000"), (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\1\0", "ICO"))
 _OUR_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"BM")
 
 
 class BadImageError(UserError):
-    """A picture that cannot be used. `reason` is short and the same for every such file, so that it can be counted."""
+    """An unusable image. `reason` is short and the same for every such file, to be counted."""
 
     def __init__(self, name: str, reason: str, detail: str) -> None:
         super().__init__(f"{name}: {reason}: {detail}")
-        self.name, self.reason, self.detail = name, reason, detail
+        self.name = name
+        self.reason = reason
+        self.detail = detail
 
-    def __reduce__(self) -> tuple:  # loader workers send errors pickled, and the message alone does not rebuild it
+    # loader workers send errors pickled, and the message alone does not rebuild this one
+    def __reduce__(self) -> tuple:
         return type(self), (self.name, self.reason, self.detail)
 
 
-def open_image(source: str | Path | bytes, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Read one picture from a path or from a file's bytes -> RGB, upright, first frame, alpha over white.
+# ---- reading
 
-    The size is checked from the header, before anything is decoded. BadImageError (with `.reason`) for a file that is
-    empty, not a picture, of another format, damaged or larger than `max_pixels`; MissingFileError for a path that is
-    not there. `name` is what messages call the picture; it defaults to the path.
+def open_image(source: str | Path | bytes, name: str | None = None,
+               max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Read one image from a path or from a file's bytes -> RGB, upright, first frame, over white.
+
+    The size is checked from the header, before anything is decoded. `name` is used in messages and
+    defaults to the path. BadImageError (with `.reason`) for a file that is empty, not an image, of
+    another format, damaged or larger than `max_pixels`; MissingFileError for a missing path.
     """
     if isinstance(source, bytes):
         return _read(BytesIO(source), name or "image", max_pixels)
+
     path = Path(source)
     name = name or str(path)
     if not path.exists():
@@ -65,7 +73,8 @@ def open_image(source: str | Path | bytes, name: str | None = None, max_pixels: 
         with path.open("rb") as file:
             return _read(file, name, max_pixels)
     except PermissionError:
-        raise BadImageError(name, "unreadable", "permission denied; check the file's permissions") from None
+        raise BadImageError(name, "unreadable",
+                            "permission denied; check the file's permissions") from None
 
 
 def _read(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
@@ -74,7 +83,8 @@ def _read(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     if not head:
         raise BadImageError(name, "empty file", "0 bytes; download or export it again")
     try:
-        with warnings.catch_warnings():  # our own limit is lower and refuses instead of warning
+        with warnings.catch_warnings():
+            # of Pillow's size warning: our own limit is lower and refuses
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(image, name, max_pixels)
@@ -83,31 +93,37 @@ def _read(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         raise _unidentified(head, name) from None
     except Image.DecompressionBombError:
-        raise BadImageError(name, "too many pixels", f"over Pillow's own limit; resize it below {max_pixels:,} pixels"
-                            ) from None
+        detail = f"over Pillow's own limit; resize it below {max_pixels:,} pixels"
+        raise BadImageError(name, "too many pixels", detail) from None
     except BadImageError:
         raise
     except _DECODE_ERRORS as error:
-        text = one_line(error)
-        cut = isinstance(error, EOFError) or "truncated" in text.lower() or _webp_is_cut(head, file)
-        raise BadImageError(name, "truncated" if cut else "corrupt", f"{text}; download or export it again") from None
+        reason = "truncated" if _is_truncated(error, head, file) else "corrupt"
+        detail = f"{one_line(error)}; download or export it again"
+        raise BadImageError(name, reason, detail) from None
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise BadImageError(name, "too many pixels",
-                            f"{width} x {height} is over the limit of {max_pixels:,}; resize it or raise the limit")
+        detail = (f"{width} x {height} is over the limit of {max_pixels:,}; "
+                  "resize it or raise the limit")
+        raise BadImageError(name, "too many pixels", detail)
 
 
-def _webp_is_cut(head: bytes, file: BinaryIO) -> bool:
-    """WebP's decoder does not say why it failed; its header states how long the file should be."""
-    if not head.startswith(b"RIFF") or len(head) < 8:
-        return False
-    return file.seek(0, 2) < 8 + int.from_bytes(head[4:8], "little")
+def _is_truncated(error: Exception, head: bytes, file: BinaryIO) -> bool:
+    """Whether decoding failed because the end of the file is missing."""
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return True
+    # WebP's decoder does not say why it failed; its header states how long the file should be
+    if head.startswith(b"RIFF") and len(head) >= 8:
+        stated_length = 8 + int.from_bytes(head[4:8], "little")
+        return file.seek(0, 2) < stated_length
+    return False
 
 
 def _unidentified(head: bytes, name: str) -> BadImageError:
+    """Return the error for a file that Pillow does not know, from its first bytes."""
     for offset, magic, format_name in _OTHER_FORMATS:
         if head[offset:].startswith(magic):
             return BadImageError(name, "unknown format", f"{format_name} is not read; {READ_HINT}")
@@ -117,69 +133,98 @@ def _unidentified(head: bytes, name: str) -> BadImageError:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with suppress(*_DECODE_ERRORS):  # broken EXIF around whole pixels: viewers show such a picture unrotated, so do we
-        ImageOps.exif_transpose(image, in_place=True)  # else it copies those that are upright
+    """Rotate an image as its EXIF orientation says."""
+    # broken EXIF around whole pixels: viewers show such an image unrotated, and so do we
+    with suppress(*_DECODE_ERRORS):
+        ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies upright images too
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL picture -> RGB 8 bit. Transparency goes over white; 16-bit grey is scaled (Pillow would clip it)."""
-    if image.mode.startswith("I"):  # I;16 and its byte orders, or I: Pillow's modes for 16-bit grey
-        values = np.asarray(image, dtype=np.int64)
-        grey = (np.clip(values, 0, 65535) + 128) // 257  # 65535 = 255 * 257, so white stays white
-        key = image.info.get("transparency")
-        grey = np.where(values == key, 255, grey) if isinstance(key, int) else grey
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    """Convert any PIL image to 8-bit RGB. Transparency goes over white; 16-bit grey is scaled."""
+    if image.mode.startswith("I"):  # Pillow's modes for 16-bit grey: I;16 and its byte orders, I
+        return _grey16_to_rgb(image)
     if image.mode == "F":  # has no agreed range; taken as 0 to 255, as Pillow does
         values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=255.0, neginf=0.0)
-        return Image.fromarray(np.clip(values, 0, 255).round().astype(np.uint8)).convert("RGB")
+        grey = np.clip(values, 0, 255).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:  # RGBA, LA, PA, and palette/RGB/grey with a transparent colour
         with_alpha = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), with_alpha).convert("RGB")
-    return image.convert("RGB")  # always a new picture, so the file behind `image` can be closed
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, with_alpha).convert("RGB")
+    return image.convert("RGB")  # always a new image, so the file behind `image` can be closed
 
+
+def _grey16_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits; Pillow would clip it."""
+    values = np.asarray(image, dtype=np.int64)
+    grey = (np.clip(values, 0, 65535) + 128) // 257  # 65535 = 255 * 257, so white stays white
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey = np.where(values == transparent, 255, grey)
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+# ---- images <-> arrays
 
 def image_to_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """RGB picture -> its centre square, resized with antialiasing, uint8 [size, size, 3].
-
-    The square is cut while resizing, not after: a 1 x 1,000,000 picture would otherwise grow to size x (1e6 * size).
-    """
+    """RGB image -> its centre square, resized with antialiasing, uint8 [size, size, 3]."""
     width, height = image.size
     side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    left = (width - side) // 2
+    top = (height - side) // 2
     if side != size or width != height:
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        # cropped while resizing: a 1 x 1,000,000 image would otherwise grow to size x (1e6 * size)
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
 def pixels_to_float(pixels: Tensor | np.ndarray) -> Tensor:
-    """Pixels uint8 [B, H, W, 3] -> image float32 [B, 3, H, W] in [-1, 1]. ValueError on another dtype or shape."""
+    """Pixels uint8 [B, H, W, 3] -> image float32 [B, 3, H, W] in [-1, 1].
+
+    ValueError on another dtype or shape.
+    """
     pixels = torch.as_tensor(pixels)
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
-        raise ValueError(f"expected uint8 pixels [B, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
-    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0
+        raise ValueError(f"expected uint8 pixels [B, H, W, 3], "
+                         f"got {pixels.dtype} {list(pixels.shape)}")
+    channels_first = pixels.permute(0, 3, 1, 2)
+    image = channels_first.to(torch.float32, memory_format=torch.contiguous_format)
+    return image / 127.5 - 1.0
 
 
 def float_to_pixels(image: Tensor) -> Tensor:
-    """Image float [B, 3, H, W], clamped to [-1, 1] -> pixels uint8 [B, H, W, 3]; the inverse of `pixels_to_float`."""
+    """Image float [B, 3, H, W], clamped to [-1, 1] -> pixels uint8 [B, H, W, 3].
+
+    The inverse of `pixels_to_float`.
+    """
     if not image.is_floating_point() or image.ndim != 4 or image.shape[1] != 3:
-        raise ValueError(f"expected a float image [B, 3, H, W], got {image.dtype} {list(image.shape)}")
-    image = image.detach().float().nan_to_num(nan=0.0).clamp(-1.0, 1.0)  # a NaN has no uint8 value: make it grey
-    return ((image + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        raise ValueError(f"expected a float image [B, 3, H, W], "
+                         f"got {image.dtype} {list(image.shape)}")
+    image = image.detach().float().nan_to_num(nan=0.0)  # a NaN has no uint8 value: make it grey
+    levels = (image.clamp(-1.0, 1.0) + 1.0) * 127.5
+    pixels = levels.round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous()
 
 
 def pixels_to_images(pixels: Tensor | np.ndarray) -> list[Image.Image]:
-    """Pixels uint8 [B, H, W, 3] -> B pictures."""
-    return [Image.fromarray(one) for one in np.asarray(torch.as_tensor(pixels).cpu())]
+    """Pixels uint8 [B, H, W, 3] -> B PIL images."""
+    arrays = np.asarray(torch.as_tensor(pixels).cpu())
+    return [Image.fromarray(array) for array in arrays]
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """One white sheet with the pictures in rows of `columns`; cells have the size of the largest picture."""
+    """Paste images on one white sheet in rows of `columns`; cells have the size of the largest."""
     if not images or columns < 1:
-        raise ValueError(f"a grid needs at least 1 picture and 1 column, got {len(images)} and {columns}")
+        raise ValueError("a grid needs at least 1 picture and 1 column, "
+                         f"got {len(images)} and {columns}")
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    cell_width, cell_height = (max(image.size[axis] for image in images) + gap for axis in (0, 1))
+    rows = -(-len(images) // columns)  # rounded up
+    cell_width = max(image.width for image in images) + gap
+    cell_height = max(image.height for image in images) + gap
+
+    # no gap behind the last column and row
     sheet = Image.new("RGB", (columns * cell_width - gap, rows * cell_height - gap), "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)

@@ -1,4 +1,4 @@
-"""The families of image tokenizers by name, their presets, and loading a folder whichever family it holds."""
+"""Families of image tokenizers by name, their presets, and loading a folder of any family."""
 
 from __future__ import annotations
 
@@ -15,32 +15,41 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, choose
 from tokenloom_common.pretrained import resolve_folder
 
-KINDS: dict[str, type[ImageTokenizer]] = {kind.kind: kind for kind in (VQGAN, ViTVQGAN, DVAE)}
+IMAGE_TOKENIZERS: dict[str, type[ImageTokenizer]] = {
+    VQGAN.kind: VQGAN,
+    ViTVQGAN.kind: ViTVQGAN,
+    DVAE.kind: DVAE,
+}
 PRESETS: dict[str, tuple[str, ImageTokenizerConfig]] = {
-    **{name: (VQGAN.kind, config) for name, config in VQGAN_PRESETS.items()},
-    **{name: (ViTVQGAN.kind, config) for name, config in VIT_VQGAN_PRESETS.items()},
-    **{name: (DVAE.kind, config) for name, config in DVAE_PRESETS.items()}}
+    name: (config.kind, config)
+    for presets in (VQGAN_PRESETS, VIT_VQGAN_PRESETS, DVAE_PRESETS)
+    for name, config in presets.items()}
 """Preset -> kind and config."""
 
 
 def preset(name: str) -> ImageTokenizerConfig:
-    """The config of a preset. UserError that lists the names."""
-    return choose(PRESETS, name, "tokenizer preset")[1]
+    """Return the config of a preset. UserError that lists the names otherwise."""
+    _, config = choose(PRESETS, name, "tokenizer preset")
+    return config
 
 
 def build_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
-    """An untrained tokenizer of the family that the config belongs to."""
-    return KINDS[config.kind](config)
+    """Build an untrained tokenizer of the config's family."""
+    return IMAGE_TOKENIZERS[config.kind](config)
 
 
-def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> ImageTokenizer:
-    """The image tokenizer of a local folder or hub id, strictly, in eval mode, of whatever kind its config.json names.
+def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu",
+                   revision: str | None = None) -> ImageTokenizer:
+    """Load the image tokenizer of a local folder or hub id, of the kind its config.json names.
 
-    revision: of a hub id: branch, tag or commit.
+    Strictly, in eval mode. revision: branch, tag or commit of a hub id.
     """
     path = resolve_folder(folder, revision)
     config = path / "config.json"
     if not config.is_file():
-        raise MissingFileError(f"{folder}: config.json is missing, so the folder is not a (whole) image tokenizer")
-    kind = choose(KINDS, str(read_mapping(config).get("kind")), f"{config}: kind of image tokenizer")
-    return kind.from_pretrained(path, device)
+        raise MissingFileError(
+            f"{folder}: config.json is missing, so the folder is not a (whole) image tokenizer")
+
+    kind = str(read_mapping(config).get("kind"))
+    tokenizer_class = choose(IMAGE_TOKENIZERS, kind, f"{config}: kind of image tokenizer")
+    return tokenizer_class.from_pretrained(path, device)

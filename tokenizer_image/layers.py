@@ -1,4 +1,6 @@
-"""Blocks of the CNN tokenizers. Attribute names are those of the released VQGAN state dicts, so that they load.
+"""Blocks of the CNN tokenizers.
+
+Attribute names are those of the released VQGAN state dicts, so that these load.
 
 Axes: B batch, C channels, H W pixels or positions.
 """
@@ -15,32 +17,33 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenizer_image.config import VQGANConfig
 
+NORM_EPS = 1e-6
+"""GroupNorm's epsilon in the released models (PyTorch's default is 1e-5)."""
+
 
 class Checkpointed(nn.Module):
-    """A stack of blocks that can forget the activations inside each block and compute them again for the gradient."""
+    """A stack of blocks that can recompute the activations inside each block for the gradient."""
 
     checkpointing = False
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """`block(hidden)`, with its activations kept or not."""
+        """Return `block(hidden)`, with its activations kept or recomputed."""
+        # without gradients no activation is kept anyway
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, hidden, use_reentrant=False)
         return block(hidden)
 
 
-NORM_EPS = 1e-6
-"""GroupNorm's epsilon in the released models (PyTorch's default is 1e-5)."""
-
-
 def group_norm(channels: int, groups: int, eps: float = NORM_EPS) -> nn.GroupNorm:
-    """GroupNorm with the released models' epsilon unless another is given."""
+    """Build a GroupNorm with the released models' epsilon unless another is given."""
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class ResBlock(nn.Module):
-    """Twice norm, swish, 3x3 convolution; a 1x1 convolution on the way around where the width changes."""
+    """Twice norm, swish, 3x3 convolution; a 1x1 convolution on the skip where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float, eps: float = NORM_EPS) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float,
+                 eps: float = NORM_EPS) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, groups, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -54,7 +57,9 @@ class ResBlock(nn.Module):
         """[B, C_in, H, W] -> [B, C_out, H, W]."""
         out = self.conv1(F.silu(self.norm1(hidden)))
         out = self.conv2(self.dropout(F.silu(self.norm2(out))))
-        return out + (self.nin_shortcut(hidden) if hasattr(self, "nin_shortcut") else hidden)
+        if hasattr(self, "nin_shortcut"):
+            hidden = self.nin_shortcut(hidden)
+        return out + hidden
 
 
 class AttentionBlock(nn.Module):
@@ -71,13 +76,16 @@ class AttentionBlock(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         normed = self.norm(hidden)
-        query, key, value = (rearrange(conv(normed), "b c h w -> b 1 (h w) c") for conv in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(query, key, value)  # [B, 1, H*W, C]
-        return hidden + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=hidden.shape[2]))
+        query = rearrange(self.q(normed), "b c h w -> b 1 (h w) c")
+        key = rearrange(self.k(normed), "b c h w -> b 1 (h w) c")
+        value = rearrange(self.v(normed), "b c h w -> b 1 (h w) c")
+        mixed = F.scaled_dot_product_attention(query, key, value)  # [B, 1, H*W, C]
+        mixed = rearrange(mixed, "b 1 (h w) c -> b c h w", h=hidden.shape[2])
+        return hidden + self.proj_out(mixed)
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution that pads right and below only, as the released models do."""
+    """Stride-2 convolution, padded right and below only as in the released models."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -85,7 +93,7 @@ class Downsample(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H/2, W/2]."""
-        return self.conv(F.pad(hidden, (0, 1, 0, 1)))
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))  # left, right, top, bottom
 
 
 class Upsample(nn.Module):
@@ -101,27 +109,32 @@ class Upsample(nn.Module):
 
 
 class Level(Checkpointed):
-    """The residual blocks of one resolution, each followed by attention where the config asks for it."""
+    """Residual blocks of one resolution, each followed by attention if the config says so."""
 
-    def __init__(self, widths: list[int], attend: bool, config: VQGANConfig, downsample: Downsample | None = None,
-                 upsample: Upsample | None = None) -> None:
+    def __init__(self, widths: list[int], attend: bool, config: VQGANConfig,
+                 downsample: Downsample | None = None, upsample: Upsample | None = None) -> None:
+        """`widths`: channels of the input and after each block."""
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(before, after, config.norm_groups, config.dropout, config.norm_eps)
-                                   for before, after in pairwise(widths))
-        self.attn = nn.ModuleList(AttentionBlock(after, config.norm_groups, config.norm_eps)
-                                  for after in widths[1:] if attend)
+        groups, eps = config.norm_groups, config.norm_eps
+        self.block = nn.ModuleList(
+            ResBlock(before, after, groups, config.dropout, eps)
+            for before, after in pairwise(widths))
+        attended_widths = widths[1:] if attend else []  # an empty list adds no tensors
+        self.attn = nn.ModuleList(AttentionBlock(width, groups, eps) for width in attended_widths)
         self.downsample = downsample
         self.upsample = upsample
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C_out, H, W], or half or twice the size where the level ends in a resampling."""
+        """[B, C_in, H, W] -> [B, C_out, H, W], or half or twice the size if the level resamples."""
         for index, block in enumerate(self.block):
             hidden = self.run(block, hidden)
             if self.attn:
                 hidden = self.run(self.attn[index], hidden)
         if self.downsample is not None:
-            return self.downsample(hidden)
-        return hidden if self.upsample is None else self.upsample(hidden)
+            hidden = self.downsample(hidden)
+        if self.upsample is not None:
+            hidden = self.upsample(hidden)
+        return hidden
 
 
 class Middle(Checkpointed):
@@ -129,10 +142,11 @@ class Middle(Checkpointed):
 
     def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels, config.norm_groups, config.dropout, config.norm_eps)
+        groups, eps = config.norm_groups, config.norm_eps
+        self.block_1 = ResBlock(channels, channels, groups, config.dropout, eps)
         if config.mid_attention:
-            self.attn_1 = AttentionBlock(channels, config.norm_groups, config.norm_eps)
-        self.block_2 = ResBlock(channels, channels, config.norm_groups, config.dropout, config.norm_eps)
+            self.attn_1 = AttentionBlock(channels, groups, eps)
+        self.block_2 = ResBlock(channels, channels, groups, config.dropout, eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
@@ -149,15 +163,17 @@ class Encoder(nn.Module):
         super().__init__()
         width = config.channels
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+
         self.down = nn.ModuleList()
         last = len(config.channel_multipliers) - 1
         for index, multiplier in enumerate(config.channel_multipliers):
             out = config.channels * multiplier
-            attend = config.level_resolutions[index] in config.attention_resolutions
             widths = [width] + [out] * config.num_res_blocks
+            attend = config.level_resolutions[index] in config.attention_resolutions
             downsample = Downsample(out) if index != last else None
             self.down.append(Level(widths, attend, config, downsample=downsample))
             width = out
+
         self.mid = Middle(width, config)
         self.norm_out = group_norm(width, config.norm_groups, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
@@ -167,11 +183,12 @@ class Encoder(nn.Module):
         hidden = self.conv_in(image)
         for level in self.down:
             hidden = level(hidden)
-        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+        hidden = self.mid(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
 
 
 class Decoder(nn.Module):
-    """Features at the resolution of the code grid -> image. `up` is stored by level and runs from the last to 0."""
+    """Feature map at the resolution of the code grid -> image."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -180,15 +197,18 @@ class Decoder(nn.Module):
         width = channels * config.channel_multipliers[-1]
         self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
         self.mid = Middle(width, config)
+
         levels: list[Level] = []
         for index in reversed(range(len(config.channel_multipliers))):
             out = channels * config.channel_multipliers[index]
+            widths = [width] + [out] * (blocks + 1)  # one block more than in the encoder
             attend = config.level_resolutions[index] in config.attention_resolutions
-            widths = [width] + [out] * (blocks + 1)  # one block more than on the way down
             upsample = Upsample(out) if index != 0 else None
-            levels.insert(0, Level(widths, attend, config, upsample=upsample))
+            levels.append(Level(widths, attend, config, upsample=upsample))
             width = out
-        self.up = nn.ModuleList(levels)
+        # stored by level as in released state dicts: up[0] has the full resolution and runs last
+        self.up = nn.ModuleList(reversed(levels))
+
         self.norm_out = group_norm(width, config.norm_groups, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
 

@@ -1,4 +1,4 @@
-"""Tokenizers with a quantizer between encoder and decoder: what VQGAN and ViT-VQGAN share.
+"""Tokenizers with a quantizer between encoder and decoder: the shared part of VQGAN and ViT-VQGAN.
 
 Axes: B batch, S pixels of a side, h w code grid, D length of a code vector, K codebook size.
 """
@@ -15,14 +15,19 @@ from tokenizer_image.quantizers import Quantizer, build_quantizer
 
 
 class QuantizedTokenizer(ImageTokenizer):
-    """latents -> quantizer -> vectors. A subclass builds its encoder, calls `add_quantizer`, then builds its decoder."""
+    """latents -> quantizer -> vectors.
+
+    A subclass builds its encoder, calls `add_quantizer`, then builds its decoder: the order decides
+    which random numbers initialize which weights.
+    """
 
     config: QuantizedConfig
     quantizer: Quantizer
 
     def add_quantizer(self) -> None:
-        """Build the quantizer that the config describes."""
-        self.quantizer = build_quantizer(self.config.embed_dim, self.config.codebook_size, self.config.quantizer)
+        """Build the quantizer of the config."""
+        config = self.config
+        self.quantizer = build_quantizer(config.embed_dim, config.codebook_size, config.quantizer)
 
     @property
     def codebook(self) -> Tensor:
@@ -34,36 +39,42 @@ class QuantizedTokenizer(ImageTokenizer):
         return self.quantizer.nearest(latents)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes [B, h, w] in [0, K) -> code vectors [B, D, h, w/depth], in the dtype that the decoder runs in."""
+        """Codes [B, h, w] in [0, K) -> code vectors [B, D, h, w/depth], in the decoder's dtype."""
         return self.quantizer.lookup(codes).to(self.last_layer.dtype)
 
     def reconstruct(self, image: Tensor) -> Reconstruction:
-        """A training step's forward, with gradients everywhere; the codebook learns in training mode."""
+        """Forward of a training step; the codebook learns in training mode."""
         quantized = self.quantizer(self.latents(image))
-        return Reconstruction(self.decode_vectors(quantized.vectors), quantized.codes, quantized.losses)
+        reconstruction = self.decode_vectors(quantized.vectors)
+        return Reconstruction(reconstruction, quantized.codes, quantized.losses)
 
     def code_settings(self) -> dict[str, Any]:
         """JSON-able settings that decide codes beyond the weights' shapes."""
-        quantizer = self.config.quantizer
-        later = {"raw_search": True} if quantizer.raw_search else {}  # only where it is on: fingerprints of before stay
-        return {**super().code_settings(), "quantizer": {
-            "kind": quantizer.kind, "l2_normalize": quantizer.l2_normalize, "depth": quantizer.depth,
-            "levels": quantizer.levels, "spherical": quantizer.spherical, **later}}
+        config = self.config.quantizer
+        quantizer: dict[str, Any] = {
+            "kind": config.kind, "l2_normalize": config.l2_normalize, "depth": config.depth,
+            "levels": config.levels, "spherical": config.spherical}
+        # only where it is on: one key more would change the fingerprint of every other tokenizer
+        if config.raw_search:
+            quantizer["raw_search"] = True
+        return {**super().code_settings(), "quantizer": quantizer}
 
     def code_tensors(self) -> dict[str, Tensor]:
-        """What decides codes after the latents, by name."""
+        """Tensors that decide codes after the latents, by name."""
         return self.quantizer.code_tensors()
 
     def set_step(self, step: int, total: int) -> dict[str, float]:
-        """Tell the model which of `total` training steps comes next -> the quantizer's schedules, for the log."""
+        """Set the quantizer's schedules for training step `step` of `total` -> their values."""
         return self.quantizer.set_step(step, total)
 
     def take_restarts(self) -> int:
-        """Dead codes that were restarted since this was last asked."""
-        count, self.quantizer.restarts = self.quantizer.restarts, 0
+        """Return the number of dead codes restarted since the last call."""
+        count = self.quantizer.restarts
+        self.quantizer.restarts = 0
         return count
 
     def take_rewritten(self) -> list[nn.Parameter]:
-        """Codebooks changed in place by k-means or restarts since this was last asked."""
-        taken, self.quantizer.rewritten = self.quantizer.rewritten, []
-        return taken
+        """Return the codebooks that k-means or restarts changed in place since the last call."""
+        parameters = self.quantizer.rewritten
+        self.quantizer.rewritten = []
+        return parameters

@@ -1,16 +1,18 @@
-"""ViT-VQGAN: image <-> grid of codes with a transformer on each side of the codes (Yu et al. 2021, arXiv 2110.04627).
+"""Transformer image tokenizer: image <-> grid of codes (ViT-VQGAN, Yu et al. 2021, arXiv
+2110.04627).
 
-The picture is cut into patches, one code (or `depth` codes) a patch. Pre-norm blocks; a two-layer projection with tanh in
-the middle at the end of either side, as the paper has it. Its first layer reads the mlp's width, its second one makes the
-code vector: the factorized codes, compared in 32 numbers instead of 512 or more.
+The image is cut into patches, one code (or `depth` codes) per patch. Encoder and decoder are
+pre-norm transformers that end, as in the paper, in a two-layer projection with tanh in the middle.
+The encoder's makes the factorized codes: compared in 32 numbers instead of 512 or more.
 
-Axes: B batch, S pixels of a side, p pixels of a patch's side, h w code grid, N positions (= h * w/depth), W width of a
-transformer, H attention heads, D length of a code vector, K codebook size.
+Axes: B batch, S pixels of a side, p pixels of a patch's side, h w code grid, N positions
+(= h * w/depth), W width of a transformer, H attention heads, D length of a code vector, K codebook
+size.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tokenizer_image.config import QuantizedConfig
+from tokenizer_image.config import AS_RELEASED, QuantizedConfig, nearest_multiple
 from tokenizer_image.layers import Checkpointed
 from tokenizer_image.quantized_tokenizer import QuantizedTokenizer
 from tokenizer_image.quantizer_config import Positive, QuantizerConfig
@@ -31,11 +33,11 @@ class ViTVQGANConfig(QuantizedConfig):
     codebook_size: int = Field(default=8192, ge=2)
     """K: codes to choose from."""
     embed_dim: Positive = 32
-    """Length of a code vector: far below the width, or most codes are never used (the paper's section 3.2)."""
+    """Length of a code vector; far below the width, or most codes are never used (section 3.2)."""
     patch_size: Positive = 8
-    """Pixels of a patch's side; 16 makes a quarter of the codes of 8, at a worse picture."""
+    """Pixels of a patch's side; 16 gives a quarter of the codes of 8, and a worse image."""
     encoder_width: Positive = 512
-    """Channels of the encoder's tokens; 768 with 12 layers and 12 heads is the paper's base size."""
+    """Channels of the encoder's tokens. The paper's base size: 768, 12 layers, 12 heads."""
     encoder_layers: Positive = 8
     """Blocks of the encoder."""
     encoder_heads: Positive = 8
@@ -43,7 +45,8 @@ class ViTVQGANConfig(QuantizedConfig):
     encoder_mlp: Positive = 2048
     """Hidden width of the encoder's two-layer networks."""
     decoder_width: Positive = 512
-    """The decoder may be larger than the encoder: Parti trains a large one against the frozen codes of a small model."""
+    """Channels of the decoder's tokens. The decoder may be larger than the encoder: Parti trains a
+    large one against the frozen codes of a small model."""
     decoder_layers: Positive = 8
     """Blocks of the decoder."""
     decoder_heads: Positive = 8
@@ -59,40 +62,59 @@ class ViTVQGANConfig(QuantizedConfig):
     @property
     def positions(self) -> tuple[int, int]:
         """Rows and columns of patches: the code grid without a residual quantizer's depth."""
-        return (self.resolution // self.patch_size, self.resolution // self.patch_size)
+        side = self.resolution // self.patch_size
+        return (side, side)
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _validate(self) -> Self:
         if self.resolution % self.patch_size:
-            nearest = max(1, round(self.resolution / self.patch_size)) * self.patch_size
-            raise ValueError(f"resolution {self.resolution} is not divisible by patch_size {self.patch_size}; use {nearest}")
-        for side, width, heads in (("encoder", self.encoder_width, self.encoder_heads),
-                                   ("decoder", self.decoder_width, self.decoder_heads)):
-            if width % heads:
-                raise ValueError(f"{side}_width {width} is not divisible by {side}_heads {heads}; "
-                                 f"use a width of {max(1, round(width / heads)) * heads}, or other {side}_heads")
-            if width % 4:
-                raise ValueError(f"{side}_width {width} is not divisible by 4 (sine and cosine of row and column); "
-                                 f"use {max(1, round(width / 4)) * 4}")
+            raise ValueError(
+                f"resolution {self.resolution} is not divisible by patch_size {self.patch_size}; "
+                f"use {nearest_multiple(self.resolution, self.patch_size)}")
+        _check_width("encoder", self.encoder_width, self.encoder_heads)
+        _check_width("decoder", self.decoder_width, self.decoder_heads)
         self.quantizer.check_sizes(self.embed_dim, self.codebook_size)
         return self
 
 
-def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
-    """[rows*columns, width] float32, raster order: sines and cosines of the row in the first half, of the column in the second.
+def _check_width(side: str, width: int, heads: int) -> None:
+    """Raise ValueError if `side` (encoder or decoder) cannot have this width."""
+    if width % heads:
+        raise ValueError(
+            f"{side}_width {width} is not divisible by {side}_heads {heads}; "
+            f"use a width of {nearest_multiple(width, heads)}, or other {side}_heads")
+    if width % 4:
+        raise ValueError(
+            f"{side}_width {width} is not divisible by 4 (sine and cosine of row and column); "
+            f"use {nearest_multiple(width, 4)}")
 
-    Angles are index / 10000^(i / (width/4)) for i in [0, width/4), as in 1-d transformers (Vaswani et al. 2017, section 3.5).
+
+def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
+    """Return fixed position embeddings [rows*columns, width] float32, in raster order.
+
+    Sines and cosines of the row in the first half, of the column in the second. Angles are index /
+    10000^(i / (width/4)) for i in [0, width/4), as in 1-d transformers (Vaswani et al. 2017,
+    section 3.5).
     """
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float32) / (width // 4))
-    row = torch.outer(torch.arange(rows, dtype=torch.float32), frequencies)  # [rows, W/4]
-    column = torch.outer(torch.arange(columns, dtype=torch.float32), frequencies)
-    of_row = torch.cat([row.sin(), row.cos()], dim=1).repeat_interleave(columns, dim=0)  # [N, W/2]
-    of_column = torch.cat([column.sin(), column.cos()], dim=1).repeat(rows, 1)
-    return torch.cat([of_row, of_column], dim=1)
+    count = width // 4
+    exponents = torch.arange(count, dtype=torch.float32) / count
+    frequencies = 10000.0 ** -exponents  # [W/4]
+
+    per_row = _sines_and_cosines(rows, frequencies)
+    per_column = _sines_and_cosines(columns, frequencies)
+    row_half = per_row.repeat_interleave(columns, dim=0)  # [N, W/2]
+    column_half = per_column.repeat(rows, 1)
+    return torch.cat([row_half, column_half], dim=1)
+
+
+def _sines_and_cosines(count: int, frequencies: Tensor) -> Tensor:
+    """[W/4] -> [count, W/2]."""
+    angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class TransformerBlock(nn.Module):
-    """Attention over all positions, then a two-layer network with GELU, each behind a LayerNorm and a way around.
+    """Pre-norm residual block: attention over all positions, then a two-layer network with GELU.
 
     Queries, keys and values have no biases: a key's would have no effect at all.
     """
@@ -108,27 +130,42 @@ class TransformerBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, N, W] -> [B, N, W]."""
-        query, key, value = rearrange(self.qkv(self.norm1(hidden)), "b n (three h w) -> three b h n w", three=3, h=self.heads)
+        qkv = self.qkv(self.norm1(hidden))  # [B, N, 3*W]
+        query, key, value = rearrange(
+            qkv, "b n (three h w) -> three b h n w", three=3, h=self.heads)
         mixed = F.scaled_dot_product_attention(query, key, value)  # [B, H, N, W/H]
-        hidden = hidden + self.proj_out(rearrange(mixed, "b h n w -> b n (h w)"))
+        mixed = rearrange(mixed, "b h n w -> b n (h w)")
+        hidden = hidden + self.proj_out(mixed)
         return hidden + self.mlp(self.norm2(hidden))
 
 
+class TransformerSizes(NamedTuple):
+    """Sizes of one side of the tokenizer."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+
+
 class Transformer(Checkpointed):
-    """Input projection, positions, blocks, norm, and the output projection with tanh in the middle."""
+    """Input projection, positions, blocks, norm, and output projection with tanh in the middle."""
 
     positions: Tensor
 
-    def __init__(self, sizes: tuple[int, int, int, int], grid: tuple[int, int], inputs: int, outputs: int) -> None:
-        """`sizes` are width, layers, heads and mlp. The positions are fixed and not saved: they follow from the config."""
+    def __init__(self, sizes: TransformerSizes, grid: tuple[int, int], inputs: int,
+                 outputs: int) -> None:
         super().__init__()
-        width, layers, heads, mlp = sizes
+        width, mlp = sizes.width, sizes.mlp
         self.proj_in = nn.Linear(inputs, width)
+        # not saved, as they follow from the config
         self.register_buffer("positions", sincos_positions(*grid, width), persistent=False)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, sizes.heads, mlp) for _ in range(sizes.layers))
         self.norm_out = nn.LayerNorm(width)
         self.head = nn.Linear(width, mlp)
         self.proj_out = nn.Linear(mlp, outputs)
+
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -140,11 +177,12 @@ class Transformer(Checkpointed):
         hidden = self.proj_in(tokens) + self.positions
         for block in self.blocks:
             hidden = self.run(block, hidden)
-        return self.proj_out(self.head(self.norm_out(hidden)).tanh())  # no activation at the end
+        features = self.head(self.norm_out(hidden)).tanh()
+        return self.proj_out(features)
 
 
 class ViTVQGAN(QuantizedTokenizer):
-    """The transformer image tokenizer."""
+    """Transformer encoder, quantizer, transformer decoder."""
 
     kind = "vit_vqgan"
     config_class = ViTVQGANConfig
@@ -153,12 +191,14 @@ class ViTVQGAN(QuantizedTokenizer):
 
     def __init__(self, config: ViTVQGANConfig) -> None:
         super().__init__(config)
-        patch = config.in_channels * config.patch_size**2
-        encoder = (config.encoder_width, config.encoder_layers, config.encoder_heads, config.encoder_mlp)
-        decoder = (config.decoder_width, config.decoder_layers, config.decoder_heads, config.decoder_mlp)
-        self.encoder = Transformer(encoder, config.positions, patch, config.embed_dim)
+        patch_values = config.in_channels * config.patch_size**2
+        encoder = TransformerSizes(config.encoder_width, config.encoder_layers,
+                                   config.encoder_heads, config.encoder_mlp)
+        decoder = TransformerSizes(config.decoder_width, config.decoder_layers,
+                                   config.decoder_heads, config.decoder_mlp)
+        self.encoder = Transformer(encoder, config.positions, patch_values, config.embed_dim)
         self.add_quantizer()
-        self.decoder = Transformer(decoder, config.positions, config.embed_dim, patch)
+        self.decoder = Transformer(decoder, config.positions, config.embed_dim, patch_values)
 
     @property
     def last_layer(self) -> Tensor:
@@ -168,32 +208,39 @@ class ViTVQGAN(QuantizedTokenizer):
     def latents(self, image: Tensor) -> Tensor:
         """Image [B, 3, S, S] -> latents [B, D, h, w/depth], before quantizing."""
         side = self.config.patch_size
-        patches = rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)  # [B, N, 3*p*p]
-        return rearrange(self.encoder(patches), "b (h w) d -> b d h w", h=self.config.positions[0])
+        rows, _ = self.config.positions
+        patches = rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
+        vectors = self.encoder(patches)  # [B, N, D]
+        return rearrange(vectors, "b (h w) d -> b d h w", h=rows)
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Code vectors [B, D, h, w/depth] -> image [B, 3, S, S], unclamped, with gradients."""
         side = self.config.patch_size
+        rows = vectors.shape[2]
         patches = self.decoder(rearrange(vectors, "b d h w -> b (h w) d"))  # [B, N, 3*p*p]
-        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=vectors.shape[2], p=side, q=side)
+        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=side, q=side)
 
     def code_settings(self) -> dict[str, Any]:
         """JSON-able settings that decide codes beyond the weights' shapes."""
-        return {**super().code_settings(), "patch_size": self.config.patch_size, "encoder_heads": self.config.encoder_heads}
+        return {**super().code_settings(), "patch_size": self.config.patch_size,
+                "encoder_heads": self.config.encoder_heads}
 
 
-# The paper's codebook: l2-normalised, learned by gradient from a random start, without restarts.
-_PAPER = QuantizerConfig(learn_codebook_by_gradient=True, kmeans_init=False, rotation_trick=False, dead_code_fraction=0.0)
+# The paper's codebook: l2-normalized, learned by gradient from a random start, without restarts.
+_PAPER = QuantizerConfig(**AS_RELEASED)
 
 VIT_VQGAN_PRESETS: dict[str, ViTVQGANConfig] = {
     "vit-debug": ViTVQGANConfig(
-        resolution=16, patch_size=4, codebook_size=64, embed_dim=8, encoder_width=32, encoder_layers=2, encoder_heads=2,
-        encoder_mlp=64, decoder_width=32, decoder_layers=2, decoder_heads=2, decoder_mlp=64),
+        resolution=16, patch_size=4, codebook_size=64, embed_dim=8,
+        encoder_width=32, encoder_layers=2, encoder_heads=2, encoder_mlp=64,
+        decoder_width=32, decoder_layers=2, decoder_heads=2, decoder_mlp=64),
     "vit-vqgan-s": ViTVQGANConfig(quantizer=_PAPER),
     "vit-vqgan-b": ViTVQGANConfig(
         encoder_width=768, encoder_layers=12, encoder_heads=12, encoder_mlp=3072,
-        decoder_width=768, decoder_layers=12, decoder_heads=12, decoder_mlp=3072, quantizer=_PAPER),
-    # Parti's second stage (arXiv 2206.10789): the large decoder, fine-tuned against the codes of vit-vqgan-s
+        decoder_width=768, decoder_layers=12, decoder_heads=12, decoder_mlp=3072,
+        quantizer=_PAPER),
+    # Parti's second stage (arXiv 2206.10789): a large decoder for the codes of vit-vqgan-s
     "vit-vqgan-l": ViTVQGANConfig(
-        decoder_width=1280, decoder_layers=32, decoder_heads=16, decoder_mlp=5120, quantizer=_PAPER),
+        decoder_width=1280, decoder_layers=32, decoder_heads=16, decoder_mlp=5120,
+        quantizer=_PAPER),
 }

@@ -1,4 +1,4 @@
-"""VQGAN: image <-> grid of codes with a convolutional encoder and decoder (Esser et al. 2021, arXiv 2012.09841).
+"""CNN image tokenizer: image <-> grid of codes (VQGAN, Esser et al. 2021, arXiv 2012.09841).
 
 Axes: B batch, S pixels of a side, h w code grid, D length of a code vector, K codebook size.
 """
@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenizer_image.config import VQGANConfig
-from tokenizer_image.image_tokenizer import Reconstruction
 from tokenizer_image.layers import Decoder, Encoder
 from tokenizer_image.quantized_tokenizer import QuantizedTokenizer
 
 
 class VQGAN(QuantizedTokenizer):
-    """The CNN image tokenizer."""
+    """Convolutional encoder, quantizer, convolutional decoder."""
 
     kind = "vqgan"
     config_class = VQGANConfig
@@ -36,7 +35,7 @@ class VQGAN(QuantizedTokenizer):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight of the convolution that makes the picture."""
+        """The weight of the convolution that makes the pixels."""
         return self.decoder.conv_out.weight
 
     def latents(self, image: Tensor) -> Tensor:
@@ -47,17 +46,19 @@ class VQGAN(QuantizedTokenizer):
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Code vectors [B, D, h, w/depth] -> image [B, 3, S, S], unclamped, with gradients."""
-        output = self.decoder(self.post_quant_conv(vectors))
-        return output * 2 - 1 if self.config.output_range == "unit" else output
+        image = self.decoder(self.post_quant_conv(vectors))
+        if self.config.output_range == "unit":
+            image = image * 2 - 1
+        return image
 
     def code_settings(self) -> dict[str, Any]:
         """JSON-able settings that decide codes beyond the weights' shapes."""
-        config, plain = self.config, VQGANConfig()
-        # what came later counts only where it differs from what was before, so that fingerprints of before stay
-        later = {name: getattr(config, name) for name in ("norm_eps", "input_range")
-                 if getattr(config, name) != getattr(plain, name)}
-        return {**super().code_settings(), "attention_resolutions": config.attention_resolutions,
-                "norm_groups": config.norm_groups, **later}
-
-
-__all__ = ["VQGAN", "Reconstruction"]
+        settings = {**super().code_settings(),
+                    "attention_resolutions": self.config.attention_resolutions,
+                    "norm_groups": self.config.norm_groups}
+        # left out at their defaults: a key more would change every other tokenizer's fingerprint
+        for name in ("norm_eps", "input_range"):
+            value = getattr(self.config, name)
+            if value != VQGANConfig.model_fields[name].default:
+                settings[name] = value
+        return settings

@@ -1,1 +1,1 @@
-"""What every package shares: errors with exit codes, strict configs, safe files, progress. Knows no model."""
+"""Shared by every package, without models: errors with exit codes, strict configs, safe files."""

@@ -1,7 +1,7 @@
 """Errors that a person can act on, and the exit code that each one ends a command with.
 
-0 done, 1 failed (with its reason in one line), 2 the user's mistake, 3 resume refused, 4 data unusable,
-143/130 stopped by a signal after a checkpoint.
+0 done, 1 failed (with its reason in one line), 2 the user's mistake, 3 resume refused, 4 data
+unusable, 143/130 stopped by a signal after a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST,
-              errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
-"""What the operating system says of a path that a user should not have given; a full disk is none of these."""
+WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+              errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+"""Errors of the operating system about a path that the user gave; a full disk is none of these."""
 
 
 class UserError(ValueError):
@@ -54,7 +54,8 @@ class StoppedBySignalError(Exception):
     """A run stopped by SIGTERM or SIGINT after it had saved its checkpoint."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number} after a checkpoint; the same command goes on from there")
+        super().__init__(f"stopped by signal {signal_number} after a checkpoint; the same command "
+                         "goes on from there")
         self.exit_code = 128 + signal_number
 
 
@@ -68,16 +69,16 @@ def nearest_name(name: str, valid: Iterable[str]) -> str:
 
 
 def choose(table: dict, name: str, what: str):
-    """The entry of a table by its name; UserError that lists the names otherwise."""
-    if name not in table:
-        near = nearest_name(name, table)
-        valid = "" if "valid names" in near else f" (valid: {', '.join(table)})"
-        raise UserError(f"unknown {what} '{name}'{near}{valid}")
-    return table[name]
+    """Return the entry of a table by its name; UserError that lists the names otherwise."""
+    if name in table:
+        return table[name]
+    near = nearest_name(name, table)
+    valid = "" if "valid names" in near else f" (valid: {', '.join(table)})"
+    raise UserError(f"unknown {what} '{name}'{near}{valid}")
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message folded to one line; its type is named where the message alone says nothing."""
+    """An exception's message folded to one line, with its type unless the error is ours."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror.lower()}"
@@ -87,13 +88,14 @@ def one_line(error: BaseException) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A wrong option is one line like every other mistake, without the usage above it."""
+    """Report a wrong option in one line like every other mistake, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None, prog: str) -> int:
+def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None,
+                prog: str) -> int:
     """Run a command's main; turn its errors into one line on stderr and the right exit code.
 
     TOKENLOOM_DEBUG=1 shows the traceback as well.
@@ -102,22 +104,33 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         try:
             return main(argv)
         finally:
-            sys.stdout.flush()  # here, not when the interpreter ends: a reader that went away would be a traceback there
+            # here, where a BrokenPipeError is caught; at the interpreter's exit it is a traceback
+            sys.stdout.flush()
+
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except StoppedBySignalError as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
             print(f"{prog}: {stop}", file=sys.stderr)
         return stop.exit_code
     except BrokenPipeError:  # the reader of our stdout went away (`| head`); nothing is left to say
+        # the interpreter flushes stdout once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if os.environ.get("TOKENLOOM_DEBUG"):
             raise
-        if not (getattr(error, "raised_everywhere", False) and os.environ.get("RANK", "0") != "0"):
-            where = getattr(error, "raised_on", None)
-            print(f"{prog}: error: {one_line(error)}{f' (on {where})' if where else ''}", file=sys.stderr)
+        _print_error(error, prog)
         wrong_path = isinstance(error, OSError) and error.errno in WRONG_PATH
         return int(getattr(error, "exit_code", 2 if wrong_path else 1))
+
+
+def _print_error(error: Exception, prog: str) -> None:
+    """Print the error in one line; of ranks that agreed on one error, rank 0 alone."""
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    if getattr(error, "raised_everywhere", False) and not is_rank_0:
+        return
+    where = getattr(error, "raised_on", None)  # the machine that failed, if ranks agreed on it
+    place = f" (on {where})" if where else ""
+    print(f"{prog}: error: {one_line(error)}{place}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written aside, flushed to disk, then renamed."""
+"""Files and folders that appear whole or not at all: written aside, flushed, then renamed."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def write_text_atomic(path: Path, text: str) -> None:
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a power cut may leave the new name without content
         os.replace(aside, path)
-        sync_path(path.parent)
+        sync_path(path.parent)  # a rename is kept once the folder's entries are
     finally:
         aside.unlink(missing_ok=True)
 
@@ -55,26 +55,30 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def refuse_others(path: Path, own: Sequence[str]) -> None:
-    """UserError if `path` is a file, or a folder with anything whose name fits none of the patterns in `own`."""
+    """UserError if `path` is a file, or a folder with an entry that matches no pattern in `own`."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; give a folder")
-    names = sorted(item.name for item in path.iterdir()) if path.is_dir() else []
-    others = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+    entries = sorted(path.iterdir()) if path.is_dir() else []
+    others = [entry.name for entry in entries
+              if not any(fnmatch(entry.name, pattern) for pattern in own)]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise UserError(f"{path}: holds other files ({', '.join(others[:3])}{more}), which would be lost; give another folder")
+        raise UserError(f"{path}: holds other files ({', '.join(others[:3])}{more}), which would "
+                        "be lost; give another folder")
     if path.name in ("", ".."):
-        raise UserError(f"{path}: is replaced as a whole, which the folder that a command runs in cannot be; give a name")
+        raise UserError(f"{path}: is replaced as a whole, which the folder that a command runs in "
+                        "cannot be; give a name")
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file (a full disk), or one beside `path` that is to become it, names `path`."""
+def naming_path(path: Path) -> Iterator[None]:
+    """Let an OSError name `path` if it names no file (a full disk), or the file written aside."""
     try:
         yield
     except OSError as error:
-        beside = f".{path.name}."
-        if error.errno is not None and (error.filename is None or beside in str(error.filename)):
+        aside = f".{path.name}."
+        names_other = error.filename is not None and aside not in str(error.filename)
+        if error.errno is not None and not names_other:
             error.filename = str(path)
         raise
 
@@ -83,11 +87,11 @@ def naming(path: Path) -> Iterator[None]:
 def atomic_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
     """Yield an empty folder beside `path`; when the block ends without an error it becomes `path`.
 
-    An existing `path` is replaced as a whole, and stays as it was if the block fails. UserError if it holds anything whose
-    name fits none of the patterns in `own`.
+    An existing `path` is replaced as a whole, and stays as it was if the block fails. UserError if
+    it holds an entry that matches no pattern in `own`.
     """
     refuse_others(path, own)
-    with naming(path):
+    with naming_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         aside.mkdir()
@@ -100,11 +104,12 @@ def atomic_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
 
 def publish_folder(aside: Path, path: Path) -> None:
     """Flush everything below `aside`, then rename it to `path`, replacing what is there."""
-    for item in sorted(aside.rglob("*"), reverse=True):
+    for item in sorted(aside.rglob("*"), reverse=True):  # files before their folder
         sync_path(item)
     sync_path(aside)
+
     old = None
-    if path.exists():
+    if path.exists():  # a folder that is not empty cannot be renamed over
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
         os.rename(path, old)
     try:

@@ -1,4 +1,4 @@
-"""The README.md of a model folder: a model card whose metadata the Hub reads, filled from what is known and no more."""
+"""Write the README.md of a model folder: a model card with the Hub's metadata, from known facts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_CARD_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measured number: `name` for people ("PSNR, dB"), `metric` for the Hub ("psnr"), on what data and split."""
+    """A measured number: `name` for people ("PSNR, dB"), `metric` for the Hub ("psnr")."""
 
     name: str
     metric: str
@@ -28,12 +28,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says; what is None or empty is not known and left out, or said to be unknown where it matters.
+    """The facts for a card; None or empty: unknown, which is left out, or said where it matters.
 
-    usage: Python code. pipeline_tag: the Hub's task of such models; task: what was measured, if that has another name.
-    license: an identifier of the Hub (apache-2.0, cc-by-4.0, other). source: where a converted model came from.
-    datasets: hub ids. attribution: Markdown about who made the data, with their licences. notes: Markdown, as it is.
-    config: the whole recipe or config, shown folded.
+    usage: Python code. pipeline_tag: the Hub's task of such models; task: what was measured, if
+    that has another name. license: an identifier of the Hub (apache-2.0, cc-by-4.0, other).
+    source: where a converted model came from. datasets: hub ids. attribution: Markdown about who
+    made the data, with their licences. notes: Markdown, as it is. config: the whole recipe or
+    config, shown folded.
     """
 
     title: str
@@ -54,12 +55,9 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The whole README.md: metadata between lines of dashes, then Markdown."""
+    """The text of README.md: metadata between lines of dashes, then Markdown."""
     parts = [f"---\n{_metadata(facts)}\n---", f"# {facts.title}", facts.summary]
-    rows = [*facts.facts, *((f"{one.name}, on `{one.split or one.dataset}`", f"{one.value:.4f}") for one in facts.measured)]
-    if not facts.measured:
-        rows.append(("quality", "not measured"))
-    parts.append("\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)]))
+    parts.append(_table(facts))
     parts.append(f"```python\n{facts.usage}\n```")
     if facts.notes:
         parts.append(facts.notes.strip())
@@ -68,12 +66,24 @@ def model_card(facts: CardFacts) -> str:
         parts.append(f"## Who made the data\n\n{_demoted(facts.attribution)}")
     if facts.config is not None:
         text = yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True).strip()
-        parts.append(f"<details>\n<summary>The whole config</summary>\n\n```yaml\n{text}\n```\n\n</details>")
+        parts.append("<details>\n<summary>The whole config</summary>\n\n"
+                     f"```yaml\n{text}\n```\n\n</details>")
     return "\n\n".join(parts) + "\n"
 
 
+def _table(facts: CardFacts) -> str:
+    rows = list(facts.facts)
+    for measurement in facts.measured:
+        data = measurement.split or measurement.dataset
+        rows.append((f"{measurement.name}, on `{data}`", f"{measurement.value:.4f}"))
+    if not facts.measured:
+        rows.append(("quality", "not measured"))
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
 def read_card(folder: Path) -> str | None:
-    """The README.md of a folder; None where there is none, or none that is a page of text."""
+    """The README.md of a folder; None if there is none, or it is too large for a page of text."""
     path = folder / CARD_NAME
     if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
         return None
@@ -81,10 +91,12 @@ def read_card(folder: Path) -> str | None:
 
 
 def read_metadata(card: str) -> dict[str, Any]:
-    """The metadata that opens a card; {} for none or for one that is not YAML."""
+    """The metadata that opens a card; {} if there is none, or it is no YAML mapping."""
     block = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|$)", card, re.DOTALL)
+    if block is None:
+        return {}
     try:
-        values = yaml.safe_load(block[1]) if block else None
+        values = yaml.safe_load(block[1])
     except yaml.YAMLError:
         return {}
     return values if isinstance(values, dict) else {}
@@ -93,18 +105,25 @@ def read_metadata(card: str) -> dict[str, Any]:
 def _metadata(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    results = [EvalResult(task_type=facts.task or facts.pipeline_tag or "other", dataset_type=_slug(one.dataset),
-                          dataset_name=one.dataset, dataset_split=one.split, metric_type=one.metric, metric_name=one.name,
-                          metric_value=round(one.value, 6)) for one in facts.measured]
+    task = facts.task or facts.pipeline_tag or "other"
+    results = [EvalResult(
+        task_type=task, dataset_type=_slug(one.dataset), dataset_name=one.dataset,
+        dataset_split=one.split, metric_type=one.metric, metric_name=one.name,
+        metric_value=round(one.value, 6)) for one in facts.measured]
     return ModelCardData(
-        library_name=LIBRARY, pipeline_tag=facts.pipeline_tag, license=facts.license or UNKNOWN_LICENSE,
-        tags=[LIBRARY, *facts.tags], datasets=list(facts.datasets) or None, model_name=facts.title if results else None,
+        library_name=LIBRARY, pipeline_tag=facts.pipeline_tag,
+        license=facts.license or UNKNOWN_LICENSE, tags=[LIBRARY, *facts.tags],
+        datasets=list(facts.datasets) or None,
+        model_name=facts.title if results else None,  # required by eval_results
         eval_results=results or None, ignore_metadata_errors=False).to_yaml()
 
 
 def _licence(facts: CardFacts) -> str:
-    text = (f"`{facts.license}`." if facts.license else
-            "Nobody has chosen a licence for these weights, so none is granted here; ask whoever shared them.")
+    if facts.license:
+        text = f"`{facts.license}`."
+    else:
+        text = ("Nobody has chosen a licence for these weights, so none is granted here; ask "
+                "whoever shared them.")
     if facts.source:
         text += f" Converted from {facts.source}, whose terms hold for the weights."
     if facts.data_license:
@@ -115,18 +134,20 @@ def _licence(facts: CardFacts) -> str:
 
 
 def _demoted(markdown: str) -> str:
-    """Without its title, and one heading deeper."""
+    """Markdown without its title and with every other heading one level deeper."""
     lines = markdown.strip().splitlines()
-    kept = lines[1:] if lines and lines[0].startswith("# ") else lines
-    return "\n".join(f"#{line}" if line.startswith("#") else line for line in kept).strip()
+    if lines and lines[0].startswith("# "):
+        lines = lines[1:]
+    return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines).strip()
 
 
 def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table: one line, with `|` escaped."""
     return " ".join(text.replace("|", "\\|").split())
 
 
 def _slug(name: str) -> str:
-    """A data set's identifier: a hub id as it is, anything else in lower case and dashes."""
+    """A dataset's identifier: a hub id as it is, any other name in lower case and dashes."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "data"

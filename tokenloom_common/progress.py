@@ -1,18 +1,18 @@
-"""Progress with an ETA on stderr: a live bar on a terminal, a line now and then in a log."""
+"""Progress with an ETA on stderr: a live bar on a terminal, a few lines a minute in a log."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 Item = TypeVar("Item")
 
 
-class _Lines:
-    """stderr for a log: every redraw becomes a line of its own."""
+class _LineWriter:
+    """stderr for a log: every redraw of the bar becomes a line of its own."""
 
     def write(self, text: str) -> None:
         line = text.strip("\r\n")
@@ -26,8 +26,10 @@ class _Lines:
 def progress(items: Iterable[Item] | None, what: str, *, total: int | None = None, initial: int = 0,
              unit: str = "it", quiet: bool = False) -> tqdm:
     """A tqdm bar with ETA. Into a log it prints about six lines a minute instead of redrawing."""
-    terminal = sys.stderr.isatty()
-    return tqdm(items, desc=what, total=total, initial=initial, unit=unit, disable=quiet,
-                file=sys.stderr if terminal else _Lines(),
-                dynamic_ncols=terminal, ascii=not terminal,
-                mininterval=0.2 if terminal else 10.0, maxinterval=1.0 if terminal else 10.0)
+    if sys.stderr.isatty():
+        display: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "ascii": False,
+                                   "mininterval": 0.2, "maxinterval": 1.0}
+    else:
+        display = {"file": _LineWriter(), "dynamic_ncols": False, "ascii": True,
+                   "mininterval": 10.0, "maxinterval": 10.0}
+    return tqdm(items, desc=what, total=total, initial=initial, unit=unit, disable=quiet, **display)

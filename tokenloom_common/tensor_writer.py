@@ -1,9 +1,10 @@
-"""safetensors files written tensor after tensor, so that a model larger than memory can be written.
+"""Write safetensors files one tensor at a time, so that a model larger than memory can be written.
 
-The library writes a file from tensors that are all there at once. The format: 8 bytes of the header's length, the header as
-JSON (name -> dtype, shape, where its bytes begin and end), the bytes of each tensor (https://huggingface.co/docs/safetensors).
-The library also puts the bytes wherever the header ends. Here all but a few small tensors begin at a multiple of ALIGNMENT, so
-that they can be used where they lie when the file is mapped.
+The safetensors library writes a file from tensors that are all in memory. The format
+(https://huggingface.co/docs/safetensors): 8 bytes with the header's length, the header as JSON
+(name -> dtype, shape, first and last byte), the bytes of each tensor. The library also starts the
+tensors wherever the header ends. Here all but a few small tensors begin at a multiple of ALIGNMENT,
+so that they can be used in place when the file is mapped into memory.
 """
 
 from __future__ import annotations
@@ -19,50 +20,63 @@ from tokenloom_common.files import write_json_atomic
 
 INDEX_NAME = "model.safetensors.index.json"
 ALIGNMENT = 64
-"""Bytes: where torch puts tensors of its own. At other addresses kernels may round differently, or be slower."""
+"""Bytes, as torch allocates. At other addresses kernels may round differently, or be slower."""
 MAX_SHARD_SIZE = "5GB"
-_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
-          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_DTYPE_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def write_shards(folder: Path, shapes: Mapping[str, Tensor], make: Callable[[str], Tensor],
                  max_shard_size: str = MAX_SHARD_SIZE, stem: str = "model") -> None:
-    """STEM.safetensors, or shards and their index, into an existing folder.
+    """Write STEM.safetensors, or shards and their index, into an existing folder.
 
-    shapes: every tensor on the meta device, in its type. make: gives a tensor by name; one is held at a time.
+    shapes: every tensor on the meta device, in its dtype. make: returns a tensor by name; one is in
+    memory at a time.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    plan = split_state_dict_into_shards_factory(
-        dict(shapes), get_storage_size=_size, get_storage_id=lambda tensor: None,
+    split = split_state_dict_into_shards_factory(
+        # no storage id: a tensor that is a view of another is written for itself
+        dict(shapes), get_storage_size=_bytes, get_storage_id=lambda tensor: None,
         filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size)
-    for file, names in plan.filename_to_tensors.items():
+    for file, names in split.filename_to_tensors.items():
         write_tensors(folder / file, {name: shapes[name] for name in names}, make)
-    if plan.is_sharded:
-        write_json_atomic(folder / INDEX_NAME.replace("model", stem, 1),
-                          {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json_atomic(folder / INDEX_NAME.replace("model", stem, 1), index)
 
 
 def write_tensors(path: Path, shapes: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
-    """One safetensors file."""
-    # what is no multiple of the alignment comes last, wide types first: it moves none of the others
-    order = sorted(shapes, key=lambda name: (_size(shapes[name]) % ALIGNMENT != 0, -shapes[name].element_size(), name))
+    """Write one safetensors file. shapes, make: see `write_shards`."""
+    def place(name: str) -> tuple[bool, int, str]:
+        # tensors of an uneven size come last, wide dtypes first: there they move no other tensor
+        # off its alignment
+        uneven = _bytes(shapes[name]) % ALIGNMENT != 0
+        return uneven, -shapes[name].element_size(), name
+
+    names = sorted(shapes, key=place)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in order:
-        start, end = end, end + _size(shapes[name])
-        header[name] = {"dtype": _TYPES[shapes[name].dtype], "shape": list(shapes[name].shape), "data_offsets": [start, end]}
+    for name in names:
+        tensor = shapes[name]
+        start, end = end, end + _bytes(tensor)
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    length_bytes = 8
+    text += b" " * (-(length_bytes + len(text)) % ALIGNMENT)  # aligns the first tensor
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
+        file.write(len(text).to_bytes(length_bytes, "little") + text)
+        for name in names:
             tensor = make(name).detach().cpu().contiguous()
             assert (tensor.shape, tensor.dtype) == (shapes[name].shape, shapes[name].dtype), name
-            if tensor.numel():
+            if tensor.numel():  # an empty tensor cannot be viewed as bytes
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
-def _size(tensor: Tensor) -> int:
-    """Bytes of what a tensor shows, whatever it is a view of."""
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of the values that a tensor shows, however large the storage that it is a view of."""
     return tensor.numel() * tensor.element_size()

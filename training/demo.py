@@ -1,9 +1,10 @@
-"""The whole way in one command: real emoji -> image tokenizer -> caption transformer -> pictures and a measured report.
+"""The whole way in one command: emoji -> image tokenizer -> transformer -> pictures and a report.
 
-    python -m training.demo --out demo            # what `make demo` runs; about 15 minutes on 2 CPU cores
-    python -m training.demo --out demo --size quick   # the same way in two minutes, with poor pictures
+    python -m training.demo --out demo                # `make demo`; 15 minutes on 2 CPU cores
+    python -m training.demo --out demo --size quick   # two minutes, with poor pictures
 
-Leaves OUT/model (the model folder), samples.png, curves.png and report.json. What a second run finds done, it reuses.
+Leaves OUT/model (the model folder), samples.png, curves.png and report.json. A second run reuses
+what is done.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -38,150 +40,168 @@ from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.evaluation.sheets import labelled_grid
 from training.loop.log import setup_console
+from training.runs.environment import environment
 from training.runs.metrics import read_metrics
-from training.runs.run_state import environment
 
 log = logging.getLogger("training.demo")
 
-RECIPES = Path(__file__).parent / "recipes"
 SCRIPTS = Path(__file__).parent
-QUESTIONS = 100
-SHOWN = 24
+RECIPES = SCRIPTS / "recipes"
+TOKENIZER_RECIPE = RECIPES / "demo_tokenizer.yaml"
+SEQ2SEQ_RECIPE = RECIPES / "demo_seq2seq.yaml"
+QUESTIONS = 100  # captions per split that are sampled and measured
+SHOWN = 24  # of these, in samples.png
+
+ALL_STYLES = ("noto", "twemoji", "fluent-flat", "fluent-3d")
+CAPTION_STYLES = ("noto", "fluent-3d")
+PIP_STYLES = ("twemoji",)
+OWN_NAMES = ("data", "tokenizer", "tokens", "seq2seq", "model", "phases", "samples.png",
+             "curves.png", "report.json", ".*")
+SPLITS = {
+    "train": "captions seen in training",
+    "unseen_style": "concepts seen in the other style only",
+    "unseen_concept": "concepts never seen"}
+"""Split -> its heading in samples.png."""
 
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything. None: every concept that the emoji set has."""
+    """Concepts of the two data sets (None = all of the emoji set), and overrides for both recipes.
+    """
 
     tokenizer_concepts: int | None
     caption_concepts: int
     overrides: tuple[str, ...] = ()
 
 
-ALL_STYLES = ("noto", "twemoji", "fluent-flat", "fluent-3d")
-CAPTION_STYLES = ("noto", "fluent-3d")
-PIP_STYLES = ("twemoji",)
-OWN_NAMES = ("data", "tokenizer", "tokens", "seq2seq", "model", "phases", "samples.png", "curves.png", "report.json", ".*")
-TOKENIZER_RECIPE = RECIPES / "demo_tokenizer.yaml"
-SEQ2SEQ_RECIPE = RECIPES / "demo_seq2seq.yaml"
 SIZES = {"full": DemoSize(None, 240), "quick": DemoSize(60, 40, ("--train.steps", "30"))}
 
 
 class Demo:
-    """Phases that each leave a note of what they were made from, so that the next run can tell what still holds."""
+    """Phases that each leave a note of their inputs, so that the next run knows which results still
+    hold."""
 
     def __init__(self, out: Path, size: str, seed: int) -> None:
         self.out, self.size, self.seed = out, choose(SIZES, size, "--size"), seed
         self.phases: dict[str, dict[str, Any]] = {}
         self.pictures, self.captioned = out / "data" / "pictures", out / "data" / "captioned"
         self._chain = f"{size}/{seed}/{torch.cuda.is_available()}"
+        """Hash of the inputs of all phases so far: one that changes makes all later ones again."""
 
     def phase(self, name: str, inputs: str, result: Path, work: Callable[[], None]) -> None:
-        """Run `work`, or reuse `result` when a former run made it from the same inputs."""
-        self._chain = hashlib.blake2b(f"{self._chain}|{name}|{inputs}".encode(), digest_size=8).hexdigest()
-        note = self.out / "phases" / f"{name}.json"
-        known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        if known.get("made_from") == self._chain and result.exists():
-            log.info("%s: done before (%.0f s), reused: %s", name, known["seconds"], result)
-            self.phases[name] = {"seconds": known["seconds"], "reused": True}
+        """Run `work`, or reuse `result` when an earlier run made it from the same inputs."""
+        chained = f"{self._chain}|{name}|{inputs}"
+        self._chain = hashlib.blake2b(chained.encode(), digest_size=8).hexdigest()
+        path = self.out / "phases" / f"{name}.json"
+        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if note.get("made_from") == self._chain and result.exists():
+            log.info("%s: done before (%.0f s), reused: %s", name, note["seconds"], result)
+            self.phases[name] = {"seconds": note["seconds"], "reused": True}
             return
+
         log.info("== %s", name)
         started = time.perf_counter()
         work()
         seconds = round(time.perf_counter() - started, 1)
-        write_json_atomic(note, {"made_from": self._chain, "seconds": seconds})
+        write_json_atomic(path, {"made_from": self._chain, "seconds": seconds})
         log.info("%s: %.0f s", name, seconds)
         self.phases[name] = {"seconds": seconds, "reused": False}
 
-    def launch(self, script: str, *arguments: str) -> None:
-        """Run a training script through the `deepspeed` launcher: on up to 8 GPUs, or with 2 processes on the CPU."""
-        available = min(8, torch.cuda.device_count()) if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
-        count = 1 << (available.bit_length() - 1)  # a power of two divides the recipes' batches
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning",
-                   "--num_accelerators", str(count),
-                   "--master_port", str(_free_port()), str(SCRIPTS / script), *arguments]
-        if not Path(command[0]).is_file():
-            command[0] = "deepspeed"
+    def launch(self, script: str, *arguments: object) -> None:
+        """Run a training script through the `deepspeed` launcher: on up to 8 GPUs, or with 2
+        processes on the CPU."""
+        # of this environment, which need not be on PATH
+        launcher = Path(sys.executable).with_name("deepspeed")
+        command = [str(launcher) if launcher.is_file() else "deepspeed", "--log_level", "warning",
+                   "--num_accelerators", str(_process_count()), "--master_port", str(_free_port()),
+                   str(SCRIPTS / script), *(str(argument) for argument in arguments)]
         log.info("$ %s", " ".join(command))
         code = subprocess.run(command, check=False).returncode
         if code:
-            raise RunFailedError(f"{script} ended with exit code {code}; its reason is printed above")
+            raise RunFailedError(f"{script} ended with exit code {code}; its reason is printed "
+                                 "above")
 
     def run(self) -> None:
-        """All phases. UserError if OUT holds anything that is not a demo's."""
+        """Run all phases. UserError if OUT holds files that are not a demo's."""
         refuse_others(self.out, OWN_NAMES)
         self.out.mkdir(parents=True, exist_ok=True)
+        tokenizer_recipe = TOKENIZER_RECIPE.read_text(encoding="utf-8")
+        seq2seq_recipe = SEQ2SEQ_RECIPE.read_text(encoding="utf-8")
+        # a phase that reads only earlier results has no inputs of its own: the chain has theirs
         self.phase("data", repr(self.data_arguments()), self.captioned, self.build_data)
-        self.phase("tokenizer", TOKENIZER_RECIPE.read_text(encoding="utf-8"), self.out / "tokenizer" / "model",
+        self.phase("tokenizer", tokenizer_recipe, self.out / "tokenizer" / "model",
                    self.train_tokenizer)
         self.phase("encode", "", self.out / "tokens", self.encode)
-        self.phase("seq2seq", SEQ2SEQ_RECIPE.read_text(encoding="utf-8"), self.out / "model", self.train_seq2seq)
+        self.phase("seq2seq", seq2seq_recipe, self.out / "model", self.train_seq2seq)
         self.phase("report", "", self.out / "report.json", self.report)
         self._finish_report()
 
+    # ---- data and training
+
     def data_arguments(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Two sets of real emoji: many pictures for the tokenizer, fewer concepts for the transformer to learn by name."""
-        npm = shutil.which("npm") is not None
-        shared = {"size": yaml.safe_load(TOKENIZER_RECIPE.read_text(encoding="utf-8"))["model"]["resolution"],
-                  "source": "npm" if npm else "pip", "seed": self.seed}
-        styles = (ALL_STYLES, CAPTION_STYLES) if npm else (PIP_STYLES, PIP_STYLES)
-        return [(self.pictures, {**shared, "styles": list(styles[0]), "num_concepts": self.size.tokenizer_concepts}),
-                (self.captioned, {**shared, "styles": list(styles[1]), "num_concepts": self.size.caption_concepts})]
+        """Two sets of real emoji: many images for the tokenizer, fewer concepts for the transformer
+        to learn by name."""
+        recipe = yaml.safe_load(TOKENIZER_RECIPE.read_text(encoding="utf-8"))
+        has_npm = shutil.which("npm") is not None
+        shared = {"size": recipe["model"]["resolution"], "source": "npm" if has_npm else "pip",
+                  "seed": self.seed}
+        styles = ALL_STYLES if has_npm else PIP_STYLES
+        caption_styles = CAPTION_STYLES if has_npm else PIP_STYLES
+        return [(self.pictures,
+                 {**shared, "styles": list(styles), "num_concepts": self.size.tokenizer_concepts}),
+                (self.captioned, {**shared, "styles": list(caption_styles),
+                                  "num_concepts": self.size.caption_concepts})]
 
     def build_data(self) -> None:
         """Build both sets."""
         if shutil.which("npm") is None:
-            log.warning("npm is not on PATH: the demo uses the emoji of the pip packages, in one style only")
+            log.warning("npm is not on PATH: the demo uses the emoji of the pip packages, in one "
+                        "style only")
         for folder, arguments in self.data_arguments():
             shutil.rmtree(folder, ignore_errors=True)
             build_emoji(folder, **arguments)
 
     def train_tokenizer(self) -> None:
-        """The image tokenizer, on the training split."""
-        self.launch("train_tokenizer.py", "--config", str(TOKENIZER_RECIPE), "--data.path", str(self.pictures), "--run_dir",
-                    str(self._fresh("tokenizer")), "--seed", str(self.seed), *self.size.overrides)
+        """Train the image tokenizer on the training split."""
+        self.launch("train_tokenizer.py", "--config", TOKENIZER_RECIPE, "--data.path",
+                    self.pictures, "--run_dir", self._fresh("tokenizer"), "--seed", self.seed,
+                    *self.size.overrides)
 
     def encode(self) -> None:
-        """Every split of the captioned set as tokens."""
-        self.launch("encode_dataset.py", "--image_tokenizer", str(self.out / "tokenizer" / "model"), "--data.path",
-                    str(self.captioned), "--out", str(self.out / "tokens"))
+        """Encode every split of the captioned set as tokens."""
+        self.launch("encode_dataset.py", "--image_tokenizer", self.out / "tokenizer" / "model",
+                    "--data.path", self.captioned, "--out", self.out / "tokens")
 
     def train_seq2seq(self) -> None:
-        """The transformer; its export becomes OUT/model."""
-        self.launch("train_seq2seq.py", "--config", str(SEQ2SEQ_RECIPE), "--data.path", str(self.out / "tokens"),
-                    "--image_tokenizer", str(self.out / "tokenizer" / "model"), "--run_dir",
-                    str(self._fresh("seq2seq")), "--seed", str(self.seed), *self.size.overrides)
+        """Train the transformer; its export becomes OUT/model."""
+        self.launch("train_seq2seq.py", "--config", SEQ2SEQ_RECIPE, "--data.path",
+                    self.out / "tokens", "--image_tokenizer", self.out / "tokenizer" / "model",
+                    "--run_dir", self._fresh("seq2seq"), "--seed", self.seed, *self.size.overrides)
+        # a copy, so that OUT/model is complete without the run folder
         shutil.rmtree(self.out / "model", ignore_errors=True)
         shutil.copytree(self.out / "seq2seq" / "model", self.out / "model")
 
     def _fresh(self, name: str) -> Path:
-        """A run folder of this demo: kept when a killed demo left checkpoints of the same phase, else made anew."""
+        """Return a run folder: kept when a killed demo left checkpoints of the same phase, else
+        made anew."""
         folder, note = self.out / name, self.out / "phases" / f"{name}.started"
-        if not (note.is_file() and note.read_text(encoding="utf-8") == self._chain):
+        is_same_phase = note.is_file() and note.read_text(encoding="utf-8") == self._chain
+        if not is_same_phase:
             shutil.rmtree(folder, ignore_errors=True)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(self._chain, encoding="utf-8")
         return folder
 
+    # ---- report
+
     def report(self) -> None:
         """Sample, measure, draw."""
         model = TextToImage.from_pretrained(self.out / "model")
-        train = open_dataset(self.captioned, split="train")
-        held_out = evaluate_reconstruction(model.image_tokenizer, open_dataset(self.pictures, split="unseen_concept"))
-        trained = evaluate_reconstruction(model.image_tokenizer, open_dataset(self.pictures, split="train"))
-        reference = TrainingPictures(train, model.image_tokenizer.config.resolution)
-        sections, scores = [], {}
-        for split, title in (("train", "captions seen in training"),
-                             ("unseen_style", "concepts seen in the other style only"),
-                             ("unseen_concept", "concepts never seen")):
-            if split not in list_splits(self.captioned):  # one style alone has no unseen style
-                continue
-            questions = choose_questions(open_dataset(self.captioned, split=split), QUESTIONS, self.seed)
-            images = sample_questions(model, questions, self.seed, f"sample {split}")
-            if split != "unseen_concept":  # no training picture has the base caption of an unseen concept
-                scores[split] = reference.score(images, questions)
-            sections.append((title, [(q.caption, image) for q, image in zip(questions, images, strict=True)][:SHOWN]))
-        labelled_grid(sections).save(self.out / "samples.png")
+        unseen = open_dataset(self.pictures, split="unseen_concept")
+        held_out = evaluate_reconstruction(model.image_tokenizer, unseen)
+        seen = open_dataset(self.pictures, split="train")
+        trained = evaluate_reconstruction(model.image_tokenizer, seen)
+        scores = self._sample_splits(model)
         self._draw_curves()
         write_json_atomic(self.out / "report.json", {
             "caption_accuracy": scores["train"]["accuracy"],
@@ -193,39 +213,70 @@ class Demo:
             "sampling": model.default_params.plain(),
         })
 
+    def _sample_splits(self, model: TextToImage) -> dict[str, dict[str, Any]]:
+        """Sample captions of every split into samples.png -> caption accuracy by split."""
+        train = open_dataset(self.captioned, split="train")
+        reference = TrainingPictures(train, model.image_tokenizer.config.resolution)
+        existing = list_splits(self.captioned)
+        sections, scores = [], {}
+        for split, title in SPLITS.items():
+            if split not in existing:  # one style alone has no unseen style
+                continue
+            source = open_dataset(self.captioned, split=split)
+            questions = choose_questions(source, QUESTIONS, self.seed)
+            images = sample_questions(model, questions, self.seed, f"sample {split}")
+            # no training image has the base caption of an unseen concept
+            if split != "unseen_concept":
+                scores[split] = reference.score(images, questions)
+            captions = [question.caption for question in questions]
+            sections.append((title, list(zip(captions, images, strict=True))[:SHOWN]))
+        labelled_grid(sections).save(self.out / "samples.png")
+        return scores
+
     def _draw_curves(self) -> None:
         tokenizer = read_metrics(self.out / "tokenizer" / "metrics.jsonl")
         seq2seq = read_metrics(self.out / "seq2seq" / "metrics.jsonl")
-        plot_curves([("image tokenizer: loss", tokenizer, ["loss", "l1"]),
-                     ("image tokenizer: share of codes used", tokenizer, ["codebook_usage"]),
-                     ("transformer: nats a token", seq2seq, ["loss"])], self.out / "curves.png")
+        panels = [("image tokenizer: loss", tokenizer, ["loss", "l1"]),
+                  ("image tokenizer: share of codes used", tokenizer, ["codebook_usage"]),
+                  ("transformer: nats a token", seq2seq, ["loss"])]
+        plot_curves(panels, self.out / "curves.png")
 
     def _finish_report(self) -> None:
-        """Put the seconds of each phase and the environment into the report, and say where everything is."""
+        """Add the seconds of each phase and the environment, and print where everything is."""
         path = self.out / "report.json"
         report = json.loads(path.read_text(encoding="utf-8"))
-        report["seconds"] = {name: phase["seconds"] for name, phase in self.phases.items()}
-        report["seconds"]["all"] = round(sum(report["seconds"].values()), 1)
+        seconds = {name: phase["seconds"] for name, phase in self.phases.items()}
+        report["seconds"] = {**seconds, "all": round(sum(seconds.values()), 1)}
         report["reused"] = [name for name, phase in self.phases.items() if phase["reused"]]
         report["environment"] = environment()
         write_json_atomic(path, report)
+
         for name in ("caption_accuracy", "codebook_usage", "reconstruction_psnr"):
             print(f"{name}: {report[name]:.3f}")
-        print(f"pictures: {self.out / 'samples.png'}   curves: {self.out / 'curves.png'}   report: {path}")
-        print(f'try: tokenloom generate "a red heart" --model {self.out / "model"} --num-images 4 --out pictures')
+        print(f"pictures: {self.out / 'samples.png'}   curves: {self.out / 'curves.png'}   "
+              f"report: {path}")
+        print(f'try: tokenloom generate "a red heart" --model {self.out / "model"} --num-images 4 '
+              '--out pictures')
+
+
+def _process_count() -> int:
+    if torch.cuda.is_available():
+        available = min(8, torch.cuda.device_count())
+    else:
+        available = min(2, len(os.sched_getaffinity(0)))
+    return 1 << (available.bit_length() - 1)  # a power of two divides the recipes' batches
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """Parse and run."""
-    parser = OneLineParser(prog="python -m training.demo", description=(__doc__ or "").splitlines()[0])
+    """Run the demo from command-line arguments."""
+    parser = OneLineParser(prog="python -m training.demo",
+                           description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="demo", help="folder for everything (default: demo)")
     parser.add_argument("--size", default="full", help=f"one of {', '.join(SIZES)} (default: full)")
     parser.add_argument("--seed", type=int, default=0)
@@ -236,7 +287,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
+    """Run, and turn errors into one line and an exit code."""
     return run_command(run, argv, "demo")
 
 

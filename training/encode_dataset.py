@@ -1,13 +1,11 @@
-"""Turn captioned pictures into token shards with a trained image tokenizer.
+"""Turn captioned images into token shards with a trained image tokenizer.
 
-A run that was stopped is started again with the same command, also on another number of processes, and goes on after its last
-whole shard.
+A run that was stopped is started again with the same command, also on another number of processes,
+and continues after its last whole shard.
 
 CPU:  python training/encode_dataset.py --image_tokenizer RUN/model --data.path DIR --out TOKENS
 real: deepspeed training/encode_dataset.py --image_tokenizer RUN/model --data.path DIR --out TOKENS
 """
-
-# Axes: B pictures, V views, S side in pixels, N image tokens, L layout tokens
 
 from __future__ import annotations
 
@@ -20,16 +18,10 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import numpy
-import torch
-from torch.utils.data import Dataset
+from typing import IO, Any
 
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
-from tokenizer_image.grid import codes_to_tokens
-from tokenizer_image.images import pixels_to_float
 from tokenloom_common.errors import DataError, RunFailedError, UserError, run_command
 from tokenloom_common.files import publish_folder, refuse_others
 from tokenloom_common.progress import progress
@@ -38,7 +30,7 @@ from training.config.loading import load_config
 from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
 from training.data.run_data import open_pictures
-from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, in_words
 from training.data.sources.open_dataset import list_splits
 from training.data.tokens.encoding_plan import (
@@ -50,23 +42,21 @@ from training.data.tokens.encoding_plan import (
     check_whole,
     cut,
     find_done,
-    mark_done,
     prepare,
     reasons,
     remove_notes,
 )
 from training.data.tokens.layouts import Layouts
+from training.data.tokens.shard_encoder import OthersFailedError, ShardEncoder
 from training.data.tokens.shards import (
     INDEX_NAME,
     SUFFIX,
+    ShardFile,
     SplitIndex,
     TokenIndex,
-    token_dtype,
     write_index,
-    write_shard,
 )
-from training.data.tokens.views import picture_views, view_names
-from training.data.visits.loader import careful_loader
+from training.data.tokens.views import view_names
 from training.engine.agreement import check_same, check_shared
 from training.engine.launch import processes
 from training.engine.processes import Processes, peers_may_go
@@ -75,41 +65,10 @@ from training.loop.log import setup_console
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
-OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}", "*-?????-of-?????.parquet")
+OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}")
 PATIENCE = timedelta(hours=12)
-"""That processes wait for one another: one may have hours of shards before it when the others are done."""
-
-
-class _OthersFailedError(Exception):
-    """Another process met an error and will say so."""
-
-
-class EncodedRow(NamedTuple):
-    """A picture, read: its views [V, S, S, 3] uint8 and layouts [V, L]; views none and a reason if it cannot be used."""
-
-    key: str
-    captions: list[str]
-    views: numpy.ndarray | None
-    layouts: numpy.ndarray | None
-    reason: str = ""
-
-
-class Rows(Dataset):
-    """Pictures of a split by row, ready to be encoded."""
-
-    def __init__(self, source: CaptionedImages, resolution: int, config: EncodeRunConfig) -> None:
-        self.source, self.resolution, self.config = source, resolution, config
-        self.layouts = Layouts(config.layout) if config.layout.kind != "none" else None
-
-    def __getitem__(self, row: int) -> EncodedRow:
-        try:
-            item = self.source[row]
-            views = picture_views(item.image, self.resolution, self.config.views)
-            layouts = None if self.layouts is None else self.layouts.of_views(
-                self.source, row, views, mirror=self.config.views.flip)
-        except BAD_ITEM_ERRORS as error:
-            return EncodedRow(self.source.key(row), [], None, None, error.reason)
-        return EncodedRow(item.key, list(item.captions), views, layouts)
+"""How long processes wait for one another: one may have hours of shards before it when the others
+are done."""
 
 
 class DatasetEncoder:
@@ -117,16 +76,20 @@ class DatasetEncoder:
 
     def __init__(self, config: EncodeRunConfig, group: Processes) -> None:
         self.config, self.group = config, group
-        self.tokenizer = group.first_then_others(lambda: load_tokenizer(config.image_tokenizer, group.device))
+        self.tokenizer = group.first_then_others(
+            lambda: load_tokenizer(config.image_tokenizer, group.device))
         self.tokenizer.config.check_encodes(config.image_tokenizer)
         self.fingerprint = code_fingerprint(self.tokenizer)
         self.drops = DropCounter(config.data.path, config.data.max_bad_fraction)
+
         out = Path(config.out)
         if not out.name:
-            raise UserError(f"--out {config.out}: give the path of a folder of its own, such as runs/tokens")
-        self.out = out.resolve() if out.is_symlink() else out
-        self._held: IO[str] | None = None
+            raise UserError(f"--out {config.out}: give the path of a folder of its own, such as "
+                            "runs/tokens")
+        self.out = out.resolve() if out.is_symlink() else out  # a rename would replace the link
         self.aside = self.out.with_name(f".{self.out.name}.tmp")
+        self.shards = ShardEncoder(self.tokenizer, config, self.aside, self.drops, group.device)
+        self._lock: IO[str] | None = None
 
     def run(self) -> None:
         """Encode every split into `out`, which appears whole at the end."""
@@ -135,153 +98,165 @@ class DatasetEncoder:
             self.group.first_does(self._hold)
             self._run()
         finally:
-            if self._held is not None:
-                Path(self._held.name).unlink(missing_ok=True)
-                self._held.close()
+            if self._lock is not None:
+                Path(self._lock.name).unlink(missing_ok=True)
+                self._lock.close()
 
     def _run(self) -> None:
         splits = self.group.first_does(self._splits)
         sources = {split: self._open(split) for split in splits}
         shard_rows: int = self.group.first_does(lambda: prepare(self.aside, self._facts(sources)))
         shards = {split: cut(split, len(source), shard_rows) for split, source in sources.items()}
-        done = self.group.first_does(lambda: {
-            shard.name: found for part in shards.values() for shard in part if (found := find_done(self.aside, shard))})
-        for split, part in shards.items():
-            done |= self._encode_split(sources[split], part, done)
+
+        done = self.group.first_does(lambda: self._find_done(shards))
+        for split, of_split in shards.items():
+            done |= self._encode_split(sources[split], of_split, done)
         self.group.first_does(lambda: self._publish(shards, done))
+
+    # ---- what there is to do
+
+    def _hold(self) -> None:
+        """Hold `out` against other runs until this one ends; on the first process."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        path = self.out.with_name(f".{self.out.name}.lock")
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a run that ended in this moment may have deleted the file that was locked here
+            is_ours = path.is_file() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            is_ours = False
+        if not is_ours:
+            file.close()
+            raise UserError(f"{self.out}: another run is encoding into it; wait for it, stop it, "
+                            "or give another --out")
+        self._lock = file
+
+    def _splits(self) -> list[str]:
+        refuse_others(self.out, OWN_FILES)  # before hours of work, since publishing replaces it
+        if self.out.is_dir() and any(self.out.iterdir()):
+            log.warning("%s: the token shards there will be replaced", self.out)
+        if self.config.splits is not None:
+            return list(self.config.splits)
+        return list_splits(self.config.data.path)
 
     def _open(self, split: str) -> CaptionedImages:
         source = self.group.first_then_others(lambda: open_pictures(self.config.data, split))
         count_opened(self.drops, source, self.group)
         return source
 
-    def _hold(self) -> None:
-        """Of all runs, one encodes into a folder at a time: the first process's, until it ends."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        path = self.out.with_name(f".{self.out.name}.lock")
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = path.is_file() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        except BlockingIOError:
-            mine = False
-        if not mine:  # or the run that had it ended in this moment and took the file away
-            file.close()
-            raise UserError(f"{self.out}: another run is encoding into it; wait for it, stop it, or give another --out")
-        self._held = file
-
-    def _splits(self) -> list[str]:
-        refuse_others(self.out, OWN_FILES)
-        if self.out.is_dir() and any(self.out.iterdir()):
-            log.warning("%s: the token shards there will be replaced", self.out)
-        return list(self.config.splits) if self.config.splits is not None else list_splits(self.config.data.path)
-
     def _facts(self, sources: dict[str, CaptionedImages]) -> dict[str, Any]:
-        """What an earlier run must share with this one, whose shards are kept."""
+        """Return the facts that an earlier run, whose shards are kept, must share with this one."""
         config = self.config
-        longest = max(len(source) for source in sources.values())
+        data = {"path": str(Path(config.data.path).resolve()),
+                "caption_column": config.data.caption_column,
+                "image_column": config.data.image_column}
         rows = {split: [len(source), source.identity()] for split, source in sources.items()}
-        columns = {name: getattr(config.data, name) for name in ("caption_column", "image_column")}
-        return {"image tokenizer": self.fingerprint, "data": {"path": str(Path(config.data.path).resolve()), **columns},
-                "layout": config.layout.plain(), "views": config.views.plain(), "rows": rows,
+        longest = max(len(source) for source in sources.values())
+        # so that every process has a shard to write
+        rows_per_process = -(-longest // self.group.world_size)
+        return {"image tokenizer": self.fingerprint, "data": data, "layout": config.layout.plain(),
+                "views": config.views.plain(), "rows": rows,
                 "shard_rows asked for": config.shard_rows,
-                # every process has a shard to write
-                "shard_rows": min(config.shard_rows, -(-longest // self.group.world_size))}
+                "shard_rows": min(config.shard_rows, rows_per_process)}
 
-    def _encode_split(self, source: CaptionedImages, shards: list[Shard], done: dict[str, DoneShard]) -> dict[str, DoneShard]:
-        """Encode what is not done -> the shards that every process wrote, by name."""
-        missing = [shard for shard in shards if shard.name not in done]
-        mine = missing[self.group.rank:: self.group.world_size]
-        if not self.group.rank:
-            for shard in shards:
-                if shard.name in done:
-                    self._count(done[shard.name].dropped)
-        problem: Exception | None = None
-        wrote: dict[str, DoneShard] = {}
-        with progress(None, f"encode {shards[0].split}", total=sum(len(shard.rows) for shard in mine), unit="picture",
-                      quiet=not self.group.is_first) as bar:
-            try:
-                for shard in mine:
-                    wrote[shard.name] = self._encode_shard(source, shard, bar)
-            except _OthersFailedError:
-                pass
-            except Exception as error:
-                problem = self._in_words(error)
-                (self.aside / f"{FAILED}{self.group.rank}").touch()
-        self.group.raise_together(problem)
-        return {name: one for part in self.group.gather(wrote) for name, one in part.items()}
-
-    def _in_words(self, error: Exception) -> Exception:
-        if getattr(error, "errno", None) != errno.ENOSPC:
-            return error
-        return RunFailedError(f"{self.aside}: no space left on the device; the shards that are whole stay: free some space, "
-                              "and start the same command again")
-
-    def _encode_shard(self, source: CaptionedImages, shard: Shard, bar: Any) -> DoneShard:
-        rows: list[EncodedRow] = []
-        tokens: list[numpy.ndarray] = []
-        dropped: list[tuple[str, str]] = []
-        reader = Rows(source, self.tokenizer.config.resolution, self.config)
-        for batch in careful_loader(reader, list, sampler=shard.rows, batch_size=self.config.batch_size,
-                                    num_workers=self.config.workers):
-            if any(self.aside.glob(f"{FAILED}*")):
-                raise _OthersFailedError
-            good = [row for row in batch if row.views is not None]
-            bad = [(row.key, row.reason) for row in batch if row.views is None]
-            self._count(bad)
-            dropped += bad
-            if good:
-                tokens.append(self._encode(numpy.stack([row.views for row in good])))
-                rows += [row._replace(views=None) for row in good]
-            bar.update(len(batch))
-        file = None
-        if rows:
-            layouts = [row.layouts.reshape(-1) for row in rows if row.layouts is not None]
-            file = write_shard(self.aside / shard.name, [row.captions for row in rows], numpy.concatenate(tokens),
-                               [row.key for row in rows], numpy.stack(layouts) if layouts else None)
-        done = DoneShard(file, dropped)
-        mark_done(self.aside, shard, done)
+    def _find_done(self, shards: dict[str, list[Shard]]) -> dict[str, DoneShard]:
+        """Return the whole shards that an earlier run left, by name."""
+        done = {}
+        for of_split in shards.values():
+            for shard in of_split:
+                found = find_done(self.aside, shard)
+                if found:
+                    done[shard.name] = found
         return done
 
-    def _count(self, dropped: list[tuple[str, str]]) -> None:
-        for key, reason in dropped:
-            self.drops.record(reason, key, seen_before=True)
+    # ---- encode
 
-    def _encode(self, views: numpy.ndarray) -> numpy.ndarray:
-        """Pixels [B, V, S, S, 3] uint8 -> tokens [B, V * N]."""
-        image = pixels_to_float(views.reshape(-1, *views.shape[2:]))
-        codes = torch.cat([self.tokenizer.encode(part.to(self.group.device)).cpu()
-                           for part in image.split(self.config.batch_size)])  # [B * V, h, w]
-        return codes_to_tokens(codes).numpy().astype(token_dtype(self.tokenizer.codebook_size)).reshape(len(views), -1)
+    def _encode_split(self, source: CaptionedImages, shards: list[Shard],
+                      done: dict[str, DoneShard]) -> dict[str, DoneShard]:
+        """Encode the shards that are not done -> those that every process wrote, by name."""
+        missing = [shard for shard in shards if shard.name not in done]
+        own = missing[self.group.rank:: self.group.world_size]
+        if self.group.is_first:  # of earlier shards, one process alone counts the unusable images
+            for shard in shards:
+                if shard.name in done:
+                    self.shards.count(done[shard.name].dropped)
+
+        problem: Exception | None = None
+        written: dict[str, DoneShard] = {}
+        total = sum(len(shard.rows) for shard in own)
+        with progress(None, f"encode {shards[0].split}", total=total, unit="picture",
+                      quiet=not self.group.is_first) as bar:
+            try:
+                for shard in own:
+                    written[shard.name] = self.shards.encode(source, shard, bar)
+            except OthersFailedError:
+                pass
+            except Exception as error:
+                problem = self._explained(error)
+                # stops the others at their next batch
+                (self.aside / f"{FAILED}{self.group.rank}").touch()
+        self.group.raise_together(problem)
+
+        everyone: dict[str, DoneShard] = {}
+        for of_process in self.group.gather(written):
+            everyone |= of_process
+        return everyone
+
+    def _explained(self, error: Exception) -> Exception:
+        if getattr(error, "errno", None) != errno.ENOSPC:
+            return error
+        return RunFailedError(f"{self.aside}: no space left on the device; the shards that are "
+                              "whole stay: free some space, and start the same command again")
+
+    # ---- publish
 
     def _publish(self, shards: dict[str, list[Shard]], done: dict[str, DoneShard]) -> None:
-        files = {split: [file for shard in part if (file := done[shard.name].file)] for split, part in shards.items()}
-        rows = sum(file.rows for part in files.values() for file in part)
-        found: Counter[str] = reasons(list(done.values())) + self.drops.opened
-        if not rows:
-            raise DataError(f"{self.config.data.path}: not one picture could be encoded ({in_words(found)})")
-        limit = max(ALWAYS_TOLERATED, self.config.data.max_bad_fraction * self.drops.seen)
-        if found.total() > limit:  # a process counts its own
-            raise DataError(f"{self.config.data.path}: {found.total():,} of {self.drops.seen:,} are unusable "
-                            f"({in_words(found)}), more than max_bad_fraction {self.config.data.max_bad_fraction:g} allows")
-        check_whole(self.aside, [file for part in files.values() for file in part])
+        """Check all shards together, write their index, and rename the folder to `out`."""
+        files: dict[str, list[ShardFile]] = {}
+        for split, of_split in shards.items():
+            written = [done[shard.name].file for shard in of_split]
+            files[split] = [file for file in written if file is not None]
+        rows = {split: sum(file.rows for file in of_split) for split, of_split in files.items()}
+        total = sum(rows.values())
+
+        dropped: Counter[str] = reasons(list(done.values())) + self.drops.opened
+        self._check_dropped(total, dropped)
+        check_whole(self.aside, [file for of_split in files.values() for file in of_split])
+
         layouts = Layouts(self.config.layout).index() if self.config.layout.kind != "none" else None
+        splits = {split: SplitIndex(rows=rows[split], files=of_split)
+                  for split, of_split in files.items()}
         write_index(self.aside, TokenIndex(
-            tokenizer_fingerprint=self.fingerprint, codebook_size=self.tokenizer.codebook_size, grid=self.tokenizer.grid,
-            views=view_names(self.config.views), layout=layouts, dropped=dict(found),
-            splits={split: SplitIndex(rows=sum(file.rows for file in part), files=part) for split, part in files.items()}))
+            tokenizer_fingerprint=self.fingerprint, codebook_size=self.tokenizer.codebook_size,
+            grid=self.tokenizer.grid, views=view_names(self.config.views), layout=layouts,
+            dropped=dict(dropped), splits=splits))
         write_origin(data_origin(self.config.data.path), self.aside,
-                     "Image tokens and captions of this data, made by Tokenloom's encode_dataset; tokens.json says with what.")
+                     "Image tokens and captions of this data, made by Tokenloom's encode_dataset; "
+                     "tokens.json says with what.")
         publish_folder(self.aside, self.out)
         remove_notes(self.out)
-        if found:
-            log.warning("passed over %d unusable pictures (%s)", found.total(), in_words(found))
-        log.info("token shards: %s (%s rows)", self.out, f"{rows:,}")
+        if dropped:
+            log.warning("passed over %d unusable pictures (%s)", dropped.total(), in_words(dropped))
+        log.info("token shards: %s (%s rows)", self.out, f"{total:,}")
+
+    def _check_dropped(self, rows: int, dropped: Counter[str]) -> None:
+        """Raise DataError when nothing is left or too much was dropped: each process saw only its
+        own share of that."""
+        path, fraction = self.config.data.path, self.config.data.max_bad_fraction
+        seen = self.drops.seen
+        if not rows:
+            raise DataError(f"{path}: not one picture could be encoded ({in_words(dropped)})")
+        if dropped.total() > max(ALWAYS_TOLERATED, fraction * seen):
+            raise DataError(f"{path}: {dropped.total():,} of {seen:,} are unusable "
+                            f"({in_words(dropped)}), more than max_bad_fraction {fraction:g} "
+                            "allows")
 
 
 def run(argv: Sequence[str] | None) -> int:
     """Encode from command-line arguments."""
-    config = load_config(EncodeRunConfig, sys.argv[1:] if argv is None else argv, "encode_dataset.py", __doc__ or "")
+    config = load_config(EncodeRunConfig, sys.argv[1:] if argv is None else argv,
+                         "encode_dataset.py", __doc__ or "")
     with processes(config.threads, PATIENCE) as group, peers_may_go(group):
         setup_console(group.is_first)
         check_same(group, config.plain(), "the config")
@@ -290,7 +265,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: errors become one line and an exit code."""
+    """Run, and turn errors into one line and an exit code."""
     return run_command(run, argv, "encode_dataset.py")
 
 

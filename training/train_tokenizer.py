@@ -1,21 +1,24 @@
-"""Train an image tokenizer on a folder of pictures.
+"""Train an image tokenizer on a folder of images.
 
-CPU:  python training/train_tokenizer.py --config training/recipes/debug_tokenizer.yaml --data.path DIR --run_dir RUN
-real: deepspeed training/train_tokenizer.py --config training/recipes/small_tokenizer.yaml --data.path DIR --run_dir RUN
+CPU:  python training/train_tokenizer.py --config training/recipes/debug_tokenizer.yaml
+      --data.path DIR --run_dir RUN
+real: deepspeed training/train_tokenizer.py --config training/recipes/small_tokenizer.yaml
+      --data.path DIR --run_dir RUN
 """
+
+# Axes: B batch, S pixels of a side
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 
-from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer, tokenizer_loss
+from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer
 from tokenizer_image.discriminators import build_discriminator
 from tokenizer_image.images import float_to_pixels, image_grid, pixels_to_images
 from tokenloom_common.errors import run_command
@@ -25,21 +28,23 @@ from training.config.tokenizer import TokenizerRunConfig
 from training.data.run_data import open_training_pictures, picture_order
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.visits.images import ImageVisits, PixelBatch, collate_pixels
-from training.data.visits.loader import batch_loader
-from training.data.visits.order import ItemId, MicroBatches
-from training.engine.deepspeed_engine import Engine
-from training.engine.deepspeed_json import deepspeed_json
-from training.engine.launch import DTYPES, resolve_precision
-from training.engine.optim import build_optimizer
+from training.data.visits.order import ItemId
+from training.engine.launch import DTYPES
 from training.engine.processes import Processes
-from training.engine.weight_average import weight_average
 from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.loop.drops import PictureDrops
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
+from training.loop.trained import (
+    Training,
+    add_prefix,
+    open_held_out_pictures,
+    with_prefix,
+)
 from training.objectives.adversary import Adversary
 from training.objectives.codebook_health import CodebookHealth
+from training.objectives.tokenizer import TokenizerObjective
 from training.planning.fits import refuse_what_cannot_fit
 from training.planning.flops import tokenizer_forward_flops
 from training.planning.plan import tokenizer_plan
@@ -55,196 +60,207 @@ log = logging.getLogger("training.train_tokenizer")  # under a launcher __name__
 SAMPLE_PICTURES = 8
 
 
-class TokenizerTraining:
+class TokenizerTraining(Training):
     """One run: the model, its data and what the loop needs of them."""
 
+    config: TokenizerRunConfig
+
     def __init__(self, config: TokenizerRunConfig, group: Processes) -> None:
-        self.config, self.group = config, group
-        self.perceptual = group.first_then_others(self._perceptual)
-        precision = resolve_precision(config, group.device)
-        # a batch that cannot be divided, a picture too small for the discriminator: refused now, before anything is touched
-        group.first_does(lambda: deepspeed_json(config, group.world_size, precision, parameters=1) and None)
-        group.first_does(self._check_discriminator)
-        group.first_does(lambda: refuse_what_cannot_fit(tokenizer_plan(config, precision), group))
-        source = group.first_then_others(lambda: self._open(config.data.split))
-        self.held_out: CaptionedImages | None = None  # on the first process, which measures
-        if config.data.validation_split:
-            group.first_does(self._open_held_out)  # exists, before hours of training
-        self.drops = PictureDrops(config.data, source, group)
-        self.visits = ImageVisits(source, config.model.resolution, config.seed, config.data.horizontal_flip)
+        super().__init__(config, group)
+        self.perceptual = group.first_then_others(self._load_perceptual)  # a missing file: now
+        self._check()
+
+        source = group.first_then_others(
+            lambda: open_training_pictures(config.data, config.data.split))
+        self.held_out: CaptionedImages | None = open_held_out_pictures(config.data, group)
+        self.drops: PictureDrops = PictureDrops(config.data, source, group)
+        self.visits = ImageVisits(source, config.model.resolution, config.seed,
+                                  config.data.horizontal_flip)
+        self.collate = collate_pixels
         self.order = picture_order(config.data, source, config.seed)
+
         seed_everything(config.seed, 0)  # the same weights on every process
-        self.tokenizer = self._build()
-        self.run_state = RunState(config, group, self._facts(precision, len(source)))
+        self.tokenizer = self._warm_start()
+        self.run_state = RunState(config, group, self._facts(len(source)))
         self.run_state.prepare()
-        self.average = self._weight_average()
-        self.engine = Engine(self.tokenizer, build_optimizer(self.tokenizer, config.optim), config, group, precision)
-        self.adversary = Adversary(config, group) if config.adversarial.weight else None
-        seed_everything(config.seed, group.rank)
-        self._measured_at: dict[int, dict[str, Any]] = {}  # step -> what the held-out split said
-        self.dtype = DTYPES[precision]
-        self.health = CodebookHealth(config, group, len(source))
+        self._build()
 
-    def _open(self, split: str | None) -> CaptionedImages:
-        return open_training_pictures(self.config.data, split)
+    # ---- set-up
 
-    def _open_held_out(self) -> None:
-        self.held_out = self._open(self.config.data.validation_split)
-        len(self.held_out)
-
-    def _perceptual(self) -> LPIPS | None:
-        if self.config.loss.perceptual_weight == 0:
+    def _load_perceptual(self) -> LPIPS | None:
+        loss = self.config.loss
+        if loss.perceptual_weight == 0:
             return None
-        return LPIPS.load(self.config.loss.perceptual_network, self.config.loss.perceptual_path).to(self.group.device)
+        return LPIPS.load(loss.perceptual_network, loss.perceptual_path).to(self.group.device)
 
-    def _facts(self, precision: str, rows: int) -> dict[str, Any]:
-        """What a checkpoint must share with the run that continues it. An adversarial phase can be turned off, not on."""
-        train, adversarial = self.config.train, self.config.adversarial
-        facts = {"model": self.config.model.plain(), "data rows": rows, "precision": precision,
-                 "trained_part": train.trained_part, "codebook.window": self.config.codebook.window}
-        if adversarial.weight:
-            facts["discriminator"] = adversarial.discriminator.plain()
-        if train.weight_ema:
-            facts["weight_ema"] = True
-        then = facts_of_run(self.config.run_dir, self.config.checkpoint.resume)
-        if self.config.init_from and (then is None or "init_from" in then):  # runs from before init_from did not keep it
-            facts["init_from"] = self.config.init_from
-        facts |= self.order.facts()
-        names = {"optim.name": self.config.optim.name, "discriminator_optim.name": self.config.discriminator_optim.name}
-        facts |= {key: name for key, name in names.items() if name != "adamw"}
-        return facts
+    def _check(self) -> None:
+        """Refuse what is impossible, before anything is touched."""
+        self.group.first_does(self.micro_batch_size)
+        self.group.first_does(self._check_discriminator)
+        self.group.first_does(
+            lambda: refuse_what_cannot_fit(tokenizer_plan(self.config, self.precision), self.group))
 
     def _check_discriminator(self) -> None:
+        """Refuse images that are too small for the discriminator's layers."""
         if self.config.adversarial.weight:
             with torch.device("meta"):
-                build_discriminator(self.config.adversarial.discriminator, self.config.model.resolution)
+                build_discriminator(self.config.adversarial.discriminator,
+                                    self.config.model.resolution)
 
-    def _build(self) -> ImageTokenizer:
-        """The tokenizer to train, fresh or from init_from, with what does not learn frozen."""
+    def _warm_start(self) -> ImageTokenizer:
+        """Return the tokenizer to train, fresh or from init_from, with its fixed parts frozen."""
         config, train = self.config, self.config.train
         tokenizer = build_tokenizer(config.model).train()
-        folder, decoder_only = config.init_from, train.trained_part == "decoder"
-        if folder and facts_of_run(config.run_dir, config.checkpoint.resume) is None:  # else a checkpoint follows
-            self.group.first_then_others(lambda: take_tokenizer(tokenizer, folder, decoder_only, config.run_dir))
-        if train.trained_part == "decoder":
+        decoder_only = train.trained_part == "decoder"
+        init_from = config.init_from
+        is_continued = facts_of_run(config.run_dir, config.checkpoint.resume) is not None
+        if init_from and not is_continued:  # else the weights come from a checkpoint
+            self.group.first_then_others(
+                lambda: take_tokenizer(tokenizer, init_from, decoder_only, config.run_dir))
+        if decoder_only:
             tokenizer.freeze_codes()
         tokenizer.gradient_checkpointing = train.gradient_checkpointing
         return tokenizer
 
-    def _weight_average(self) -> AveragedModel | None:
-        """A float32 copy that follows the weights slowly, on the first process, which samples and exports."""
-        if not self.config.train.weight_ema or not self.group.is_first:
-            return None
-        return weight_average(self.tokenizer, self.config.train.weight_ema, self.group.device)
+    def _facts(self, rows: int) -> dict[str, Any]:
+        """Return the facts that a checkpoint must share with the run that continues it.
+
+        An adversarial phase can be turned off, not on: a checkpoint with a discriminator serves a
+        run without one.
+        """
+        config = self.config
+        facts: dict[str, Any] = {
+            "model": config.model.plain(), "data rows": rows, "precision": self.precision,
+            "trained_part": config.train.trained_part, "codebook.window": config.codebook.window}
+        if config.adversarial.weight:
+            facts["discriminator"] = config.adversarial.discriminator.plain()
+        if config.train.weight_ema:
+            facts["weight_ema"] = True
+        if config.init_from:
+            facts["init_from"] = config.init_from
+        facts |= self.order.facts()
+        if config.optim.name != "adamw":
+            facts["optim.name"] = config.optim.name
+        if config.discriminator_optim.name != "adamw":
+            facts["discriminator_optim.name"] = config.discriminator_optim.name
+        return facts
+
+    def _build(self) -> None:
+        config, group = self.config, self.group
+        self.start_engine(self.tokenizer)
+        self.adversary = Adversary(config, group) if config.adversarial.weight else None
+        self.objective = TokenizerObjective(config.loss, self.perceptual,
+                                            self.adversary.terms if self.adversary else None)
+        seed_everything(config.seed, group.rank)  # dropout and noise differ between the processes
+        self.health = CodebookHealth(config, group, len(self.visits))
+
+    # ---- training
 
     def task(self) -> Task:
-        """This run as the training loop sees it."""
-        engines = [self.engine, *([self.adversary.engine] if self.adversary else [])]
+        """The run as the training loop sees it."""
+        engines = [self.engine]
+        if self.adversary:
+            engines.append(self.adversary.engine)
         return Task("train tokenizer", engines, self.batches, self.train, self.metrics, self.sample,
-                    problem=lambda: self.drops.problem, state=self._state, restore=self._restore, order=self.order,
-                    key=self.visits.source.key, validate=self.validate, forward_flops=self._forward_flops())
+                    problem=self.problem, state=self.state, restore=self.restore, order=self.order,
+                    key=self.visits.source.key, validate=self.validate,
+                    forward_flops=self._forward_flops())
 
     def _forward_flops(self) -> Callable[[], int] | None:
-        """Of one picture, where the tokenizer is all that a step computes: other networks and frozen parts are not counted."""
+        """FLOPs of one image; None with other networks or frozen parts, which have no count."""
         config = self.config
-        alone = not (config.adversarial.weight or config.loss.perceptual_weight) and config.train.trained_part == "all"
-        return (lambda: tokenizer_forward_flops(config.model)) if alone else None
-
-    def _kept(self) -> dict[str, torch.nn.Module]:
-        """Modules beside the engines' whose state belongs to a checkpoint."""
-        parts: dict[str, torch.nn.Module | None] = {
-            "average": self.average, "lecam": self.adversary.lecam if self.adversary else None}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def _state(self) -> dict[str, Tensor]:
-        state = {f"health.{name}": tensor for name, tensor in self.health.state().items()}
-        for part, module in self._kept().items():
-            state |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
-        return state
-
-    def _restore(self, state: dict[str, Tensor]) -> None:
-        def of(part: str) -> dict[str, Tensor]:
-            return {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
-
-        self.health.restore(of("health"))
-        for part, module in self._kept().items():
-            module.load_state_dict(of(part))
-
-    def batches(self, first_step: int) -> Iterable[PixelBatch]:
-        """This process's micro-batches from `first_step` on."""
-        train = self.config.train
-        order = MicroBatches(self.order, train.batch_size, train.accumulation, self.group.rank, self.group.world_size,
-                             first_step, train.steps)
-        return batch_loader(self.visits, order, self.config.data.workers, collate_pixels)
+        has_other_networks = config.adversarial.weight or config.loss.perceptual_weight
+        if has_other_networks or config.train.trained_part != "all":
+            return None
+        return lambda: tokenizer_forward_flops(config.model)
 
     def train(self, batch: PixelBatch, step: int) -> dict[str, Tensor]:
-        """One micro-batch: gradients and, at the end of a window, optimizer steps of both networks -> terms to log."""
+        """Learn from one micro-batch; both networks step at the end of a window -> terms to log."""
         self.drops.count(batch.dropped)
-        # channels-last pictures make every convolution run so; the weights stay as ZeRO can flatten them
-        image = batch.image.to(self.group.device, memory_format=torch.channels_last)
+        # every convolution then runs channels-last, while weights stay as ZeRO can flatten them
+        image = batch.image.to(self.group.device, memory_format=torch.channels_last)  # [B, 3, S, S]
+
         schedules = self.tokenizer.set_step(step, self.config.train.steps)
-        result = self.tokenizer(image.to(self.dtype))  # not through the engine, which allows no gradient inside a step
+        # not through the engine, whose forward allows no gradient inside a step
+        result = self.tokenizer(image.to(DTYPES[self.precision]))
         self.engine.take_over(self.tokenizer.take_rewritten())
         self.health.update(result.codes, self.tokenizer.take_restarts())
-        loss = tokenizer_loss(result, image, self.config.loss, self.perceptual)
-        total = loss.total
-        terms = {**loss.terms, **{f"weighted.{name}": term for name, term in loss.weighted.items()}}
-        if self.adversary:
-            term, more = self.adversary.generator_term(result.reconstruction, total, self.tokenizer.last_layer, step)
-            total, terms = total + term, terms | more
-        self.engine.backward(total, step + 1, {name: term for name, term in terms.items() if not name.startswith("weighted.")})
+
+        total, terms = self.objective(result, image, self.tokenizer.last_layer, step)
+        unweighted = {name: term for name, term in terms.items()
+                      if not name.startswith("weighted.")}
+        self.engine.backward(total, step + 1, unweighted)
         self.engine.step(step + 1)
         if self.adversary:
             terms |= self.adversary.train(image, result.reconstruction, step)
-        if self.average is not None and self.engine.window_applied:
-            self.average.update_parameters(self.tokenizer)
-        return {"loss": total.detach(), **terms, **{name: torch.tensor(value) for name, value in schedules.items()}}
+        self.update_average()
+
+        scheduled = {name: torch.tensor(value) for name, value in schedules.items()}
+        return {"loss": total.detach(), **terms, **scheduled}
 
     def metrics(self) -> dict[str, float]:
-        """Windowed codebook usage and perplexity, and items skipped, over all processes."""
-        return {**self.health.report(), "dropped_items": self.drops.total()}
+        """Return windowed codebook usage and perplexity, and unusable images. All processes must
+        call it."""
+        return self.health.report() | super().metrics()
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Modules without an engine whose state belongs to a checkpoint, by name."""
+        lecam = {} if self.adversary is None else {"lecam": self.adversary.lecam}
+        return super().parts() | lecam
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint beside the engines'."""
+        return add_prefix("health.", self.health.state()) | super().state()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Continue from the tensors that `state` gave."""
+        self.health.restore(with_prefix("health.", state))
+        super().restore(state)
+
+    # ---- samples, measurements, export
 
     def full_model(self) -> ImageTokenizer:
-        """A float32 copy on the CPU with the whole current weights, or their average. All processes must call it."""
-        state = self.engine.full_state()
-        if self.average is not None and int(self.average.n_averaged):
-            state = self.average.module.state_dict()
+        """Return a float32 copy on the CPU with the current weights, or their average."""
+        state = self.current_weights()
         model = build_tokenizer(self.config.model)
         model.load_state_dict(state)
         return model.eval()
 
     def sample(self, step: int) -> None:
-        """samples/step-…png: originals above their reconstructions; curves.png and codebook.png."""
+        """Write originals above their reconstructions, curves.png and codebook.png. All processes
+        must call it."""
         model = self.full_model()
         counts = self.health.counts()
         if not self.group.is_first:
             return
-        self._draw(counts)
+        self._draw_curves(counts)
+
         count = min(SAMPLE_PICTURES, len(self.visits))
-        spread = [number * len(self.visits) // count for number in range(count)]
-        image = collate_pixels([self.visits[ItemId(0, index)] for index in spread]).image
+        indices = [number * len(self.visits) // count for number in range(count)]
+        image = collate_pixels([self.visits[ItemId(0, index)] for index in indices]).image
         rows = torch.cat([image, model.decode(model.encode(image))])
         grid = image_grid(pixels_to_images(float_to_pixels(rows)), columns=count)
         grid.save(sample_path(self.run_state.run_dir, step))
 
-    def _draw(self, counts: Tensor) -> None:
+    def _draw_curves(self, counts: Tensor) -> None:
         run_dir = self.run_state.run_dir
         rows = read_metrics(run_dir / "metrics.jsonl")
         weighted = sorted({name for row in rows for name in row if name.startswith("weighted.")})
-        panels = [("loss", rows, ["loss"]), ("terms, weighted", rows, weighted), ("gradient norm", rows, ["grad_norm"])]
+        panels = [("loss", rows, ["loss"]), ("terms, weighted", rows, weighted),
+                  ("gradient norm", rows, ["grad_norm"])]
         if self.adversary:
             panels.append(("logits of the discriminator", rows, ["logits_real", "logits_fake"]))
         plot_curves(panels, run_dir / "curves.png", small_too=True)
         self.health.draw(counts, run_dir / "metrics.jsonl", run_dir / "codebook.png")
 
     def validate(self, step: int) -> Measured:
-        """PSNR of the held-out pictures after a step. All processes must call it."""
+        """Measure the PSNR of the held-out images after a step."""
         model = self.full_model()
-        report = self.group.first_does(lambda: self._measure(model, quiet=True))
-        self._measured_at = {step: report}
+        report = self.group.first_does(lambda: self.held_out_report(model, step, quiet=True))
         return Measured("validation_psnr", report["psnr"])
 
-    def _measure(self, model: ImageTokenizer, quiet: bool = False) -> dict[str, Any]:
+    def measure(self, model: ImageTokenizer, quiet: bool) -> dict[str, Any]:
+        """Measure reconstructions of the held-out split."""
         assert self.held_out is not None
         return evaluate_reconstruction(model.to(self.group.device), self.held_out, quiet=quiet)
 
@@ -255,23 +271,27 @@ class TokenizerTraining:
         self.drops.say()
         if not self.group.is_first:
             return
-        self._draw(counts)
-        report = None
+        self._draw_curves(counts)
+
+        run_dir, report = self.run_state.run_dir, None
         if self.held_out is not None:
-            report = self._measured_at.get(self.config.train.steps) or self._measure(model)
-            write_json_atomic(self.run_state.run_dir / "validation.json", report)
-            log.info("held-out pictures: %.2f dB PSNR, %.1f %% of codes used", report["psnr"], 100 * report["codebook_usage"])
+            report = self.held_out_report(model, self.config.train.steps)
+            write_json_atomic(run_dir / "validation.json", report)
+            log.info("held-out pictures: %.2f dB PSNR, %.1f %% of codes used", report["psnr"],
+                     100 * report["codebook_usage"])
+
         card = tokenizer_card(self.config, model, len(self.visits), report)
-        log.info("image tokenizer: %s", model.save_pretrained(self.run_state.run_dir / "model", card=card))
+        log.info("image tokenizer: %s", model.save_pretrained(run_dir / "model", card=card))
 
 
 def run(argv: Sequence[str] | None) -> int:
     """Train from command-line arguments."""
-    return train_from_command_line(argv, TokenizerRunConfig, TokenizerTraining, "train_tokenizer.py", __doc__ or "")
+    return train_from_command_line(argv, TokenizerRunConfig, TokenizerTraining,
+                                   "train_tokenizer.py", __doc__ or "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: errors become one line and an exit code."""
+    """Run, and turn errors into one line and an exit code."""
     return run_command(run, argv, "train_tokenizer.py")
 
 

@@ -1,1 +1,1 @@
-"""`python -m benchmarks decode`: token sampling speed and memory, ours beside each peer's in one run."""
+"""`python -m benchmarks decode`: speed and memory of token sampling, ours and peers' in one run."""

@@ -1,7 +1,8 @@
-"""Published checkpoints in and out: other projects' weights as Tokenloom folders with equal numbers, and back."""
+"""Published checkpoints, in and out: other projects' weights as Tokenloom folders, and back."""
 
-from inference.checkpoints.convert import KINDS, convert, from_checkpoint
-from inference.checkpoints.export import EXPORTS, export_checkpoint
+from inference.checkpoints.convert import CHECKPOINT_KINDS, convert, from_checkpoint
+from inference.checkpoints.export import EXPORTERS, export_checkpoint
 from inference.checkpoints.options import ConvertOptions
 
-__all__ = ["EXPORTS", "KINDS", "ConvertOptions", "convert", "export_checkpoint", "from_checkpoint"]
+__all__ = ["CHECKPOINT_KINDS", "EXPORTERS", "ConvertOptions", "convert", "export_checkpoint",
+           "from_checkpoint"]

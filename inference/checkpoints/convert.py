@@ -1,4 +1,4 @@
-"""The kinds of published checkpoints by name, which one a file is, and converting it."""
+"""Convert a published checkpoint: find its kind, run the kind's converter, check the result."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from inference.checkpoints.rules import ConvertedPart
 from tokenloom_common.errors import MissingFileError, choose
 from tokenloom_common.pretrained import PretrainedModule
 
-KINDS: dict[str, str] = {
-    "taming": "VQGAN of taming-transformers or latent diffusion (.ckpt or .safetensors, with its yaml), GumbelVQ too",
+CHECKPOINT_KINDS: dict[str, str] = {
+    "taming": "VQGAN of taming-transformers or latent diffusion (.ckpt or .safetensors, with its "
+              "yaml), GumbelVQ too",
     "llamagen-vq": "LlamaGen's VQ-16 and VQ-8 (.pt)",
     "llamagen-gpt": "LlamaGen's transformers, of classes or of text (.pt)",
     "diffusers-vq": "a VQModel folder of diffusers (aMUSEd's too)",
@@ -21,36 +22,53 @@ KINDS: dict[str, str] = {
     "vqgan-jax": "DALL-E mini's image tokenizer: flax_model.msgpack with its config.json",
     "janus-vq": "the image tokenizer of Janus, as transformers or DeepSeek saves it",
 }
-"""Kind -> what it is. Its converter is `convert` in the module of that name (with _ for -), imported when it is used."""
+"""Kind -> description. Its converter is `convert` in formats/KIND.py (with _ for -)."""
 
 
-def convert(kind: str | None, source: str | Path, options: ConvertOptions = ConvertOptions()) -> ConvertedPart | ConvertedModel:
-    """What a published checkpoint becomes, checked and not yet written. kind: a name in KINDS; None = by what is in it."""
+def convert(kind: str | None, source: str | Path, options: ConvertOptions | None = None
+            ) -> ConvertedPart | ConvertedModel:
+    """Read a published checkpoint as parts of ours, checked and not yet written.
+
+    kind: a name in CHECKPOINT_KINDS; None finds it from the source's files and tensor names.
+    """
     path = Path(source)
-    if not str(source) or not path.exists():
-        raise MissingFileError(f"{source!s}: no such file or folder" if str(source) else "the source is an empty name")
+    if not str(source):
+        raise MissingFileError("the source is an empty name")
+    if not path.exists():
+        raise MissingFileError(f"{source}: no such file or folder")
     if kind is not None:
-        choose(KINDS, kind, "kind of checkpoint")
+        choose(CHECKPOINT_KINDS, kind, "kind of checkpoint")
+    options = options or ConvertOptions()
     options.check()
+
     if kind is None:
         from inference.checkpoints.detect import detect
 
         kind = detect(path)
-    converted = importlib.import_module(f"inference.checkpoints.formats.{kind.replace('-', '_')}").convert(path, options)
+
+    # imported by name: no user of one kind waits for the imports of the others
+    converter = importlib.import_module(f"inference.checkpoints.formats.{kind.replace('-', '_')}")
+    converted: ConvertedPart | ConvertedModel = converter.convert(path, options)
     converted.check()
     return converted
 
 
-def from_checkpoint(kind: str | None, source: str | Path, config: str | Path | None = None, *, resolution: int | None = None,
-                    image_tokenizer: str | Path | None = None, text_encoder: str | None = None,
-                    classes: str | Path | None = None, like_transformers: bool = False) -> PretrainedModule | object:
-    """A published checkpoint as a model in memory: an image tokenizer, a transformer, or a TextToImage that samples.
+def from_checkpoint(kind: str | None, source: str | Path, config: str | Path | None = None, *,
+                    resolution: int | None = None, image_tokenizer: str | Path | None = None,
+                    text_encoder: str | None = None, classes: str | Path | None = None,
+                    like_transformers: bool = False) -> PretrainedModule | object:
+    """Load a published checkpoint: an image tokenizer, a transformer, or a whole TextToImage.
 
-    kind: a name in `inference.checkpoints.KINDS`, None = by what is in it. config and the rest: see ConvertOptions.
-    UserError in one line for a file of another kind, missing, unexpected or mis-shaped tensors, a file that asks for code.
+    kind: a name in `inference.checkpoints.CHECKPOINT_KINDS`; None finds it from the source. The
+    rest: see ConvertOptions. UserError in one line for a file of another kind, missing, unexpected
+    or mis-shaped tensors, a file that asks for code.
     """
-    def path(value: str | Path | None) -> Path | None:
-        return None if value is None else Path(value)
-
-    options = ConvertOptions(path(config), resolution, path(image_tokenizer), text_encoder, path(classes), like_transformers)
+    options = ConvertOptions(
+        config=_optional_path(config), resolution=resolution,
+        image_tokenizer=_optional_path(image_tokenizer), text_encoder=text_encoder,
+        classes=_optional_path(classes), like_transformers=like_transformers)
     return convert(kind, source, options).load()
+
+
+def _optional_path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)

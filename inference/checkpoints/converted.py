@@ -1,8 +1,8 @@
-"""A whole model folder out of converted parts."""
+"""A whole text-to-image model made of converted parts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tokenizer_image.fingerprint import code_fingerprint
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A transformer with the tokenizers that it was trained with. notes: a line each for the user."""
+    """A transformer with the tokenizers that it was trained with. notes: lines for the user."""
 
     image_tokenizer: ConvertedPart | ImageTokenizer
     seq2seq: ConvertedPart
@@ -26,33 +26,35 @@ class ConvertedModel:
     notes: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """UserError as in ConvertedPart.check, of either part."""
+        """UserError as in ConvertedPart.check, for either part."""
         for part in (self.image_tokenizer, self.seq2seq):
             if isinstance(part, ConvertedPart):
                 part.check()
 
     def write(self, folder: Path, card: str) -> None:
-        """The model folder, which appears whole. UserError if the parts do not belong together."""
-        tokenizer = self.tokenizer()
-        write_model_folder(folder, tokenizer, self._fitted(tokenizer), self.text_tokenizer, self.generation, card)
+        """Write the model folder, whole or not at all. UserError if the parts do not fit."""
+        tokenizer = self.load_tokenizer()
+        transformer = self._with_fingerprint(tokenizer)
+        write_model_folder(folder, tokenizer, transformer, self.text_tokenizer, self.generation,
+                           card)
 
     def load(self) -> TextToImage:
         """The model in memory, ready to sample."""
-        tokenizer = self.tokenizer()
-        transformer: Any = self._fitted(tokenizer).load()
+        tokenizer = self.load_tokenizer()
+        transformer: Any = self._with_fingerprint(tokenizer).load()
         assert isinstance(transformer, ImageTransformer)
-        return TextToImage(LoadedModel(tokenizer, transformer, self.text_tokenizer, self.generation, self.seq2seq.where))
+        return TextToImage(LoadedModel(tokenizer, transformer, self.text_tokenizer, self.generation,
+                                       folder=self.seq2seq.where))
 
-    def tokenizer(self) -> ImageTokenizer:
+    def load_tokenizer(self) -> ImageTokenizer:
         """The image tokenizer in memory."""
         if isinstance(self.image_tokenizer, ImageTokenizer):
             return self.image_tokenizer
         loaded: Any = self.image_tokenizer.load()
         return loaded
 
-    def _fitted(self, tokenizer: ImageTokenizer) -> ConvertedPart:
-        """The transformer, bound to the tokenizer whose codes it speaks."""
-        from dataclasses import replace
-
-        config = self.seq2seq.config.model_copy(update={"tokenizer_fingerprint": code_fingerprint(tokenizer)})
+    def _with_fingerprint(self, tokenizer: ImageTokenizer) -> ConvertedPart:
+        """The transformer, bound to its image tokenizer: a model folder refuses any other."""
+        fingerprint = code_fingerprint(tokenizer)
+        config = self.seq2seq.config.model_copy(update={"tokenizer_fingerprint": fingerprint})
         return replace(self.seq2seq, config=config)

@@ -1,7 +1,9 @@
-"""Our image tokenizers and transformers as other projects' files: the way back, bit-exact.
+"""Write our image tokenizers and transformers as other projects' checkpoints, bit-exact.
 
-What another project's code cannot express is refused by the field's name, never approximated.
+A config field that the other project's code cannot express is refused by name, never approximated.
 """
+
+# Axes: C channels, K codebook size, D length of a code vector
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
@@ -25,96 +28,131 @@ from inference.checkpoints.formats.vqgan_names import (
     taming_name,
 )
 from inference.checkpoints.rules import tensor_names
-from inference.memory.meta_device import build_on_meta
+from inference.checkpoints.stored import read_checked
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenloom_common.errors import RunFailedError, UserError, choose, one_line
 from tokenloom_common.files import (
     atomic_folder,
-    naming,
+    naming_path,
     sync_path,
     write_json_atomic,
     write_text_atomic,
 )
-from tokenloom_common.pretrained import check_tensors, read_config, read_tensors, resolve_folder
+from tokenloom_common.hub import resolve_folder
+from tokenloom_common.pretrained import read_config
 from tokenloom_common.tensor_writer import write_shards, write_tensors
 
-DIFFUSERS_VERSION = "0.42.1"  # that these files were loaded with
-USED_CODES = 65_536  # a statistic of LlamaGen's training, which its strict loading wants to find
-_BOOK = "quantizer.vq._codebook.embed"
+DIFFUSERS_VERSION = "0.42.1"  # the release that these files were tested with
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+CODEBOOK_USED_SLOTS = 65_536
+"""Length of a training statistic that LlamaGen's strict loading wants to find."""
+TORCH_ENDINGS = (".pt", ".pth", ".safetensors")
+_BOOK = "quantizer.vq._codebook.embed"  # [1, K, D]
+
+
+class _StoredVQGAN(NamedTuple):
+    """A VQGAN's config and tensors as they are on disk, and its folder."""
+
+    config: VQGANConfig
+    tensors: dict[str, Tensor]
+    folder: Path
 
 
 def export_checkpoint(kind: str, folder: str | Path, out: str | Path) -> Path:
-    """Write one of our folders as another project's checkpoint -> what was written.
+    """Write one of our folders as another project's checkpoint -> the path written.
 
-    kind: a name in EXPORTS. folder: of an image tokenizer or a transformer, or a whole model folder. out: a file that does not
-    exist (a folder for diffusers-vq). UserError naming the field that the other project's code cannot express.
+    kind: a name in EXPORTERS. folder: an image tokenizer's, a transformer's, or a whole model
+    folder. out: a file that does not exist (a folder for diffusers-vq). UserError naming the field
+    that the other project's code cannot express.
     """
-    exporter = choose(EXPORTS, kind, "kind of checkpoint to export")
+    exporter = choose(EXPORTERS, kind, "kind of checkpoint to export")
     path = Path(out)
     if path.exists():
         raise UserError(f"{path}: exists already; give another name, nothing is overwritten")
     return exporter(resolve_folder(folder), path)
 
 
-def _stored(folder: Path) -> tuple[VQGANConfig, dict[str, Tensor], Path]:
-    """Config and tensors, as they are on disk, of a VQGAN's folder or of the one in a model folder."""
+def _read_vqgan(folder: Path) -> _StoredVQGAN:
+    """The VQGAN in its own folder, or within a model folder."""
     place = folder / PARTS[0] if (folder / MODEL_INDEX).is_file() else folder
     config = read_config(place, VQGAN.kind, VQGANConfig)
-    tensors = read_tensors(place)
-    wanted = {name: tuple(tensor.shape) for name, tensor in build_on_meta(VQGAN, config).state_dict().items()}
-    check_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, place)
-    return config, tensors, place
+    return _StoredVQGAN(config, read_checked(VQGAN, config, place), place)
 
 
-def _refuse(config: VQGANConfig, project: str, where: Path, **wanted: Any) -> None:
-    """UserError for the first field that is not what the other project's code has. A set holds several values that are fine."""
+def _refuse(stored: _StoredVQGAN, project: str, wanted: Mapping[str, Any]) -> None:
+    """UserError for the first field that differs from the other project's code.
+
+    wanted: field (`quantizer.` before those of the quantizer) -> its value there, a set if several
+    can be expressed.
+    """
+    config = stored.config
     if not config.has_encoder:
-        raise UserError(f"{where}: has no encoder (has_encoder False), and {project}'s files have one; it cannot be exported")
-    plain: dict[str, Any] = {"norm_groups": NORM_GROUPS, "norm_eps": 1e-6, "input_range": "signed", "output_range": "signed",
-                             "decoder_channels": {None, config.channels},
-                             "decoder_res_blocks": {None, config.num_res_blocks}, **wanted}
-    for name, value in plain.items():
+        raise UserError(f"{stored.folder}: has no encoder (has_encoder False), and {project}'s "
+                        "files have one; it cannot be exported")
+    common: dict[str, Any] = {
+        "norm_groups": NORM_GROUPS, "norm_eps": 1e-6,
+        "input_range": "signed", "output_range": "signed",
+        "decoder_channels": {None, config.channels},
+        "decoder_res_blocks": {None, config.num_res_blocks}}
+
+    for name, value in {**common, **wanted}.items():
         owner: Any = config.quantizer if name.startswith("quantizer.") else config
         found = getattr(owner, name.removeprefix("quantizer."))
-        if found not in (value if isinstance(value, set) else {value}):
-            shown = value if not isinstance(value, set) else " or ".join(sorted(map(str, value - {None})))
-            raise UserError(f"{where}: {project} cannot express {name} {found!r}, only {shown!r}; try another kind")
+        allowed = value if isinstance(value, set) else {value}
+        if found not in allowed:
+            shown = value
+            if isinstance(value, set):
+                shown = " or ".join(sorted(map(str, value - {None})))
+            raise UserError(f"{stored.folder}: {project} cannot express {name} {found!r}, only "
+                            f"{shown!r}; try another kind")
 
 
-def _plain_names(tensors: Mapping[str, Tensor], config: VQGANConfig, naming: Naming) -> dict[str, Tensor]:
-    """Everything outside the quantizer under another project's names."""
-    levels = len(config.channel_multipliers)
-    return {naming(name, levels): tensors[name] for name in tensor_names(VQGAN, config) if not name.startswith("quantizer.")}
+def _renamed(stored: _StoredVQGAN, naming: Naming) -> dict[str, Tensor]:
+    """All tensors but the quantizer's, under another project's names."""
+    levels = len(stored.config.channel_multipliers)
+    names = tensor_names(VQGAN, stored.config)
+    return {naming(name, levels): stored.tensors[name]
+            for name in names if not name.startswith("quantizer.")}
 
 
 def _to_taming(folder: Path, out: Path) -> Path:
     """OUT.ckpt or OUT.safetensors, and the yaml beside it."""
-    config, tensors, place = _stored(folder)
-    gumbel = config.quantizer.kind == "gumbel"
-    _refuse(config, "taming-transformers", place, mid_attention=True,
-            **{"quantizer.kind": {"vq", "gumbel"}, **({} if gumbel else {"quantizer.l2_normalize": False})})
-    state = _plain_names(tensors, config, taming_name)
+    stored = _read_vqgan(folder)
+    quantizer, tensors = stored.config.quantizer, stored.tensors
+    gumbel = quantizer.kind == "gumbel"
+    wanted: dict[str, Any] = {"mid_attention": True, "quantizer.kind": {"vq", "gumbel"}}
+    if not gumbel:
+        wanted["quantizer.l2_normalize"] = False
+    _refuse(stored, "taming-transformers", wanted)
+
+    state = _renamed(stored, taming_name)
     if gumbel:
-        state |= {f"quantize.{part}": tensors[f"quantizer.{part}"] for part in ("proj.weight", "proj.bias", "embed.weight")}
+        for part in ("proj.weight", "proj.bias", "embed.weight"):
+            state[f"quantize.{part}"] = tensors[f"quantizer.{part}"]
     else:
-        state[CODEBOOK] = tensors[_BOOK][0]
-        if not config.quantizer.learn_codebook_by_gradient:
+        state[CODEBOOK] = tensors[_BOOK][0]  # [K, D]
+        if not quantizer.learn_codebook_by_gradient:
+            # EMAVectorQuantizer goes on from these averages
             for part in ("cluster_size", "embed_avg"):
                 state[f"quantize.embedding.{part}"] = tensors[f"quantizer.vq._codebook.{part}"][0]
+
     beside = out.with_suffix(".yaml")
-    if beside.exists():
-        raise UserError(f"{beside}: exists already, and the yaml is written beside {out.name}; give another name")
-    _write_file(out, {"state_dict": state}, state, (".ckpt", ".pt", ".safetensors"))
-    write_text_atomic(beside, yaml.safe_dump(_taming_yaml(config), sort_keys=False))
+    if beside.exists():  # asked before the weights are written
+        raise UserError(f"{beside}: exists already, and the yaml is written beside {out.name}; "
+                        "give another name")
+    _write_file(out, "state_dict", state, (".ckpt", ".pt", ".safetensors"))
+    write_text_atomic(beside, yaml.safe_dump(_taming_yaml(stored.config), sort_keys=False))
     return out
 
 
 def _taming_yaml(config: VQGANConfig) -> dict[str, Any]:
-    """The model section of taming's config, without its loss."""
-    quantizer = config.quantizer
-    target = {"gumbel": "GumbelVQ"}.get(quantizer.kind, "VQModel" if quantizer.learn_codebook_by_gradient else "EMAVQ")
+    """The model section of taming's yaml, with a loss that does nothing."""
+    if config.quantizer.kind == "gumbel":
+        target = "GumbelVQ"
+    else:
+        target = "VQModel" if config.quantizer.learn_codebook_by_gradient else "EMAVQ"
     return {"model": {"target": f"taming.models.vqgan.{target}", "params": {
         "embed_dim": config.embed_dim, "n_embed": config.codebook_size, "ddconfig": {
             "double_z": False, "z_channels": config.z_channels, "resolution": config.resolution,
@@ -126,34 +164,47 @@ def _taming_yaml(config: VQGANConfig) -> dict[str, Any]:
 
 def _to_llamagen(folder: Path, out: Path) -> Path:
     """A `.pt` file that LlamaGen's VQ models load."""
-    config, tensors, place = _stored(folder)
-    _refuse(config, "LlamaGen", place, mid_attention=True, attention_resolutions=(config.level_resolutions[-1],),
-            **{"quantizer.kind": "vq", "quantizer.l2_normalize": True, "quantizer.raw_search": False})
-    state = {**_plain_names(tensors, config, llamagen_name), CODEBOOK: tensors[_BOOK][0],
-             "quantize.codebook_used": torch.zeros(USED_CODES)}
-    _write_file(out, {"model": state}, state, (".pt", ".pth", ".safetensors"))
+    stored = _read_vqgan(folder)
+    coarsest = stored.config.level_resolutions[-1]
+    _refuse(stored, "LlamaGen", {
+        "mid_attention": True, "attention_resolutions": (coarsest,), "quantizer.kind": "vq",
+        "quantizer.l2_normalize": True, "quantizer.raw_search": False})
+
+    state = _renamed(stored, llamagen_name)
+    state[CODEBOOK] = stored.tensors[_BOOK][0]  # [K, D]
+    state["quantize.codebook_used"] = torch.zeros(CODEBOOK_USED_SLOTS)
+    _write_file(out, "model", state, TORCH_ENDINGS)
     return out
 
 
 def _to_diffusers(folder: Path, out: Path) -> Path:
-    """The folder that `VQModel.from_pretrained` loads. Codes of unit length are written as they are compared."""
-    config, tensors, place = _stored(folder)
-    _refuse(config, "diffusers", place, norm_groups=config.norm_groups,
-            **{"quantizer.kind": "vq", "quantizer.raw_search": False})
+    """The folder that `VQModel.from_pretrained` loads; unit-length codes are written normalised."""
+    stored = _read_vqgan(folder)
+    config = stored.config
+    _refuse(stored, "diffusers", {
+        "norm_groups": config.norm_groups, "quantizer.kind": "vq", "quantizer.raw_search": False})
     if config.channel_multipliers[0] != 1:
-        raise UserError(f"{place}: diffusers cannot express channel_multipliers {config.channel_multipliers}, only ones that "
-                        "begin with 1; export it as another kind")
+        raise UserError(f"{stored.folder}: diffusers cannot express channel_multipliers "
+                        f"{config.channel_multipliers}, only ones that begin with 1; export it as "
+                        "another kind")
+
     levels = len(config.channel_multipliers)
-    state = {diffusers_name(name, levels): as_linear(name, tensors[name]) for name in tensor_names(VQGAN, config)
-             if not name.startswith("quantizer.")}
-    book = tensors[_BOOK][0]
-    unit = config.quantizer.l2_normalize
-    state[CODEBOOK] = torch.nn.functional.normalize(book.float(), dim=1).to(book.dtype) if unit else book
+    state = {diffusers_name(name, levels): as_linear(name, stored.tensors[name])
+             for name in tensor_names(VQGAN, config) if not name.startswith("quantizer.")}
+    book = stored.tensors[_BOOK][0]  # [K, D]
+    if config.quantizer.l2_normalize:
+        # diffusers searches by distance, which agrees with a search by angle if all codes have
+        # length 1
+        book = F.normalize(book.float(), dim=1).to(book.dtype)
+    state[CODEBOOK] = book
+
+    settings = {
+        "_class_name": "VQModel", "_diffusers_version": DIFFUSERS_VERSION, "act_fn": "silu",
+        **diffusers_config(config),
+        "norm_type": "group", "lookup_from_codebook": True, "sample_size": config.resolution}
     with atomic_folder(out, ()) as aside:
-        write_shards(aside, {name: tensor.to("meta") for name, tensor in state.items()}, state.__getitem__, stem=DIFFUSERS_STEM)
-        write_json_atomic(aside / "config.json", {
-            "_class_name": "VQModel", "_diffusers_version": DIFFUSERS_VERSION, "act_fn": "silu", **diffusers_config(config),
-            "norm_type": "group", "lookup_from_codebook": True, "sample_size": config.resolution})
+        write_shards(aside, _on_meta(state), state.__getitem__, stem=DIFFUSERS_STEM)
+        write_json_atomic(aside / "config.json", settings)
     return out
 
 
@@ -161,40 +212,44 @@ def _to_llamagen_gpt(folder: Path, out: Path) -> Path:
     """A `.pt` file that LlamaGen's transformers load."""
     from inference.checkpoints.export_llamagen_gpt import llamagen_state
 
-    state = llamagen_state(folder)
-    _write_file(out, {"model": state}, state, (".pt", ".pth", ".safetensors"))
+    _write_file(out, "model", llamagen_state(folder), TORCH_ENDINGS)
     return out
 
 
-DIFFUSERS_STEM = "diffusion_pytorch_model"
-EXPORTS: dict[str, Callable[[Path, Path], Path]] = {
+EXPORTERS: dict[str, Callable[[Path, Path], Path]] = {
     "taming": _to_taming, "diffusers-vq": _to_diffusers, "llamagen-vq": _to_llamagen,
     "llamagen-gpt": _to_llamagen_gpt}
-"""Kind -> (our folder, what to write) -> what was written."""
+"""Kind -> its exporter: (our folder, path to write) -> path written."""
 
 
-def _write_file(out: Path, payload: Mapping[str, Any], state: Mapping[str, Tensor], endings: tuple[str, ...]) -> None:
-    """One file, whole or not at all."""
+def _on_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("meta") for name, tensor in state.items()}
+
+
+def _write_file(out: Path, container: str, state: Mapping[str, Tensor],
+                endings: tuple[str, ...]) -> None:
+    """Write `{container: state}`, or a flat safetensors file: whole or not at all."""
     if out.suffix not in endings:
         raise UserError(f"{out}: give a file that ends in {', '.join(endings)}")
-    with naming(out):
+    with naming_path(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write_aside(out, payload, state)
+        aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp{out.suffix}")
+        try:
+            if out.suffix == ".safetensors":
+                write_tensors(aside, _on_meta(state), state.__getitem__)
+            else:
+                _torch_save({container: state}, aside, out)
+            sync_path(aside)
+            os.replace(aside, out)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
-def _write_aside(out: Path, payload: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp{out.suffix}")
+def _torch_save(payload: Mapping[str, Any], aside: Path, out: Path) -> None:
+    # an OSError with its reason for a path that cannot be written; torch.save raises a RuntimeError
+    aside.touch()
     try:
-        if out.suffix == ".safetensors":
-            write_tensors(aside, {name: tensor.to("meta") for name, tensor in state.items()}, state.__getitem__)
-        else:
-            aside.touch()  # a path that cannot be written to is an OSError, which torch.save makes something else of
-            try:
-                torch.save(payload, aside)
-            except RuntimeError as error:
-                what = one_line(error)[:120]
-                raise RunFailedError(f"{out}: cannot be written; is the disk full? ({what})") from None
-        sync_path(aside)
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
+        torch.save(payload, aside)
+    except RuntimeError as error:
+        raise RunFailedError(f"{out}: cannot be written; is the disk full? "
+                             f"({one_line(error)[:120]})") from None

@@ -12,38 +12,66 @@ MAX_RESOLUTION = 1 << 14
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What a source does not say itself. A kind refuses what it does not read."""
+    """Facts that a source does not state itself. A kind refuses options that it does not read."""
 
     config: Path | None = None
-    """taming: its yaml. llamagen-gpt: n_head, where the size is not a published one. min-dalle: attention_head_count, where
-    heads are not 64 wide. Others: their own config, elsewhere."""
+    """taming: its yaml. llamagen-gpt: n_head, for an unpublished size. min-dalle:
+    attention_head_count, for heads that are not 64 wide. Others: their own config, if it lies
+    elsewhere."""
     resolution: int | None = None
-    """Pixels of a side, where the source does not say."""
+    """Image side in pixels."""
     image_tokenizer: Path | None = None
-    """Folder of the image tokenizer (converted before) of a transformer that comes without."""
+    """Folder of the (converted) image tokenizer, for a transformer that comes without one."""
     text_encoder: str | None = None
     """Folder or hub id of the frozen text encoder that a transformer reads."""
     classes: Path | None = None
-    """A file with the names of a transformer's classes, one a line."""
+    """File with the names of a transformer's classes, one per line."""
     like_transformers: bool = False
     """janus-vq: search codes as transformers' code does, not as the model was trained."""
 
     def check(self) -> None:
-        """UserError for a resolution that no picture has, and for a file or folder that is not there."""
-        if self.resolution is not None and not (type(self.resolution) is int and 1 <= self.resolution <= MAX_RESOLUTION):
-            raise UserError(f"--resolution {self.resolution}: expected pixels of a side, 1 to {MAX_RESOLUTION:,}")
+        """UserError for an impossible resolution, and for a file or folder that is not there."""
+        if self.resolution is not None:
+            _check_resolution(self.resolution)
+
         for flag, path in (("--config", self.config), ("--classes", self.classes)):
             if path is not None and not path.is_file():
-                raise MissingFileError(f"{flag} {path}: {'is a folder; give the file' if path.is_dir() else 'no such file'}")
+                reason = "is a folder; give the file" if path.is_dir() else "no such file"
+                raise MissingFileError(f"{flag} {path}: {reason}")
+
         if self.image_tokenizer is not None and not self.image_tokenizer.exists():
             raise MissingFileError(f"--image-tokenizer {self.image_tokenizer}: no such folder")
 
-    def only(self, kind: str, *read: str) -> ConvertOptions:
-        """Itself; UserError when an option is given that this kind does not read."""
-        given = [name for name, field in self.__dataclass_fields__.items() if getattr(self, name) != field.default]
-        unread = [name for name in given if name not in read]
-        if unread:
-            flag = "--" + unread[0].replace("_", "-")
-            raise UserError(f"{flag} is not read when converting {kind}" + (
-                f" (it reads {', '.join('--' + name.replace('_', '-') for name in read)})" if read else "") + "; leave it out")
-        return self
+    def refuse_unread(self, kind: str, *read: str) -> None:
+        """UserError if another option is given than those that the converter of `kind` reads."""
+        for name, field in self.__dataclass_fields__.items():
+            if name not in read and getattr(self, name) != field.default:
+                choices = f" (it reads {', '.join(map(_flag, read))})" if read else ""
+                raise UserError(f"{_flag(name)} is not read when converting {kind}{choices}; leave "
+                                "it out")
+
+
+def _check_resolution(resolution: int) -> None:
+    # from_checkpoint passes on what Python callers give, so a bool or a float can come here
+    if type(resolution) is not int or not 1 <= resolution <= MAX_RESOLUTION:
+        raise UserError(f"--resolution {resolution}: expected pixels of a side, 1 to "
+                        f"{MAX_RESOLUTION:,}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def agreed_resolution(in_config: object, given: int | None, config_path: Path | None) -> int | None:
+    """The resolution by the source's config (`in_config`) or --resolution (`given`), if any.
+
+    UserError for a value that is no resolution, and where the two differ.
+    """
+    if in_config is None:
+        return given
+    if type(in_config) is not int or not 1 <= in_config <= MAX_RESOLUTION:
+        raise UserError(f"{config_path}: resolution {in_config!r}: expected pixels of a side")
+    if given is not None and given != in_config:
+        raise UserError(f"--resolution {given}: {config_path} says {in_config}; leave --resolution "
+                        "out")
+    return in_config

@@ -1,13 +1,14 @@
-"""What a conversion is: for each tensor of one of our models, which of theirs it is made of.
+"""Conversion rules: for each tensor of one of our models, the source tensors that it is made of.
 
-Nothing is built to convert: shapes are compared on the meta device, then each tensor is made, written and forgotten.
+No model is built to convert one: shapes are compared on the meta device, then each tensor is made,
+written and freed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,31 +18,31 @@ from torch import Tensor
 
 from inference.memory.meta_device import build_on_meta
 from tokenloom_common.errors import UserError
-from tokenloom_common.pretrained import PretrainedModule, Undrawn, write_config
+from tokenloom_common.pretrained import PretrainedModule, SkipParameterInit, write_config
 from tokenloom_common.tensor_writer import write_shards
+from tokenloom_common.weights import list_problems
 
-LISTED = 5  # names of each kind of problem that an error shows
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def only(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
     """The tensor as it is."""
     return tensor
 
 
 class Rule(NamedTuple):
-    """How one of our tensors is made: `make` of their tensors `sources`, in that order. It also runs on the meta device."""
+    """One of our tensors as `make(*sources)`, which must run on the meta device too."""
 
     sources: tuple[str, ...]
-    make: Callable[..., Tensor] = only
+    make: Callable[..., Tensor] = unchanged
 
 
 @dataclass(frozen=True)
 class ConvertedPart:
-    """A model that is not built: its class and config, a rule for each name of its state dict, and their tensors.
+    """A model yet to be built: class, config, a rule per name of its state dict, source tensors.
 
-    ignored: patterns of their names that no rule needs and that do not matter. notes: what was assumed or left out, each a
-    line.
+    where: the source's path, for messages. ignored: fnmatch patterns of source tensors that no rule
+    needs. notes: what was assumed or left out, one line each.
     """
 
     model_class: type[PretrainedModule]
@@ -50,86 +51,102 @@ class ConvertedPart:
     weights: Mapping[str, Tensor]
     where: Path
     ignored: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def built_on_meta(self) -> PretrainedModule:
-        """The model without its numbers."""
+        """The model on the meta device: shapes without values."""
         return build_on_meta(self.model_class, self.config)
 
     def check(self) -> None:
-        """UserError that lists up to five missing, unexpected and mis-shaped tensors, before anything is written."""
-        wanted = {name: tuple(tensor.shape) for name, tensor in self.built_on_meta().state_dict().items()}
-        assert wanted.keys() == self.rules.keys(), sorted(wanted.keys() ^ self.rules.keys())[:LISTED]
+        """UserError that lists up to five missing, unexpected and mis-shaped tensors each."""
+        state = self.built_on_meta().state_dict()
+        # the converter's own mistake, not the user's
+        assert state.keys() == self.rules.keys(), sorted(state.keys() ^ self.rules.keys())[:5]
+
         needed = {source for rule in self.rules.values() for source in rule.sources}
         missing = sorted(needed - self.weights.keys())
-        unexpected = sorted(name for name in self.weights.keys() - needed
-                            if not any(fnmatch(name, pattern) for pattern in self.ignored))
-        whole = [name for name, rule in self.rules.items() if not set(missing) & set(rule.sources)]
-        wrong = [problem for name in whole for problem in self._misfit(self.rules[name], wanted[name])]
-        problems = [_listed(what, names) for what, names in
-                    (("missing", missing), ("unexpected", unexpected), ("mis-shaped", list(dict.fromkeys(wrong)))) if names]
-        if problems:
-            raise UserError(f"{self.where}: does not hold the tensors of this kind of model: {'; '.join(problems)}")
+        unneeded = sorted(self.weights.keys() - needed)
+        unexpected = [name for name in unneeded if not self._is_ignored(name)]
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        mis_shaped = self._mis_shaped(shapes)
 
-    def _misfit(self, rule: Rule, wanted: tuple[int, ...]) -> Iterable[str]:
+        problems = list_problems(
+            {"missing": missing, "unexpected": unexpected, "mis-shaped": mis_shaped})
+        if problems:
+            raise UserError(f"{self.where}: does not hold the tensors of this kind of model: "
+                            f"{problems}")
+
+    def _is_ignored(self, name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in self.ignored)
+
+    def _mis_shaped(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """A line per group of source tensors that does not give one of our `shapes`."""
+        found = []
+        for name, rule in self.rules.items():
+            if not all(source in self.weights for source in rule.sources):
+                continue  # listed as missing
+            problem = self._problem(rule, shapes[name])
+            if problem is not None and problem not in found:  # q, k and v may share one matrix
+                found.append(problem)
+        return found
+
+    def _problem(self, rule: Rule, expected: tuple[int, ...]) -> str | None:
         sources = [self.weights[name] for name in rule.sources]
-        shapes = " and ".join(f"{name} {list(tensor.shape)}" for name, tensor in zip(rule.sources, sources, strict=True))
-        if any(tensor.dtype not in FLOATS for tensor in sources):
-            yield f"{shapes} of {', '.join(str(t.dtype).removeprefix('torch.') for t in sources)} instead of floats"
-            return
-        if len({tensor.dtype for tensor in sources}) > 1:
-            yield f"{shapes} of different types"
-            return
+        shown = " and ".join(f"{name} {list(self.weights[name].shape)}" for name in rule.sources)
+        dtypes = [tensor.dtype for tensor in sources]
+        if not all(dtype in FLOAT_DTYPES for dtype in dtypes):
+            names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+            return f"{shown} of {', '.join(names)} instead of floats"
+        if len(set(dtypes)) > 1:
+            return f"{shown} of different types"
+
         try:
-            found = tuple(rule.make(*(tensor.to("meta") for tensor in sources)).shape)
+            made = rule.make(*(tensor.to("meta") for tensor in sources))
         except (RuntimeError, IndexError, ValueError):
-            yield f"{shapes}, which do not go together"
-            return
-        if found != wanted:
-            yield f"{shapes}, which give {list(found)} instead of {list(wanted)}"
+            return f"{shown}, which do not go together"
+        if tuple(made.shape) != expected:
+            return f"{shown}, which give {list(made.shape)} instead of {list(expected)}"
+        return None
 
     def tensor(self, name: str) -> Tensor:
-        """One of our tensors, made of theirs. UserError for a number that is none: a training that broke down."""
-        rule = self.rules[name]
-        made = rule.make(*(self.weights[source] for source in rule.sources))
-        if made.is_floating_point() and made.numel() and not all(end.isfinite() for end in made.aminmax()):  # no copy
-            raise UserError(f"{self.where}: {', '.join(rule.sources)} holds numbers that are not finite (nan or inf); give a "
-                            "checkpoint from before its training broke down, or download it again")
+        """Make one of our tensors. UserError for nan or inf, as a run that diverged leaves them."""
+        made = self._make(self.rules[name], "cpu")
+        if made.is_floating_point() and made.numel() > 0:
+            # nan if one value is; made.isfinite().all() would allocate a mask of the tensor's size
+            smallest, largest = made.aminmax()
+            if not (smallest.isfinite() and largest.isfinite()):
+                raise UserError(f"{self.where}: {', '.join(self.rules[name].sources)} holds "
+                                "numbers that are not finite (nan or inf); give a checkpoint from "
+                                "before the run diverged, or download it again")
         return made
 
-    def shapes(self) -> dict[str, Tensor]:
-        """Every tensor on the meta device, in the type that it is written in."""
-        return {name: rule.make(*(self.weights[source].to("meta") for source in rule.sources)).to("meta")
-                for name, rule in self.rules.items()}
+    def _make(self, rule: Rule, device: str) -> Tensor:
+        return rule.make(*(self.weights[source].to(device) for source in rule.sources)).to(device)
 
     def write(self, folder: Path) -> None:
-        """config.json and safetensors into an existing folder, tensor by tensor. UserError as in `check`."""
+        """Write config.json and safetensors, one tensor at a time. UserError as in `check`."""
         self.check()
         write_config(self.model_class.kind, self.config, folder)
-        write_shards(folder, self.shapes(), self.tensor)
+        shapes = {name: self._make(rule, "meta") for name, rule in self.rules.items()}
+        write_shards(folder, shapes, self.tensor)
 
     def load(self) -> PretrainedModule:
         """The model in memory, float32, eval mode. UserError as in `check`."""
         self.check()
-        with Undrawn():
+        with SkipParameterInit():
             model = self.model_class(self.config)
         model.load_state_dict({name: self.tensor(name) for name in self.rules})
         return model.eval()
 
 
 def multiplier(inner: int, width: int) -> float:
-    """The factor whose product with the width, rounded down, is exactly `inner`."""
+    """The feed-forward multiplier m with int(width * m) == inner, as x-transformers computes it."""
     factor = inner / width
-    while int(width * factor) < inner:
+    while int(width * factor) < inner:  # the quotient may be rounded down by one bit
         factor = math.nextafter(factor, math.inf)
     return factor
 
 
-def _listed(what: str, names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{len(names)} {what} ({', '.join(names[:LISTED])}{more})"
-
-
 def tensor_names(model_class: type[PretrainedModule], config: Any) -> list[str]:
-    """The names of a model's state dict, without its numbers."""
+    """The names of a model's state dict; the model is built on the meta device only."""
     return list(build_on_meta(model_class, config).state_dict())

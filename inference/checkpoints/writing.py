@@ -1,107 +1,143 @@
-"""A converted checkpoint as a folder with a model card."""
+"""Write a converted checkpoint as a folder with a model card."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.rules import ConvertedPart
 from tokenizer_image import ImageTokenizer
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
-from tokenloom_common.files import atomic_folder, refuse_others, write_text_atomic
+from tokenloom_common.files import atomic_folder, write_text_atomic
 from tokenloom_common.model_card import CARD_NAME, CardFacts, model_card
 from tokenloom_common.pretrained import OWN_FILES
 
-_USAGE = {
-    "text-to-image model": 'from tokenloom import TextToImage\n\nmodel = TextToImage.from_pretrained("path/to/this/folder")\n'
-                           'model.generate({caption}, seed=0).images[0].save("picture.png")',
-    "image tokenizer": 'from tokenloom import load_tokenizer\n\ntokenizer = load_tokenizer("path/to/this/folder")\n'
-                       "codes = tokenizer.encode(image)    # image [B, 3, S, S] in [-1, 1] -> codes [B, h, w]",
-    "transformer": 'from seq2seq import load_transformer\n\nmodel = load_transformer("path/to/this/folder")'}
-_ARTICLE = {"text-to-image model": "A", "image tokenizer": "An", "transformer": "A"}
-_TAGS = {"text-to-image model": "text-to-image", "image tokenizer": "image-to-image", "transformer": None}
+
+class _Wording(NamedTuple):
+    """How a model card speaks of a kind of result."""
+
+    name: str
+    article: str
+    pipeline_tag: str | None
+    usage: str  # Python code
+
+
+_MODEL = _Wording(
+    "text-to-image model", "A", "text-to-image",
+    "from tokenloom import TextToImage\n\n"
+    'model = TextToImage.from_pretrained("path/to/this/folder")\n'
+    'model.generate({caption}, seed=0).images[0].save("picture.png")')
+_IMAGE_TOKENIZER = _Wording(
+    "image tokenizer", "An", "image-to-image",
+    'from tokenloom import load_tokenizer\n\ntokenizer = load_tokenizer("path/to/this/folder")\n'
+    "codes = tokenizer.encode(image)    # image [B, 3, S, S] in [-1, 1] -> codes [B, h, w]")
+_TRANSFORMER = _Wording(
+    "transformer", "A", None,
+    'from seq2seq import load_transformer\n\nmodel = load_transformer("path/to/this/folder")')
 
 
 def write_converted(converted: ConvertedPart | ConvertedModel, source: str | Path, out: str | Path,
                     license_name: str | None = None) -> tuple[str, int]:
-    """Write the folder, which appears whole -> (what it is, its parameters). UserError if it holds other files."""
-    what, count, card = what_it_is(converted), count_parameters(converted), _card(converted, source, license_name)
+    """Write the folder, whole or not at all -> (name of what it holds, number of parameters).
+
+    UserError if the folder holds other files.
+    """
+    wording, count = _wording(converted), count_parameters(converted)
+    card = _card(converted, source, license_name)
     folder = Path(out)
+
     if isinstance(converted, ConvertedModel):
         converted.write(folder, card)
-        return what, count
-    own = (*OWN_FILES, CARD_NAME)
-    refuse_others(folder, own)
-    with atomic_folder(folder, own) as aside:
-        converted.write(aside)
-        write_text_atomic(aside / CARD_NAME, card)
-    return what, count
+    else:
+        with atomic_folder(folder, OWN_FILES) as aside:
+            converted.write(aside)
+            write_text_atomic(aside / CARD_NAME, card)
+    return wording.name, count
 
 
 def refuse_loss(source: str | Path, out: str | Path) -> None:
-    """UserError if writing the folder `out` would replace the source, or another project's model."""
-    folder, given = Path(out).resolve(), Path(source).resolve()
-    if folder == given or folder in given.parents:
-        raise UserError(f"{out}: holds the source {source}, which would be lost; give another folder")
+    """UserError if writing the folder `out` would replace the source or another project's model."""
+    folder, source_path = Path(out).resolve(), Path(source).resolve()
+    if folder == source_path or folder in source_path.parents:
+        raise UserError(f"{out}: holds the source {source}, which would be lost; give another "
+                        "folder")
+    # most projects call it so: atomic_folder would take it for the file of an older conversion
     if (folder / "config.json").is_file() and not is_ours(folder):
-        raise UserError(f"{out}: holds another project's config.json, which would be lost; give another folder")
+        raise UserError(f"{out}: holds another project's config.json, which would be lost; give "
+                        "another folder")
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder has the config.json of a part of ours."""
+    """Whether a folder has a config.json that Tokenloom wrote."""
     path = folder / "config.json"
+    if not path.is_file():
+        return False
     try:
-        return path.is_file() and {"kind", "schema_version"} <= read_mapping(path).keys()
+        return {"kind", "schema_version"} <= read_mapping(path).keys()
     except UserError:
         return False
 
 
-def what_it_is(converted: ConvertedPart | ConvertedModel) -> str:
-    """A whole model, an image tokenizer, or a transformer alone."""
-    if isinstance(converted, ConvertedModel):
-        return "text-to-image model"
-    return "image tokenizer" if issubclass(converted.model_class, ImageTokenizer) else "transformer"
-
-
 def count_parameters(converted: ConvertedPart | ConvertedModel) -> int:
-    """Learned numbers of all that was converted."""
+    """The number of learned numbers in all parts."""
     if isinstance(converted, ConvertedModel):
         tokenizer = converted.image_tokenizer
-        return count_parameters(converted.seq2seq) + (
-            sum(parameter.numel() for parameter in tokenizer.parameters()) if isinstance(tokenizer, ImageTokenizer)
-            else count_parameters(tokenizer))
+        of_transformer = count_parameters(converted.seq2seq)
+        if isinstance(tokenizer, ConvertedPart):
+            return of_transformer + count_parameters(tokenizer)
+        return of_transformer + sum(parameter.numel() for parameter in tokenizer.parameters())
     return sum(parameter.numel() for parameter in converted.built_on_meta().parameters())
 
 
-def _card(converted: ConvertedPart | ConvertedModel, source: str | Path, license_name: str | None) -> str:
-    what = what_it_is(converted)
-    config = converted.seq2seq.config if isinstance(converted, ConvertedModel) else converted.config
-    usage = _USAGE[what]
+def _wording(converted: ConvertedPart | ConvertedModel) -> _Wording:
     if isinstance(converted, ConvertedModel):
-        usage = usage.format(caption=_caption(converted))
-    notes = "\n".join(f"- {note}" for note in converted.notes)
-    summary = f"{_ARTICLE[what]} {what} with another project's weights, converted by Tokenloom: the same numbers in its format."
+        return _MODEL
+    if issubclass(converted.model_class, ImageTokenizer):
+        return _IMAGE_TOKENIZER
+    return _TRANSFORMER
+
+
+def _card(converted: ConvertedPart | ConvertedModel, source: str | Path, license_name: str | None
+          ) -> str:
+    wording = _wording(converted)
+    summary = (f"{wording.article} {wording.name} with another project's weights, converted by "
+               "Tokenloom: the same numbers in its format.")
+    if isinstance(converted, ConvertedModel):
+        config = converted.seq2seq.config
+        usage = wording.usage.format(caption=_example_caption(converted))
+    else:
+        config = converted.config
+        usage = wording.usage
+
+    name = _source_name(source)
+    notes = None
+    if converted.notes:
+        lines = "\n".join(f"- {note}" for note in converted.notes)
+        notes = f"## Assumed in the conversion\n\n{lines}"
     return model_card(CardFacts(
-        title=_title(source), summary=summary, usage=usage, pipeline_tag=_TAGS[what], tags=("converted",),
-        facts=(("converted from", _name(source)), ("parameters", f"{count_parameters(converted):,}")),
-        license=license_name, source=f"`{_name(source)}`",
-        notes=f"## Assumed in the conversion\n\n{notes}" if notes else None, config=config.plain()))
+        title=_title(source), summary=summary, usage=usage, pipeline_tag=wording.pipeline_tag,
+        tags=("converted",),
+        facts=(("converted from", name), ("parameters", f"{count_parameters(converted):,}")),
+        license=license_name, source=f"`{name}`", notes=notes, config=config.plain()))
 
 
-def _name(source: str | Path) -> str:
-    """The file's or folder's own name in one line, of `.` and `..` too."""
-    return " ".join(Path(os.path.abspath(source)).name.replace("`", "'").split())
+def _source_name(source: str | Path) -> str:
+    """The source's own file or folder name in one line, safe inside Markdown backticks."""
+    name = Path(os.path.abspath(source)).name  # abspath: `.` and `..` have no name of their own
+    return " ".join(name.replace("`", "'").split())
 
 
 def _title(source: str | Path) -> str:
-    name = _name(source)
-    return (name if Path(source).is_dir() else Path(name).stem).replace("_", " ")
+    name = _source_name(source)
+    stem = name if Path(source).is_dir() else Path(name).stem
+    return stem.replace("_", " ")
 
 
-def _caption(model: ConvertedModel) -> str:
-    """One that the model can read, in quotes."""
+def _example_caption(model: ConvertedModel) -> str:
+    """A caption that the model can read, as a Python literal."""
     classes = getattr(model.text_tokenizer.config, "classes", None)
     return json.dumps(classes[0] if classes else "a red heart", ensure_ascii=False)

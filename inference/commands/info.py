@@ -4,47 +4,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from inference.commands.options import (
-    _parser,
-    add_revision,
-)
-from inference.model_folder import (
-    load_model_folder,
-)
+from inference.commands.options import add_revision, command_parser
+from inference.model_folder import LoadedModel, load_model_folder
 
 
 def info(argv: Sequence[str] | None = None) -> int:
-    """`tokenloom info`: the parts of a model folder, their sizes and defaults."""
-    parser = _parser("info", "Say what a model folder holds; it is loaded and checked whole.",
-                     "  tokenloom info demo/model\n  tokenloom info demo/model --json")
+    """Print the parts of a model folder, their sizes and defaults."""
+    parser = command_parser(
+        "info", "Say what a model folder holds; it is loaded and checked whole.",
+        "  tokenloom info demo/model\n  tokenloom info demo/model --json")
     parser.add_argument("folder", help="model folder or hub id")
     add_revision(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     args = parser.parse_args(argv)
-    model = load_model_folder(args.folder, revision=args.revision)
-    report = {
-        "folder": str(model.folder),
-        "image_tokenizer": {"kind": model.image_tokenizer.kind, "parameters": _count(model.image_tokenizer),
-                            **model.image_tokenizer.config.plain()},
-        "seq2seq": {"kind": model.seq2seq.kind, "parameters": _count(model.seq2seq), **model.seq2seq.config.plain()},
-        "text_tokenizer": model.text_tokenizer.config.plain(),
-        "generation": model.generation.plain(),
-    }
+
+    report = _report(load_model_folder(args.folder, revision=args.revision))
     if args.json:
         print(json.dumps(report, indent=2))
         return 0
     for part, values in report.items():
-        if isinstance(values, dict):
-            print(f"{part}:")
-            for key, value in values.items():
-                print(f"  {key:<24} {f'{value:,}' if key == 'parameters' else value}")
-        else:
+        if not isinstance(values, dict):
             print(f"{part}: {values}")
+            continue
+        print(f"{part}:")
+        for key, value in values.items():
+            shown = f"{value:,}" if key == "parameters" else value
+            print(f"  {key:<24} {shown}")
     return 0
 
 
-def _count(module: torch.nn.Module) -> int:
+def _report(model: LoadedModel) -> dict[str, Any]:
+    tokenizer, seq2seq = model.image_tokenizer, model.seq2seq
+    return {
+        "folder": str(model.folder),
+        "image_tokenizer": {"kind": tokenizer.kind, "parameters": _parameters(tokenizer),
+                            **tokenizer.config.plain()},
+        "seq2seq": {"kind": seq2seq.kind, "parameters": _parameters(seq2seq),
+                    **seq2seq.config.plain()},
+        "text_tokenizer": model.text_tokenizer.config.plain(),
+        "generation": model.generation.plain(),
+    }
+
+
+def _parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

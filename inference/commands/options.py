@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import torch
@@ -10,47 +12,64 @@ import torch
 from inference.decoder.calibration import fastest_threads
 from inference.decoder.projection import Precision
 from inference.pipeline import TextToImage
+from inference.requests import text_like
 from inference.sampling import SamplingParams
 from tokenloom_common.errors import OneLineParser, UserError
 
+MAX_THREADS = 4096  # also of the Jacobi window
 
-def _parser(name: str, text: str, examples: str) -> OneLineParser:
-    return OneLineParser(prog=f"tokenloom {name}", description=text, epilog=f"examples:\n{examples}", allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def command_parser(name: str, description: str, examples: str) -> OneLineParser:
+    """Return the parser of `tokenloom NAME`, whose help ends with examples."""
+    return OneLineParser(prog=f"tokenloom {name}", description=description,
+                         epilog=f"examples:\n{examples}", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:
-    """--revision, beside an option that takes a hub id."""
+    """Add --revision, beside an option that takes a hub id."""
     parser.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
 
 
 def choose_device(name: str | None) -> str:
+    """Return the device of --device, or the GPU if there is one.
+
+    UserError for one that is not usable.
+    """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"--device {name}: this machine has no usable GPU; leave --device out, or say --device cpu")
-        torch.zeros(1, device=device).item()  # torch knows devices that this machine or this build does not have
+            raise UserError(f"--device {name}: this machine has no usable GPU; "
+                            "leave --device out, or say --device cpu")
+        # torch knows devices that this machine or this build does not have
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: not a device of this machine; use cpu, cuda or cuda:0") from None
+        raise UserError(
+            f"--device {name}: not a device of this machine; use cpu, cuda or cuda:0") from None
     return name
 
 
-MAX_THREADS = 4096  # and of the Jacobi window
+# ---- speed
 
 
 def add_speed_options(parser: OneLineParser) -> None:
-    """Options that change how fast pictures are drawn, not which (but for the rounding of `--weights`)."""
-    parser.add_argument("--weights", choices=get_args(Precision), help="of the generator (default: float32 on the CPU, "
-                        "bfloat16 on CUDA); int8 is smaller and faster, and rounds")
-    parser.add_argument("--jacobi", type=int, default=1, metavar="W", help="work on W tokens at once: the same pictures in "
-                        "fewer steps; 8 to 16 pays for one picture at a time (default 1: one after another)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: what a short measurement finds fastest)")
+    """Add options that change how fast images are drawn, not which (up to the rounding of
+    --weights)."""
+    parser.add_argument(
+        "--weights", choices=get_args(Precision), help="of the generator (default: float32 on the "
+        "CPU, bfloat16 on CUDA); int8 is smaller and faster, and rounds")
+    parser.add_argument(
+        "--jacobi", type=int, default=1, metavar="W", help="work on W tokens at once: the same "
+        "pictures in fewer steps; 8 to 16 pays for one picture at a time (default 1: one after "
+        "another)")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads (default: what a short measurement finds fastest)")
 
 
 def check_speed_options(args: argparse.Namespace) -> None:
-    """UserError for an impossible one; sets the threads that are asked for."""
+    """Raise UserError for an impossible value, and set the number of threads if it is given."""
     for name in ("jacobi", "threads"):
         value = getattr(args, name)
         if value is not None and not 1 <= value <= MAX_THREADS:
@@ -59,33 +78,66 @@ def check_speed_options(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def calibrate_threads(model: TextToImage, pictures: int, params: SamplingParams) -> None:
-    """Set torch's threads to what is fastest for a step of so many pictures."""
+def calibrate_threads(model: TextToImage, images: int, params: SamplingParams) -> None:
+    """Set torch's threads to the number that is fastest for a decoder step of this many images."""
     most = torch.get_num_threads()
     if most > 1:
-        fastest_threads(model.step_of(pictures if params.guidance_scale == 1 else 2 * pictures), most)
+        rows = images if params.guidance_scale == 1 else 2 * images
+        fastest_threads(_decoder_step(model, rows), most)
+
+
+def _decoder_step(model: TextToImage, rows: int) -> Callable[[], object]:
+    """Return one decoder step of `rows` rows, halfway down a meaningless image, to be timed."""
+    decoder = model.decoder
+    text = text_like(model.text_tokenizer.null_caption(), model.seq2seq.image_embedding.weight)
+    groups = [decoder.prefill(text, rows)]
+    cache = decoder.new_cache(groups)
+    previous = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
+    position = max(1, decoder.config.num_tokens // 2)
+    return partial(decoder.decode_one, previous, position, groups, cache)
+
+
+# ---- sampling
 
 
 def add_sampling_options(parser: OneLineParser, several_scales: bool = False) -> None:
-    """The options that `given_params` reads; each replaces the model folder's own default."""
-    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens; 0 = all (default: the model folder's)")
-    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this mass (default: the model folder's)")
-    parser.add_argument("--min-p", type=float, help="drop tokens below this share of the likeliest (default: the model's)")
-    parser.add_argument("--temperature", type=float, help="0 = always the likeliest token (default: the model folder's)")
+    """Add the options that `given_params` reads; each replaces the model folder's own default."""
+    parser.add_argument(
+        "--top-k", type=int,
+        help="keep the k likeliest tokens; 0 = all (default: the model folder's)")
+    parser.add_argument(
+        "--top-p", type=float,
+        help="keep the likeliest tokens up to this mass (default: the model folder's)")
+    parser.add_argument(
+        "--min-p", type=float,
+        help="drop tokens below this share of the likeliest (default: the model's)")
+    parser.add_argument(
+        "--temperature", type=float,
+        help="0 = always the likeliest token (default: the model folder's)")
     if several_scales:
-        parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE", help="guidance scale, 1 = off; with several, "
-                            "everything is sampled at each (default: the model folder's)")
+        parser.add_argument(
+            "--guidance", type=float, nargs="+", metavar="SCALE", help="guidance scale, 1 = off; "
+            "with several, everything is sampled at each (default: the model folder's)")
     else:
-        parser.add_argument("--guidance", type=float, help="guidance scale; 1 = off (default: the model folder's)")
-    parser.add_argument("--guidance-schedule", help="constant, linear or cosine (default: the model folder's)")
-    parser.add_argument("--guidance-power", type=float, help="of the cosine schedule (default: the model folder's)")
-    parser.add_argument("--guidance-end", type=float, help="share of the tokens, from the first, that guidance acts on; the "
-                        "rest takes half the work (default: the model folder's)")
+        parser.add_argument(
+            "--guidance", type=float, help="guidance scale; 1 = off (default: the model folder's)")
+    parser.add_argument(
+        "--guidance-schedule", help="constant, linear or cosine (default: the model folder's)")
+    parser.add_argument(
+        "--guidance-power", type=float, help="of the cosine schedule (default: the model folder's)")
+    parser.add_argument(
+        "--guidance-end", type=float, help="share of the tokens, from the first, that guidance "
+        "acts on; the rest takes half the work (default: the model folder's)")
 
 
-def given_params(args: argparse.Namespace, defaults: SamplingParams, guidance: float | None) -> SamplingParams:
-    """The model folder's sampling with what the command line changes. UserError for a value out of range."""
-    given = {"guidance_scale": guidance, "guidance_schedule": args.guidance_schedule, "guidance_power": args.guidance_power,
-             "guidance_end": args.guidance_end, "top_k": args.top_k, "temperature": args.temperature, "top_p": args.top_p,
-             "min_p": args.min_p}
-    return SamplingParams.parse({**defaults.plain(), **{k: v for k, v in given.items() if v is not None}}, "sampling options")
+def given_params(args: argparse.Namespace, defaults: SamplingParams,
+                 guidance: float | None) -> SamplingParams:
+    """Return `defaults` with what the command line changes. UserError for a value out of range."""
+    values = defaults.plain()
+    if guidance is not None:
+        values["guidance_scale"] = guidance
+    for name in ("guidance_schedule", "guidance_power", "guidance_end", "top_k", "temperature",
+                 "top_p", "min_p"):
+        if getattr(args, name) is not None:
+            values[name] = getattr(args, name)
+    return SamplingParams.parse(values, "sampling options")

@@ -1,5 +1,7 @@
 """`tokenloom reconstruct`: send images through the image tokenizer and back."""
 
+# Axes: H W pixels
+
 from __future__ import annotations
 
 import sys
@@ -10,15 +12,9 @@ import numpy
 import torch
 from PIL import Image
 
-from inference.commands.options import (
-    _parser,
-    add_revision,
-    choose_device,
-)
-from inference.commands.picture_files import _free_name, _output_folder, _save_png
-from inference.model_folder import (
-    load_image_tokenizer,
-)
+from inference.commands.options import add_revision, choose_device, command_parser
+from inference.commands.picture_files import free_path, output_folder, save_png
+from inference.model_folder import load_image_tokenizer
 from tokenizer_image import ImageTokenizer
 from tokenizer_image.images import (
     BadImageError,
@@ -30,66 +26,103 @@ from tokenizer_image.images import (
     pixels_to_images,
 )
 from tokenizer_image.tiling import decode_tiled, encode_tiled
-from tokenloom_common.errors import UserError
+from tokenloom_common.errors import OneLineParser, UserError
 from tokenloom_common.progress import progress
+
+MAX_PSNR = 100.0  # dB, also of images that are equal
 
 
 def reconstruct(argv: Sequence[str] | None = None) -> int:
-    """`tokenloom reconstruct`: each picture beside what the tokenizer keeps of it, with its PSNR on stdout."""
-    parser = _parser("reconstruct", "Send pictures through the image tokenizer and back: original left, reconstruction right.",
-                     "  tokenloom reconstruct cat.png dog.jpg --model demo/model --out reconstructions\n"
-                     "  tokenloom reconstruct photo.jpg --model demo/model --tiles --out reconstructions")
-    parser.add_argument("image", nargs="+", help="picture files")
-    parser.add_argument("--model", required=True, help="model folder or hub id, or that of an image tokenizer")
-    add_revision(parser)
-    parser.add_argument("--out", required=True, help="folder for the pictures; files there are never overwritten")
-    parser.add_argument("--tiles", action="store_true", help="keep each picture's own size, in overlapping tiles of the "
-                        "tokenizer's resolution (default: its centre square, resized to that resolution)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
-    args = parser.parse_args(argv)
+    """Write each image beside its reconstruction, and print its PSNR.
+
+    1 if some could not be read.
+    """
+    args = _parser().parse_args(argv)
     device = choose_device(args.device)
     tokenizer = load_image_tokenizer(args.model, device, args.revision)
     tokenizer.config.check_encodes(args.model)
-    out = _output_folder(args.out)
+    out = output_folder(args.out)
+
     failed = 0
     for name in progress(args.image, "reconstruct", unit="picture"):
         try:
-            picture = open_image(Path(name))
-            pixels = (_whole_cells(picture, name, tokenizer) if args.tiles
-                      else image_to_pixels(picture, tokenizer.config.resolution))
+            pixels = _read_pixels(name, tokenizer, args.tiles)
         except BadImageError as error:
             if len(args.image) == 1:
                 raise
             print(f"tokenloom reconstruct: skipped: {error}", file=sys.stderr)
             failed += 1
             continue
-        both, decibel = _both(tokenizer, pixels, args.tiles, device)
-        path = _free_name(out, f"{Path(name).stem}-reconstruction")
-        _save_png(both, path)
-        print(f"{path}\t{decibel:.2f} dB")
+        pair, psnr = _reconstruct(tokenizer, pixels, args.tiles, device)
+        path = free_path(out, f"{Path(name).stem}-reconstruction")
+        save_png(pair, path)
+        print(f"{path}\t{psnr:.2f} dB")
     if failed == len(args.image):
         raise UserError(f"none of {failed} pictures could be read")
     return 1 if failed else 0
 
 
-def _whole_cells(picture: Image.Image, name: str, tokenizer: ImageTokenizer) -> numpy.ndarray:
-    """The picture at its own size, uint8 [H, W, 3], its sides cut to whole code cells. BadImageError if it is too small."""
+def _parser() -> OneLineParser:
+    parser = command_parser(
+        "reconstruct",
+        "Send pictures through the image tokenizer and back: original left, reconstruction right.",
+        "  tokenloom reconstruct cat.png dog.jpg --model demo/model --out reconstructions\n"
+        "  tokenloom reconstruct photo.jpg --model demo/model --tiles --out reconstructions")
+    parser.add_argument("image", nargs="+", help="picture files")
+    parser.add_argument(
+        "--model", required=True, help="model folder or hub id, or that of an image tokenizer")
+    add_revision(parser)
+    parser.add_argument(
+        "--out", required=True, help="folder for the pictures; files there are never overwritten")
+    parser.add_argument(
+        "--tiles", action="store_true", help="keep each picture's own size, in overlapping tiles "
+        "of the tokenizer's resolution (default: its centre square, resized to that resolution)")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
+    return parser
+
+
+def _read_pixels(name: str, tokenizer: ImageTokenizer, tiled: bool) -> numpy.ndarray:
+    """Read an image as uint8 [H, W, 3], at the tokenizer's resolution or (for tiles) at its own."""
+    image = open_image(Path(name))
+    if tiled:
+        return _whole_cells(image, name, tokenizer)
+    return image_to_pixels(image, tokenizer.config.resolution)
+
+
+def _whole_cells(image: Image.Image, name: str, tokenizer: ImageTokenizer) -> numpy.ndarray:
+    """Crop the image's centre to whole code cells, uint8 [H, W, 3].
+
+    BadImageError if it is too small.
+    """
     cell, side = tokenizer.config.downsampling, tokenizer.config.resolution
-    width, height = (length // cell * cell for length in picture.size)
+    full_width, full_height = image.size
+    width = full_width // cell * cell
+    height = full_height // cell * cell
     if min(width, height) < side:
-        raise BadImageError(name, "too small",
-                            f"{picture.size[0]} x {picture.size[1]} pixels, tiles need {side} x {side} or more; "
-                            "leave --tiles out")
-    left, top = (picture.size[0] - width) // 2, (picture.size[1] - height) // 2
-    return numpy.array(picture.convert("RGB").crop((left, top, left + width, top + height)))
+        raise BadImageError(
+            name, "too small", f"{full_width} x {full_height} pixels, tiles need {side} x {side} "
+            "or more; leave --tiles out")
+    left = (full_width - width) // 2
+    top = (full_height - height) // 2
+    cropped = image.convert("RGB").crop((left, top, left + width, top + height))
+    return numpy.array(cropped)
 
 
-def _both(tokenizer: ImageTokenizer, pixels: numpy.ndarray, tiled: bool, device: str) -> tuple[Image.Image, float]:
-    """Original and reconstruction side by side, and the PSNR in dB; pixels [H, W, 3]."""
+def _reconstruct(tokenizer: ImageTokenizer, pixels: numpy.ndarray, tiled: bool,
+                 device: str) -> tuple[Image.Image, float]:
+    """Return original and reconstruction side by side, and the PSNR in dB; pixels [H, W, 3]."""
     original = torch.from_numpy(pixels)[None]  # [1, H, W, 3]
     image = pixels_to_float(original).to(device)
-    rebuilt = decode_tiled(tokenizer, encode_tiled(tokenizer, image)) if tiled else tokenizer.decode(tokenizer.encode(image))
-    rebuilt = float_to_pixels(rebuilt).cpu()
+    if tiled:
+        decoded = decode_tiled(tokenizer, encode_tiled(tokenizer, image))
+    else:
+        decoded = tokenizer.decode(tokenizer.encode(image))
+    rebuilt = float_to_pixels(decoded).cpu()
+
     error = float((original.double() - rebuilt.double()).square().mean())
-    decibel = 100.0 if error == 0 else min(100.0, float(10 * numpy.log10(255.0**2 / error)))
-    return image_grid(pixels_to_images(torch.cat([original, rebuilt])), columns=2), decibel
+    psnr = MAX_PSNR
+    if error > 0:
+        psnr = min(MAX_PSNR, float(10 * numpy.log10(255.0**2 / error)))
+    pair = pixels_to_images(torch.cat([original, rebuilt]))
+    return image_grid(pair, columns=2), psnr

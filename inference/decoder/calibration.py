@@ -1,4 +1,6 @@
-"""Which of several ways is fastest on this machine, by a short measurement: storage of matrices, number of threads."""
+"""Choose the fastest of several implementations on this machine: matrix storage, thread count."""
+
+# Axes: M rows, I inputs, O outputs
 
 from __future__ import annotations
 
@@ -14,128 +16,161 @@ from torch import Tensor, nn
 
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.large_pages import LargePages
-from inference.decoder.projection import Int8Projection, Plan, Precision, Way
+from inference.decoder.projection import Int8Projection, MatmulStrategy, Precision, WeightStorage
 from seq2seq import ImageTransformer
 
 Name = TypeVar("Name")
-MEASURED_BYTES = 48 * 1024 * 1024  # of matrices: more than a core's caches, so that streaming them is what is measured
-SMALL_MATRIX = 256 * 1024  # numbers; below it the storage makes no difference worth a measurement
-ROWS = (1, 2, 8, 16)  # a picture, a guided picture, a batch, a guided batch or a window
+MEASURED_BYTES = 48 * 1024 * 1024  # of matrices: more than caches hold, so that memory is measured
+SMALL_MATRIX = 256 * 1024  # entries; for smaller ones the storage makes no measurable difference
+ROWS = (1, 2, 8, 16)  # an image, a guided image, a batch, a guided batch or a Jacobi window
 LEAST_FLIPPED = 16
 NATIVE_ROWS = (8, 16, 32, 64)
 Product = Callable[[Tensor, Tensor], Tensor]
 Multiply = Callable[[Tensor], object]
 PRODUCTS: dict[str, Product] = {
-    "rows": lambda matrix, x: torch.mm(x, matrix.t()), "columns": lambda matrix, x: torch.mm(x, matrix),
-    "vector": lambda matrix, x: torch.mv(matrix, x[0]), "flipped": lambda matrix, x: torch.mm(matrix, x.t()).t().contiguous()}
-"""Ways to multiply rows x with a matrix; `columns` takes it transposed."""
+    "rows": lambda matrix, x: torch.mm(x, matrix.t()),
+    "columns": lambda matrix, x: torch.mm(x, matrix),
+    "vector": lambda matrix, x: torch.mv(matrix, x[0]),
+    "flipped": lambda matrix, x: torch.mm(matrix, x.t()).t().contiguous(),
+}
+"""Products of a matrix [O, I] and rows x [M, I]; `columns` takes the matrix transposed."""
 
 
 def fastest(candidates: Mapping[Name, Callable[[], object]], repeats: int = 5,
             clock: Callable[[], float] = time.perf_counter) -> tuple[Name, dict[Name, float]]:
-    """The candidate with the least median time, and all medians in seconds; they take turns, after one run each."""
-    taken: dict[Name, list[float]] = {name: [] for name in candidates}
+    """Return the candidate with the least median time and all medians in seconds.
+
+    Candidates alternate, after one warm-up run each, so that a machine that slows down slows all of
+    them.
+    """
     for candidate in candidates.values():
         candidate()
+
+    seconds: dict[Name, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, candidate in candidates.items():
             start = clock()
             candidate()
-            taken[name].append(clock() - start)
-    medians = {name: statistics.median(values) for name, values in taken.items()}
+            seconds[name].append(clock() - start)
+
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return min(medians, key=lambda name: medians[name]), medians
 
 
-def way_for(model: ImageTransformer, int8: bool) -> Way:
-    """How the matrices of a decoder of this model should lie and be multiplied: measured for float32 models on the CPU."""
+def matmul_strategy_for(model: ImageTransformer, int8: bool) -> MatmulStrategy:
+    """Return a model's strategy: the fastest for float32 on the CPU, else torch's default."""
     table = model.image_embedding.weight
     if table.device.type != "cpu" or table.dtype != torch.float32:
-        return Way()
+        return MatmulStrategy()
     width = model.config.width
-    return fastest_way(width, 4 * width, torch.get_num_threads(), int8)
+    return fastest_strategy(width, 4 * width, torch.get_num_threads(), int8)
 
 
 @lru_cache(maxsize=8)
-def fastest_way(inputs: int, outputs: int, threads: int, int8: bool = False) -> Way:
-    """How matrices [outputs, inputs], float32 or int8, should lie in memory and be multiplied with few rows. threads: torch's
-    current count, which the answer is for.
+def fastest_strategy(inputs: int, outputs: int, threads: int, int8: bool = False) -> MatmulStrategy:
+    """Measure strategies for few rows times matrices [outputs, inputs], float32 or int8.
 
-    Compiled steps (`inference.decoder.native`) up to the most of NATIVE_ROWS that they are fastest for; where they are for none, the
-    storage whose best times over ROWS, each against the best of all, add up to less.
+    threads: torch's current thread count, a key of the cache. Compiled steps
+        (`inference.decoder.native`) are chosen up to the most of NATIVE_ROWS for which they win. If
+        they win for none, the storage wins whose best times over ROWS, each relative to the overall
+        best, have the smaller sum.
     """
     if inputs * outputs < SMALL_MATRIX:
-        return Way()
+        return MatmulStrategy()
+
     generator = torch.Generator().manual_seed(0)
     count = max(2, MEASURED_BYTES // (4 * inputs * outputs))
-    plain = [torch.randn(outputs, inputs, generator=generator) for _ in range(count)]
+    matrices = [torch.randn(outputs, inputs, generator=generator) for _ in range(count)]
     with torch.inference_mode():
-        way = _native_way(plain, int8, generator)
-        return way if way.native_to or int8 else _storage(plain, generator)
+        strategy = _native_strategy(matrices, int8, generator)
+        if strategy.native_to or int8:
+            return strategy
+        return _storage_strategy(matrices, generator)
 
 
-def _native_way(plain: list[Tensor], int8: bool, generator: torch.Generator) -> Way:
-    """By measuring compiled products against torch's, from the matrices [O, I]."""
+def _native_strategy(matrices: list[Tensor], int8: bool,
+                     generator: torch.Generator) -> MatmulStrategy:
+    """Measure compiled products against torch's, for matrices [O, I] or their int8 roundings."""
     from inference.decoder.native.threads import library
 
     if library() is None:
-        return Way()
+        return MatmulStrategy()
     from inference.decoder.native.trial import products
 
-    ways: dict[str, Multiply] = {name: partial(_each, plain, PRODUCTS[name]) for name in ("rows", "flipped")}
-    matrices = plain
+    torch_products: dict[str, Multiply]
     if int8:
-        rounded = [Int8Projection([_linear(matrix)], Plan(True, Way(), LargePages())) for matrix in plain]
-        ways, matrices = {"rounded": lambda x: [projection(x) for projection in rounded]}, [part.matrix for part in rounded]
+        storage = WeightStorage(True, MatmulStrategy(), LargePages())
+        rounded = [Int8Projection([_linear(matrix)], storage) for matrix in matrices]
+        torch_products = {"rounded": lambda x: [projection(x) for projection in rounded]}
+        native_matrices = [projection.matrix for projection in rounded]
+    else:
+        torch_products = {"rows": partial(_multiply_all, matrices, PRODUCTS["rows"]),
+                          "flipped": partial(_multiply_all, matrices, PRODUCTS["flipped"])}
+        native_matrices = matrices
+
     native_to = 0
     for rows in NATIVE_ROWS:
-        x = torch.randn(rows, plain[0].shape[1], generator=generator)
-        native = products(matrices, x.to(torch.int16) if int8 else x)
-        best, _ = fastest({"native": native, **{name: partial(way, x) for name, way in ways.items()}})
+        x = torch.randn(rows, matrices[0].shape[1], generator=generator)
+        candidates = {name: partial(multiply, x) for name, multiply in torch_products.items()}
+        native = products(native_matrices, x.to(torch.int16) if int8 else x)
+        best, _ = fastest({"native": native, **candidates})
         if best != "native":
-            return Way(native_to=native_to, flipped_from=rows if best == "flipped" else 0)
+            flipped_from = rows if best == "flipped" else 0
+            return MatmulStrategy(native_to=native_to, flipped_from=flipped_from)
         native_to = rows
-    return Way(native_to=native_to)
+    return MatmulStrategy(native_to=native_to)
 
 
-def _storage(plain: list[Tensor], generator: torch.Generator) -> Way:
-    """By measuring torch's products with `plain` [O, I] and with their transposes."""
-    columns = [matrix.t().contiguous() for matrix in plain]
+def _storage_strategy(matrices: list[Tensor], generator: torch.Generator) -> MatmulStrategy:
+    """Measure torch's products with matrices [O, I] and with their transposes."""
+    transposed = [matrix.t().contiguous() for matrix in matrices]
     relative: dict[int, dict[str, float]] = {}
     for rows in ROWS:
-        x = torch.randn(rows, plain[0].shape[1], generator=generator)
-        ways = {name: partial(_each, columns if name == "columns" else plain, multiply, x)
-                for name, multiply in PRODUCTS.items()
-                if (name != "vector" or rows == 1) and (name != "flipped" or rows >= LEAST_FLIPPED)}
-        best, medians = fastest(ways)
+        x = torch.randn(rows, matrices[0].shape[1], generator=generator)
+        candidates = {}
+        for name, multiply in PRODUCTS.items():
+            if (name == "vector" and rows > 1) or (name == "flipped" and rows < LEAST_FLIPPED):
+                continue
+            stored = transposed if name == "columns" else matrices
+            candidates[name] = partial(_multiply_all, stored, multiply, x)
+
+        best, medians = fastest(candidates)
         relative[rows] = {name: median / medians[best] for name, median in medians.items()}
-    return _chosen(relative)
+    return _choose_storage(relative)
 
 
-def _chosen(relative: dict[int, dict[str, float]]) -> Way:
-    """From the time of each way, by rows, as a multiple of the fastest one's."""
-    with_rows = sum(min(time for name, time in times.items() if name != "columns") for times in relative.values())
-    if sum(times["columns"] for times in relative.values()) < with_rows:
-        return Way("columns")
-    flipped = [rows for rows, times in relative.items() if times.get("flipped", math.inf) < times["rows"]]
-    return Way("rows", relative[1]["vector"] < relative[1]["rows"], min(flipped, default=0))
+def _choose_storage(relative: dict[int, dict[str, float]]) -> MatmulStrategy:
+    """Choose by the time of each product, per number of rows, relative to the fastest product."""
+    total_rows = total_columns = 0.0
+    for times in relative.values():
+        total_rows += min(time for name, time in times.items() if name != "columns")
+        total_columns += times["columns"]
+    if total_columns < total_rows:
+        return MatmulStrategy("columns")
+
+    vector = relative[1]["vector"] < relative[1]["rows"]
+    flipped = [rows for rows, times in relative.items()
+               if times.get("flipped", math.inf) < times["rows"]]
+    return MatmulStrategy("rows", vector, min(flipped, default=0))
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A layer of this weight [O, I], without a bias."""
+    """A linear layer with this weight [O, I] and no bias."""
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 
 
-def _each(matrices: list[Tensor], multiply: Product, x: Tensor) -> None:
+def _multiply_all(matrices: list[Tensor], multiply: Product, x: Tensor) -> None:
     for matrix in matrices:
         multiply(matrix, x)
 
 
 def fastest_threads(step: Callable[[], object], most: int) -> int:
-    """The number of threads, of 1, 2, 4, ... and `most`, with which `step` takes least time. Leaves torch's count at it."""
-    counts = sorted({*(1 << power for power in range(most.bit_length()) if 1 << power <= most), most})
+    """Return the fastest thread count for `step` (1, 2, 4, ... or `most`); torch keeps it."""
+    powers_of_two = [1 << power for power in range(most.bit_length())]
+    counts = sorted({*powers_of_two, most})
 
     def with_threads(count: int) -> Callable[[], object]:
         def run() -> None:
@@ -149,11 +184,12 @@ def fastest_threads(step: Callable[[], object], most: int) -> int:
     return best
 
 
-def _decoder(model: ImageTransformer, weights: Precision | None) -> CachedDecoder:
-    """The model in this precision, taken over by a decoder whose matrices lie as is fastest here."""
+def build_decoder(model: ImageTransformer, weights: Precision | None) -> CachedDecoder:
+    """Cast the model (None: leave it as it is) and build its decoder with the fastest strategy."""
+    int8 = weights == "int8"
     on_cpu = model.image_embedding.weight.device.type == "cpu"
-    if weights == "bfloat16" or (weights == "int8" and not on_cpu):
+    if weights == "bfloat16" or (int8 and not on_cpu):
         model.bfloat16()
     elif weights is not None:
         model.float()
-    return CachedDecoder(model, int8=weights == "int8", way=way_for(model, weights == "int8"))
+    return CachedDecoder(model, int8=int8, matmul=matmul_strategy_for(model, int8))

@@ -1,7 +1,9 @@
-"""Memory of large pages for what every step reads whole: on the CPU a step's time is reading weights, and with pages of 2 MiB
-instead of 4 KiB the processor looks up fewer addresses on the way (8 to 20 % faster reading measured on a virtual machine).
+"""Large memory pages for weights that every step reads in full.
 
-Linux gives such pages on request (madvise) where it can; elsewhere, or where it will not, memory is as always.
+A decoder step on the CPU is bound by reading its weights. With pages of 2 MiB instead of 4 KiB the
+processor translates fewer addresses on the way: 8 to 20 % faster reading, measured on a virtual
+machine. Linux gives such pages on request (madvise) where it can; on other systems memory stays as
+it is.
 """
 
 from __future__ import annotations
@@ -14,35 +16,41 @@ from torch import Tensor
 PAGE = 2 * 1024 * 1024
 CHUNK = 16 * PAGE
 LEAST = 256 * 1024  # bytes; smaller tensors stay where they are
-ALIGNMENT = 64
+ALIGNMENT = 64  # a cache line
 
 
 class LargePages:
-    """Hands out memory from chunks of large pages; a chunk lives as long as a tensor in it."""
+    """Allocator over chunks of large pages; a chunk lives as long as any tensor in it."""
 
     def __init__(self) -> None:
         self._chunk: Tensor | None = None  # uint8
         self._used = 0
 
     def moved(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy of a CPU tensor in large pages; the tensor itself where it is small, or there are none."""
-        if tensor.device.type != "cpu" or tensor.nbytes < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
+        """Copy a contiguous CPU tensor into large pages; small ones stay where they are."""
+        supported = tensor.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
+        if not supported or tensor.nbytes < LEAST:
             return tensor
         memory = self._take(tensor.nbytes)
         return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def _take(self, count: int) -> Tensor:
-        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        start = _round_up(self._used, ALIGNMENT)
         if self._chunk is None or start + count > len(self._chunk):
-            self._chunk, start = _mapped(max(CHUNK, -(-count // PAGE) * PAGE)), 0
+            self._chunk = _map_pages(max(CHUNK, _round_up(count, PAGE)))
+            start = 0
         self._used = start + count
         return self._chunk[start: self._used]
 
 
-def _mapped(count: int) -> Tensor:
-    """`count` bytes that begin at a large page."""
+def _map_pages(count: int) -> Tensor:
+    """Map `count` bytes of large pages, starting at a page boundary."""
     area = mmap.mmap(-1, count + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(area, dtype=torch.uint8)
     first = -whole.data_ptr() % PAGE
     return whole[first: first + count]
+
+
+def _round_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit

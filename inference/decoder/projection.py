@@ -1,7 +1,7 @@
-"""Matrices of the lean decoder: several of a model's layers fused into one, in float or in 8-bit integers.
+"""Matrices of the serving decoder: several linear layers fused into one, in float or int8.
 
-A fused matrix takes its sources over: their parameters become views of it (or 8-bit parts of it), so that the model keeps its
-names and values and nothing is held twice.
+A fused matrix owns the memory of its source layers: their parameters become views of it (or 8-bit
+parts of it), so the model keeps its parameter names and values, and no weight is stored twice.
 """
 
 # Axes: M rows, I inputs, O outputs
@@ -19,9 +19,9 @@ from inference.decoder.large_pages import LargePages
 from tokenloom_common.errors import UserError
 
 Storage = Literal["rows", "columns"]
-"""How float matrices lie in memory: `rows` [O, I] as torch's Linear has them, or `columns` [I, O]."""
+"""Memory order of a float matrix: `rows` [O, I] as in torch's Linear, or `columns` [I, O]."""
 Precision = Literal["float32", "bfloat16", "int8"]
-"""Of the decoder's matrices."""
+"""Number format of the decoder's matrices."""
 
 
 class Projection(Protocol):
@@ -29,11 +29,11 @@ class Projection(Protocol):
 
     bias: Tensor | None
     scale_127: Tensor | None
-    """Of each output, divided by 127; None for matrices in float."""
+    """Scale [O] of each output divided by 127; None for float matrices."""
 
     @property
     def matrix(self) -> Tensor:
-        """[O, I], as it is stored."""
+        """The stored matrix [O, I]."""
         ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -43,12 +43,14 @@ class Projection(Protocol):
         ...
 
 
-class Way(NamedTuple):
-    """How float matrices lie in memory, and how few rows are multiplied with them; `inference.decoder.calibration` measures it.
+class MatmulStrategy(NamedTuple):
+    """How float matrices are stored and multiplied with few rows; see `decoder.calibration`.
 
-    With storage `rows`: vector, whether one row is a product of the matrix and a vector; flipped_from, the number of rows from
-    which W x^T is computed in the place of x W^T (0 = never); native_to, the number of rows up to which a step is compiled code
-    of our own (`inference.decoder.native`; 0 = never).
+    storage: memory order. vector and flipped_from apply to storage `rows` alone.
+    vector: multiply a single row as matrix times vector.
+    flipped_from: least number of rows for which (W x^T)^T is computed instead of x W^T; 0 = never.
+    native_to: most rows for which a step runs as our own compiled code
+        (`inference.decoder.native`); 0 = never.
     """
 
     storage: Storage = "rows"
@@ -57,25 +59,28 @@ class Way(NamedTuple):
     native_to: int = 0
 
 
-class Plan(NamedTuple):
-    """How a decoder's matrices are made: in 8 bits or as they are, in which way, and where they are put."""
+class WeightStorage(NamedTuple):
+    """How to store matrices: in 8 bits or not, for which matmul strategy, in whose memory."""
 
     int8: bool
-    way: Way
+    matmul: MatmulStrategy
     pages: LargePages
 
 
 class FloatProjection:
-    """One matrix for one or more `nn.Linear` with the same inputs, outputs one after another."""
+    """One matrix for one or more `nn.Linear` with the same inputs; outputs one after another."""
 
     scale_127: Tensor | None = None
 
-    def __init__(self, sources: Sequence[nn.Linear], plan: Plan) -> None:
-        fused = _fused([source.weight.detach() for source in sources])  # [O, I]
-        rows = plan.way.storage == "rows"
-        self.weight_t = plan.pages.moved(fused.contiguous()).t() if rows else plan.pages.moved(fused.t().contiguous())  # [I, O]
-        self.bias = _fused_bias(sources)
-        self._way = plan.way
+    def __init__(self, sources: Sequence[nn.Linear], storage: WeightStorage) -> None:
+        fused = _concatenate([source.weight.detach() for source in sources])  # [O, I]
+        if storage.matmul.storage == "rows":
+            self.weight_t = storage.pages.moved(fused.contiguous()).t()  # [I, O]
+        else:
+            self.weight_t = storage.pages.moved(fused.t().contiguous())  # [I, O]
+        self.bias = _concatenate_biases(sources)
+        self._matmul = storage.matmul
+
         start = 0
         for source in sources:
             end = start + source.out_features
@@ -83,14 +88,19 @@ class FloatProjection:
             start = end
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self._special(x)
+        out = self._calibrated_product(x)
         if out is not None:
             return out if self.bias is None else out.add_(self.bias)
-        return torch.mm(x, self.weight_t) if self.bias is None else torch.addmm(self.bias, x, self.weight_t)
+        if self.bias is None:
+            return torch.mm(x, self.weight_t)
+        return torch.addmm(self.bias, x, self.weight_t)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        out = self._special(x)
-        out = torch.addmm(residual, x, self.weight_t) if out is None else out.add_(residual)
+        out = self._calibrated_product(x)
+        if out is None:
+            out = torch.addmm(residual, x, self.weight_t)
+        else:
+            out.add_(residual)
         return out if self.bias is None else out.add_(self.bias)
 
     @property
@@ -98,16 +108,17 @@ class FloatProjection:
         """[O, I]."""
         return self.weight_t.t()
 
-    def _special(self, x: Tensor) -> Tensor | None:
-        if self._way.vector and len(x) == 1:
+    def _calibrated_product(self, x: Tensor) -> Tensor | None:
+        """x W^T [M, O] where the strategy has a special form for this number of rows, else None."""
+        if self._matmul.vector and len(x) == 1:
             return torch.mv(self.weight_t.t(), x[0]).unsqueeze(0)
-        if self._way.flipped_from and len(x) >= self._way.flipped_from:
+        if self._matmul.flipped_from and len(x) >= self._matmul.flipped_from:
             return torch.mm(self.weight_t.t(), x.t()).t().contiguous()
         return None
 
 
 class Int8Linear(nn.Module):
-    """A part of an 8-bit matrix in the place of an `nn.Linear` of the training graph: [.., I] -> [.., O]."""
+    """Part of an 8-bit matrix in the place of an `nn.Linear`: [.., I] -> [.., O]."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -120,43 +131,51 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[O, I] in the scale's type."""
+        """Dequantized weight [O, I] in the dtype of the scale."""
         return self.weight_int8.to(self.scale.dtype) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """As nn.Linear, with the rounded weights."""
+        """Apply the rounded weights to unrounded inputs, as nn.Linear would."""
         return F.linear(x, self.weight, self.bias)
 
 
 class Int8Projection:
-    """Weights in 8 bits with a scale an output (symmetric, to the nearest).
+    """Weights in 8 bits with one scale per output: symmetric, rounded to nearest.
 
-    On the CPU inputs are rounded to 8 bits too, with a scale a row, so that a row's result does not depend on its neighbours,
-    and are multiplied as integers, exactly (Dettmers et al. 2022, LLM.int8(), https://arxiv.org/abs/2208.07339, without its
-    outliers). Elsewhere weights alone are rounded.
+    On the CPU inputs are rounded to 8 bits as well, with one scale per row so that a row's result
+    does not depend on its neighbours, and the product is exact in integers (LLM.int8() without
+    outliers, Dettmers et al. 2022, https://arxiv.org/abs/2208.07339). Elsewhere only weights are
+    rounded.
     """
 
-    def __init__(self, sources: Sequence[nn.Linear], plan: Plan) -> None:
-        whole = _fused([source.weight.detach() for source in sources])
-        scale = whole.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny).float() / 127  # [O]
-        self.matrix = plan.pages.moved((whole.float().contiguous() / scale[:, None]).round_().to(torch.int8))  # [O, I]
-        self.scale = scale.to(whole.dtype)
+    def __init__(self, sources: Sequence[nn.Linear], storage: WeightStorage) -> None:
+        fused = _concatenate([source.weight.detach() for source in sources])  # [O, I]
+        largest = fused.abs().amax(dim=1)
+        # the smallest normal float keeps the scale of an all-zero output above zero
+        scale = largest.clamp_min(torch.finfo(torch.float32).tiny).float() / 127  # [O]
+        rounded = (fused.float().contiguous() / scale[:, None]).round_().to(torch.int8)
+        self.matrix = storage.pages.moved(rounded)  # [O, I]
+        self._matrix_t = self.matrix.t()
+        self.scale = scale.to(fused.dtype)
         self._scale_127 = self.scale / 127
         self.scale_127: Tensor | None = self._scale_127
-        self.bias = _fused_bias(sources)
-        self._integers = whole.device.type == "cpu"
-        self._matrix_t = self.matrix.t()
-        self.parts = list(zip(self.matrix.split([source.out_features for source in sources]),
-                              self.scale.split([source.out_features for source in sources]), strict=True))
+        self.bias = _concatenate_biases(sources)
+        self._rounds_inputs = fused.device.type == "cpu"
+
+        outputs = [source.out_features for source in sources]
+        self.parts = list(zip(self.matrix.split(outputs), self.scale.split(outputs), strict=True))
 
     def replacements(self, sources: Sequence[nn.Linear]) -> list[Int8Linear]:
-        """What stands in the place of each source in the training graph."""
-        return [Int8Linear(weight, scale, source.bias) for source, (weight, scale) in zip(sources, self.parts, strict=True)]
+        """Return the layer that replaces each source in the training graph."""
+        return [Int8Linear(weight, scale, source.bias)
+                for source, (weight, scale) in zip(sources, self.parts, strict=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._integers:
-            largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min_(1e-30)  # [M, 1]
+        if self._rounds_inputs:
+            largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)  # [M, 1]
+            largest.clamp_min_(1e-30)  # a row of zeros stays zeros
             integers = x.mul(127 / largest).round_().to(torch.int8)
+            # the input's scale is largest / 127: its 127 is already in scale_127
             out = torch._int_mm(integers, self._matrix_t).mul(self._scale_127).mul_(largest)
         else:
             out = torch.mm(x, self._matrix_t.to(x.dtype)).mul_(self.scale)
@@ -166,30 +185,38 @@ class Int8Projection:
         return self(x).add_(residual)
 
 
-def _fused(parts: Sequence[Tensor]) -> Tensor:
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the outputs; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _fused_bias(sources: Sequence[nn.Linear]) -> Tensor | None:
-    biases = [source.bias for source in sources]
-    if all(bias is None for bias in biases):
+def _concatenate_biases(sources: Sequence[nn.Linear]) -> Tensor | None:
+    """One bias [O] with zeros where a source has none; None if no source has one."""
+    if all(source.bias is None for source in sources):
         return None
-    return _fused([torch.zeros_like(source.weight[:, 0]) if bias is None else bias.detach()
-                   for source, bias in zip(sources, biases, strict=True)])
+    biases = []
+    for source in sources:
+        if source.bias is None:
+            biases.append(torch.zeros_like(source.weight[:, 0]))
+        else:
+            biases.append(source.bias.detach())
+    return _concatenate(biases)
 
 
-def project(parent: nn.Module, names: Sequence[str], plan: Plan) -> Projection:
-    """The `nn.Linear` layers `names` of `parent` as one matrix, and in their places what shares its memory."""
+def fuse_linears(parent: nn.Module, names: Sequence[str], storage: WeightStorage) -> Projection:
+    """Fuse the `nn.Linear` children `names` of `parent`, which become views of the result."""
     sources = [getattr(parent, name) for name in names]
-    if not plan.int8:
-        return FloatProjection(sources, plan)
-    fused = Int8Projection(sources, plan)
+    if not storage.int8:
+        return FloatProjection(sources, storage)
+
+    fused = Int8Projection(sources, storage)
     for name, replacement in zip(names, fused.replacements(sources), strict=True):
         setattr(parent, name, replacement)
     return fused
 
 
 def check_precision(name: object) -> None:
-    """UserError unless None or the name of a precision."""
+    """Raise UserError unless `name` is None or a Precision."""
     if name is not None and name not in get_args(Precision):
-        raise UserError(f"weights '{name}': not a precision of weights; choose {', '.join(get_args(Precision))}")
+        choices = ", ".join(get_args(Precision))
+        raise UserError(f"weights '{name}': not a precision of weights; choose {choices}")

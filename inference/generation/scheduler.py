@@ -1,167 +1,149 @@
-"""Continuous batching: a queue of captions whose pictures share one batch, each with parameters and a seed of its own.
+"""Continuous batching: a queue of captions whose images share one batch, each with its own
+parameters and seed.
 
-    scheduler = Scheduler(decoder, rows=16)
-    for picture in scheduler.run(PictureJob(captions, unguided, params, seeds=[0, 1, 2, 3]) for ...):
-        ...  # FinishedPicture or FailedPicture, in the order in which they end
+    scheduler = Scheduler(decoder, rows=16) for image in scheduler.run(ImageJob(captions,
+    unconditional, params, seeds=[0, 1, 2, 3]) for ...):
+        ...  # FinishedImage or FailedImage, in the order in which they end
 
-A picture takes one row of the batch, and a second one while guidance acts on it. A step of the decoder moves all pictures on
-by one token, wherever each of them is; a row that becomes free is given to the queue's next picture at the step after. A
-picture's tokens are those of `inference.generation.ways`, whatever shares its batch and whenever it began.
+An image takes one row of the batch, and a second one while guidance acts on it. A decoder step
+advances all images by one token, wherever each of them is; a row that becomes free goes to the next
+image in the queue at the following step. An image's tokens are those of
+`inference.generation.ways`, whatever shares its batch and whenever it started.
 
-One thread at a time may call a Scheduler.
+Not thread-safe: one thread at a time may call a Scheduler.
 """
 
-# Axes: R rows (of them A active: rows 0 .. A - 1), b pictures drawn at once, n pictures of a job, N image tokens, L layout
-#       tokens, K codebook size, T text slots
+# Axes: R rows (of them A active: rows 0 .. A - 1), b images drawn by one call, n images of a job, N
+#       image tokens, L layout tokens, K codebook size
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 
 import torch
 from torch import Tensor
 
 from inference.decoder.cached_decoder import CachedDecoder
-from inference.decoder.kv_cache import CaptionMemory, SelfCache
-from inference.generation.drawing import _drawn, _scales
-from inference.generation.picture_job import FailedPicture, FinishedPicture, PictureJob, check_job
-from inference.generation.row_buffers import RowBuffers
-from inference.sampling import SamplingParams, guided_steps, noise_keys
-from seq2seq import TextBatch
+from inference.generation.drawing import count_branches, draw_tokens, guidance_scales, put_layout
+from inference.generation.image_job import (
+    ActiveImage,
+    DrawCall,
+    FailedImage,
+    FinishedImage,
+    ImageJob,
+    QueuedJob,
+    Row,
+    check_job,
+    draw_calls,
+)
+from inference.generation.row_buffers import RowBuffers, UnconditionalTexts, text_to
+from inference.sampling import guided_steps, noise_keys
 from tokenloom_common.errors import UserError, one_line
 
-KEPT_UNGUIDED = 4  # texts of the second branch, the null caption or negative prompts, whose memory is kept for later jobs
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError)
-"""What beginning a job may raise (torch's out of memory is a RuntimeError); it ends that job alone."""
-
-
-@dataclass
-class _Job:
-    """A submitted job; `begun` of its pictures have left the queue."""
-
-    ticket: int
-    given: PictureJob
-    guided: int  # image tokens that need the second branch
-    branches: int  # rows that a picture takes at first
-    memory: CaptionMemory | None = None  # from its first picture's admission to its last one's
-    begun: int = 0
-
-
-@dataclass
-class _Row:
-    """Where a row is, and how many slots of text it attends to across."""
-
-    at: int
-    text: int
-
-
-@dataclass
-class _Picture:
-    """A picture being drawn: its row, under guidance the second branch's too, and the number of the token to draw next."""
-
-    job: _Job
-    index: int
-    rows: list[_Row]
-    position: int
-    layout: Tensor | None  # [L]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Pictures of equal parameters, drawn by one call: their rows [b], their second branches' rows [b], guidance [N]."""
-
-    params: SamplingParams
-    rows: Tensor
-    others: Tensor | None
-    scales: Tensor
+"""Errors of admission that end the job alone (torch's out of memory is a RuntimeError)."""
 
 
 class Scheduler:
-    """Draws the pictures of all submitted jobs, first come first served, in `rows` rows. UserError for rows below 1.
+    """Draw the images of all submitted jobs, first come first served, in `rows` rows. UserError for
+    rows below 1.
 
-    `forwards` counts the decoder's steps. What a row needs is allocated here, once; beside it live the memory of the caption
-    whose pictures are being admitted and of up to KEPT_UNGUIDED unguided texts.
+    `forwards` counts the decoder's steps. The rows' buffers are allocated once, here; beside them
+    live the memory of the caption whose images are being admitted and of up to KEPT_UNCONDITIONAL
+    unconditional texts.
     """
 
     def __init__(self, decoder: CachedDecoder, rows: int) -> None:
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             raise UserError(f"rows must be a whole number of at least 1, got {rows!r}")
-        self.decoder, self.rows = decoder, rows
+        self.decoder = decoder
+        self.rows = rows
         self.total = decoder.config.num_tokens
         self.forwards = 0
-        self._buffers = RowBuffers.of(decoder, rows)
-        self._rows: list[_Row] = []  # the active ones: row r is at place r
-        self._pictures: list[_Picture] = []  # in the order of their admission
-        self._queue: deque[_Job] = deque()
-        self._ended: deque[FinishedPicture | FailedPicture] = deque()  # not handed out yet
+        self._buffers = RowBuffers.allocate(decoder, rows)
+        self._rows: list[Row] = []  # active rows: self._rows[i].index == i
+        self._images: list[ActiveImage] = []  # in the order of their admission
+        self._queue: deque[QueuedJob] = deque()
+        self._ended: deque[FinishedImage | FailedImage] = deque()  # not handed out yet
         self._tickets = count()
-        self._unguided: list[tuple[TextBatch, CaptionMemory]] = []  # the last one was used last
-        self._plan: list[_Batch] | None = None
+        self._unconditional = UnconditionalTexts(decoder)
+        self._draw_calls: list[DrawCall] | None = None  # None when rows have changed
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Bytes of the rows' buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.tensors())
 
     @property
     def active_rows(self) -> int:
-        """A."""
+        """A, the rows that hold an image or its unconditional branch."""
         return len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """Pictures that have not begun."""
-        return sum(len(job.given.seeds) - job.begun for job in self._queue)
+        """Images in the queue."""
+        return sum(queued.waiting for queued in self._queue)
 
     @property
     def drawing(self) -> int:
-        """Pictures that have begun."""
-        return len(self._pictures)
+        """Images in the batch."""
+        return len(self._images)
 
-    def submit(self, job: PictureJob) -> int:
-        """Queue a job -> its ticket. UserError for what can never be drawn."""
-        check_job(job, self.decoder.config)
-        params, layouts = job.params, self.decoder.config.layout_tokens
-        guided = guided_steps(params, self.total)
-        branches = 2 if guided or (layouts and job.layout is None and guided_steps(params, layouts)) else 1
+    # ---- the queue
+
+    def submit(self, job: ImageJob) -> int:
+        """Queue a job and return its ticket. UserError for a job that can never be drawn."""
+        config = self.decoder.config
+        check_job(job, config)
+        branches = count_branches(job.params, config, job.layout is not None)
         if branches > self.rows:
-            raise UserError(f"a picture under guidance (guidance_scale {params.guidance_scale:g}) needs 2 rows, and there is "
-                            f"{self.rows}; give more rows, or turn guidance off (guidance_scale 1)")
+            scale = job.params.guidance_scale
+            raise UserError(
+                f"an image under guidance (guidance_scale {scale:g}) needs 2 rows, and there is "
+                f"{self.rows}; give more rows, or turn guidance off (guidance_scale 1)")
         ticket = next(self._tickets)
-        self._queue.append(_Job(ticket, job, guided, branches))
+        self._queue.append(QueuedJob(ticket, job, guided_steps(job.params, self.total), branches))
         return ticket
 
     def cancel(self, ticket: int) -> int:
-        """Drop what is left of a job, queued and in the batch; its rows are free at once, and nothing of it comes any more.
-        -> pictures dropped; 0 for a ticket that is done or was never given."""
+        """Drop all images of a job that were not handed out yet, and free their rows at once.
+
+        Returns the number of images dropped; 0 for a ticket that is done or was never given.
+        """
         before = self.waiting + self.drawing + len(self._ended)
-        self._queue = deque(job for job in self._queue if job.ticket != ticket)
-        self._ended = deque(picture for picture in self._ended if picture.ticket != ticket)
-        dropped = [picture for picture in self._pictures if picture.job.ticket == ticket]
-        self._pictures = [picture for picture in self._pictures if picture.job.ticket != ticket]
-        self._release([row for picture in dropped for row in picture.rows])
+        self._queue = deque(queued for queued in self._queue if queued.ticket != ticket)
+        self._ended = deque(image for image in self._ended if image.ticket != ticket)
+        dropped = [image for image in self._images if image.job.ticket == ticket]
+        self._images = [image for image in self._images if image.job.ticket != ticket]
+        self._free([row for image in dropped for row in image.rows])
         return before - self.waiting - self.drawing - len(self._ended)
 
-    def run(self, jobs: Iterable[PictureJob] = ()) -> Iterator[FinishedPicture | FailedPicture]:
-        """Step until nothing is left. `jobs` are submitted one by one as the queue gets short, so there may be any number of
-        them; between two pictures others may be submitted and cancelled."""
-        coming = iter(jobs)
+    def run(self, jobs: Iterable[ImageJob] = ()) -> Iterator[FinishedImage | FailedImage]:
+        """Step until nothing is left, yielding images as they end.
+
+        `jobs` are submitted one by one as the queue runs short, so there may be any number of them.
+        Between two images, others may be submitted and cancelled.
+        """
+        remaining = iter(jobs)
         while True:
-            while self.waiting < self.rows and (job := next(coming, None)) is not None:
+            while self.waiting < self.rows and (job := next(remaining, None)) is not None:
                 self.submit(job)
-            if not (self._queue or self._pictures or self._ended):
+            if not (self._queue or self._images or self._ended):
                 return
             self._advance()
             while self._ended:
                 yield self._ended.popleft()
 
-    def step(self) -> list[FinishedPicture | FailedPicture]:
-        """Admit what fits, then one token for every picture in the batch -> the pictures that ended.
+    def step(self) -> list[FinishedImage | FailedImage]:
+        """Admit what fits, draw one token of every image in the batch, and return the images that
+        ended.
 
-        When the decoder raises (out of memory), no picture has moved: the step may be repeated, or a job cancelled before."""
+        If the decoder raises (out of memory), no image has moved: the step may be repeated, or a
+        job cancelled first.
+        """
         self._advance()
         ended = list(self._ended)
         self._ended.clear()
@@ -169,143 +151,140 @@ class Scheduler:
 
     def _advance(self) -> None:
         self._admit()
-        if self._pictures:
+        if self._images:
             self._draw(self._logits())
-            self._settle()
+            self._remove_finished()
+
+    # ---- admission
 
     def _admit(self) -> None:
         while self._queue:
-            job = self._queue[0]  # nobody overtakes it
-            left = len(job.given.seeds) - job.begun
-            fitting = min((self.rows - self.active_rows) // job.branches, left)
+            queued = self._queue[0]  # no job overtakes it, even one that would fit
+            fitting = min((self.rows - self.active_rows) // queued.branches, queued.waiting)
             if fitting == 0:
                 return
             try:
-                self._begin(job, fitting)
+                self._start(queued, fitting)
             except FAILURES as error:
-                reason = one_line(error)
-                self._ended += [FailedPicture(job.ticket, job.given.name, job.begun + at, reason) for at in range(left)]
-                job.begun += left
-            if job.begun == len(job.given.seeds):
+                self._fail(queued, one_line(error))
+            if queued.waiting == 0:
                 self._queue.popleft()
-                job.memory = None
-            self._settle()  # a single token may be the whole picture, guidance may have acted on the layout alone
+                queued.memory = None
+            # an image of one token may be complete already, and guidance may have acted on the
+            # layout alone
+            self._remove_finished()
 
-    def _begin(self, job: _Job, pictures: int) -> None:
-        """Put the job's next pictures after the active rows, up to where a step of the decoder takes them on."""
-        decoder, buffers, given, first = self.decoder, self._buffers, job.given, self.active_rows
-        layouts, own = decoder.config.layout_tokens, slice(job.begun, job.begun + pictures)
-        groups = [replace(memory, images=pictures) for memory in self._memories(job)]  # one a branch
-        rows = slice(first, first + len(groups) * pictures)
+    def _fail(self, queued: QueuedJob, reason: str) -> None:
+        """End the images of a job that are still queued."""
+        for index in range(queued.admitted, len(queued.job.seeds)):
+            self._ended.append(FailedImage(queued.ticket, queued.job.name, index, reason))
+        queued.admitted = len(queued.job.seeds)
+
+    def _start(self, queued: QueuedJob, images: int) -> None:
+        """Put the job's next images after the active rows, up to where a decoder step continues
+        them."""
+        decoder, buffers, job = self.decoder, self._buffers, queued.job
+        layout_tokens = decoder.config.layout_tokens
+        if queued.memory is None:
+            queued.memory = decoder.prefill(text_to(job.captions, decoder.device), 1)
+        memories = [queued.memory]
+        if queued.branches == 2:
+            memories.append(self._unconditional.get(job.unconditional))
+        groups = [replace(memory, images=images) for memory in memories]
+        branches = len(groups)
+        first, end = self.active_rows, self.active_rows + branches * images
+        own = slice(queued.admitted, queued.admitted + images)
+
         buffers.put_text(decoder, groups, first)
-        keys = noise_keys(given.seeds[own], layouts + self.total).to(decoder.device)  # [n, L + N]
-        layout = None
-        if layouts:
-            layout = None if given.layout is None else given.layout[own].to(decoder.device)
-            layout = self._put_layout(given.params, layout, keys, groups, buffers.cache.rows(first, rows.stop - first))
-        buffers.keys[first: first + pictures] = keys[:, layouts:]
-        buffers.positions[rows] = decoder.first_position
-        buffers.tokens[rows] = decoder.begin
+        keys = noise_keys(job.seeds[own], layout_tokens + self.total)  # [n, L + N]
+        keys = keys.to(decoder.device)
+        layout = None if job.layout is None else job.layout[own].to(decoder.device)
+        if layout_tokens:
+            cache = buffers.cache.rows(first, end - first)
+            layout = put_layout(decoder, groups, cache, layout, job.params, keys)
+
+        buffers.keys[first: first + images] = keys[:, layout_tokens:]
+        buffers.positions[first:end] = decoder.first_position
+        buffers.tokens[first:end] = decoder.begin
         if decoder.first_position == 1:  # the text's last slot predicts token 0
-            scale = _scales(given.params, self.total, decoder.device)[:1]
-            drawn = _drawn(decoder.first_logits(groups), pictures, given.params, scale, keys[:, layouts])
-            buffers.tokens[rows, 1] = drawn.repeat(len(groups))
-        added = [_Row(first + at, groups[at // pictures].keys[0].shape[2]) for at in range(len(groups) * pictures)]
-        self._rows += added
-        self._pictures += [_Picture(job, job.begun + at, added[at::pictures], decoder.first_position,
-                                    None if layout is None else layout[at]) for at in range(pictures)]
-        job.begun, self._plan = own.stop, None
+            scale = guidance_scales(job.params, self.total, decoder.device)[:1, None]
+            logits = decoder.first_logits(groups)
+            ids = draw_tokens(logits, scale, job.params, keys[:, layout_tokens])
+            buffers.tokens[first:end, 1] = ids.repeat(branches)
 
-    def _memories(self, job: _Job) -> list[CaptionMemory]:
-        """The text of each branch, worked through once: a job's caption while its pictures are queued, an unguided text for all
-        jobs that share it."""
-        if job.memory is None:
-            job.memory = self.decoder.prefill(_on(job.given.captions, self.decoder.device), 1)
-        if job.branches == 1:
-            return [job.memory]
-        text = _on(job.given.unguided, self.decoder.device)
-        known = next((pair for pair in self._unguided if all(map(torch.equal, pair[0], text))), None)
-        if known is None:
-            known = text, self.decoder.prefill(text, 1)
-        self._unguided = [*(pair for pair in self._unguided if pair is not known), known][-KEPT_UNGUIDED:]
-        return [job.memory, known[1]]
+        # only now that nothing can fail any more
+        rows: list[Row] = []
+        for group in groups:
+            text_slots = group.keys[0].shape[2]
+            rows += [Row(first + len(rows) + at, text_slots) for at in range(images)]
+        self._rows += rows
+        for at in range(images):
+            self._images.append(ActiveImage(
+                queued, queued.admitted + at, rows[at::images], decoder.first_position,
+                None if layout is None else layout[at]))
+        queued.admitted = own.stop
+        self._draw_calls = None
 
-    def _put_layout(self, params: SamplingParams, layout: Tensor | None, keys: Tensor, groups: list[CaptionMemory],
-                    cache: SelfCache) -> Tensor:
-        """The layout [n, L] into the cache of new rows: the given one at once, else token after token as they are drawn."""
-        decoder, branches = self.decoder, len(groups)
-        if layout is not None:
-            decoder.decode_layout(layout.repeat(branches, 1), 0, groups, cache)
-            return layout
-        drawn: list[Tensor] = []
-        none_yet = torch.empty(cache.row_count, 0, dtype=torch.int64, device=decoder.device)
-        logits = decoder.decode_layout(none_yet, 0, groups, cache)
-        for position, scale in enumerate(_scales(params, decoder.config.layout_tokens, decoder.device)):
-            drawn.append(_drawn(logits, len(keys), params, scale, keys[:, position]))
-            logits = decoder.decode_layout(drawn[-1].repeat(branches)[:, None], position, groups, cache)
-        return torch.stack(drawn, dim=1)
+    # ---- one step
 
     def _logits(self) -> Tensor:
-        """One step of the decoder for the active rows -> logits [A, K] of each one's next token."""
+        """Run one decoder step on the active rows -> logits [A, K] of each row's next token."""
         buffers, active = self._buffers, self.active_rows
         positions = buffers.positions[:active, None]  # [A, 1]
-        groups = buffers.caption_memory(active, max(row.text for row in self._rows))
-        logits = self.decoder.decode_at(buffers.tokens[:active].gather(1, positions), positions, groups,
-                                        buffers.cache.rows(0, active), end=max(p.position for p in self._pictures) + 1)
+        previous = buffers.tokens[:active].gather(1, positions)
+        groups = buffers.caption_memory(active, max(row.text_slots for row in self._rows))
+        cache = buffers.cache.rows(0, active)
+        end = max(image.position for image in self._images) + 1  # later slots are not looked at
+        logits = self.decoder.decode_at(previous, positions, groups, cache, end=end)
         self.forwards += 1
         return logits[:, 0]
 
     def _draw(self, logits: Tensor) -> None:
-        """The next token of every picture, from logits [A, K]."""
+        """Draw the next token of every image, from logits [A, K]."""
         buffers = self._buffers
-        for batch in self._batches():
-            at = buffers.positions[batch.rows]  # [b]
-            rows = batch.rows if batch.others is None else torch.cat([batch.rows, batch.others])
-            drawn = _drawn(logits[rows], len(at), batch.params, batch.scales[at], buffers.keys[batch.rows, at])
-            buffers.tokens[rows, (at + 1).repeat(len(rows) // len(at))] = drawn.repeat(len(rows) // len(at))
+        if self._draw_calls is None:
+            self._draw_calls = draw_calls(self._images, self.total, self.decoder.device)
+        for call in self._draw_calls:
+            rows = call.rows
+            positions = buffers.positions[call.rows]  # [b]
+            scale = call.scales[positions][:, None]
+            keys = buffers.keys[call.rows, positions]
+            if call.unconditional_rows is not None:
+                rows = torch.cat([call.rows, call.unconditional_rows])  # [2b]
+            ids = draw_tokens(logits[rows], scale, call.params, keys)
+
+            branches = len(rows) // len(ids)
+            buffers.tokens[rows, (positions + 1).repeat(branches)] = ids.repeat(branches)
         buffers.positions[: self.active_rows] += 1
-        for picture in self._pictures:
-            picture.position += 1
+        for image in self._images:
+            image.position += 1
 
-    def _batches(self) -> list[_Batch]:
-        """How the rows are drawn; worked out again when a row begins, ends or moves."""
-        if self._plan is None:
-            alike: dict[tuple[SamplingParams, int], list[_Picture]] = {}
-            for picture in self._pictures:
-                alike.setdefault((picture.job.given.params, len(picture.rows)), []).append(picture)
-            self._plan = []
-            for (params, branches), pictures in alike.items():
-                places = torch.tensor([[row.at for row in picture.rows] for picture in pictures], device=self.decoder.device)
-                self._plan.append(_Batch(params, places[:, 0], places[:, 1] if branches == 2 else None,
-                                         _scales(params, self.total, self.decoder.device)))
-        return self._plan
+    def _remove_finished(self) -> None:
+        """Take out complete images, and unconditional branches that guidance no longer needs."""
+        free: list[Row] = []
+        active: list[ActiveImage] = []
+        for image in self._images:
+            if image.position == self.total:
+                queued = image.job
+                # a copy, since the row is given to the next image
+                tokens = self._buffers.tokens[image.rows[0].index, 1:].clone()
+                self._ended.append(FinishedImage(
+                    queued.ticket, queued.job.name, image.index, tokens, image.layout))
+                free += image.rows
+                continue
+            if len(image.rows) == 2 and image.position >= image.job.guided_steps:
+                free.append(image.rows.pop())
+            active.append(image)
+        self._images = active
+        self._free(free)
 
-    def _settle(self) -> None:
-        """Take out the pictures that are complete, and the second branches that guidance no longer needs."""
-        done = [picture for picture in self._pictures if picture.position == self.total]
-        self._ended += [
-            FinishedPicture(p.job.ticket, p.job.given.name, p.index, self._buffers.tokens[p.rows[0].at, 1:].clone(), p.layout)
-            for p in done]
-        self._pictures = [picture for picture in self._pictures if picture.position < self.total]
-        free = [row for picture in done for row in picture.rows]
-        for picture in self._pictures:
-            if len(picture.rows) == 2 and picture.position >= picture.job.guided:
-                free.append(picture.rows.pop())
-        self._release(free)
-
-    def _release(self, free: list[_Row]) -> None:
-        """Rows are free: the last active row moves into the place of each, from the last one to the first, so that it stays."""
-        for row in sorted(free, key=lambda row: row.at, reverse=True):
+    def _free(self, free: list[Row]) -> None:
+        """Free rows by swapping in the last active row; go backwards so that indices stay valid."""
+        for row in sorted(free, key=lambda row: row.index, reverse=True):
             last = self._rows.pop()
             if last is not row:
-                self._buffers.move_row(last.at, row.at)
-                self._rows[row.at] = last
-                last.at = row.at
+                self._buffers.move_row(last.index, row.index)
+                self._rows[row.index] = last
+                last.index = row.index
         if free:
-            self._plan = None
-
-
-def _on(text: TextBatch, device: torch.device) -> TextBatch:
-    return TextBatch(*(part.to(device) for part in text))
-
-
+            self._draw_calls = None

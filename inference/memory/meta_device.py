@@ -1,4 +1,5 @@
-"""Models on torch's meta device, where tensors have shapes and no numbers: what a model takes is counted before it is made."""
+"""Models on torch's meta device, where tensors have shapes and no numbers: count memory before
+it is allocated."""
 
 # Axes: B batch, H heads, G key/value heads, n slots, d head width
 
@@ -16,25 +17,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenloom_common.config import StrictConfig
-from tokenloom_common.errors import UserError, one_line
+from tokenloom_common.errors import UserError
 
 
 def build_on_meta(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
-    """The model of a config on the meta device. UserError for one that no machine could hold."""
+    """Build the model of a config on the meta device.
+
+    UserError for one that no machine could hold.
+    """
     try:
         with torch.device("meta"):
             return kind(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
-        raise UserError(f"no model can be built from this config ({one_line(error)[:120]})") from None
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"no model can be built from this config ({reason})") from None
 
 
 @contextmanager
 def autocast_on_meta() -> Iterator[None]:
-    """Let code that turns autocast off for its tensor's device run on the meta device, which torch.autocast does not know."""
+    """Let code that turns autocast off run on the meta device, unknown to torch.autocast."""
     original = torch.autocast.__init__
 
     def start(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
-        original(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+        known = "cpu" if device_type == "meta" else device_type
+        original(self, known, *args, **kwargs)
 
     torch.autocast.__init__ = start  # type: ignore[method-assign]
     try:
@@ -44,7 +50,8 @@ def autocast_on_meta() -> Iterator[None]:
 
 
 def peak_on_meta(run: Callable[[], object], model: nn.Module) -> int:
-    """Most bytes alive at once of the tensors that `run` makes on the meta device, the model's own left out."""
+    """Return the peak bytes of the tensors that `run` allocates on the meta device, without the
+    model's own."""
     with torch.no_grad(), fused_attention(), Alive(model) as alive:
         run()
     return alive.peak
@@ -52,21 +59,24 @@ def peak_on_meta(run: Callable[[], object], model: nn.Module) -> int:
 
 @contextmanager
 def fused_attention(with_dropout: bool = False) -> Iterator[None]:
-    """Attention on the meta device that keeps its scores to itself, as the kernels of CPU and CUDA do where a head's numbers
-    lie side by side; the meta device has none of them and would make the scores always.
+    """Run attention on the meta device as a fused kernel, without materialising its scores.
 
-    with_dropout: also where attention weights are dropped, which CUDA's kernels do and the CPU's does not.
+    CPU and CUDA have such kernels for heads that are contiguous in memory; the meta device has
+    none, and would always allocate the scores.
+    with_dropout: also with dropout of attention weights, which CUDA's kernels do and the CPU's does
+    not.
     """
     original = F.scaled_dot_product_attention
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-               **options: Any) -> Tensor:
-        fused = all(part.is_meta and part.stride(-1) == 1 for part in (query, key, value)) and (with_dropout or not dropout_p)
-        if fused:
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+               dropout_p: float = 0.0, **options: Any) -> Tensor:
+        contiguous = all(part.is_meta and part.stride(-1) == 1 for part in (query, key, value))
+        if contiguous and (with_dropout or not dropout_p):
             return _Fused.apply(query, key, value, attn_mask)
         return original(query, key, value, attn_mask, dropout_p, **options)
 
-    # not a mode of torch's, which would not reach activations that are computed again in a backward pass
+    # not a torch function mode: it would not reach activations that are recomputed in a backward
+    # pass
     F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:
         yield
@@ -75,33 +85,39 @@ def fused_attention(with_dropout: bool = False) -> Iterator[None]:
 
 
 class _Fused(torch.autograd.Function):
-    """What a fused kernel takes and keeps: its inputs and output, a float32 sum a row, a mask in the queries' type."""
+    """The memory of a fused kernel: it keeps inputs, output, a float32 sum per row, and the mask
+    in the queries' type."""
 
     @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor,
+                mask: Tensor | None) -> Tensor:
         """query [B, H, n, d], key and value [B, G, m, d] -> [B, H, n, d]."""
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         if any(context.needs_input_grad):
-            sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-            added = [] if mask is None else [mask.new_empty(mask.shape, dtype=query.dtype)]
-            context.save_for_backward(query, key, value, out, sums, *added)
+            kept = [query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32)]
+            if mask is not None:
+                kept.append(mask.new_empty(mask.shape, dtype=query.dtype))
+            context.save_for_backward(*kept)
         return out
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """A gradient for each of query, key and value."""
+        """Return a gradient for each of query, key and value."""
         return *(part.new_empty(part.shape) for part in context.saved_tensors[:3]), None
 
 
 class Alive(TorchDispatchMode):
-    """Adds up the memory of the tensors that operations make on the model's device, until each is freed."""
+    """Count the bytes of tensors that operations allocate on the model's device and have not
+    freed: `now` and `peak`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._device = next(model.parameters()).device
-        # a view of a weight is no new memory; the tensors stay referenced, so that no new one gets an old one's number
-        self._known = {tensor.untyped_storage()._cdata: 0 for tensor in (*model.parameters(), *model.buffers())}
+        # by storage, since a view of a weight is no new memory; the model's storages stay alive, so
+        # that no new one gets the address of an old one
+        own = (*model.parameters(), *model.buffers())
+        self._known = {tensor.untyped_storage()._cdata: 0 for tensor in own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -117,5 +133,5 @@ class Alive(TorchDispatchMode):
             self.now += storage.nbytes()
             weakref.finalize(storage, self._free, storage._cdata)
 
-    def _free(self, number: int) -> None:
-        self.now -= self._known.pop(number)
+    def _free(self, address: int) -> None:
+        self.now -= self._known.pop(address)

@@ -16,63 +16,76 @@ from tokenizer_image.images import float_to_pixels
 from tokenizer_image.kinds import build_tokenizer
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-"""Precision of the decoder's matrices -> bytes a number."""
+"""Precision of the decoder's matrices -> bytes per number."""
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Of a transformer: numbers in the decoder's matrices and their output rows, all other parameters, the largest matrix;
-    slots of a row's sequence, and those of them that are text (0 where the text is attended to across)."""
+class TransformerSizes:
+    """Counts that the memory of a transformer follows from."""
 
-    matrices: int
-    matrix_rows: int
-    others: int
-    largest: int
-    slots: int
-    text_slots: int
+    matrices: int  # numbers in the decoder's matrices
+    matrix_rows: int  # their output rows
+    others: int  # all other parameters
+    largest: int  # numbers in the largest matrix
+    slots: int  # of a row's sequence
+    text_slots: int  # those of them that are text; 0 with cross-attention
 
     def weight_bytes(self, weights: str, number: int) -> int:
-        """int8: one byte a number of a matrix and a scale an output row; the rest, and the text encoder, in `number` bytes."""
+        """Return the bytes of all weights in this precision; `number`: bytes of a number that is
+        not int8."""
+        # int8: one byte per number of a matrix and one scale per output row; the rest stays as it
+        # was
         if weights == "int8":
             return self.matrices + (self.matrix_rows + self.others) * number
         return (self.matrices + self.others) * WEIGHT_BYTES[weights]
 
 
 @lru_cache(maxsize=32)
-def _sizes(config: TransformerConfig) -> _Sizes:
+def transformer_sizes(config: TransformerConfig) -> TransformerSizes:
+    """Count the parameters and slots of a transformer, on the meta device."""
     model = build_on_meta(TRANSFORMER_KINDS[config.kind], config)
-    linear = [m for part in (model.decoder, model.to_logits) for m in part.modules() if isinstance(m, nn.Linear)]
-    matrices = sum(layer.weight.numel() for layer in linear)
-    return _Sizes(matrices, sum(layer.out_features for layer in linear), sum(p.numel() for p in model.parameters()) - matrices,
-                  max(layer.weight.numel() for layer in linear), model.prefix_slots + model.image_slots, model.text_slots)
+    modules = [*model.decoder.modules(), *model.to_logits.modules()]
+    linear = [module for module in modules if isinstance(module, nn.Linear)]
+    matrices = [layer.weight.numel() for layer in linear]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return TransformerSizes(
+        matrices=sum(matrices), matrix_rows=sum(layer.out_features for layer in linear),
+        others=parameters - sum(matrices), largest=max(matrices),
+        slots=model.prefix_slots + model.image_slots, text_slots=model.text_slots)
 
 
-def _slot_bytes(config: TransformerConfig, number: int) -> int:
-    """Keys and values of one slot in all decoder layers."""
+def slot_bytes(config: TransformerConfig, number: int) -> int:
+    """Return the bytes of one slot's keys and values in all decoder layers; `number`: bytes per
+    number."""
     layers: int = config.decoder_layers  # type: ignore[attr-defined]
     return 2 * layers * (config.kv_heads or config.heads) * config.head_dim * number
 
 
 @lru_cache(maxsize=32)
-def _tokenizer_bytes(config: ImageTokenizerConfig) -> int:
-    """Parameters and buffers of both halves; an image tokenizer is float32 whatever the transformer is."""
+def tokenizer_bytes(config: ImageTokenizerConfig) -> int:
+    """Return the bytes of parameters and buffers of both halves, float32 whatever the
+    transformer is."""
     model = build_on_meta(build_tokenizer, config)
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 @lru_cache(maxsize=32)
 def picture_bytes(config: ImageTokenizerConfig) -> tuple[int, int]:
-    """(bytes however many, bytes a picture) at the peak of decoding codes to pixels uint8."""
+    """Return the peak bytes of decoding codes to uint8 pixels: (fixed, per image)."""
     model = build_on_meta(build_tokenizer, config).eval()
-    family: Any = config
-    (rows, columns), length = config.grid, family.embed_dim
+    family: Any = config  # every family has embed_dim, their common base does not
+    embed_dim = family.embed_dim
+    rows, columns = config.grid
 
-    def peak(pictures: int) -> int:
+    def peak(images: int) -> int:
         def decode() -> None:
-            vectors = torch.empty(pictures, length, rows, columns // config.depth, device="meta")
+            shape = (images, embed_dim, rows, columns // config.depth)
+            vectors = torch.empty(shape, device="meta")
             float_to_pixels(model.decode_vectors(vectors).clamp(-1.0, 1.0))
         return peak_on_meta(decode, model)
 
     one, two = peak(1), peak(2)
-    codebook = 2 * 4 * config.codebook_size * config.depth * length  # normalised or mapped anew for each look-up
-    return 2 * one - two + codebook, two - one
+    per_image = two - one
+    # the codebook is normalised or projected anew for each look-up, in float32
+    codebook = 2 * 4 * config.codebook_size * config.depth * embed_dim
+    return one - per_image + codebook, per_image

@@ -12,45 +12,59 @@ from tokenloom_common.errors import UserError
 
 
 def check_candidates(rerank_from: int | None, num_images: int) -> None:
-    """UserError when there are fewer candidates than pictures to keep. None: there is no choice to make."""
+    """Raise UserError if there are fewer candidates than images to keep; None: no reranking."""
     if rerank_from is None:
         return
-    if not isinstance(rerank_from, int) or isinstance(rerank_from, bool) or rerank_from < num_images:
-        raise UserError(f"rerank_from must be a whole number of at least num_images {num_images}, got {rerank_from!r}: that "
-                        "many candidates are drawn, and the best are kept")
+    is_number = isinstance(rerank_from, int) and not isinstance(rerank_from, bool)
+    if not is_number or rerank_from < num_images:
+        raise UserError(
+            f"rerank_from must be a whole number of at least num_images {num_images}, "
+            f"got {rerank_from!r}: that many candidates are drawn, and the best are kept")
 
 
-def check_rerank(rerank_from: int | None, num_images: int, given: Scorer | None, loaded: Scorer | None) -> Scorer | None:
-    """What chooses among candidates: `given`, else `loaded`; None where there is no choice to make.
+def check_rerank(rerank_from: int | None, num_images: int, given: Scorer | None,
+                 loaded: Scorer | None) -> Scorer | None:
+    """Return the scorer to rerank with: `given`, else `loaded`; None without reranking.
 
-    UserError when there are fewer candidates than pictures to keep, nothing that could choose, or nothing to choose from.
+    UserError for fewer candidates than images to keep, for candidates without a scorer, and for a
+    `given` scorer without candidates.
     """
     check_candidates(rerank_from, num_images)
     if rerank_from is None:
         if given is not None:
-            raise UserError("a matcher chooses among candidates; say how many with rerank_from, or leave the matcher out")
+            raise UserError("a matcher chooses among candidates; say how many with rerank_from, "
+                            "or leave the matcher out")
         return None
-    judge = given if given is not None else loaded
-    if not hasattr(judge, "scores"):
-        found = "" if judge is None else f", got {type(judge).__name__}"
-        raise UserError(f"rerank_from needs a matcher to choose the best candidates{found}; load one with load_matcher(DIR), "
-                        "or with TextToImage.from_pretrained(..., matcher=DIR)")
-    return judge
+    scorer = given if given is not None else loaded
+    if not hasattr(scorer, "scores"):
+        found = "" if scorer is None else f", got {type(scorer).__name__}"
+        raise UserError(
+            f"rerank_from needs a matcher to choose the best candidates{found}; load one with "
+            "load_matcher(DIR), or with TextToImage.from_pretrained(..., matcher=DIR)")
+    return scorer
 
 
-def keep_best(result: GenerationResult, candidates: int, num_images: int, scorer: Scorer) -> GenerationResult:
-    """Of each prompt's `candidates`, which stand in a row, the num_images that fit it best, the best first, with their scores.
-    Equal scores keep their order. UserError if the scorer gives no number for a picture."""
+def keep_best(result: GenerationResult, candidates: int, num_images: int,
+              scorer: Scorer) -> GenerationResult:
+    """Keep the num_images highest-scoring of each prompt's `candidates`, best first, with their
+    scores.
+
+    result: the candidates of a prompt follow one another. Equal scores keep their order. UserError
+    if the scorer does not return one finite number per image.
+    """
     rows: list[int] = []
     kept: list[float] = []
     for first in range(0, len(result.images), candidates):
-        found = torch.as_tensor(scorer.scores(result.images[first: first + candidates], [result.prompts[first]])).float().cpu()
-        if found.shape != (candidates, 1) or not bool(found.isfinite().all()):
-            raise UserError(f"the matcher gave scores {list(found.shape)} for {candidates} pictures and one caption; expected "
-                            f"[{candidates}, 1], all finite")
-        best = found[:, 0].argsort(descending=True, stable=True)[:num_images]
+        images = result.images[first: first + candidates]
+        scores = torch.as_tensor(scorer.scores(images, [result.prompts[first]])).float().cpu()
+        if scores.shape != (candidates, 1) or not bool(scores.isfinite().all()):
+            raise UserError(
+                f"the matcher gave scores {list(scores.shape)} for {candidates} pictures and one "
+                f"caption; expected [{candidates}, 1], all finite")
+        best = scores[:, 0].argsort(descending=True, stable=True)[:num_images]
         rows += (best + first).tolist()
-        kept += found[best, 0].tolist()
-    return replace(result, images=[result.images[row] for row in rows], image_tokens=result.image_tokens[rows],
-                   prompts=[result.prompts[row] for row in rows], seeds=[result.seeds[row] for row in rows], scores=kept,
-                   layouts=None if result.layouts is None else result.layouts[rows])
+        kept += scores[best, 0].tolist()
+    return replace(
+        result, images=[result.images[row] for row in rows], image_tokens=result.image_tokens[rows],
+        prompts=[result.prompts[row] for row in rows], seeds=[result.seeds[row] for row in rows],
+        layouts=None if result.layouts is None else result.layouts[rows], scores=kept)

@@ -1,6 +1,6 @@
-"""What can say how well captions fit pictures, whoever trained it, and the choice of the best of several candidates."""
+"""Scorers: how well captions fit images, whoever trained the model."""
 
-# Axes: P pictures, M captions, E width of the space that both share
+# Axes: P images, M captions, E width of the shared space
 
 from __future__ import annotations
 
@@ -15,32 +15,47 @@ from tokenloom_common.errors import UserError
 
 
 class Scorer(Protocol):
-    """What reranking needs."""
+    """Anything that scores images against captions; reranking needs no more."""
 
     def scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """P pictures, M captions -> [P, M]: larger fits better."""
+        """Score P images against M captions -> [P, M], where larger fits better."""
 
 
 class ImageTextScorer:
-    """Pictures and captions in one space. A subclass gives `_embed_images` and `_embed_captions`, a batch at a time."""
+    """Embeds images and captions in one space.
+
+    A subclass implements _embed_images and _embed_captions, for a batch.
+    """
 
     batch_size = 64
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """P pictures of any size (the centre square counts) -> [P, E] float32 of length 1, on the CPU. UserError for others."""
-        return self._in_batches(_checked(images, Image.Image, "picture", "a PIL image"), self._embed_images)
+        """Embed P images of any size (by their centre squares) -> [P, E] float32 of length 1, on
+        the CPU.
+
+        UserError for anything but a list of PIL images.
+        """
+        checked = _checked(images, Image.Image, "picture", "a PIL image")
+        return self._in_batches(checked, self._embed_images)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
-        """M captions -> [M, E] float32 of length 1, on the CPU. UserError for what is not a list of text."""
-        return self._in_batches(_checked(captions, str, "caption", "text"), self._embed_captions)
+        """Embed M captions -> [M, E] float32 of length 1, on the CPU.
+
+        UserError for anything but a list of text.
+        """
+        checked = _checked(captions, str, "caption", "text")
+        return self._in_batches(checked, self._embed_captions)
 
     def scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """P pictures, M captions -> cosine similarity [P, M] float32 in [-1, 1], on the CPU."""
+        """Return the cosine similarity [P, M] float32 in [-1, 1] of P images and M captions, on
+        the CPU."""
         return self.embed_images(images) @ self.embed_captions(captions).T
 
     @torch.inference_mode()
     def _in_batches(self, items: list[Any], embed: Any) -> Tensor:
-        parts = [embed(items[start: start + self.batch_size]) for start in range(0, len(items), self.batch_size)]
+        parts = []
+        for start in range(0, len(items), self.batch_size):
+            parts.append(embed(items[start: start + self.batch_size]))
         return torch.cat(parts).float().cpu().clone()
 
     def _embed_images(self, images: list[Image.Image]) -> Tensor:
@@ -51,6 +66,7 @@ class ImageTextScorer:
 
 
 def _checked(items: Sequence[Any], wanted: type, what: str, words: str) -> list[Any]:
+    """Return items as a list. UserError, naming the row, unless it is a list of `wanted`."""
     if isinstance(items, (str, bytes, Image.Image)) or not isinstance(items, Sequence):
         raise UserError(f"give a list of {what}s, got {type(items).__name__}")
     for row, item in enumerate(items):

@@ -1,19 +1,26 @@
-"""Quantizers: latents -> codes -> vectors. This package is the only importer of vector-quantize-pytorch."""
+"""Quantizers: latents -> codes -> vectors. The only importer of vector-quantize-pytorch."""
 
 from tokenizer_image.quantizer_config import QuantizerConfig
 from tokenizer_image.quantizers.base import LossPart, Quantized, Quantizer
 from tokenizer_image.quantizers.gumbel import GumbelQuantizer
 from tokenizer_image.quantizers.residual import ResidualQuantizer
 from tokenizer_image.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
-from tokenizer_image.quantizers.vector import SimVQuantizer, VectorQuantizer
+from tokenizer_image.quantizers.simvq import SimVQuantizer
+from tokenizer_image.quantizers.vector import VectorQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
-    "vq": VectorQuantizer, "residual": ResidualQuantizer, "fsq": FiniteScalarQuantizer, "lfq": LookupFreeQuantizer,
-    "simvq": SimVQuantizer, "gumbel": GumbelQuantizer}
+    "vq": VectorQuantizer,
+    "residual": ResidualQuantizer,
+    "fsq": FiniteScalarQuantizer,
+    "lfq": LookupFreeQuantizer,
+    "simvq": SimVQuantizer,
+    "gumbel": GumbelQuantizer,
+}
+"""QuantizerConfig.kind -> class."""
 
 
 def build_quantizer(dim: int, codebook_size: int, config: QuantizerConfig) -> Quantizer:
-    """The quantizer that a config describes, for latents [B, dim, h, w]."""
+    """Build the quantizer of a config, for latents [B, dim, h, w]."""
     return QUANTIZERS[config.kind](dim, codebook_size, config)
 
 

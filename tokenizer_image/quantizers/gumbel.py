@@ -1,6 +1,7 @@
-"""Codes drawn from a categorical: the Gumbel-softmax relaxation, its schedule and prior, and the quantizer made of them.
+"""Gumbel-softmax relaxation of codes, its schedule and KL term, and the quantizer made of them.
 
-The noise comes from torch's global generator, whose state a resumed run restores. tokenizer_image/dvae.py draws so too.
+The noise comes from torch's global generator, whose state a resumed run restores. The dVAE
+(tokenizer_image/dvae.py) uses the same functions.
 
 Axes: B batch, h w latent grid, D length of a code vector, K codebook size.
 """
@@ -15,42 +16,48 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer_image.quantizer_config import QuantizerConfig
-from tokenizer_image.quantizers.base import LossPart, Quantized, Quantizer, largest_score
+from tokenizer_image.quantizers.base import LossPart, Quantized, Quantizer
+from tokenizer_image.quantizers.search import argmax_scores
 
 
 def half_cosine(start: float, end: float, step: int, steps: int) -> float:
-    """From `start` at step 0 to `end` at `steps` and beyond, flat at both ends."""
-    share = min(1.0, step / steps) if steps else 1.0
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+    """Interpolate from `start` at step 0 to `end` at `steps` and beyond, flat at both ends."""
+    progress = min(1.0, step / steps) if steps else 1.0
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL of softmax(logits) over K codes to the uniform distribution, logits [B, K, h, w] -> mean over positions [] in nats.
+    """KL of softmax(logits [B, K, h, w]) over K codes to the uniform distribution -> [] in nats.
 
-    Between 0 and log K.
+    Mean over positions, between 0 and log K.
     """
-    log_shares = logits.float().log_softmax(dim=1)
-    return (log_shares.exp() * log_shares).sum(dim=1).mean() + math.log(logits.shape[1])
+    log_probs = logits.float().log_softmax(dim=1)
+    negative_entropy = (log_probs.exp() * log_probs).sum(dim=1).mean()
+    return negative_entropy + math.log(logits.shape[1])
 
 
 def gumbel_softmax(logits: Tensor, temperature: float, straight_through: bool = False) -> Tensor:
-    """A sample of softmax(logits) over dimension 1, shape as logits, float32 (Jang et al. 2016, arXiv 1611.01144).
+    """Draw a relaxed sample of softmax(logits) over dimension 1 (arXiv 1611.01144).
 
-    Relaxed: shares that sum to 1. straight_through: 1 at the largest share and 0 elsewhere, with the gradient of the shares.
+    Shape as logits, float32, sums to 1. straight_through: one-hot at the largest entry, with the
+    gradient of the relaxed sample.
     """
-    noise = torch.empty_like(logits, dtype=torch.float32).exponential_().clamp_min_(1e-20).log_()  # minus a Gumbel sample
-    shares = ((logits.float() - noise) / temperature).softmax(dim=1)
+    # -log of an exponential sample is a Gumbel sample; the floor keeps log finite
+    exponential = torch.empty_like(logits, dtype=torch.float32).exponential_()
+    negative_gumbel = exponential.clamp_min_(1e-20).log_()
+    soft = ((logits.float() - negative_gumbel) / temperature).softmax(dim=1)
     if not straight_through:
-        return shares
-    drawn = torch.zeros_like(shares).scatter_(1, shares.argmax(dim=1, keepdim=True), 1.0)
-    return drawn + (shares - shares.detach())
+        return soft
+
+    hard = torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
+    return hard + (soft - soft.detach())
 
 
 class GumbelQuantizer(Quantizer):
-    """A 1x1 convolution scores all K codes at each position, and the best one's vector is decoded (taming's GumbelVQ).
+    """A 1x1 convolution scores all K codes at each position (taming's GumbelVQ).
 
-    Training decodes a sample of those scores; a code that is reported or encoded is the best one, without noise. Training
-    holds B*K*h*w numbers several times over; encoding looks at them in blocks.
+    Training decodes a sample of those scores and holds B*K*h*w numbers several times over. The
+    code that is reported or encoded is the best one, without noise, searched in blocks.
     """
 
     temperature: float
@@ -59,45 +66,51 @@ class GumbelQuantizer(Quantizer):
         super().__init__(dim, codebook_size, config)
         self.proj = nn.Conv2d(dim, codebook_size, 1)
         self.embed = nn.Embedding(codebook_size, dim)
-        self.set_step(0, total=1)  # until training says otherwise the schedule stands at its start
+        self.set_step(0, total=1)  # the schedule stands at its start until training sets a step
 
     @property
     def codebook(self) -> Tensor:
         """The code vectors [K, D] float32."""
         return self.embed.weight.float()
 
-    def code_tensors(self) -> dict[str, Tensor]:
-        """The codebook, and the weights that score the codes."""
-        return {**super().code_tensors(), "proj.weight": self.proj.weight, "proj.bias": self._bias}
-
     @property
     def _bias(self) -> Tensor:
         assert self.proj.bias is not None
         return self.proj.bias
 
+    def code_tensors(self) -> dict[str, Tensor]:
+        """The codebook, and the weights that score the codes."""
+        return {**super().code_tensors(), "proj.weight": self.proj.weight, "proj.bias": self._bias}
+
     def set_step(self, step: int, total: int) -> dict[str, float]:
-        """Tell the quantizer which of `total` training steps comes next (from 0) -> its temperature."""
+        """Set the temperature for training step `step` (from 0) of `total` -> it, for the log."""
         config = self.config
-        self.temperature = half_cosine(config.temperature_start, config.temperature_end, step,
-                                       min(config.temperature_steps, total))
+        steps = min(config.temperature_steps, total)
+        start, end = config.temperature_start, config.temperature_end
+        self.temperature = half_cosine(start, end, step, steps)
         return {"temperature": self.temperature}
 
     def search(self, latents: Tensor) -> Tensor:
-        """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64 in [0, K); ties go to the lowest code."""
-        return largest_score(latents, self.proj.weight.float().flatten(1), self._bias.float())
+        """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64, the lowest on ties."""
+        weight = self.proj.weight.float().flatten(1)  # [K, D]
+        return argmax_scores(latents, weight, self._bias.float())
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes [B, h, w] in [0, K) -> code vectors [B, D, h, w] float32."""
         return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
 
     def quantize(self, latents: Tensor) -> Quantized:
-        """Latents [B, D, h, w] float32 -> a sample in training mode, the codes themselves in eval mode, which pass no gradient
-        to the latents. Loss part: `kl`."""
+        """Latents [B, D, h, w] float32 -> a sample in training mode, the best codes in eval mode.
+
+        Eval mode passes no gradient to the latents. Loss term: `kl`.
+        """
         logits = F.conv2d(latents, self.proj.weight.float(), self._bias.float())  # [B, K, h, w]
         losses = {"kl": LossPart(kl_to_uniform(logits), self.config.kl_weight)}
         with torch.no_grad():
             codes = self.search(latents)
         if not self.training:
             return Quantized(self.lookup(codes), codes, losses)
-        drawn = gumbel_softmax(logits, self.temperature, self.config.straight_through)
-        return Quantized(torch.einsum("bkhw,kd->bdhw", drawn, self.codebook), codes, losses)
+
+        sample = gumbel_softmax(logits, self.temperature, self.config.straight_through)
+        vectors = torch.einsum("bkhw,kd->bdhw", sample, self.codebook)
+        return Quantized(vectors, codes, losses)

@@ -1,6 +1,6 @@
-"""Quantizers without a learned codebook: every number of a latent is rounded by itself.
+"""Quantizers without a learned codebook: every number of a latent is rounded on its own.
 
-Axes: B batch, h w latent grid, D length of a code vector (numbers of a latent), K codebook size, n latents (= B*h*w).
+Axes: B batch, h w latent grid, D numbers of a latent, K codebook size, n latents (= B*h*w).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tokenizer_image.quantizers.base import LossPart, Quantized, Quantizer, proc
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """FSQ: number i of a latent is squashed and rounded to `levels[i]` values (Mentzer et al. 2023, arXiv 2309.15505).
+    """FSQ: number i of a latent is squashed and rounded to `levels[i]` values (arXiv 2309.15505).
 
-    A code is its level numbers in mixed radix, the first number counting least. The library rounds; codes are counted
-    here, since the library's float32 cannot tell large ones apart, and its table of codes cannot be built on `meta`.
+    A code is the level indices in mixed radix, the first number counting least. The library only
+    rounds: its float32 codes are inexact above 2^24, and its codebook cannot be built on `meta`.
     """
 
     levels: Tensor
@@ -30,10 +30,11 @@ class FiniteScalarQuantizer(Quantizer):
 
     def __init__(self, dim: int, codebook_size: int, config: QuantizerConfig) -> None:
         super().__init__(dim, codebook_size, config)
-        self.fsq = FSQ(levels=list(config.levels), return_indices=False)
-        values = [math.prod(config.levels[:place]) for place in range(len(config.levels))]
-        self.register_buffer("levels", torch.tensor(config.levels), persistent=False)  # [D]
-        self.register_buffer("place_values", torch.tensor(values), persistent=False)  # [D]
+        levels = config.levels
+        place_values = [math.prod(levels[:place]) for place in range(len(levels))]
+        self.fsq = FSQ(levels=list(levels), return_indices=False)
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)  # [D]
+        self.register_buffer("place_values", torch.tensor(place_values), persistent=False)  # [D]
 
     @property
     def codebook(self) -> Tensor:
@@ -42,42 +43,50 @@ class FiniteScalarQuantizer(Quantizer):
 
     def search(self, latents: Tensor) -> Tensor:
         """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64 in [0, K)."""
-        return self._codes(self._rounded(latents))
+        return self._codes(self._round(latents))
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes [B, h, w] in [0, K) -> code vectors [B, D, h, w] float32."""
         return rearrange(self._vectors(codes), "b h w d -> b d h w")
 
     def quantize(self, latents: Tensor) -> Quantized:
-        """Latents [B, D, h, w] float32 -> rounded, with straight-through gradients; there is no loss term."""
-        rounded = self._rounded(latents)
-        return Quantized(rearrange(rounded, "b h w d -> b d h w"), self._codes(rounded), {})
+        """Latents [B, D, h, w] float32 -> rounded, with straight-through gradients. No loss."""
+        rounded = self._round(latents)
+        vectors = rearrange(rounded, "b h w d -> b d h w")
+        return Quantized(vectors, self._codes(rounded), {})
 
-    def _rounded(self, latents: Tensor) -> Tensor:
+    def _round(self, latents: Tensor) -> Tensor:
+        """Latents [B, D, h, w] -> vectors [B, h, w, D] in [-1, 1]."""
         return self.fsq.quantize(rearrange(latents, "b d h w -> b h w d"))
 
     def _codes(self, rounded: Tensor) -> Tensor:
+        """Vectors [..., D] -> codes [...]."""
         half = self.levels // 2
-        return (((rounded.detach() * half).round().long() + half) * self.place_values).sum(dim=-1)
+        level_indices = (rounded.detach() * half).round().long() + half
+        return (level_indices * self.place_values).sum(dim=-1)
 
     def _vectors(self, codes: Tensor) -> Tensor:
+        """Codes [...] -> vectors [..., D]."""
         half = self.levels // 2
-        return ((codes[..., None] // self.place_values % self.levels) - half) / half
+        level_indices = codes[..., None] // self.place_values % self.levels
+        return (level_indices - half) / half
 
 
 class LookupFreeQuantizer(Quantizer):
-    """LFQ: a code is the signs of a latent's numbers, K = 2^D (Yu et al. 2023, arXiv 2310.05737); the first counts most.
+    """LFQ: a code is the signs of a latent's numbers, K = 2^D, the first counting most.
 
-    Not the library's: its batch entropy is wrong with several processes (the sum over them is thrown away), it is flat for
-    shares under 1e-5, so above 100,000 codes, and it takes n x K numbers; here n x sqrt(K) + K.
+    Yu et al. 2023, arXiv 2310.05737. Not the library's: its batch entropy drops the sum over
+    processes, is flat for probabilities under 1e-5 (so above 100,000 codes), and takes n x K
+    numbers; here n x sqrt(K) + K.
     """
 
     place_values: Tensor
 
     def __init__(self, dim: int, codebook_size: int, config: QuantizerConfig) -> None:
         super().__init__(dim, codebook_size, config)
-        self.scale = dim ** -0.5 if config.spherical else 1.0
-        self.register_buffer("place_values", 2 ** torch.arange(dim - 1, -1, -1), persistent=False)  # [D]
+        self.scale = dim ** -0.5 if config.spherical else 1.0  # of every number of a code vector
+        place_values = 2 ** torch.arange(dim - 1, -1, -1)
+        self.register_buffer("place_values", place_values, persistent=False)  # [D]
 
     @property
     def codebook(self) -> Tensor:
@@ -85,8 +94,9 @@ class LookupFreeQuantizer(Quantizer):
         return self._vectors(torch.arange(self.codebook_size, device=self.place_values.device))
 
     def search(self, latents: Tensor) -> Tensor:
-        """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64 in [0, K); 0 counts as negative."""
-        return ((rearrange(latents, "b d h w -> b h w d") > 0) * self.place_values).sum(dim=-1)
+        """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64; 0 counts as negative."""
+        positive = rearrange(latents, "b d h w -> b h w d") > 0
+        return (positive * self.place_values).sum(dim=-1)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes [B, h, w] in [0, K) -> code vectors [B, D, h, w] float32."""
@@ -95,41 +105,64 @@ class LookupFreeQuantizer(Quantizer):
     def quantize(self, latents: Tensor) -> Quantized:
         """Latents [B, D, h, w] float32 -> signs, with straight-through gradients.
 
-        sample_entropy (made small: a latent is sure of its code) and batch_entropy (made large: all codes are in use), in
-        nats, of the soft assignment softmax(-|z - e|^2 / temperature).
+        Loss terms in nats, of the soft assignment softmax(-|z - e|^2 / temperature):
+        sample_entropy, minimized so that each latent is sure of its code, and batch_entropy,
+        maximized so that all codes are in use.
         """
-        target = F.normalize(latents, dim=1) if self.config.spherical else latents
+        target = latents
+        if self.config.spherical:
+            target = F.normalize(latents, dim=1)
         codes = self.search(latents)
         vectors = self.lookup(codes)
-        # |z - e|^2 is a sum over the numbers and codes are all their combinations, so that the signs are independent
-        flat = rearrange(target, "b d h w -> (b h w) d")
-        sure = flat * (4 * self.scale / self.config.entropy_temperature)  # logit of "positive"
-        sample_entropy = (F.softplus(sure) - sure * sure.sigmoid()).sum(dim=1).mean()
-        shares = self._shares(sure)
-        batch_entropy = -(shares * shares.clamp(min=torch.finfo(shares.dtype).tiny).log()).sum()
-        weight = self.config.entropy_weight
-        return Quantized(target + (vectors - target).detach(), codes, {
-            "commit": LossPart(F.mse_loss(target, vectors), self.config.commitment_weight),
-            "sample_entropy": LossPart(sample_entropy, weight),
-            "batch_entropy": LossPart(batch_entropy, -weight * self.config.diversity_gamma)})
 
-    def _shares(self, sure: Tensor) -> Tensor:
-        """Logits [n, D] -> mean soft share of every code [2^(D/2), 2^(D/2)], over all processes in training mode."""
-        halves = []
-        for part in (sure[:, :self.dim // 2], sure[:, self.dim // 2:]):
-            table = torch.ones_like(sure[:, :1])  # [n, 2^bits so far]
-            for bit in part.unbind(dim=1):
-                pair = torch.stack([(-bit).sigmoid(), bit.sigmoid()], dim=1)  # [n, 2]
-                table = (table[:, :, None] * pair[:, None, :]).flatten(1)
-            halves.append(table)
-        shares = halves[0].T @ halves[1] / max(1, len(sure))
+        # |z - e|^2 is a sum over the numbers, and the codes are all combinations of signs: so the
+        # soft assignment is D independent signs, and the entropy of a latent is the sum of theirs.
+        flat = rearrange(target, "b d h w -> (b h w) d")
+        sign_logits = flat * (4 * self.scale / self.config.entropy_temperature)
+        sign_entropies = F.softplus(sign_logits) - sign_logits * sign_logits.sigmoid()
+        sample_entropy = sign_entropies.sum(dim=1).mean()
+
+        probs = self._mean_code_probs(sign_logits)
+        log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+        batch_entropy = -(probs * log_probs).sum()
+
+        config = self.config
+        diversity_weight = -config.entropy_weight * config.diversity_gamma  # negative: maximized
+        losses = {"commit": LossPart(F.mse_loss(target, vectors), config.commitment_weight),
+                  "sample_entropy": LossPart(sample_entropy, config.entropy_weight),
+                  "batch_entropy": LossPart(batch_entropy, diversity_weight)}
+        return Quantized(target + (vectors - target).detach(), codes, losses)
+
+    def _mean_code_probs(self, sign_logits: Tensor) -> Tensor:
+        """Logits [n, D] of positive signs -> mean probability of every code [2^(D/2), 2^(D/2)].
+
+        Over all processes in training mode.
+        """
+        # Codes factor into two halves of their bits, so that [n, K] is never formed: the mean over
+        # n of the outer product of the halves is one matrix product.
+        middle = self.dim // 2
+        first = _sign_combination_probs(sign_logits[:, :middle])
+        second = _sign_combination_probs(sign_logits[:, middle:])
+        probs = first.T @ second / max(1, len(sign_logits))
+
         processes = process_count()
         if self.training and processes > 1:
-            everywhere = shares.detach().clone()
-            dist.all_reduce(everywhere)
+            summed = probs.detach().clone()
+            dist.all_reduce(summed)
             # gradients are averaged over processes later, so each passes its own in full
-            shares = everywhere / processes + (shares - shares.detach())
-        return shares
+            probs = summed / processes + (probs - probs.detach())
+        return probs
 
     def _vectors(self, codes: Tensor) -> Tensor:
-        return ((codes[..., None] & self.place_values) != 0).float().mul(2).sub(1).mul(self.scale)
+        """Codes [...] -> vectors [..., D] of +-scale."""
+        bits = (codes[..., None] & self.place_values) != 0
+        return bits.float().mul(2).sub(1).mul(self.scale)
+
+
+def _sign_combination_probs(sign_logits: Tensor) -> Tensor:
+    """Logits [n, bits] of positive signs -> probability of each combination [n, 2^bits]."""
+    table = sign_logits.new_ones(len(sign_logits), 1)  # [n, 2^bits so far]
+    for bit in sign_logits.unbind(dim=1):
+        pair = torch.stack([(-bit).sigmoid(), bit.sigmoid()], dim=1)  # [n, 2]
+        table = (table[:, :, None] * pair[:, None, :]).flatten(1)
+    return table

@@ -13,45 +13,87 @@ from tokenloom_common.files import write_text_atomic
 from training.runs.facts import RunFacts, find_runs, read_run
 from training.runs.page import duration, gibibytes, page, percent, whole
 
-COLUMNS = ("run", "kind", "status", "steps", "loss", "held-out", "best", "samples/s", "tokens/s", "MFU", "memory", "skipped",
-           "time")
-SOMETIMES = ("best", "tokens/s", "MFU", "memory")
+COLUMNS = ("run", "kind", "status", "steps", "loss", "held-out", "best", "samples/s", "tokens/s",
+           "MFU", "memory", "skipped", "time")
+OPTIONAL_COLUMNS = ("best", "tokens/s", "MFU", "memory")
 """Columns that are left out of the table where no run has them."""
-UNITS: dict[str, Callable[[Any], str]] = {"tokens/s": whole, "MFU": percent, "memory": gibibytes, "time": duration}
+UNITS: dict[str, Callable[[Any], str]] = {
+    "tokens/s": whole,
+    "MFU": percent,
+    "memory": gibibytes,
+    "time": duration,
+}
 
 
 def runs(argv: Sequence[str] | None = None) -> int:
-    """`tokenloom runs DIR`: every run at or below a folder, a line each."""
-    parser = OneLineParser(prog="tokenloom runs", description="Compare the runs at or below a folder.",
-                           epilog="examples:\n  tokenloom runs runs\n  tokenloom runs runs --sort held-out --json",
+    """`tokenloom runs DIR`: every run at or below a folder, one line per run."""
+    parser = OneLineParser(prog="tokenloom runs",
+                           description="Compare the runs at or below a folder.",
+                           epilog="examples:\n  tokenloom runs runs\n"
+                                  "  tokenloom runs runs --sort held-out --json",
                            formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder with run folders in it, or one run folder")
-    parser.add_argument("--sort", choices=COLUMNS, default="run", help="column to sort by (default run: its path)")
+    parser.add_argument("folder", type=Path,
+                        help="a folder with run folders in it, or one run folder")
+    parser.add_argument("--sort", choices=COLUMNS, default="run",
+                        help="column to sort by (default run: its path)")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     args = parser.parse_args(argv)
-    found = sorted((_line(run, args.folder) for run in find_runs(args.folder)), key=lambda line: _key(line[args.sort]))
+
+    lines = [_line(run, args.folder) for run in find_runs(args.folder)]
+    lines.sort(key=lambda line: _sort_key(line[args.sort]))
     if args.json:
-        print(json.dumps({"folder": str(args.folder), "runs": found}))
-        return 0
-    columns = [name for name in COLUMNS if name not in SOMETIMES or any(line[name] is not None for line in found)]
-    rows = [columns, *([_shown(name, line) for name in columns] for line in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        print(json.dumps({"folder": str(args.folder), "runs": lines}))
+    else:
+        _print_table(lines)
     return 0
 
 
+def _print_table(lines: list[dict[str, Any]]) -> None:
+    columns = []
+    for name in COLUMNS:
+        if name not in OPTIONAL_COLUMNS or any(line[name] is not None for line in lines):
+            columns.append(name)
+    rows = [columns]
+    for line in lines:
+        rows.append([_shown(name, line) for name in columns])
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for row in rows:
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        print("  ".join(padded).rstrip())
+
+
 def _line(run: RunFacts, folder: Path) -> dict[str, Any]:
-    name = str(run.path.relative_to(folder)) if run.path != folder else run.path.resolve().name
-    return {"run": name, "kind": run.kind, "status": run.status, "steps": run.steps, "of": run.total_steps, "loss": run.loss,
-            "held-out": run.validation_loss, "best": run.best[0].value if run.best else None,
-            "best of": run.best[0].name if run.best else None, "best step": run.best[1] if run.best else None,
-            "samples/s": run.median("samples_per_s"), "tokens/s": run.median("tokens_per_s"), "MFU": run.median("mfu"),
-            "memory": run.memory_bytes, "skipped": run.skipped, "time": round(run.seconds, 1)}
+    if run.path == folder:
+        name = run.path.resolve().name  # `.` would say nothing
+    else:
+        name = str(run.path.relative_to(folder))
+    best = best_name = best_step = None
+    if run.best:
+        metric, best_step = run.best
+        best, best_name = metric.value, metric.name
+    return {
+        "run": name,
+        "kind": run.kind,
+        "status": run.status,
+        "steps": run.steps,
+        "of": run.total_steps,
+        "loss": run.loss,
+        "held-out": run.validation_loss,
+        "best": best,
+        "best of": best_name,
+        "best step": best_step,
+        "samples/s": run.median("samples_per_s"),
+        "tokens/s": run.median("tokens_per_s"),
+        "MFU": run.median("mfu"),
+        "memory": run.memory_bytes,
+        "skipped": run.skipped,
+        "time": round(run.seconds, 1),
+    }
 
 
-def _key(value: Any) -> tuple[bool, Any]:
-    return value is None, value if value is not None else 0  # what is not known comes last
+def _sort_key(value: Any) -> tuple[bool, Any]:
+    """Sort unknown values last; they cannot be compared with others."""
+    return value is None, 0 if value is None else value
 
 
 def _shown(name: str, line: dict[str, Any]) -> str:
@@ -62,18 +104,22 @@ def _shown(name: str, line: dict[str, Any]) -> str:
         return f"{value:.4g} @ {line['best step']:,}"
     if name in UNITS:
         return UNITS[name](value)
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def report(argv: Sequence[str] | None = None) -> int:
     """`tokenloom report RUN`: one self-contained HTML page."""
-    parser = OneLineParser(prog="tokenloom report", description="Write one HTML page about a run, with everything in it.",
+    parser = OneLineParser(prog="tokenloom report",
+                           description="Write one self-contained HTML page about a run.",
                            epilog="examples:\n  tokenloom report runs/seq2seq\n"
                                   "  tokenloom report runs/seq2seq --out seq2seq.html",
                            formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
     args = parser.parse_args(argv)
+
     run = read_run(args.run)
     out = args.out or args.run / "report.html"
     if out.is_dir():

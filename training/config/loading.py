@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from tokenloom_common.config import (
     StrictConfig,
@@ -22,16 +23,21 @@ from tokenloom_common.errors import UserError, nearest_name
 
 Config = TypeVar("Config", bound=StrictConfig)
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 
-def load_config(config_class: type[Config], argv: Sequence[str], prog: str, description: str) -> Config:
-    """Build a run's config from argv: `--config FILE`, then `--section.key value` overrides. UserError on any mistake.
 
-    `--help` prints every key with its default; `--local_rank` (added by the launcher) is accepted and ignored.
+def load_config(config_class: type[Config], argv: Sequence[str], prog: str, description: str
+                ) -> Config:
+    """Build a run's config from argv: `--config FILE`, then `--section.key value` overrides.
+
+    `--help` prints every key with its default; `--local_rank` (added by the launcher) is ignored.
+    UserError on any mistake.
     """
     try:
         return _load(config_class, argv, prog, description)
     except UserError as error:
-        error.raised_everywhere = True  # type: ignore[attr-defined]  # every process has the same arguments: one speaks
+        # every process has the same arguments, so only the first one prints the error
+        error.raised_everywhere = True  # type: ignore[attr-defined]
         raise
 
 
@@ -45,58 +51,67 @@ def _load(config_class: type[Config], argv: Sequence[str], prog: str, descriptio
             print(help_text(config_class, prog, description))
             raise SystemExit(0)
         if not flag.startswith("--"):
-            raise UserError(f"unexpected argument '{flag}'; options are --config FILE and --section.key value")
+            raise UserError(f"unexpected argument '{flag}'; options are --config FILE and "
+                            "--section.key value")
+
         name, has_value, value = flag[2:].partition("=")
         if not has_value:
             if not items:
                 raise UserError(f"--{name} needs a value")
             value = items.pop(0)
+
         if name in ("local_rank", "local-rank"):
             continue
         if name == "config":
             values = merge(values, read_mapping(find_recipe(value)))
         else:
             overrides.append((name, value))
-    valid = dotted_names(config_class)
-    # these replace their section, so they go before what is set in it
-    for name, value in sorted(overrides, key=lambda override: not override[0].endswith((".kind", ".preset"))):
+
+    # a kind or preset replaces its section, so it is applied before what is set in the section
+    overrides.sort(key=lambda override: not override[0].endswith((".kind", ".preset")))
+    valid = dotted_names(config_class)  # checked here, so that the message names the option
+    for name, text in overrides:
         if name not in valid:
             raise UserError(f"unknown option '--{name}'{nearest_key(config_class, name)}")
         if name.endswith(".kind"):
             values = _with_default_kind(config_class, values, name)
-        values = merge(values, _nested(name, value if _is_text(config_class, name) else _scalar(name, value)))
+        value = text if _is_text(config_class, name) else _scalar(name, text)
+        values = merge(values, _nested(name, value))
     return config_class.parse(values, "config")
 
 
-def _with_default_kind(config_class: type[BaseModel], values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Write the default `kind` into a section that is there without one: asking for it by name changes nothing."""
+def _with_default_kind(config_class: type[BaseModel], values: dict[str, Any], name: str
+                       ) -> dict[str, Any]:
+    """Write the default `kind` into a section without one, so that naming it replaces nothing."""
     default: Any = None
     section: Any = values
     for part in name.split(".")[:-1]:
-        field = (type(default) if default is not None else config_class).model_fields[part]
-        default = field.get_default(call_default_factory=True)
+        owner = config_class if default is None else type(default)
+        default = owner.model_fields[part].get_default(call_default_factory=True)
         section = section.get(part) if isinstance(section, dict) else None
-    if isinstance(section, dict) and not {"kind", "preset"} & set(section):
-        return merge(values, _nested(name.removesuffix(".kind"), {**section, "kind": default.kind}))
-    return values
+
+    if not isinstance(section, dict) or {"kind", "preset"} & set(section):
+        return values
+    return merge(values, _nested(name.removesuffix(".kind"), {**section, "kind": default.kind}))
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file by its path, or by its bare name among the shipped recipes."""
+    """Find a recipe file by its path, or by its bare name among the shipped recipes."""
     path = Path(name)
-    shipped = Path(__file__).parents[1] / "recipes" / (path.name if path.suffix else f"{path.name}.yaml")
-    if not path.exists() and path.parent == Path(".") and shipped.is_file():
+    if path.exists():
+        return path
+
+    shipped = RECIPES / (path.name if path.suffix else f"{path.name}.yaml")
+    if path.parent == Path(".") and shipped.is_file():
         return shipped
-    if not path.exists():
-        names = sorted(p.name for p in shipped.parent.glob("*.yaml"))
-        raise UserError(f"--config {name}: no such file{nearest_name(path.name, names)}")
-    return path
+    names = sorted(recipe.name for recipe in RECIPES.glob("*.yaml"))
+    raise UserError(f"--config {name}: no such file{nearest_name(path.name, names)}")
 
 
 def _is_text(config_class: type[BaseModel], name: str) -> bool:
-    """Whether a key holds text, which is taken as it stands: '20261121' and 'a #2' are folder names, not YAML."""
+    """Whether a key holds text, which is not YAML: '20261121' and 'a #2' are folder names."""
     first, _, rest = name.partition(".")
-    if first not in config_class.model_fields:  # of another family, or an extra key
+    if first not in config_class.model_fields:  # a key of another family, or a preset
         return False
     annotation = config_class.model_fields[first].annotation
     if rest:
@@ -118,29 +133,35 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def help_text(config_class: type[BaseModel], prog: str, description: str) -> str:
-    """Usage, description and every key with its default and meaning."""
-    lines = [f"usage: {prog} --config FILE [--section.key value ...]", "", textwrap.dedent(description).strip(), "",
+    """Format usage, description and every key with its default and meaning."""
+    lines = [f"usage: {prog} --config FILE [--section.key value ...]", "",
+             textwrap.dedent(description).strip(), "",
              "keys (defaults < --config FILE < command line):"]
     return "\n".join(lines + _help_lines(config_class, ""))
 
 
 def _help_lines(config_class: type[BaseModel], prefix: str) -> list[str]:
-    lines = []
+    lines: list[str] = []
     for name, field in config_class.model_fields.items():
         families = sections(field.annotation)
         for family in families:
             if len(families) > 1:
-                kinds = family.model_fields["kind"].get_default()
-                lines.append(f"  with --{prefix}{name}.kind {kinds}:")
+                kind = family.model_fields["kind"].get_default()
+                lines.append(f"  with --{prefix}{name}.kind {kind}:")
             lines += _help_lines(family, f"{prefix}{name}.")
-        if families:
-            continue
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"  --{prefix}{name}  {meaning} ({default})".replace("   (", "  ("))
+        if not families:
+            lines.append(_help_line(f"--{prefix}{name}", field))
     return lines
 
 
+def _help_line(option: str, field: FieldInfo) -> str:
+    default = "required"
+    if not field.is_required():
+        default = f"default {field.get_default(call_default_factory=True)}"
+    meaning = " ".join((field.description or "").split())
+    return f"  {option}  {meaning} ({default})" if meaning else f"  {option}  ({default})"
+
+
 def dump_config(config: StrictConfig) -> str:
-    """The merged config as YAML, readable by --config again."""
+    """Format the merged config as YAML that --config reads again."""
     return yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)

@@ -1,5 +1,8 @@
-"""Where a run's model comes from before the run has weights of its own: the folder that `init_from` names, or, where the run
-goes on from a checkpoint, that checkpoint. Only configs are read here."""
+"""Where a run's model comes from before the run has weights of its own.
+
+That is the folder that `init_from` names or, where the run goes on from a checkpoint, that
+checkpoint. Only configs are read here.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ TEXT_FOLDER, IMAGE_FOLDER = "text_tokenizer", "tokenizer_image"
 
 @dataclass(frozen=True)
 class StartFolder:
-    """What init_from names: a whole model folder, or a transformer alone.
+    """The folder that init_from names: a whole model folder, or a transformer alone.
 
     name: as it was given; whole: whether tokenizers of text and image lie beside the transformer.
     """
@@ -41,30 +44,36 @@ class StartFolder:
         return self.folder / "seq2seq" if self.whole else self.folder
 
     def config(self) -> TransformerConfig:
-        """Of the transformer. UserError naming the file on any damage."""
+        """Read the transformer's config. UserError naming the file on any damage."""
         kind = TRANSFORMER_KINDS[str(read_mapping(self.transformer / "config.json").get("kind"))]
-        return read_config(self.transformer, kind.kind, kind.config_class)  # type: ignore[return-value]
+        config = read_config(self.transformer, kind.kind, kind.config_class)
+        return config  # type: ignore[return-value]
 
 
 def find_start(name: str, patterns: tuple[str, ...] = MODEL_FILES) -> StartFolder:
-    """The folder of a transformer that init_from names: local, or a hub id, of which `patterns` are fetched. UserError where it
-    is none."""
-    folder = _resolved(name, patterns)
-    if (folder / INDEX_NAME).is_file():
-        read_model_index(folder)
-    start = StartFolder(name, folder, (folder / INDEX_NAME).is_file())
+    """Find the transformer that init_from names. UserError where it is none.
+
+    name: a local folder, or a hub id, of which the files that match `patterns` are fetched.
+    """
+    folder = _resolve(name, patterns)
+    whole = (folder / INDEX_NAME).is_file()
+    if whole:
+        read_model_index(folder)  # raises on a damaged one
+
+    start = StartFolder(name, folder, whole)
     path = start.transformer / "config.json"
-    found = read_mapping(path).get("kind") if path.is_file() else None
-    if found not in TRANSFORMER_KINDS:
-        holds = f"holds kind {found!r}" if path.is_file() else "is not there"
-        raise UserError(f"init_from {name}: neither a model folder ({INDEX_NAME}) nor one of a transformer: {path} {holds}, "
-                        f"expected {' or '.join(TRANSFORMER_KINDS)}; give the folder that training wrote as RUN/model")
+    kind = read_mapping(path).get("kind") if path.is_file() else None
+    if kind not in TRANSFORMER_KINDS:
+        holds = f"holds kind {kind!r}" if path.is_file() else "is not there"
+        raise UserError(f"init_from {name}: neither a model folder ({INDEX_NAME}) nor one of a "
+                        f"transformer: {path} {holds}, expected {' or '.join(TRANSFORMER_KINDS)}; "
+                        "give the folder that training wrote as RUN/model")
     return start
 
 
 def find_tokenizer(name: str, patterns: tuple[str, ...] = TOKENIZER_FILES) -> Path:
-    """The image tokenizer's folder that init_from names: the folder itself, or tokenizer_image of a whole model folder."""
-    folder = _resolved(name, patterns)
+    """Find the image tokenizer that init_from names: that folder, or the one in a model folder."""
+    folder = _resolve(name, patterns)
     if not (folder / INDEX_NAME).is_file():
         return folder
     read_model_index(folder)
@@ -72,14 +81,16 @@ def find_tokenizer(name: str, patterns: tuple[str, ...] = TOKENIZER_FILES) -> Pa
 
 
 def refuse_own_run(name: str, folder: Path, run_dir: str) -> None:
-    """UserError when the folder that a fresh run begins from is its run_dir or lies there: a fresh start puts aside what a run
-    folder holds, so the model would be taken apart."""
+    """UserError when the folder that a fresh run begins from is its run_dir or lies inside it.
+
+    A fresh start puts aside what a run folder holds, so the model would be taken apart.
+    """
     if folder.resolve().is_relative_to(Path(run_dir).resolve()):
-        raise UserError(f"init_from {name}: lies in run_dir {run_dir}, where a fresh run puts aside what is there; give "
-                        "another --run_dir")
+        raise UserError(f"init_from {name}: lies in run_dir {run_dir}, where a fresh run puts "
+                        "aside what is there; give another --run_dir")
 
 
-def _resolved(name: str, patterns: tuple[str, ...]) -> Path:
+def _resolve(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         return resolve_folder(name, patterns=patterns)
     except MissingFileError as error:
@@ -89,7 +100,7 @@ def _resolved(name: str, patterns: tuple[str, ...]) -> Path:
 
 
 def facts_of_run(run_dir: str | Path, resume: str) -> dict[str, Any] | None:
-    """What the newest checkpoint in a run folder says of its run; None where no run is continued."""
+    """Read the facts of a run from its newest checkpoint; None where no run is continued."""
     if resume == "never":
         return None
     for path in sorted(Path(run_dir).glob(f"checkpoints/step-*/{MANIFEST}"), reverse=True):
@@ -102,41 +113,62 @@ def facts_of_run(run_dir: str | Path, resume: str) -> dict[str, Any] | None:
     return None
 
 
-def _facts(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """facts_of_run of a config that is still plain values."""
-    run_dir, checkpoint = values.get("run_dir"), values.get("checkpoint")
-    resume = checkpoint.get("resume", "auto") if isinstance(checkpoint, dict) else getattr(checkpoint, "resume", "auto")
-    return facts_of_run(run_dir, str(resume)) if isinstance(run_dir, str) else None
+def _facts_of_values(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """facts_of_run for a config that is still plain values, and may hold sections of any type."""
+    run_dir = values.get("run_dir")
+    if not isinstance(run_dir, str):
+        return None
+    checkpoint = values.get("checkpoint")
+    if isinstance(checkpoint, dict):
+        resume = checkpoint.get("resume", "auto")
+    else:
+        resume = getattr(checkpoint, "resume", "auto")
+    return facts_of_run(run_dir, str(resume))
 
 
 def tokenizer_of_start(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The config, as plain values, of the image tokenizer that a recipe with init_from begins with."""
-    facts = _facts(values)
-    base = facts["model"] if facts else read_mapping(find_tokenizer(str(values["init_from"]), CONFIGS) / "config.json")
-    return {name: value for name, value in base.items() if name != "schema_version"}
+    """Read the config, as plain values, of the image tokenizer that init_from begins with."""
+    facts = _facts_of_values(values)
+    if facts:
+        model = facts["model"]
+    else:
+        model = read_mapping(find_tokenizer(str(values["init_from"]), CONFIGS) / "config.json")
+    return {name: value for name, value in model.items() if name != "schema_version"}
 
 
 def with_start(values: dict[str, Any]) -> dict[str, Any]:
-    """A transformer's recipe with init_from, with what is not described in it: the model, and the kind of text input."""
-    model, text = values.get("model") or {}, values.get("text") or {}
+    """Fill in model and text input of a transformer's recipe, where init_from decides them."""
+    model = values.get("model") or {}
+    text = values.get("text") or {}
+    # a section that is no mapping is left as it is: validation says what is wrong with it
     lacks_model = isinstance(model, dict) and not {"kind", "preset"} & set(model)
     lacks_text = isinstance(text, dict) and not {"kind", "start_from"} & set(text)
     if not lacks_model and not lacks_text:
         return values
-    facts = _facts(values)
-    start = None if facts else find_start(str(values["init_from"]), CONFIGS)
+
+    text_folder: Path | None = None  # a transformer alone has none
+    facts = _facts_of_values(values)
+    if facts is not None:
+        start_model = facts["model"]
+        text_folder = Path(values["run_dir"]) / TEXT_FOLDER
+    else:
+        start = find_start(str(values["init_from"]), CONFIGS)
+        if start.whole:
+            text_folder = start.folder / TEXT_FOLDER
+        if lacks_model:
+            config = start.config()
+            start_model = {"kind": config.kind, **config.plain()}
+
     if lacks_model:
-        config = start.config() if start else None
-        theirs = {"kind": config.kind, **config.plain()} if config else (facts or {})["model"]
-        model = {**{name: value for name, value in theirs.items() if name not in DERIVED}, **model}
-    folder = (start.folder if start.whole else None) if start else Path(values["run_dir"])
-    if lacks_text and folder is not None:
-        text = {**_text_input(folder / TEXT_FOLDER), **text}
+        chosen = {name: value for name, value in start_model.items() if name not in DERIVED}
+        model = {**chosen, **model}  # single fields of the recipe count more
+    if lacks_text and text_folder is not None:
+        text = {**_text_input(text_folder), **text}
     return {**values, "model": model, "text": text}
 
 
 def _text_input(folder: Path) -> dict[str, Any]:
-    """text.kind of a text tokenizer's folder; of a frozen text encoder also where it is, and how it pads."""
+    """Read text.kind from a text tokenizer's folder; of a frozen encoder also name and padding."""
     kind = read_mapping(folder / "config.json").get("kind")
     if kind != FrozenTextEncoder.kind:
         return {"kind": kind}

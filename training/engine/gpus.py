@@ -4,16 +4,6 @@ from __future__ import annotations
 
 import re
 
-
-def training_flops(forward: int) -> int:
-    """Of forward and backward: a product a x b has two gradients, each as much work as the product itself.
-
-    Activations that are computed again (gradient checkpointing) do not count: model FLOPs utilisation is about what the model
-    needs, not what a run does (Chowdhery et al. 2022, appendix B).
-    """
-    return 3 * forward
-
-
 PEAK_FLOPS: dict[str, dict[str, float]] = {
     "B200": {"bfloat16": 2250e12, "float16": 2250e12, "float32": 1125e12},
     "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12},
@@ -28,32 +18,48 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "V100": {"float16": 125e12, "float32": 15.7e12},
     "V100 PCIe": {"float16": 112e12, "float32": 14e12},
 }
-"""GPU -> precision -> dense FLOPs a second, half of what data sheets say "with sparsity": NVIDIA's of each product, HGX B200's
-for B200, the Ada architecture's white paper for RTX 4090 (with float32 sums). float32 is TF32, which the trainings allow,
-and float32 itself on V100, which has neither TF32 nor bfloat16."""
+"""GPU -> precision -> dense FLOP/s, half of what data sheets say "with sparsity".
 
+From NVIDIA's data sheet of each product; HGX B200's for B200, the Ada architecture's white paper
+for RTX 4090 (with float32 sums). float32 is TF32, which training allows, and float32 itself on
+V100, which has neither TF32 nor bfloat16.
+"""
+
+GPU_MEMORY = {"B200": 180, "H200": 141, "H200 "
+                                        "NVL": 141, "H100": 80, "H100 PCIe": 80, "H100 NVL": 94,
+              "A100": 80, "L40S": 48, "L4": 24, "RTX 4090": 24, "V100": 32, "V100 PCIe": 32}
+"""GPU -> GB (10^9 bytes) as sold, the larger where there are two; --memory says otherwise."""
 
 OTHER_CHIPS = {"nvl", "mig", "laptop", "d", "ti", "max"}
-"""Words that make a name another, slower device, which only an entry with that word stands for."""
-
-
-def peak_flops(name: str, precision: str) -> float | None:
-    """Dense FLOPs a second of a GPU as torch.cuda.get_device_name() or PEAK_FLOPS names it; None where that is not known."""
-    entry = known_gpu(name)
-    return PEAK_FLOPS[entry].get(precision) if entry else None
+"""Words that name another, slower device: only an entry with that word stands for it."""
 
 
 def known_gpu(name: str) -> str | None:
-    """The entry of PEAK_FLOPS whose words are all in the name, the one with most of them; None for another device."""
+    """The entry of PEAK_FLOPS with the most words, all in the name; None for another device."""
     words = _words(name)
-    entries = [entry for entry in PEAK_FLOPS if _words(entry) <= words and OTHER_CHIPS & words <= _words(entry)]
+    entries = []
+    for entry in PEAK_FLOPS:
+        entry_words = _words(entry)
+        if entry_words <= words and OTHER_CHIPS & words <= entry_words:
+            entries.append(entry)
     return max(entries, key=lambda entry: len(_words(entry)), default=None)
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """Dense FLOP/s of a GPU, named as by torch.cuda.get_device_name(); None if unknown."""
+    entry = known_gpu(name)
+    return PEAK_FLOPS[entry].get(precision) if entry else None
 
 
 def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", name.lower()))
 
 
-GPU_MEMORY = {"B200": 180, "H200": 141, "H200 NVL": 141, "H100": 80, "H100 PCIe": 80, "H100 NVL": 94, "A100": 80, "L40S": 48,
-              "L4": 24, "RTX 4090": 24, "V100": 32, "V100 PCIe": 32}
-"""GPU -> GB (10^9 bytes) as sold, the larger of two; --memory says otherwise."""
+def training_flops(forward: int) -> int:
+    """FLOPs of forward and backward: the two gradients of a product each take as much as itself.
+
+    Activations that are computed again (gradient checkpointing) do not count: model FLOPs
+    utilisation is about the FLOPs that the model needs, not those a run spends (Chowdhery et al.
+    2022, appendix B).
+    """
+    return 3 * forward

@@ -19,35 +19,40 @@ from training.engine.processes import Processes, meeting, processes_here
 from training.engine.stopping import STARTED_ALONE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Of what a module computes in, by precision."""
-
+"""Precision -> the dtype in which a module computes."""
 
 PATIENCE = timedelta(hours=2)
-"""That processes wait for one another: the first one reads the headers of all tar shards alone. (Steps have the watchdog.)"""
+"""How long processes wait for one another: the first one reads the headers of all tar shards alone.
+
+Steps have the watchdog.
+"""
 
 
 @contextmanager
 def processes(threads: int = 0, patience: timedelta = PATIENCE) -> Iterator[Processes]:
-    """Join the launcher's processes, or be the only one when there is no launcher; leave them at the end.
+    """Join the launcher's processes, or be the only one without a launcher; leave them at the end.
 
-    Sets the global state of this program: threads, TF32, the process group. patience: how long one waits for the others.
+    Sets the global state of this program: threads, TF32, the process group.
+    patience: how long one process waits for the others.
     """
-    deepspeed = _import_deepspeed()
-    alone = "RANK" not in os.environ
-    if alone:
-        os.environ[STARTED_ALONE] = "1"
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
-                            ("MASTER_PORT", str(_free_port()))):
-            os.environ[name] = value
-    use_cuda = torch.cuda.is_available()
+    deepspeed = import_deepspeed()
+    if "RANK" not in os.environ:
+        _start_alone()
+
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        backend = "nccl"
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes_here()))
+        torch.set_float32_matmul_precision("high")  # TF32
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // processes_here()))
+
     with meeting():
-        deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, timeout=patience)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=patience)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
     finally:
@@ -55,19 +60,11 @@ def processes(threads: int = 0, patience: timedelta = PATIENCE) -> Iterator[Proc
             dist.destroy_process_group()
 
 
-def _import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise UserError(f"training needs DeepSpeed ({error}): pip install 'tokenloom[train]'") from None
-    if not torch.cuda.is_available():
-        # On CPU this op would be compiled when the first engine starts (minutes; a killed build leaves a lock that
-        # hangs every later run). Without it gloo gives bit-identical results.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return deepspeed
+def _start_alone() -> None:
+    """Set the names that a launcher would set, for a run of one process."""
+    os.environ[STARTED_ALONE] = "1"
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(_free_port()))
 
 
 def _free_port() -> int:
@@ -76,10 +73,30 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def import_deepspeed() -> Any:
+    """Import DeepSpeed, set up for this machine. UserError where it is not installed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"training needs DeepSpeed ({error}): pip install "
+                        "'tokenloom[train]'") from None
+
+    if not torch.cuda.is_available():
+        # On CPU this op would be compiled when the first engine starts (minutes; a killed build
+        # leaves a lock that hangs every later run). Without it gloo gives bit-identical results.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
 def resolve_precision(config: RunConfig, device: torch.device) -> str:
-    """`auto` is bfloat16 on CUDA and float32 on the CPU."""
-    if config.train.precision == "float16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    """The precision of a run; `auto` is bfloat16 on CUDA and float32 on the CPU."""
+    asked = config.train.precision
+    if asked == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    if (asked == "float16" and device.type == "cpu"
+            and not torch.ops.mkldnn._is_mkldnn_fp16_supported()):
         raise UserError("train.precision float16: this CPU has no instructions for it; use float32")
-    if config.train.precision != "auto":
-        return config.train.precision
-    return "bfloat16" if device.type == "cuda" else "float32"
+    return asked

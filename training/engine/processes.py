@@ -1,4 +1,4 @@
-"""The processes of a run: how they meet, what they tell one another, and errors that all of them raise."""
+"""The processes of a run: how they meet and talk, and errors that all of them raise."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ SAID_AFTER_SECONDS = 20.0  # of waiting for the others
 
 
 def processes_here() -> int:
-    """How many of a run's processes this machine has."""
-    # DeepSpeed's launcher says it as LOCAL_SIZE, torchrun as LOCAL_WORLD_SIZE
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    """The number of the run's processes on this machine."""
+    # DeepSpeed's launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        if os.environ.get(name):
+            return int(os.environ[name])
+    return int(os.environ["WORLD_SIZE"])
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -67,30 +70,6 @@ class Processes:
         dist.all_reduce(tensor)
         return float(tensor.item()) / self.world_size
 
-    def first_does(self, action: Any) -> Any:
-        """Run `action` on the first process, wait, and give its result to all; its error is raised on all."""
-        outcome: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                outcome[0] = action()
-            except Exception as error:
-                outcome[1] = error
-        if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise shared(outcome[1])
-        return outcome[0]
-
-    def raise_together(self, error: Exception | None) -> None:
-        """Raise on every process what one of them met, so that none waits for one that has gone."""
-        if self.any(error is not None):
-            everyone = self.gather((platform.node(), error))
-            first_host = everyone[0][0]
-            host, found = next((host, e) for host, e in everyone if e is not None)
-            if host != first_host:  # the first process speaks, of a file that may well be there on its own machine
-                found.raised_on = host
-            raise shared(found)
-
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes."""
         if self.world_size == 1:
@@ -107,18 +86,50 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def first_does(self, action: Any) -> Any:
+        """Run `action` on the first process, and return its result or raise its error on all."""
+        result: Any = None
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                result = action()
+            except Exception as raised:
+                error = raised
+
+        if self.world_size > 1:
+            outcome: list[Any] = [result, error]
+            dist.broadcast_object_list(outcome, src=0)
+            result, error = outcome
+        if error is not None:
+            raise shared(error)
+        return result
+
     def first_then_others(self, action: Any) -> Any:
-        """Run `action` on the first process, then on the others, which find the caches that it filled."""
-        kept: list[Any] = []
-        self.first_does(lambda: kept.append(action()))
+        """Run `action` on the first process, then on the others, which find its caches filled."""
+        results: list[Any] = []
+        # not the result of first_does: each process keeps its own, which need not be picklable
+        self.first_does(lambda: results.append(action()))
+
         problem: Exception | None = None
         if not self.is_first:
             try:
-                kept.append(action())
+                results.append(action())
             except Exception as error:
                 problem = error
         self.raise_together(problem)
-        return kept[0]
+        return results[0]
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every process what one of them met, so that none waits for one that has gone."""
+        if not self.any(error is not None):
+            return
+        everyone = self.gather((platform.node(), error))
+        first_host, _ = everyone[0]
+        host, found = next((host, error) for host, error in everyone if error is not None)
+        if host != first_host:
+            # the first process prints it, of a file that may well be there on its own machine
+            found.raised_on = host
+        raise shared(found)
 
 
 def shared(error: Exception) -> Exception:
@@ -129,39 +140,48 @@ def shared(error: Exception) -> Exception:
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """While the processes look for one another: say so when it takes long, and say in words when they do not meet."""
-    here, world = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", os.environ["WORLD_SIZE"]
-    words = f"rank {os.environ['RANK']} waits at {here} until all {world} processes of the run are there"
-    said = threading.Timer(SAID_AFTER_SECONDS, log.warning, ["%s", words])
-    said.daemon = True
-    if os.environ["LOCAL_RANK"] == "0":
-        said.start()
+    """Log when the processes take long to find one another; explain it when they do not."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    timer = threading.Timer(SAID_AFTER_SECONDS, log.warning, [
+        "rank %s waits at %s until all %s processes of the run are there", rank, address, world])
+    timer.daemon = True
+    if os.environ["LOCAL_RANK"] == "0":  # one line per machine
+        timer.start()
+
     try:
         yield
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
-            raise UserError(f"port {os.environ['MASTER_PORT']} of this machine is in use, perhaps by another run; give the "
-                            "launcher another --master_port") from None
-        reason = str(error).strip().splitlines()[0]
-        raise RunFailedError(f"not all {world} processes of the run came to {here} ({reason[:120]}); start it on every "
-                             "machine, each with its own rank, the address of rank 0's machine, and one open port") from None
+            raise UserError(f"port {os.environ['MASTER_PORT']} of this machine is in use, perhaps "
+                            "by another run; give the launcher another --master_port") from None
+        reason = _first_line(error)
+        raise RunFailedError(f"not all {world} processes of the run came to {address} "
+                             f"({reason[:120]}); start it on every machine, each with its own "
+                             "rank, the address of rank 0's machine, and one open port") from None
     finally:
-        said.cancel()
+        timer.cancel()
 
 
-PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "remote process exited", "NCCL error",
-                "Timed out waiting", "gloo")
-"""What PyTorch's back ends say when a process does not answer any more."""
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Socket closed",
+                "remote process exited", "NCCL error", "Timed out waiting", "gloo")
+"""Words in the errors of PyTorch's back ends when a process does not answer any more."""
 
 
 @contextmanager
 def peers_may_go(group: Processes) -> Iterator[None]:
-    """Turn what PyTorch raises here because another process is gone into a RunFailedError in words."""
+    """Explain the errors that PyTorch raises here because another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        if group.world_size == 1 or isinstance(error, RunFailedError) or not any(word in str(error) for word in PEER_IS_GONE):
+        peer_is_gone = any(words in str(error) for words in PEER_IS_GONE)
+        if group.world_size == 1 or isinstance(error, RunFailedError) or not peer_is_gone:
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise RunFailedError(f"another process of this run is gone ({reason[:160]}); its own message says why, if it had "
-                             "time for one; the same command goes on from the last checkpoint") from None
+        reason = _first_line(error)
+        raise RunFailedError(f"another process of this run is gone ({reason[:160]}); its own "
+                             "message says why, if it had time for one; the same command goes on "
+                             "from the last checkpoint") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""What ends a run from outside: SIGTERM, Ctrl-C, and a launcher that went away without telling its processes."""
+"""Signals that end a run from outside: SIGTERM, Ctrl-C, and a launcher that went away unnoticed."""
 
 from __future__ import annotations
 
@@ -16,28 +16,34 @@ log = logging.getLogger(__name__)
 SAME_REQUEST_SECONDS = 1.0
 LOOK_SECONDS = 1.0
 
+STARTED_ALONE = "TOKENLOOM_ALONE"
+"""Set where there is no launcher; training.engine.launch then sets the launcher's other names."""
+
 
 class StopFlag:
     """The signal that asks this process to stop, 0 while none does."""
 
     def __init__(self, launcher: Launcher | None = None) -> None:
-        self._signal, self._first_at = 0, 0.0
+        self._signal = 0
+        self._first_at = 0.0
         self._launcher = launcher
 
     def note(self, number: int, frame: Any) -> None:
-        """A signal: the first sets the flag; a second one, a second later, ends the program at once.
+        """Handle a signal: the first sets the flag; one a second later ends the program at once.
 
-        Ctrl-C under a launcher arrives twice: from the terminal, and as the launcher's SIGTERM right behind it.
+        Ctrl-C under a launcher arrives twice: from the terminal, and as the launcher's SIGTERM
+        right behind it.
         """
         if not self._signal:
-            self._signal, self._first_at = number, time.monotonic()
+            self._signal = number
+            self._first_at = time.monotonic()
         elif time.monotonic() - self._first_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     @property
     def signal(self) -> int:
-        """Also SIGTERM once the launcher is gone: nobody else would ever end this process."""
+        """The signal; SIGTERM once the launcher is gone: nobody else would end this process."""
         if not self._signal and self._launcher is not None and self._launcher.gone():
             log.warning("the launcher is gone; saving a checkpoint and ending")
             self._signal = int(signal.SIGTERM)
@@ -46,9 +52,12 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """SIGTERM and SIGINT set the flag while this is open."""
-    flag = StopFlag(Launcher() if "LOCAL_RANK" in os.environ and os.environ.get(STARTED_ALONE) is None else None)
-    before = {number: signal.signal(number, flag.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Let SIGTERM and SIGINT set the flag while this is open."""
+    has_launcher = "LOCAL_RANK" in os.environ and os.environ.get(STARTED_ALONE) is None
+    flag = StopFlag(Launcher() if has_launcher else None)
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, flag.note)
     try:
         yield flag
     finally:
@@ -56,28 +65,29 @@ def stop_flag() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-STARTED_ALONE = "TOKENLOOM_ALONE"
-"""Set where there is no launcher (`training.engine.processes` sets the launcher's other names itself)."""
-
-
 class Launcher:
     """The processes above this one that must live as long as it does.
 
-    `deepspeed` starts `launch.py`, which starts the ranks; SIGTERM to `deepspeed` ends it alone and would leave the ranks
-    running. Other launchers are the parent itself, and what started them may go.
+    `deepspeed` starts `launch.py`, which starts the ranks; SIGTERM to `deepspeed` ends it alone and
+    would leave the ranks running. Other launchers are the parent itself, and the process that
+    started them may go.
     """
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
-        self._proc, self._parent = proc, os.getppid()
-        self._above = _parent_of(proc, self._parent) if _is_deepspeeds(proc, self._parent) else None
+        self._proc = proc
+        self._parent = os.getppid()
+        self._above: int | None = None
+        if _is_deepspeeds(proc, self._parent):
+            self._above = _parent_of(proc, self._parent)
         self._looked_at = 0.0
 
     def gone(self) -> bool:
         """Whether one of them ended; looks at most once a second."""
-        if time.monotonic() - self._looked_at < LOOK_SECONDS:
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
             return False
-        self._looked_at = time.monotonic()
-        if os.getppid() != self._parent:
+        self._looked_at = now
+        if os.getppid() != self._parent:  # an orphan is given to another process
             return True
         return self._above is not None and _parent_of(self._proc, self._parent) != self._above
 
@@ -95,4 +105,7 @@ def _parent_of(proc: Path, process: int) -> int | None:
         stat = (proc / str(process) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return int(stat.rpartition(")")[2].split()[1])  # the name, in brackets, may hold anything
+    # "pid (name) state parent ...": the name may hold anything, also brackets and spaces
+    _, _, after_name = stat.rpartition(")")
+    _, parent, *_ = after_name.split()
+    return int(parent)

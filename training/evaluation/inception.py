@@ -1,8 +1,10 @@
-"""InceptionV3 as FID uses it (Szegedy et al. 2015, arXiv 1512.00567; Heusel et al. 2017), up to its 2048 pooled features.
+"""InceptionV3 as FID uses it, up to its 2048 pooled features.
 
-The layers and their names are those of the weights file `pt_inception-2015-12-05-6726825d.pth`, which the pytorch-fid project
-ported from TensorFlow's graph of 2015-12-05. That graph differs from the InceptionV3 of today's libraries in two ways: average
-pools divide by the pixels that are there, not by the padding as well, and the pool of the very last block takes the maximum.
+Szegedy et al. 2015, arXiv 1512.00567; Heusel et al. 2017. The layers and their names are those of
+the weights file `pt_inception-2015-12-05-6726825d.pth`, which the pytorch-fid project ported from
+TensorFlow's graph of 2015-12-05. That graph differs from the InceptionV3 of today's libraries in
+two ways: average pools divide by the pixels that are there, not by the padding as well, and the
+pool of the very last block takes the maximum.
 """
 
 # Axes: B batch, C channels, H W pixels
@@ -19,8 +21,8 @@ DIMENSIONS = 2048
 class Conv(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1,
-                 padding: int | tuple[int, int] = 0) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int],
+                 stride: int = 1, padding: int | tuple[int, int] = 0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
@@ -59,9 +61,11 @@ class BlockA(nn.Module):
         self.branch_pool = Conv(inputs, pool, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        return torch.cat([self.branch1x1(image), self.branch5x5_2(self.branch5x5_1(image)),
-                          self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(image))),
-                          self.branch_pool(_average(image))], dim=1)
+        one = self.branch1x1(image)
+        five = self.branch5x5_2(self.branch5x5_1(image))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(image)))
+        pool = self.branch_pool(_average(image))
+        return torch.cat([one, five, double, pool], dim=1)
 
 
 class BlockB(nn.Module):
@@ -75,8 +79,10 @@ class BlockB(nn.Module):
         self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
 
     def forward(self, image: Tensor) -> Tensor:
+        single = self.branch3x3(image)
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(image)))
-        return torch.cat([self.branch3x3(image), double, F.max_pool2d(image, 3, stride=2)], dim=1)
+        pool = F.max_pool2d(image, 3, stride=2)
+        return torch.cat([single, double, pool], dim=1)
 
 
 class BlockC(nn.Module):
@@ -96,10 +102,12 @@ class BlockC(nn.Module):
         self.branch_pool = Conv(inputs, 192, 1)
 
     def forward(self, image: Tensor) -> Tensor:
+        one = self.branch1x1(image)
         single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(image)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(image)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(image), single, double, self.branch_pool(_average(image))], dim=1)
+        pool = self.branch_pool(_average(image))
+        return torch.cat([one, single, double, pool], dim=1)
 
 
 class BlockD(nn.Module):
@@ -115,12 +123,15 @@ class BlockD(nn.Module):
         self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
 
     def forward(self, image: Tensor) -> Tensor:
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(image))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(image)), seven, F.max_pool2d(image, 3, stride=2)], dim=1)
+        three = self.branch3x3_2(self.branch3x3_1(image))
+        seven = self.branch7x7x3_2(self.branch7x7x3_1(image))
+        seven = self.branch7x7x3_4(self.branch7x7x3_3(seven))
+        pool = F.max_pool2d(image, 3, stride=2)
+        return torch.cat([three, seven, pool], dim=1)
 
 
 class BlockE(nn.Module):
-    """8 x 8: 3x3 convolutions that end in 1x3 beside 3x1; the pool is the average, or the maximum in the last block."""
+    """8 x 8: 3x3 convolutions that end in 1x3 beside 3x1; average or maximum pool."""
 
     def __init__(self, inputs: int, maximum: bool) -> None:
         super().__init__()
@@ -138,13 +149,17 @@ class BlockE(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         single = self.branch3x3_1(image)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(image))
-        return torch.cat([self.branch1x1(image), self.branch3x3_2a(single), self.branch3x3_2b(single),
-                          self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
-                          self.branch_pool(self.pool(image))], dim=1)
+        one = self.branch1x1(image)
+        pool = self.branch_pool(self.pool(image))
+        return torch.cat([one, self.branch3x3_2a(single), self.branch3x3_2b(single),
+                          self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), pool], dim=1)
 
 
 class InceptionV3(nn.Module):
-    """Image [B, 3, 299, 299] in [-1, 1] -> features [B, 2048], pooled over the last 8 x 8 positions. Without a classifier."""
+    """Image [B, 3, 299, 299] in [-1, 1] -> features [B, 2048], means over the last 8 x 8 positions.
+
+    Without a classifier.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,13 +178,15 @@ class InceptionV3(nn.Module):
         self.Mixed_6e = BlockC(768, width=192)
         self.Mixed_7a = BlockD(768)
         self.Mixed_7b = BlockE(1280, maximum=False)
-        self.Mixed_7c = BlockE(2048, maximum=True)
+        self.Mixed_7c = BlockE(2048, maximum=True)  # as in TensorFlow's graph, see above
 
     def forward(self, image: Tensor) -> Tensor:
         hidden = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(image)))
         hidden = F.max_pool2d(hidden, 3, stride=2)
         hidden = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(hidden))
         hidden = F.max_pool2d(hidden, 3, stride=2)  # [B, 192, 35, 35]
-        hidden = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(hidden))))  # [B, 768, 17, 17]
+        hidden = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(hidden)))  # [B, 288, 35, 35]
+        hidden = self.Mixed_6a(hidden)  # [B, 768, 17, 17]
         hidden = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(hidden))))
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(hidden))).mean(dim=(2, 3))  # [B, 2048]
+        hidden = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(hidden)))  # [B, 2048, 8, 8]
+        return hidden.mean(dim=(2, 3))

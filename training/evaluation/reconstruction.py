@@ -1,4 +1,4 @@
-"""How well a tokenizer keeps a picture: the loop over pictures and what is measured in it."""
+"""Reconstruction quality of an image tokenizer: the loop over images and its metrics."""
 
 # Axes: B batch, S pixels on a side, h w code grid, K codebook size, F features
 
@@ -20,20 +20,19 @@ from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.progress import progress
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.evaluation.features import FeatureExtractor
-from training.evaluation.metrics import PERFECT_DB, WINDOW, Moments, frechet_distance, psnr, ssim
-from training.evaluation.reference import PictureHash, Preparation, ReferenceStatistics
+from training.evaluation.frechet import Frechet, measure_frechet, preparation
+from training.evaluation.metrics import WINDOW, Moments, psnr, ssim
+from training.evaluation.reference import ImageHash, ReferenceStatistics
 
-__all__ = ["CROP", "PERFECT_DB", "RESIZE", "Evaluation", "EvaluationOptions", "Frechet", "ReconstructedBatch",
-           "choose_rows", "evaluate_reconstruction", "evaluate_tokenizer", "preparation", "psnr", "reconstructed_batches"]
-
-# What tokenizer_image.images.image_to_pixels does, in the words of a report; a test holds the two together.
-RESIZE = "lanczos (Pillow, antialiased)"
-CROP = "centre square"
-LPIPS_PIXELS_AT_ONCE = 1 << 20  # its VGG16 keeps 64 channels at full size for both pictures
+LPIPS_PIXELS_AT_ONCE = 1 << 20  # its VGG16 keeps 64 channels at full size for both images
 
 
 class ReconstructedBatch(NamedTuple):
-    """rows: where they stand in the source. original, reconstruction: uint8 [B, S, S, 3] on the CPU. codes: [B, h, w]."""
+    """Images before and after the tokenizer.
+
+    rows: their places in the source. original, reconstruction: uint8 [B, S, S, 3] on the CPU.
+    codes: [B, h, w].
+    """
 
     rows: list[int]
     original: Tensor
@@ -41,12 +40,18 @@ class ReconstructedBatch(NamedTuple):
     codes: Tensor
 
 
-def reconstructed_batches(tokenizer: ImageTokenizer, source: CaptionedImages, rows: Sequence[int], batch_size: int,
-                          unusable: Counter[str], quiet: bool = False) -> Iterator[ReconstructedBatch]:
-    """Send rows of a source through the tokenizer and back; pictures that cannot be read are counted by reason and left out."""
+def reconstructed_batches(tokenizer: ImageTokenizer, source: CaptionedImages, rows: Sequence[int],
+                          batch_size: int, unusable: Counter[str],
+                          quiet: bool = False) -> Iterator[ReconstructedBatch]:
+    """Encode and decode rows of a source.
+
+    Images that cannot be read are skipped and counted by reason in `unusable`.
+    """
     device = next(tokenizer.parameters()).device
-    for start in progress(range(0, len(rows), batch_size), "measure reconstruction", unit="batch", quiet=quiet):
-        kept, pixels = [], []
+    starts = range(0, len(rows), batch_size)
+    for start in progress(starts, "measure reconstruction", unit="batch", quiet=quiet):
+        kept = []
+        pixels = []
         for row in rows[start: start + batch_size]:
             try:
                 pixels.append(image_to_pixels(source[row].image, tokenizer.config.resolution))
@@ -55,31 +60,46 @@ def reconstructed_batches(tokenizer: ImageTokenizer, source: CaptionedImages, ro
                 unusable[error.reason] += 1
         if not pixels:
             continue
+
         original = torch.from_numpy(numpy.stack(pixels))
         codes = tokenizer.encode(pixels_to_float(original).to(device))
-        yield ReconstructedBatch(kept, original, float_to_pixels(tokenizer.decode(codes)).cpu(), codes)
+        reconstruction = float_to_pixels(tokenizer.decode(codes)).cpu()
+        yield ReconstructedBatch(kept, original, reconstruction, codes)
 
 
-def evaluate_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages, batch_size: int = 64,
-                            quiet: bool = False) -> dict[str, Any]:
-    """Mean PSNR over pictures (8-bit RGB, at the tokenizer's resolution) and the share of codes that they use."""
+def _count_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """[K] int64 on the CPU: how often each code occurs."""
+    return torch.bincount(codes.flatten().cpu(), minlength=codebook_size)
+
+
+def evaluate_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages,
+                            batch_size: int = 64, quiet: bool = False) -> dict[str, Any]:
+    """Return mean PSNR in dB (8-bit RGB at the tokenizer's resolution) and codebook usage.
+
+    DataError if no image is usable.
+    """
     unusable: Counter[str] = Counter()
-    counts, values = torch.zeros(tokenizer.codebook_size, dtype=torch.int64), []  # [K]
-    for batch in reconstructed_batches(tokenizer, source, range(len(source)), batch_size, unusable, quiet):
-        counts += torch.bincount(batch.codes.flatten().cpu(), minlength=len(counts))
-        values.append(psnr(batch.reconstruction, batch.original))
-    if not values:
+    code_counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)  # [K]
+    psnrs = []
+    rows = range(len(source))
+    for batch in reconstructed_batches(tokenizer, source, rows, batch_size, unusable, quiet):
+        code_counts += _count_codes(batch.codes, len(code_counts))
+        psnrs.append(psnr(batch.reconstruction, batch.original))
+    if not psnrs:
         raise DataError("no usable picture to measure reconstruction on")
-    usage = usage_of_counts(counts)
-    return {"psnr": float(torch.cat(values).mean()), "pictures": sum(len(v) for v in values), "unusable": unusable.total(),
+
+    values = torch.cat(psnrs)
+    usage = usage_of_counts(code_counts)
+    return {"psnr": float(values.mean()), "pictures": len(values), "unusable": unusable.total(),
             "codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity}
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
-    """What to measure and on which pictures. num_images None: every row. lpips, extractor None: that number is left out.
+class ReconstructionOptions:
+    """Which images to measure, and with which networks.
 
-    reference: statistics to measure the Frechet distance against, instead of those of the very pictures that are measured.
+    num_images None: every row. lpips, extractor None: that metric is left out.
+    reference: statistics to measure the Frechet distance against, instead of the originals'.
     """
 
     num_images: int | None = None
@@ -91,23 +111,14 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True)
-class Frechet:
-    """distance: squared, as in FID. too_few: a side has no more pictures than there are features, so no full covariance."""
+class ReconstructionMetrics:
+    """Measured values.
 
-    distance: float
-    too_few: bool
-    count: int
-    measured: ReferenceStatistics | None  # of the originals; None where a reference took their place
-    reference_count: int
-    reference_fingerprint: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Measured values. rows and psnr_of: one entry a picture. fingerprint: hash of the prepared pictures."""
+    rows, psnr_per_image: one entry per image. fingerprint: hash of the images.
+    """
 
     rows: list[int]
-    psnr_of: list[float]
+    psnr_per_image: list[float]
     psnr: float
     ssim: float
     lpips: float | None
@@ -117,87 +128,91 @@ class Evaluation:
     fingerprint: str = ""
 
 
-def choose_rows(total: int, num_images: int | None, seed: int, option: str = "--num-images") -> list[int]:
-    """`num_images` of `total` row numbers without replacement, in their order; all of them for None.
+def choose_rows(total: int, num_images: int | None, seed: int,
+                option: str = "--num-images") -> list[int]:
+    """Draw `num_images` of `total` row numbers without replacement, sorted; None: all of them.
 
     UserError for fewer than one or for more than there are.
     """
     if num_images is None:
         return list(range(total))
     if not 1 <= num_images <= total:
-        raise UserError(f"{option} {num_images}: give 1 to {total:,}, the rows there are, or leave it out for all")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        raise UserError(f"{option} {num_images}: give 1 to {total:,}, the rows there are, or leave "
+                        "it out for all")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(total, generator=generator)
     return sorted(order[:num_images].tolist())
 
 
-def preparation(tokenizer: ImageTokenizer, extractor: FeatureExtractor | None) -> Preparation:
-    """How pictures are made ready for this tokenizer and these features."""
-    name, digest, resize = (extractor.name, extractor.weights_hash, extractor.resize) if extractor else ("none", "", "")
-    return Preparation(name, digest, resize, tokenizer.config.resolution, RESIZE, CROP)
+def measure_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages,
+                           options: ReconstructionOptions) -> ReconstructionMetrics:
+    """Measure a tokenizer on a seeded sample of a source; only the sample depends on the seed.
 
-
-def evaluate_tokenizer(tokenizer: ImageTokenizer, source: CaptionedImages, options: EvaluationOptions) -> Evaluation:
-    """Measure a tokenizer on a seeded sample of a source; nothing but the sample depends on the seed.
-
-    UserError if the tokenizer's pictures are too small for a metric or the sample is larger than the source; DataError if no
-    picture, or for a Frechet distance only one, is usable.
+    UserError if the tokenizer's images are too small for a metric or the sample is larger than
+    the source; DataError if no image, or for a Frechet distance only one, is usable.
     """
-    side, extractor = tokenizer.config.resolution, options.extractor
-    _check_side(side, options.lpips)
+    extractor = options.extractor
+    _check_resolution(tokenizer.config.resolution, options.lpips)
     rows = choose_rows(len(source), options.num_images, options.seed)
+
     unusable: Counter[str] = Counter()
-    counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)  # [K]
-    hashed = PictureHash(preparation(tokenizer, extractor))
-    real, rebuilt = (Moments(extractor.dimensions if extractor else 0) for _ in range(2))
+    code_counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)  # [K]
+    prepared = preparation(tokenizer, extractor)
+    image_hash = ImageHash(prepared)
+    dimensions = extractor.dimensions if extractor else 0
+    original_moments = Moments(dimensions)
+    reconstruction_moments = Moments(dimensions)
     kept: list[int] = []
-    psnrs, ssims, distances = [], [], []
+    psnrs, ssims, lpips_values = [], [], []  # [B] of each batch
     for batch in reconstructed_batches(tokenizer, source, rows, options.batch_size, unusable):
         kept += batch.rows
-        hashed.update(batch.original)
-        counts += torch.bincount(batch.codes.flatten().cpu(), minlength=len(counts))
+        image_hash.update(batch.original)
+        code_counts += _count_codes(batch.codes, len(code_counts))
         psnrs.append(psnr(batch.reconstruction, batch.original))
         ssims.append(ssim(batch.reconstruction, batch.original))
         if options.lpips is not None:
-            distances.append(_lpips(options.lpips, batch.original, batch.reconstruction))
+            lpips_values.append(_lpips(options.lpips, batch.original, batch.reconstruction))
         if extractor is not None:
-            rebuilt.update(extractor(batch.reconstruction))
+            reconstruction_moments.update(extractor(batch.reconstruction))
+            # a reference takes the originals' place, and their features are half of the work
             if options.reference is None:
-                real.update(extractor(batch.original))
+                original_moments.update(extractor(batch.original))
     if not kept:
         raise DataError("no usable picture to measure reconstruction on")
-    values = torch.cat(psnrs)
-    return Evaluation(
-        rows=kept, psnr_of=values.tolist(), psnr=float(values.mean()), ssim=float(torch.cat(ssims).mean()),
-        lpips=float(torch.cat(distances).mean()) if distances else None, usage=usage_of_counts(counts),
-        frechet=(measure_frechet(real, rebuilt, options.reference, hashed, preparation(tokenizer, extractor))
-                 if extractor else None),
-        unusable=unusable, fingerprint=hashed.hexdigest())
+
+    frechet = None
+    if extractor is not None:
+        frechet = measure_frechet(original_moments, reconstruction_moments, options.reference,
+                                  image_hash, prepared)
+    all_psnrs = torch.cat(psnrs)
+    return ReconstructionMetrics(
+        rows=kept, psnr_per_image=all_psnrs.tolist(), psnr=float(all_psnrs.mean()),
+        ssim=float(torch.cat(ssims).mean()),
+        lpips=float(torch.cat(lpips_values).mean()) if lpips_values else None,
+        usage=usage_of_counts(code_counts), frechet=frechet, unusable=unusable,
+        fingerprint=image_hash.hexdigest())
 
 
-def _check_side(side: int, lpips: LPIPS | None) -> None:
+def _check_resolution(side: int, lpips: LPIPS | None) -> None:
     if side < WINDOW:
-        raise UserError(f"the tokenizer's pictures have {side} pixels on a side; SSIM needs {WINDOW} or more")
+        raise UserError(f"the tokenizer's pictures have {side} pixels on a side; SSIM needs "
+                        f"{WINDOW} or more")
     if lpips is not None and side < lpips.smallest:
-        raise UserError(f"the tokenizer's pictures have {side} pixels on a side; LPIPS with {lpips.network} needs "
-                        f"{lpips.smallest} or more: choose another --lpips, or none")
+        raise UserError(f"the tokenizer's pictures have {side} pixels on a side; LPIPS with "
+                        f"{lpips.network} needs {lpips.smallest} or more: choose another --lpips, "
+                        "or none")
 
 
 @torch.no_grad()
 def _lpips(network: LPIPS, original: Tensor, reconstruction: Tensor) -> Tensor:
-    """LPIPS [B] in float64 of two uint8 [B, S, S, 3]."""
-    step = max(1, LPIPS_PIXELS_AT_ONCE // original[0, :, :, 0].numel())
+    """LPIPS [B] in float64 between two batches of uint8 images [B, S, S, 3]."""
+    side = original.shape[1]
+    images_at_once = max(1, LPIPS_PIXELS_AT_ONCE // side**2)
     device = network.shift.device
-    parts = [network(pixels_to_float(a).to(device), pixels_to_float(b).to(device))
-             for a, b in zip(original.split(step), reconstruction.split(step), strict=True)]
+    parts = []
+    for some, others in zip(original.split(images_at_once), reconstruction.split(images_at_once),
+                            strict=True):
+        image = pixels_to_float(some).to(device)
+        other = pixels_to_float(others).to(device)
+        parts.append(network(image, other))
     return torch.cat(parts).double().cpu()
-
-
-def measure_frechet(real: Moments, other: Moments, reference: ReferenceStatistics | None, hashed: PictureHash,
-                    made: Preparation) -> Frechet:
-    """Distance of `other` from the reference; without one, from the `real` pictures, which `hashed` and `made` describe."""
-    measured = None
-    if reference is None:
-        reference = measured = ReferenceStatistics(real.mean, real.covariance(), real.count, made, hashed.hexdigest())
-    distance = frechet_distance(reference.mean, reference.covariance, other.mean, other.covariance())
-    too_few = min(reference.count, other.count) <= len(other.mean)
-    return Frechet(distance, too_few, other.count, measured, reference.count, reference.fingerprint)

@@ -1,6 +1,7 @@
-"""Statistics of real pictures that a Frechet distance is measured against, saved once and used again.
+"""Statistics of real images to measure Frechet distances against, saved once and used again.
 
-An .npz file of plain arrays (no pickle): mean, covariance, count, and a JSON header with what they were made from.
+An .npz file of plain arrays (no pickle): mean, covariance, count, and a JSON header that says what
+they were made from.
 """
 
 # Axes: F features
@@ -21,7 +22,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from tokenloom_common.errors import MissingFileError, UserError, one_line
+from tokenloom_common.errors import MissingFileError, UserError
 from tokenloom_common.files import sync_path
 
 FORMAT = "tokenloom reference statistics 1"
@@ -32,7 +33,7 @@ AGAIN = "make it again with --save-reference"
 
 @dataclass(frozen=True)
 class Preparation:
-    """Everything beside the pictures that decides their features."""
+    """Everything that decides the features of images, besides the images themselves."""
 
     extractor: str
     weights_hash: str
@@ -44,7 +45,10 @@ class Preparation:
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """mean [F] and covariance [F, F] in float64 over `count` pictures. fingerprint: hash of the preparation and every pixel."""
+    """Statistics of the features of `count` images: mean [F], covariance [F, F], in float64.
+
+    fingerprint: hash of the preparation and of every pixel.
+    """
 
     mean: Tensor
     covariance: Tensor
@@ -53,32 +57,36 @@ class ReferenceStatistics:
     fingerprint: str
 
 
-class PictureHash:
-    """blake2b over a preparation and pixels in their order, however they are cut into batches."""
+class ImageHash:
+    """blake2b over a preparation and pixels in order, however they are cut into batches."""
 
     def __init__(self, preparation: Preparation) -> None:
-        self._digest = hashlib.blake2b(json.dumps(asdict(preparation), sort_keys=True).encode(), digest_size=16)
+        described = json.dumps(asdict(preparation), sort_keys=True)
+        self._digest = hashlib.blake2b(described.encode(), digest_size=16)
 
     def update(self, pixels: Tensor) -> None:
         """Add uint8 pixels [B, S, S, 3]."""
         self._digest.update(pixels.contiguous().numpy().tobytes())
 
     def hexdigest(self) -> str:
-        """32 hex digits."""
+        """Return 32 hex digits."""
         return self._digest.hexdigest()
 
 
 def save_reference(path: Path, statistics: ReferenceStatistics) -> None:
     """Write the file whole; it replaces an earlier one."""
-    mean, covariance = statistics.mean.numpy(), statistics.covariance.numpy()
+    mean = statistics.mean.numpy()
+    covariance = statistics.covariance.numpy()
     header: dict[str, Any] = {"format": FORMAT, "preparation": asdict(statistics.preparation),
                               "fingerprint": statistics.fingerprint}
     header["checksum"] = _checksum(header, mean, covariance, statistics.count)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with aside.open("wb") as file:
-            numpy.savez(file, mean=mean, covariance=covariance, count=numpy.int64(statistics.count),
+            numpy.savez(file, mean=mean, covariance=covariance,
+                        count=numpy.int64(statistics.count),
                         header=numpy.array(json.dumps(header)))
             file.flush()
             os.fsync(file.fileno())
@@ -89,50 +97,71 @@ def save_reference(path: Path, statistics: ReferenceStatistics) -> None:
 
 
 def load_reference(path: Path) -> ReferenceStatistics:
-    """Read and check a file. UserError if it is not one of ours or is damaged; nothing in it is unpickled."""
+    """Read and check a file. Nothing is unpickled. UserError if it is not ours or is damaged."""
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file of reference statistics; {AGAIN}")
     try:
-        arrays = _read_arrays(path)
-        header = json.loads(str(arrays["header"]))
-        if header["format"] != FORMAT:
-            raise ValueError("another format")
-        count = int(arrays["count"])
-        mean, covariance = arrays["mean"], arrays["covariance"]
-        if mean.shape != (len(mean),) or covariance.shape != (len(mean),) * 2 or mean.dtype != covariance.dtype != float:
-            raise ValueError("arrays of other shapes")
-        if count < 2 or header.pop("checksum") != _checksum(header, mean, covariance, count):
-            raise ValueError("its checksum differs")
-        return ReferenceStatistics(torch.from_numpy(mean), torch.from_numpy(covariance), count,
-                                   Preparation(**header["preparation"]), str(header["fingerprint"]))
-    except (ValueError, LookupError, TypeError, EOFError, OSError, MemoryError, NotImplementedError, RuntimeError,
-            zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a whole file of reference statistics ({one_line(error)[:100]}); {AGAIN}") from None
+        return _parse(_read_arrays(path))
+    except (ValueError, LookupError, TypeError, EOFError, OSError, MemoryError,
+            NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(f"{path}: not a whole file of reference statistics ({reason}); {AGAIN}"
+                        ) from None
+
+
+def _parse(arrays: dict[str, Any]) -> ReferenceStatistics:
+    header = json.loads(str(arrays["header"]))
+    if header["format"] != FORMAT:
+        raise ValueError("another format")
+    count = int(arrays["count"])
+    mean = arrays["mean"]
+    covariance = arrays["covariance"]
+    features = len(mean)
+    if mean.shape != (features,) or covariance.shape != (features, features):
+        raise ValueError("arrays of other shapes")
+    if mean.dtype != float or covariance.dtype != float:
+        raise ValueError("arrays not in float64")
+    checksum = header.pop("checksum")
+    if count < 2 or checksum != _checksum(header, mean, covariance, count):
+        raise ValueError("its checksum differs")
+    return ReferenceStatistics(torch.from_numpy(mean), torch.from_numpy(covariance), count,
+                               Preparation(**header["preparation"]), str(header["fingerprint"]))
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # looked at first: np.load would believe any size that a header claims
-        if {item.filename for item in archive.infolist()} != _ARRAYS:
+    # the archive is looked at first: numpy.load would allocate whatever size a header claims
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if {entry.filename for entry in entries} != _ARRAYS:
             raise ValueError("other arrays")
-        if sum(item.file_size for item in archive.infolist()) > MAX_BYTES:
+        if sum(entry.file_size for entry in entries) > MAX_BYTES:
             raise ValueError("too large")
     with numpy.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
-def _checksum(header: dict[str, Any], mean: numpy.ndarray, covariance: numpy.ndarray, count: int) -> str:
-    digest = hashlib.blake2b(json.dumps([header, count], sort_keys=True).encode(), digest_size=16)
+def _checksum(header: dict[str, Any], mean: numpy.ndarray, covariance: numpy.ndarray,
+              count: int) -> str:
+    described = json.dumps([header, count], sort_keys=True)
+    digest = hashlib.blake2b(described.encode(), digest_size=16)
     for array in (mean, covariance):
         digest.update(numpy.ascontiguousarray(array, dtype="<f8").tobytes())
     return digest.hexdigest()
 
 
-def check_reference(statistics: ReferenceStatistics, preparation: Preparation, dimensions: int, path: Path) -> None:
-    """UserError if the statistics were made in another way than the pictures to compare will be, naming the difference."""
-    there, here = asdict(statistics.preparation), asdict(preparation)
-    for name, value in here.items():
-        if there[name] != value:
-            raise UserError(f"{path}: reference statistics with {name.replace('_', ' ')} {there[name]}, this evaluation has "
-                            f"{value}; {AGAIN}")
-    if len(statistics.mean) != dimensions:
-        raise UserError(f"{path}: reference statistics of {len(statistics.mean)} features, expected {dimensions}; {AGAIN}")
+def check_reference(statistics: ReferenceStatistics, preparation: Preparation, dimensions: int,
+                    path: Path) -> None:
+    """Raise UserError, naming the difference, if the reference was prepared differently.
+
+    preparation, dimensions: of the images to compare with it.
+    """
+    prepared = asdict(statistics.preparation)
+    for name, value in asdict(preparation).items():
+        if prepared[name] != value:
+            words = name.replace("_", " ")
+            raise UserError(f"{path}: reference statistics with {words} {prepared[name]}, this "
+                            f"evaluation has {value}; {AGAIN}")
+    features = len(statistics.mean)
+    if features != dimensions:
+        raise UserError(f"{path}: reference statistics of {features} features, expected "
+                        f"{dimensions}; {AGAIN}")

@@ -1,6 +1,6 @@
-"""Does a scorer find the caption of a picture among many? Works with a matcher of ours and with published models alike."""
+"""Retrieval accuracy: does a scorer, ours or a published one, find an image's caption?"""
 
-# Axes: P pictures with one caption each, C captions to choose from, E width of the space that both share
+# Axes: P images with one caption each, C captions to choose from
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from training.data.visits.order import ItemId, item_random
 
 MOST_CAPTIONS = 500
 TOP = (1, 5)
-PICTURES_AT_ONCE = 64
+IMAGES_AT_ONCE = 64
 
 
 class Pair(NamedTuple):
-    """A row of the data and the caption that its picture is to be found by."""
+    """A row of the data, and the caption that its image is to be found by."""
 
     row: int
     caption: str
 
 
 def choose_pairs(source: CaptionedImages, seed: int, most: int = MOST_CAPTIONS) -> list[Pair]:
-    """Up to `most` rows in an order that the seed decides, each with one of its captions, no caption twice in any case."""
+    """Choose up to `most` rows at random, each with one of its captions.
+
+    No caption comes twice, whatever its case: an image would then have two right answers.
+    """
     order = list(range(len(source)))
     random.Random(f"{seed} retrieval").shuffle(order)
     pairs: dict[str, Pair] = {}
@@ -42,42 +45,57 @@ def choose_pairs(source: CaptionedImages, seed: int, most: int = MOST_CAPTIONS) 
 
 
 def ranks(scores: Tensor, right: Tensor | None = None) -> Tensor:
-    """scores [P, C] -> [P] int64: how many wrong captions score at least as much as the right one of picture i, in column
-    right[i] (default: column i). RunFailedError for a score that is not finite.
+    """Count the wrong captions that score at least as much as the right one: scores [P, C] -> [P].
 
-    A tie counts against the scorer: one that scores everything alike has found nothing.
+    right [P] int64: column of each image's own caption; default: column i for image i. A tie
+    counts against the scorer, since one that scores everything alike has found nothing.
+    RunFailedError for a score that is not finite.
     """
     if not bool(scores.isfinite().all()):
-        raise RunFailedError("a score of picture and caption is not finite; the matcher or its weights are broken")
+        raise RunFailedError("a score of picture and caption is not finite; the matcher or its "
+                             "weights are broken")
     columns = torch.arange(len(scores)) if right is None else right
-    return (scores >= scores.gather(1, columns[:, None])).sum(dim=1) - 1
+    own = scores.gather(1, columns[:, None])  # [P, 1]
+    at_least = (scores >= own).sum(dim=1)
+    return at_least - 1  # the right caption itself is among them
 
 
 def retrieval_accuracy(scores: Tensor, right: Tensor | None = None) -> dict[str, float]:
-    """Share of pictures whose caption is the best, and among the best five, with what guessing would reach: see `ranks`."""
-    found, count = ranks(scores, right), scores.shape[1]
-    return {**{f"top{top}": float((found < top).double().mean()) for top in TOP},
-            **{f"chance_top{top}": min(top, count) / count for top in TOP}}
+    """Share of images whose caption is the best, or among the best five; arguments as in `ranks`.
+
+    chance_top1, chance_top5: what guessing would reach.
+    """
+    rank = ranks(scores, right)
+    captions = scores.shape[1]
+    shares = {f"top{top}": float((rank < top).double().mean()) for top in TOP}
+    chances = {f"chance_top{top}": min(top, captions) / captions for top in TOP}
+    return shares | chances
 
 
 def evaluate_retrieval(scorer: ImageTextScorer, source: CaptionedImages, seed: int = 0,
                        most: int = MOST_CAPTIONS) -> dict[str, Any]:
-    """Picture -> its caption among `captions` different ones of the split. Unusable pictures are left out and counted."""
+    """Find each image's caption among up to `most` different ones of the split.
+
+    Images that cannot be read are left out and counted. DataError if none is usable.
+    """
     unusable: Counter[str] = Counter()
     usable: list[Pair] = []
-    parts: list[Tensor] = []
+    embeddings: list[Tensor] = []
     pairs = choose_pairs(source, seed, most)
-    for start in range(0, len(pairs), PICTURES_AT_ONCE):  # large pictures would not all fit into memory
+    for start in range(0, len(pairs), IMAGES_AT_ONCE):  # large images would not all fit in memory
         images = []
-        for pair in pairs[start: start + PICTURES_AT_ONCE]:
+        for pair in pairs[start: start + IMAGES_AT_ONCE]:
             try:
                 images.append(source[pair.row].image)
                 usable.append(pair)
             except BAD_ITEM_ERRORS as error:
                 unusable[error.reason] += 1
         if images:
-            parts.append(scorer.embed_images(images))
+            embeddings.append(scorer.embed_images(images))
     if not usable:
         raise DataError("no usable picture to measure retrieval on")
-    scores = torch.cat(parts) @ scorer.embed_captions([pair.caption for pair in usable]).T
-    return {"captions": len(usable), **retrieval_accuracy(scores), "unusable": unusable.total(), "seed": seed}
+
+    texts = scorer.embed_captions([pair.caption for pair in usable])
+    scores = torch.cat(embeddings) @ texts.T
+    return {"captions": len(usable), **retrieval_accuracy(scores), "unusable": unusable.total(),
+            "seed": seed}

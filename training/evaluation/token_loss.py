@@ -1,6 +1,6 @@
 """Loss on a held-out split: its mean, and its value at each position of the raster."""
 
-# Axes: B batch, N image tokens
+# Axes: B batch, N image tokens, L layout tokens
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.data.visits.tokens import TokenVisits
 
 @dataclass(frozen=True)
 class HeldOut:
-    """rows: pictures; loss: nats a token; by_position [N]: nats at each position of the raster."""
+    """rows: images; loss: nats per token; by_position [N]: nats at each position of the raster."""
 
     rows: int
     loss: float
@@ -33,37 +33,56 @@ class HeldOut:
         return float(numpy.exp(self.loss))
 
     def plain(self, split: str, grid: tuple[int, int]) -> dict[str, Any]:
-        """For validation.json."""
-        return {"split": split, "rows": self.rows, "loss": self.loss, "perplexity": self.perplexity, "grid": list(grid),
+        """Return the content of validation.json."""
+        return {"split": split, "rows": self.rows, "loss": self.loss,
+                "perplexity": self.perplexity, "grid": list(grid),
                 "loss_by_position": [round(value, 5) for value in self.by_position]}
 
 
 @torch.inference_mode()
-def token_losses(model: ImageTransformer, text: TextBatch, tokens: Tensor, layout: Tensor | None = None) -> Tensor:
-    """Captions, image tokens [B, N] (and layouts [B, L]) -> cross entropy of each token in nats, [B, N] float64 on the CPU."""
+def token_losses(model: ImageTransformer, text: TextBatch, tokens: Tensor,
+                 layout: Tensor | None = None) -> Tensor:
+    """Cross entropy of each token in nats: [B, N] float64 on the CPU.
+
+    tokens: image tokens [B, N]. layout: [B, L], for models with one.
+    """
     device = model.to_logits.weight.device
     tokens = tokens.to(device)
-    logits = model(*(part.to(device) for part in text), tokens, None if layout is None else layout.to(device)).image
-    return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").double().cpu()
+    if layout is not None:
+        layout = layout.to(device)
+    on_device = [part.to(device) for part in text]
+    logits = model(*on_device, tokens, layout).image  # [B, N, K]
+    # in float32, also where the model computes in bfloat16
+    loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
+    return loss.double().cpu()
 
 
 @torch.inference_mode()
-def validation_loss(model: ImageTransformer, shards: TokenShards | PictureTokens, collate: Any, seed: int, batch_size: int = 64,
-                    first_caption: bool = False) -> HeldOut:
-    """Cross entropy in nats over a split's tokens, each row with one of its captions, none dropped, nothing corrupted.
+def validation_loss(model: ImageTransformer, shards: TokenShards | PictureTokens, collate: Any,
+                    seed: int, batch_size: int = 64, first_caption: bool = False) -> HeldOut:
+    """Measure the loss over a split: each row with one of its captions, none dropped or corrupted.
 
-    collate: makes a TokenBatch of what token shards give, or a PictureBatch of what pictures give.
+    collate: makes a TokenBatch of what token shards give, or a PictureBatch of what images give.
     """
-    visits: Any = (PictureTokenVisits(shards.source, shards.tokenizer.config.resolution, seed, 0.0, 0.0, first_caption)
-                   if isinstance(shards, PictureTokens) else
-                   TokenVisits(shards, seed, 0.0, first_caption=first_caption, first_view=True,
-                               use_layout=model.config.layout_grid is not None))
-    total = torch.zeros(model.config.num_tokens, dtype=torch.float64)
+    visits = _visits(model, shards, seed, first_caption)
+    total = torch.zeros(model.config.num_tokens, dtype=torch.float64)  # [N]
     for start in range(0, len(shards), batch_size):
         rows = range(start, min(len(shards), start + batch_size))
         batch = collate(visits.__getitems__([ItemId(0, row) for row in rows]))
         if isinstance(shards, PictureTokens):
             batch = with_tokens(batch, shards.tokenizer, seed, 0.0)
-        total += token_losses(model, batch.text, batch.image_tokens, batch.layout).sum(dim=0)
+        losses = token_losses(model, batch.text, batch.image_tokens, batch.layout)
+        total += losses.sum(dim=0)
     by_position = (total / len(shards)).tolist()
     return HeldOut(len(shards), float(numpy.mean(by_position)), by_position)
+
+
+def _visits(model: ImageTransformer, shards: TokenShards | PictureTokens, seed: int,
+            first_caption: bool) -> Any:
+    """Return the rows without dropped captions, mirrored views or anything else random."""
+    if isinstance(shards, PictureTokens):
+        resolution = shards.tokenizer.config.resolution
+        return PictureTokenVisits(shards.source, resolution, seed, 0.0, 0.0, first_caption)
+    use_layout = model.config.layout_grid is not None
+    return TokenVisits(shards, seed, 0.0, first_caption=first_caption, first_view=True,
+                       use_layout=use_layout)

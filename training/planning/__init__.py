@@ -1,1 +1,1 @@
-"""What a training run will take: memory, arithmetic, time."""
+"""Plan a run before it starts: memory, arithmetic, time."""

@@ -1,7 +1,9 @@
-"""What a micro-batch holds between forward and backward, found by running the trainings' own forwards, losses and backwards on
-the meta device and adding up what is alive."""
+"""Activations of a micro-batch, measured by running the objectives' own forward and backward passes
+on the meta device and adding up what is alive."""
 
-# Axes: B pictures of a micro-batch, T text ids, F width of text features, N image tokens, L layout tokens, S pixels of a side
+# Axes: B images of a micro-batch, T text ids, F width of text features, N image tokens, L layout
+# tokens, S pixels of a side,
+#       M hidden words
 
 from __future__ import annotations
 
@@ -14,51 +16,58 @@ from torch import Tensor, nn
 
 from inference.memory.meta_device import Alive, autocast_on_meta, build_on_meta, fused_attention
 from inference.scoring.matcher import Matcher, MatcherConfig
-from seq2seq import TRANSFORMER_KINDS, DecoderOnly, ImageTransformer, TransformerConfig
+from seq2seq import TRANSFORMER_KINDS, ImageTransformer, TextBatch, TransformerConfig
 from seq2seq.config import LayersConfig
 from seq2seq.layers import recompute_activations
-from seq2seq.losses import TokenLossConfig, loss_parts, masked_text_loss, region_token_weights
-from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer, tokenizer_loss
-from tokenizer_image.adversarial import (
-    LeCAM,
-    discriminator_objective,
-    generator_loss,
-    generator_weight,
-)
+from seq2seq.losses import PREDICTED, TokenLossConfig
+from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer
 from tokenizer_image.discriminators import build_discriminator
 from tokenizer_image.quantizers import Quantizer, QuantizerConfig
 from training.config.matcher import MatcherLossConfig
 from training.config.tokenizer import TokenizerRunConfig
+from training.data.visits.tokens import TokenBatch
 from training.engine.launch import DTYPES
-from training.objectives.matcher import MatcherObjective, batch_accuracy, contrastive_loss
+from training.objectives.matcher import MatcherWithTextHead, batch_accuracy, matcher_loss
+from training.objectives.seq2seq import seq2seq_loss
+from training.objectives.tokenizer import AdversarialTerms, TokenizerObjective
 
 LEARNING_COPIES = {False: 4, True: 5}
-"""learn_codebook_by_gradient -> float32 tables of positions x codes that vector-quantize-pytorch 1.32 has for a moment when a
-codebook learns (measured: tests/test_activations.py); by gradient, one a codebook stays until backward."""
+"""learn_codebook_by_gradient -> float32 tables [positions, codes] that vector-quantize-pytorch 1.32
+holds for a moment when a codebook learns (measured: tests/test_activations.py); by gradient, one
+per codebook stays until backward."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """The course of one micro-batch: `peaks` has, for each gradient that becomes complete, the most bytes alive since the one
-    before (that gradient included, earlier ones not), and how many numbers had their gradients by then."""
+    """Memory over the course of one micro-batch.
+
+    `peaks` has a pair for each gradient that becomes complete: the most bytes alive since the one
+    before (that gradient included, earlier ones not), and how many numbers had their gradients by
+    then.
+    """
 
     peaks: tuple[tuple[int, int], ...]
 
     def worst(self, held: Callable[[int], int] = lambda numbers: 0) -> tuple[int, int]:
-        """(activations, gradients) in bytes where their sum is largest, if `held(numbers)` bytes of gradients stay."""
+        """Return (activations, gradients) in bytes where their sum is largest, if `held(numbers)`
+        bytes of gradients stay."""
         return max(((alive, held(done)) for alive, done in self.peaks), key=sum)
 
     def towards(self, other: Activations, times: int) -> Activations:
-        """What follows on a straight line through this one and `other`, `times` their distance from this one."""
+        """Extrapolate on a straight line through this one and `other`, `times` their distance from
+        this one."""
         pairs = zip(self.peaks, other.peaks, strict=True)
-        return Activations(tuple((one + times * (two - one), done) for (one, done), (two, _) in pairs))
+        return Activations(tuple((one + times * (two - one), done)
+                                 for (one, done), (two, _) in pairs))
 
 
-def trace(run: Callable[[], object], parameters: Iterable[nn.Parameter], model: nn.Module, with_dropout: bool = False
-          ) -> Activations:
-    """Run a micro-batch's forward and backward, each gradient of `parameters` let go as soon as it is complete.
+def trace(run: Callable[[], object], parameters: Iterable[nn.Parameter], model: nn.Module,
+          with_dropout: bool = False) -> Activations:
+    """Run a micro-batch's forward and backward, and free each gradient of `parameters` as soon as
+    it is complete.
 
-    model: whose tensors count as there before, on the meta device or on another; with_dropout: see fused_attention.
+    model: whose tensors were there before and do not count, on the meta device or on another;
+    with_dropout: see fused_attention.
     """
     peaks: list[tuple[int, int]] = []
     done = 0
@@ -79,128 +88,148 @@ def trace(run: Callable[[], object], parameters: Iterable[nn.Parameter], model: 
     return Activations(tuple(peaks))
 
 
-def text_on_meta(config: LayersConfig, captions: int) -> tuple[Tensor, Tensor]:
+# ---- transformer
+
+def text_on_meta(config: LayersConfig, captions: int) -> TextBatch:
     """Text ids [B, T] (or features [B, T, F]) and their mask [B, T], as a batch has them."""
     shape = (captions, config.text_length)
     mask = torch.empty(shape, dtype=torch.bool, device="meta")
     if config.text_feature_width is not None:
-        return torch.empty(*shape, config.text_feature_width, device="meta"), mask
-    return torch.empty(shape, dtype=torch.int64, device="meta"), mask
+        return TextBatch(torch.empty(*shape, config.text_feature_width, device="meta"), mask)
+    return TextBatch(torch.empty(shape, dtype=torch.int64, device="meta"), mask)
 
 
-def transformer_model(config: TransformerConfig, precision: str, checkpointing: bool) -> ImageTransformer:
-    """A transformer as it is trained, on the meta device."""
+def transformer_model(config: TransformerConfig, precision: str,
+                      checkpointing: bool) -> ImageTransformer:
+    """Build a transformer on the meta device as it is trained."""
     model: ImageTransformer = build_on_meta(TRANSFORMER_KINDS[config.kind], config)
     recompute_activations(model, checkpointing)
     return model.to(DTYPES[precision])
 
 
-def transformer_step(model: ImageTransformer, loss: TokenLossConfig, count: int, text: tuple[Tensor, Tensor]) -> None:
-    """Forward, loss and backward over `count` pictures, as train_seq2seq has them."""
-    config, device = model.config, text[1].device
+def transformer_step(model: ImageTransformer, loss: TokenLossConfig, count: int,
+                     text: TextBatch) -> None:
+    """Run forward, loss and backward over `count` images, as train_seq2seq does."""
+    config, device = model.config, text.text_mask.device
     tokens = torch.zeros(count, config.num_tokens, dtype=torch.int64, device=device)
-    layout = torch.zeros(count, config.layout_tokens, dtype=torch.int64, device=device) if config.layout_grid else None
-    logits = model(*text, tokens, *([] if layout is None else [layout]))
-    weights = None
-    if layout is not None and loss.region_weights:
-        weights = region_token_weights(layout, config.layout_grid, config.grid, loss.region_weights)
-    targets, mask = None, text[1]
-    if isinstance(model, DecoderOnly) and config.predict_text:
-        targets = model.text_targets(*text)
-        mask = mask if config.text_padding == "masked" else torch.ones_like(mask)
-    parts = loss_parts(logits, loss, tokens, weights, layout, targets, mask)
-    torch.stack([term * weight for term, weight in parts.values()]).sum().backward()
+    layout = None
+    if config.layout_grid:
+        layout = torch.zeros(count, config.layout_tokens, dtype=torch.int64, device=device)
+    seq2seq_loss(model, model, loss, TokenBatch(text, tokens, tokens, layout)).total.backward()
 
 
-def transformer_activations(config: TransformerConfig, loss: TokenLossConfig, count: int, precision: str, checkpointing: bool,
-                            cuda: bool) -> Activations:
-    """Of a caption -> token transformer and a micro-batch of `count` pictures."""
+def transformer_activations(config: TransformerConfig, loss: TokenLossConfig, count: int,
+                            precision: str, checkpointing: bool, cuda: bool) -> Activations:
+    """Measure a caption -> token transformer on a micro-batch of `count` images."""
     model = transformer_model(config, precision, checkpointing)
     text = text_on_meta(config, count)
-    return trace(lambda: transformer_step(model, loss, count, text), model.parameters(), model, with_dropout=cuda)
+    return trace(lambda: transformer_step(model, loss, count, text), model.parameters(), model,
+                 with_dropout=cuda)
 
 
-def matcher_activations(config: MatcherConfig, loss: MatcherLossConfig, count: int, precision: str, checkpointing: bool,
-                        cuda: bool) -> Activations:
-    """Of a matcher and a micro-batch of `count` pictures; of the hidden words, BERT's 15 % of all text ids."""
-    model = build_on_meta(lambda config: MatcherObjective(Matcher(config), loss), config).to(DTYPES[precision])
+# ---- matcher
+
+def matcher_activations(config: MatcherConfig, loss: MatcherLossConfig, count: int, precision: str,
+                        checkpointing: bool, cuda: bool) -> Activations:
+    """Measure a matcher on a micro-batch of `count` images; hidden words are BERT's share of all
+    text ids."""
+    model = build_on_meta(
+        lambda config: MatcherWithTextHead(Matcher(config), loss), config).to(DTYPES[precision])
     recompute_activations(model, checkpointing)
-    side, (text, mask) = config.image.resolution, text_on_meta(config.text, count)
+
+    side = config.image.resolution
     image = torch.empty(count, 3, side, side, device="meta", dtype=DTYPES[precision])
-    same = torch.empty(count, count, dtype=torch.bool, device="meta")
+    text, mask = text_on_meta(config.text, count)
+    same_caption = torch.empty(count, count, dtype=torch.bool, device="meta")
+
+    inputs: list[Any] = [image, text, mask]
+    hidden_words = None
+    if model.head is not None:
+        count_hidden = max(1, round(PREDICTED * text.numel()))
+        hidden_words = torch.empty(count_hidden, dtype=torch.int64, device="meta")  # [M]
+        # rows and columns instead of the mask that training has: without numbers, nobody knows how
+        # many words a mask hides
+        inputs += [text, (torch.empty_like(hidden_words), torch.empty_like(hidden_words))]
 
     def step() -> None:
-        outputs = model(image, text, mask)
-        total = contrastive_loss(outputs.embeddings, outputs.scale, same)
-        if model.head is not None:  # which words are hidden is not known without numbers
-            memory = model.matcher.text_encoder(text, mask).flatten(0, 1)[: max(1, round(0.15 * text.numel()))]
-            logits = model.head(memory, model.matcher.text_encoder.text_input.embedding.weight)
-            total = total + loss.mlm_weight * masked_text_loss(logits, text.flatten()[: len(logits)])
-        total.backward()
-        batch_accuracy(outputs.embeddings, same)
+        outputs = model(*inputs)
+        matcher_loss(outputs, loss, same_caption, hidden_words).total.backward()
+        batch_accuracy(outputs.embeddings, same_caption)
 
     return trace(step, model.parameters(), model, with_dropout=cuda)
 
 
+# ---- image tokenizer
+
 def tokenizer_model(config: TokenizerRunConfig, precision: str) -> ImageTokenizer:
-    """An image tokenizer as it is trained, on the meta device; its quantizer looks codes up and does not learn."""
+    """Build an image tokenizer on the meta device as it is trained, but with a quantizer that only
+    looks codes up."""
     model: ImageTokenizer = build_on_meta(build_tokenizer, config.model)
     if config.train.trained_part == "decoder":
         model.freeze_codes()
     model.gradient_checkpointing = config.train.gradient_checkpointing
-    for part in model.modules():  # a codebook that learns looks at its numbers, and there are none
+
+    # a codebook that learns reads its numbers, which the meta device does not have; a hook stands
+    # for its memory
+    for part in model.modules():
         if isinstance(part, Quantizer) and part.config.kind != "gumbel":
             part.eval()
-            if not model.codes_frozen and part.config.kind in ("vq", "residual") and not part.config.raw_search:
+            if not model.codes_frozen and part.config.kind in (
+                    "vq", "residual") and not part.config.raw_search:
                 part.register_forward_hook(_LearningCodebook())
     return model.to(DTYPES[precision])
 
 
 class _LearningCodebook:
-    """What a codebook that learns holds beside: tables of all positions against all codes, for a moment or until backward."""
+    """Forward hook that allocates what a learning codebook holds: tables of all positions against
+    all codes."""
 
     def __init__(self) -> None:
         self.kept: Tensor | None = None
+        """Tables that stay until backward."""
 
     def __call__(self, quantizer: Any, inputs: tuple[Tensor, ...], _: Any) -> None:
-        """A forward hook, whose quantizer looks codes up alone."""
         options: QuantizerConfig = quantizer.config
-        shape, device = (inputs[0].numel() // inputs[0].shape[1], quantizer.codebook_size), inputs[0].device
+        latents = inputs[0]
+        table = (latents.numel() // latents.shape[1], quantizer.codebook_size)  # [positions, codes]
         if options.learn_codebook_by_gradient:
-            self.kept = torch.empty(options.depth, *shape, device=device)
-        torch.empty(LEARNING_COPIES[options.learn_codebook_by_gradient], *shape, device=device)
+            self.kept = torch.empty(options.depth, *table, device=latents.device)
+        torch.empty(LEARNING_COPIES[options.learn_codebook_by_gradient], *table,
+                    device=latents.device)
 
 
 def tokenizer_activations(config: TokenizerRunConfig, count: int, precision: str) -> Activations:
-    """Of an image tokenizer with its discriminator and perceptual network, and a micro-batch of `count` pictures."""
-    parts, step = tokenizer_step(config, count, precision)
-    return trace(step, [p for p in parts["model"].parameters() if p.requires_grad], parts)
+    """Measure an image tokenizer with its discriminator and perceptual network on a micro-batch of
+    `count` images."""
+    networks, step = tokenizer_step(config, count, precision)
+    trained = [parameter for parameter in networks["model"].parameters() if parameter.requires_grad]
+    return trace(step, trained, networks)
 
 
-def tokenizer_step(config: TokenizerRunConfig, count: int, precision: str) -> tuple[nn.ModuleDict, Callable[[], None]]:
-    """The networks of a tokenizer's training on the meta device, and a step as train_tokenizer has it."""
-    model, side = tokenizer_model(config, precision), config.model.resolution
-    parts = nn.ModuleDict({"model": model})
+def tokenizer_step(config: TokenizerRunConfig, count: int,
+                   precision: str) -> tuple[nn.ModuleDict, Callable[[], None]]:
+    """Return the networks of a tokenizer's run on the meta device, and a step of both halves as
+    train_tokenizer does it."""
+    model = tokenizer_model(config, precision)
+    side, channels = config.model.resolution, config.model.in_channels
+    networks = nn.ModuleDict({"model": model})
+    perceptual = adversarial = None
     with torch.device("meta"):
-        perceptual = LPIPS(config.loss.perceptual_network) if config.loss.perceptual_weight else None
-        lecam = LeCAM(config.adversarial.lecam_decay)
+        if config.loss.perceptual_weight:
+            perceptual = networks["perceptual"] = LPIPS(config.loss.perceptual_network)
         if config.adversarial.weight:
-            parts["adversary"] = build_discriminator(config.adversarial.discriminator, side, config.model.in_channels)
-    if perceptual is not None:
-        parts["perceptual"] = perceptual
-    image = torch.empty(count, config.model.in_channels, side, side, device="meta")
+            discriminator = build_discriminator(config.adversarial.discriminator, side, channels)
+            networks["discriminator"] = discriminator
+            adversarial = AdversarialTerms(config.adversarial, discriminator)
+    objective = TokenizerObjective(config.loss, perceptual, adversarial)
+    image = torch.empty(count, channels, side, side, device="meta")
 
     def step() -> None:
         result = model(image.to(DTYPES[precision]))
-        total = tokenizer_loss(result, image, config.loss, perceptual).total
-        if "adversary" in parts:
-            adversary = parts["adversary"].requires_grad_(False)
-            term = generator_loss(adversary(result.reconstruction.float()), config.adversarial.loss)
-            total = total + term * generator_weight(config.train.steps, config.adversarial, total, term, model.last_layer)
-        total.backward()
-        if "adversary" in parts:
-            discriminator = parts["adversary"].requires_grad_(True)
-            discriminator_objective(discriminator, image, result.reconstruction.float(), config.adversarial.start_step,
-                                    config.adversarial, lecam).total.backward()
+        objective(result, image, model.last_layer, config.train.steps).total.backward()
+        if adversarial is not None:
+            step_with_r1 = config.adversarial.start_step
+            loss = adversarial.discriminator_loss(image, result.reconstruction, step_with_r1)
+            loss.total.backward()
 
-    return parts, step
+    return networks, step

@@ -1,12 +1,14 @@
-"""How much arithmetic training takes, counted on the model itself, and how much a GPU can do at best.
+"""FLOPs of training, counted on the model itself.
 
-A model is built without memory (torch's meta device) and run once; torch counts multiplications and additions of its matrix
-products, attention and convolutions. What a causal mask hides counts where it is multiplied all the same, as is usual
-(Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311); row, column and convolutional attention count the blocks
-that `seq2seq.attention.attend` multiplies.
+A model is built without memory (torch's meta device) and run once; torch counts multiplications and
+additions of its matrix products, attention and convolutions. Positions that a causal mask hides
+count where they are multiplied all the same, as is usual (Chowdhery et al. 2022, appendix B,
+https://arxiv.org/abs/2204.02311); row, column and convolutional attention count the blocks that
+`seq2seq.attention.attend` multiplies.
 """
 
-# Axes: B pictures (= 1), T text ids, F width of text features, N image tokens, L layout tokens, S pixels of a side
+# Axes: B images (= 1), T text ids, F width of text features, N image tokens, L layout tokens,
+#       S pixels of a side
 
 from __future__ import annotations
 
@@ -29,34 +31,45 @@ from training.planning.activations import text_on_meta, tokenizer_step
 
 @lru_cache(maxsize=32)
 def forward_flops(config: TransformerConfig) -> int:
-    """Of a training step's forward over one picture and its caption, in either family of transformers."""
+    """FLOPs of a transformer's forward pass in training, over one image and its caption."""
     model = build_on_meta(TRANSFORMER_KINDS[config.kind], config)
-    layout = [_ids(config.layout_tokens)] if config.layout_grid else []
-    return _counted(model, *text_on_meta(config, 1), _ids(config.num_tokens), *layout)
+    inputs = [*text_on_meta(config, 1), _ids(config.num_tokens)]
+    if config.layout_grid:
+        inputs.append(_ids(config.layout_tokens))
+    return _count(model, *inputs)
 
 
 @lru_cache(maxsize=32)
 def tokenizer_forward_flops(config: ImageTokenizerConfig) -> int:
-    """Of an image tokenizer's encoder, quantizer and decoder over one picture; without discriminator and perceptual network."""
+    """FLOPs of an image tokenizer's encoder, quantizer and decoder over one image.
+
+    Discriminator and perceptual network are not counted.
+    """
     model: ImageTokenizer = build_on_meta(build_tokenizer, config)
-    for part in model.modules():  # a codebook that learns looks at its numbers, and there are none
+    for part in model.modules():
+        # a codebook that learns reads values, and tensors on the meta device have none
         if isinstance(part, Quantizer) and part.config.kind != "gumbel":
             part.eval()
-    return _counted(model, torch.empty(1, config.in_channels, config.resolution, config.resolution, device="meta"))
+    return _count(model, _image(config.in_channels, config.resolution))
 
 
 @lru_cache(maxsize=32)
 def matcher_forward_flops(config: MatcherConfig) -> int:
-    """Of both towers over one picture and its caption."""
-    side = config.image.resolution
-    return _counted(build_on_meta(Matcher, config), torch.empty(1, 3, side, side, device="meta"), *text_on_meta(config.text, 1))
+    """FLOPs of one forward pass through both towers, over one image and its caption."""
+    model = build_on_meta(Matcher, config)
+    return _count(model, _image(3, config.image.resolution), *text_on_meta(config.text, 1))
 
 
 def tokenizer_training_flops(config: TokenizerRunConfig) -> int:
-    """Of forward and backward over one picture in train_tokenizer, with all that a step runs: discriminator (in both its parts)
-    and perceptual network."""
+    """FLOPs of forward and backward over one image in train_tokenizer.
+
+    All that a step runs is counted: also the discriminator, in both its uses, and the perceptual
+    network.
+    """
+    # activations that are computed again do not count (see training_flops)
     train = config.train.model_copy(update={"gradient_checkpointing": False})
     _, step = tokenizer_step(config.model_copy(update={"train": train}), 1, "float32")
+
     with _Counter() as counter, autocast_on_meta():
         step()
     return counter.flops
@@ -66,24 +79,31 @@ def _ids(count: int) -> Tensor:
     return torch.empty(1, count, dtype=torch.int64, device="meta")
 
 
-def _counted(model: nn.Module, *inputs: Tensor) -> int:
+def _image(channels: int, side: int) -> Tensor:
+    return torch.empty(1, channels, side, side, device="meta")  # [B, C, S, S]
+
+
+def _count(model: nn.Module, *inputs: Tensor) -> int:
     with _Counter() as counter, torch.no_grad(), autocast_on_meta():
         model(*inputs)
     return counter.flops
 
 
 class _Counter(TorchDispatchMode):
-    """torch's formulas alone: its FlopCounterMode also notes modules, which torch.autograd.grad inside a step does not bear."""
+    """Add up torch's FLOP formulas.
+
+    torch's own FlopCounterMode also tracks modules, which fails on torch.autograd.grad inside a
+    step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += formula(*args, **kwargs, out_val=out)
         return out
-
-

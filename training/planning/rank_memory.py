@@ -1,230 +1,144 @@
-"""The memory of one process of a training, worked out for each ZeRO stage before anything is made.
-
-What stays (parameters, float32 copies, the optimizer's moments) is arithmetic on the parameters' shapes. What comes and goes is
-looked at in the moments where most of it is alive: forward and backward, reducing gradients, the optimizer's step, the start,
-and a float32 copy for samples and exports; the largest of these decides. Numbers alive in each moment follow the code of
-DeepSpeed 0.19 (runtime/zero/stage_1_and_2.py, stage3.py, fp16/unfused_optimizer.py), and are checked against runs in the tests.
-"""
+"""The memory of the process that needs most, and the size of a checkpoint, of a planned run."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from inference.memory.meta_device import Alive
-from training.config.optim import OptimConfig
-from training.engine.optim import OPTIMIZERS, build_optimizer
+from training.config.run import OFFLOAD_LEAST_STAGE
+from training.engine.deepspeed_json import deepspeed_json
 from training.planning.activations import Activations
+from training.planning.engine_memory import EngineMemory, Phase, Sharding, engine_memory
+from training.planning.plan import Plan
+from training.planning.trained_module import FLOAT32_BYTES, NUMBER_BYTES
 
-Shapes = tuple[tuple[int, ...], ...]
-
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-LARGEST_ALLREDUCE = 500_000_000
-"""Numbers that DeepSpeed flattens together at stage 0 (constants.MEMORY_OPT_ALLREDUCE_SIZE)."""
-ZERO_DEFAULTS = {"reduce_bucket_size": 500_000_000, "sub_group_size": 1_000_000_000,
-                 "stage3_max_live_parameters": 1_000_000_000, "stage3_param_persistence_threshold": 100_000}
-"""DeepSpeed's own values of what memory depends on, where its JSON does not say."""
+NO_ACTIVATIONS = Activations(((0, 0),))
 PROCESS = {"cpu": (40 << 20, 80 << 20, 80 << 20, 90 << 20), "cuda": (1 << 30,) * 4}
-"""Bytes of a process beyond its tensors, by stage. CPU: what first use of kernels, autograd, gloo and DeepSpeed's modules took
-(measured, torch 2.13, DeepSpeed 0.19.8). CUDA: the context, NCCL's buffers, cuBLAS: an assumption, not measured."""
+"""Bytes of a process beyond its tensors, by stage.
+
+CPU: first use of kernels, autograd, gloo and DeepSpeed's modules (measured, torch 2.13, DeepSpeed
+0.19.8). CUDA: the context, NCCL's buffers, cuBLAS: an assumption, not measured.
+"""
 LOW_PRECISION = 16 << 20
-"""What first use of a CPU's kernels takes more in bfloat16 and float16 (measured)."""
+"""Bytes that first use of a CPU's kernels takes more in bfloat16 and float16 (measured)."""
 
 
 @dataclass(frozen=True)
-class TrainedModule:
-    """What memory depends on of a module with its own engine.
+class RankMemory:
+    """Bytes of the process that needs most, in its worst phase.
 
-    groups: shapes of its trainable parameters, an optimizer's group each; fixed: bytes of frozen parameters and of buffers.
+    The parts sum up to `total`, all of it on the device.
+    host: main memory that is needed beside; on a CPU that is the device, and part of `buffers`
+    phase: name of the worst phase
+    certain: bytes that every phase needs: parameters, optimizer, average, other models, and
+        gradients at their fewest
     """
 
-    name: str
-    groups: tuple[Shapes, ...]
-    fixed: int
-    optim: OptimConfig
-    precision: str
-
-    @classmethod
-    def of(cls, name: str, module: nn.Module, optim: OptimConfig, precision: str) -> TrainedModule:
-        """Of a module on the meta device, grouped as its optimizer groups it."""
-        groups = tuple(tuple(tuple(p.shape) for p in group["params"]) for group in build_optimizer(module, optim).param_groups)
-        frozen = sum(4 * p.numel() for p in module.parameters() if not p.requires_grad)
-        return cls(name, groups, frozen + sum(buffer.nbytes for buffer in module.buffers()), optim, precision)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Numbers of each trainable parameter."""
-        return [math.prod(shape) for group in self.groups for shape in group]
-
-    @property
-    def trainable(self) -> int:
-        """Numbers that learn."""
-        return sum(self.sizes)
-
-    @property
-    def largest_group(self) -> int:
-        """Numbers of the largest of the optimizer's groups."""
-        return max(sum(math.prod(shape) for shape in group) for group in self.groups)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a training is laid out over processes. zero: DeepSpeed's section of that name."""
-
     stage: int
-    processes: int
-    accumulation: int
-    offload: str = "none"
-    cuda: bool = False
-    zero: dict[str, Any] = field(default_factory=dict)
-
-    def number(self, name: str, parameters: int) -> int:
-        """A size of DeepSpeed's; the trainings make buckets no larger than the model."""
-        most = min(ZERO_DEFAULTS[name], parameters) if name == "reduce_bucket_size" else ZERO_DEFAULTS[name]
-        return int(self.zero.get(name, most))
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Bytes that are alive in one moment beside what always is."""
-
-    name: str
-    activations: int = 0
-    gradients: int = 0
-    buffers: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.activations + self.gradients + self.buffers
-
-
-@dataclass(frozen=True)
-class EngineMemory:
-    """Of one engine: what always is there, on the device and (offloaded) in main memory, and its moments."""
-
     parameters: int
     optimizer: int
     gradients: int
+    average: int
+    activations: int
     buffers: int
-    offloaded: int
-    moments: tuple[Moment, ...]
+    other_models: int
+    process: int
+    host: int
+    phase: str
+    certain: int
+
+    @property
+    def total(self) -> int:
+        """All bytes on the device."""
+        return (self.parameters + self.optimizer + self.gradients + self.average + self.activations
+                + self.buffers + self.other_models + self.process)
 
 
-@lru_cache(maxsize=4096)
-def optimizer_bytes(groups: tuple[Shapes, ...], config: OptimConfig, together: bool) -> tuple[int, int]:
-    """(state, most bytes that a step takes beside it) of an optimizer over float32 parameters, by running its step twice on the
-    meta device. together: all parameters at a time, as torch does on CUDA, and not one after another."""
-    made = [[nn.Parameter(torch.empty(shape, device="meta")) for shape in group] for group in groups]
-    optimizer = OPTIMIZERS[config.name]([{"params": group, "weight_decay": 0.1} for group in made], config)
-    for parameters in optimizer.param_groups:
-        if "foreach" in parameters:
-            parameters["foreach"] = together
-    holder = nn.ParameterList([parameter for group in made for parameter in group])
-    for parameter in holder:
-        parameter.grad = torch.empty_like(parameter)
-    with Alive(holder) as alive:
-        optimizer.step()
-        state = alive.peak = alive.now
-        optimizer.step()
-    return state, alive.peak - state
+def sharding_of(plan: Plan, stage: int, processes: int, cuda: bool) -> Sharding:
+    """The plan's own sharding at another stage.
+
+    UserError for a batch that `processes` cannot divide.
+    """
+    config = plan.config
+    deepspeed = config.deepspeed.model_copy(update={"zero_stage": stage})
+    config = config.model_copy(update={"deepspeed": deepspeed})
+    json = deepspeed_json(config, processes, plan.precision, plan.parameters)
+
+    offload = config.deepspeed.offload
+    if stage < OFFLOAD_LEAST_STAGE[offload]:
+        offload = "none"
+    return Sharding(stage, processes, config.train.accumulation, offload, cuda,
+                    zero=dict(json["zero_optimization"]))
 
 
-def engine_memory(module: TrainedModule, layout: Layout, activations: Activations) -> EngineMemory:
-    """What an engine needs; `activations` of a micro-batch, without peaks for a module that runs inside another's trace."""
-    sharded = [_unsharded, _sharded, _sharded, _all_sharded][layout.stage]
-    memory = sharded(module, layout, activations, NUMBER_BYTES[module.precision])
-    return replace(memory, parameters=memory.parameters + module.fixed)
+def rank_memory(plan: Plan, sharding: Sharding, activations: Activations) -> RankMemory:
+    """Work out the memory of the first process, which also has the moving average and samples."""
+    engines = [engine_memory(plan.modules[0], sharding, activations)]
+    for module in plan.modules[1:]:  # runs inside the first one's trace
+        engines.append(engine_memory(module, sharding, NO_ACTIVATIONS))
+    kept = _sum(engines)
 
-
-def _unsharded(module: TrainedModule, layout: Layout, activations: Activations, number: int) -> EngineMemory:
-    count, sizes = module.trainable, module.sizes
-    state, temporary = optimizer_bytes(module.groups, module.optim, layout.cuda)
-    copies = 0 if number == 4 else 4 * count  # gradients, and for good: parameters
-    kept = number * count if layout.accumulation > 1 else 0
-    alive, held = activations.worst(lambda done: kept or number * done)
-    flat = number * min(count, LARGEST_ALLREDUCE + max(sizes))
-    return EngineMemory(number * count, copies + state, 0, 0, 0, (
-        Moment("forward and backward", alive, held),
-        Moment("reducing gradients", 0, number * count, flat),
-        Moment("optimizer step", 0, number * count, copies + temporary),
-        Moment("start", 0, 0, max(0, _first(layout, number) * count - number * count - copies - state))))
-
-
-def _sharded(module: TrainedModule, layout: Layout, activations: Activations, number: int) -> EngineMemory:
-    """Stages 1 and 2."""
-    count, share = module.trainable, 1 / layout.processes
-    bucket = layout.number("reduce_bucket_size", count)
-    shard = math.ceil(count * share)
-    state, temporary, step = _flat_step(module, layout, module.largest_group * share, number)
-    offloads = layout.offload != "none"
-    own, host = (0, 0) if offloads else (4 * shard + state, 0)
-    if offloads:  # float32 copies and gradients, moments, weights on their way, gradients that add up
-        host = 8 * shard + state + number * shard * (2 if layout.accumulation > 1 else 1)
-        temporary = step = 0
-    flat = number * bucket if layout.processes > 1 else 0  # several shards' gradients in one message
-    added = number * shard if layout.accumulation > 1 and not offloads else 0
-    partition = 0 if offloads else number * min(count, shard + max(module.sizes))  # the largest may begin in another's shard
-    if layout.stage == 1:
-        kept = number * count if layout.accumulation > 1 else 0
-        # an empty bucket is no memory on a CPU until it is written to
-        alive, held = activations.worst(lambda done: kept or number * done)
-        backward = Moment("forward and backward", alive, held, number * bucket if layout.cuda else 0)
-        reducing = Moment("reducing gradients", 0, number * count, max(flat, partition))
+    # On a CPU, main memory is the device: offloaded state and copies for the export are in it too.
+    samples_bytes = plan.copy + plan.sampling
+    if sharding.cuda:
+        samples_bytes = samples_bytes if plan.uses_copy else 0
+        host = kept.offloaded + 2 * plan.copy
+        on_device_too = 0
     else:
-        early = partition if bucket < count else 0
-        alive, held = activations.worst(lambda done: number * (bucket if layout.cuda else min(done, bucket)))
-        backward = Moment("forward and backward", alive, added + early, held + (flat if early else 0))
-        reducing = Moment("reducing gradients", 0, added + early, number * bucket + max(flat, partition - early))
-    # weights are made one vector, in main memory where a GPU has no room for both
-    start = max(_first(layout, number) * count, (1 if layout.cuda else 2) * number * count, number * count + 8 * shard)
-    return EngineMemory(number * count, own, 0, 0, host, (
-        backward, reducing, Moment("optimizer step", 0, partition, step + temporary),
-        Moment("start", 0, 0, max(0, start - number * count - own))))
+        samples_bytes = max(2 * plan.copy, samples_bytes)
+        host = on_device_too = kept.offloaded
+
+    phases = [phase for engine in engines for phase in engine.phases]
+    phases.append(Phase("samples and export", buffers=samples_bytes))
+    worst = max(phases, key=lambda phase: phase.total)
+
+    average = plan.copy if plan.config.train.weight_ema else 0
+    fewest_gradients = 0
+    if not sharding.offloads:
+        sharers = sharding.processes if sharding.stage > 1 else 1
+        fewest_gradients = NUMBER_BYTES[plan.precision] * plan.parameters // sharers
+    certain = (kept.parameters + kept.optimizer + average + plan.other_models + fewest_gradients
+               + on_device_too)
+
+    return RankMemory(
+        sharding.stage,
+        parameters=kept.parameters,
+        optimizer=kept.optimizer,
+        gradients=worst.gradients + kept.gradients,
+        average=average,
+        activations=worst.activations,
+        buffers=worst.buffers + kept.buffers + on_device_too,
+        other_models=plan.other_models,
+        process=_process_bytes(plan, sharding),
+        host=host,
+        phase=worst.name,
+        certain=certain)
 
 
-def _all_sharded(module: TrainedModule, layout: Layout, activations: Activations, number: int) -> EngineMemory:
-    """Stage 3."""
-    count = module.trainable
-    shard = math.ceil(count / layout.processes)
-    bucket = layout.number("reduce_bucket_size", count)
-    small = sum(size for size in module.sizes if size <= layout.number("stage3_param_persistence_threshold", count))
-    live = max(small, min(count, layout.number("stage3_max_live_parameters", count)))
-    gathered = number * live if layout.processes > 1 else 0
-    largest = max(module.sizes) / layout.processes
-    group = min(module.largest_group / layout.processes, layout.number("sub_group_size", count) + largest)
-    state, temporary, step = _flat_step(module, layout, group, number)
-    offloads = layout.offload != "none"
-    parameters = 0 if layout.offload == "parameters" else number * shard
-    own, kept = (0, 0) if offloads else (4 * shard + state, number * shard)
-    host = (8 * shard + state + number * shard if offloads else 0) + (number * shard - parameters)
-    if offloads:
-        temporary = step = 0
-    alive, _ = activations.worst()
-    copies = 1 if layout.cuda else 2  # gloo keeps one of its own
-    return EngineMemory(parameters, own, kept, number * bucket, host, (
-        Moment("forward and backward", alive, 0, gathered),
-        Moment("reducing gradients", 0, 0, gathered + copies * number * bucket),
-        Moment("optimizer step", 0, 0, step + temporary),
-        Moment("start", 0, 0, max(0, _first(layout, number) * count - parameters - own - kept))))
+def _process_bytes(plan: Plan, sharding: Sharding) -> int:
+    if sharding.cuda:
+        return PROCESS["cuda"][sharding.stage]
+    low = LOW_PRECISION if plan.precision != "float32" else 0
+    return PROCESS["cpu"][sharding.stage] + low
 
 
-def _first(layout: Layout, number: int) -> int:
-    """Bytes a number of a module when DeepSpeed takes it: float32, which it rounds before it moves it to a GPU."""
-    return number if layout.cuda else 4
+def _sum(engines: list[EngineMemory]) -> EngineMemory:
+    return EngineMemory(
+        parameters=sum(engine.parameters for engine in engines),
+        optimizer=sum(engine.optimizer for engine in engines),
+        gradients=sum(engine.gradients for engine in engines),
+        buffers=sum(engine.buffers for engine in engines),
+        offloaded=sum(engine.offloaded for engine in engines),
+        phases=())
 
 
-def _flat_step(module: TrainedModule, layout: Layout, group: float, number: int) -> tuple[int, int, int]:
-    """(state of all shards of this process, temporaries of a step, float32 gradients of it) with `group` numbers at a time."""
-    flat = tuple(((math.ceil(sum(math.prod(shape) for shape in shapes) / layout.processes),),) for shapes in module.groups)
-    state = optimizer_bytes(flat, module.optim, layout.cuda)[0]
-    numbers = math.ceil(group)
-    temporary = optimizer_bytes((((numbers,),),), module.optim, layout.cuda)[1]
-    if number < 4:  # they are flattened before they become float32
-        temporary = max(temporary, number * numbers)
-    return state, temporary, 4 * numbers
+def checkpoint_bytes(plan: Plan, stage: int) -> int:
+    """Bytes of one checkpoint: DeepSpeed's files of all processes, and the moving average."""
+    total = plan.copy if plan.config.train.weight_ema else 0
+    for module in plan.modules:
+        alone = engine_memory(module, Sharding(0, 1, 1), NO_ACTIVATIONS)
+        total += alone.parameters + alone.optimizer
+        if stage and module.precision == "float32":  # stages 1 to 3 have float32 twice
+            total += FLOAT32_BYTES * module.trainable
+        if stage == 3:  # and stage 3 writes one of the two
+            total -= NUMBER_BYTES[module.precision] * module.trainable
+    return total

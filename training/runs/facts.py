@@ -1,7 +1,9 @@
-"""What a run folder tells: how far it came, what it reached, what went wrong. Reads files alone."""
+"""Read the facts of a run folder: how far it came, its numbers, what went wrong. Reads files alone.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -13,7 +15,7 @@ import yaml
 
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
-from training.runs.incidents import NAMED, read_incidents
+from training.runs.incidents import first_keys, read_incidents
 from training.runs.metrics import read_metrics
 from training.runs.retention import HIGHER_IS_BETTER, Measured
 
@@ -22,7 +24,7 @@ RECENT = 120.0  # seconds since the last line within which a run may still be ru
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run folder; numbers are None where the run did not say them."""
+    """One run folder; numbers are None where the run did not log them."""
 
     path: Path
     config: dict[str, Any]
@@ -33,10 +35,16 @@ class RunFacts:
 
     @property
     def kind(self) -> str:
-        """Which script made it, and the family of its model."""
-        model = self.config.get("model") or {}
-        script = "seq2seq" if "image_tokenizer" in self.config else "tokenizer" if "codebook" in self.config else "matcher"
-        return " ".join(part for part in (script, str(model.get("kind") or "")) if part)
+        """The script that made it, and the family of its model."""
+        # config.yaml does not name its script, so by the keys that only one of them has
+        if "image_tokenizer" in self.config:
+            script = "seq2seq"
+        elif "codebook" in self.config:
+            script = "tokenizer"
+        else:
+            script = "matcher"
+        family = (self.config.get("model") or {}).get("kind")
+        return f"{script} {family}" if family else script
 
     @property
     def steps(self) -> int:
@@ -50,38 +58,41 @@ class RunFacts:
 
     @property
     def loss(self) -> float | None:
-        """The mean of the last tenth of the lines."""
-        values = [row["loss"] for row in self.rows if row.get("loss") is not None]
-        last = values[-max(1, len(values) // 10):]
+        """Mean of the last tenth of the lines."""
+        losses = [row["loss"] for row in self.rows if row.get("loss") is not None]
+        last = losses[-max(1, len(losses) // 10):]
         return sum(last) / len(last) if last else None
 
     @property
     def validation_loss(self) -> float | None:
-        """Measured on the held-out split at the end."""
-        found = (self.validation or {}).get("loss")
-        return None if found is None else float(found)
+        """Loss on the held-out split at the end."""
+        loss = (self.validation or {}).get("loss")
+        return None if loss is None else float(loss)
 
     @property
     def best(self) -> tuple[Measured, int] | None:
-        """The best measurement of the held-out split while the run went on, and its step."""
-        best: tuple[Measured, int] | None = None
+        """The best measurement of the held-out split during the run, and its step."""
+        best: Measured | None = None
+        best_step = 0
         for row in self.rows:
             for name in HIGHER_IS_BETTER:
-                if row.get(name) is not None:
-                    measured = Measured(name, float(row[name]))
-                    if measured.better_than(best[0] if best else None):
-                        best = measured, int(row["step"])
-        return best
+                if row.get(name) is None:
+                    continue
+                measured = Measured(name, float(row[name]))
+                if measured.better_than(best):
+                    best, best_step = measured, int(row["step"])
+        return None if best is None else (best, best_step)
 
     def median(self, name: str) -> float | None:
-        """Of a number's lines: the first, which is slow, hardly counts."""
+        """Median of a number over its lines, in which the slow first one hardly counts."""
         values = sorted(row[name] for row in self.rows if row.get(name))
         return values[len(values) // 2] if values else None
 
     @property
     def memory_bytes(self) -> int | None:
-        """The most that any line says."""
-        return max((int(row["memory_bytes"]) for row in self.rows if row.get("memory_bytes")), default=None)
+        """The most of any line."""
+        used = (int(row["memory_bytes"]) for row in self.rows if row.get("memory_bytes"))
+        return max(used, default=None)
 
     @property
     def skipped(self) -> int:
@@ -89,7 +100,7 @@ class RunFacts:
         return int(self._last("skipped_steps") or 0)
 
     def _last(self, name: str) -> Any:
-        """Of the last line that has it."""
+        """Return a number of the last line that has it."""
         return next((row[name] for row in reversed(self.rows) if name in row), None)
 
     @property
@@ -98,8 +109,10 @@ class RunFacts:
         if (self.path / "model").is_dir() and self.steps >= self.total_steps:
             return "done"
         metrics = self.path / "metrics.jsonl"
-        recent = metrics.is_file() and time.time() - metrics.stat().st_mtime < RECENT
-        return "running" if recent else "stopped"
+        if not metrics.is_file():
+            return "stopped"
+        age = time.time() - metrics.stat().st_mtime
+        return "running" if age < RECENT else "stopped"
 
     @property
     def seconds(self) -> float:
@@ -107,42 +120,63 @@ class RunFacts:
         total, before = 0.0, 0.0
         for row in self.rows:
             elapsed = float(row.get("elapsed_s") or 0.0)
-            if elapsed < before:  # it was started again
+            if elapsed < before:  # the clock began again with a new start
                 total += before
             before = elapsed
         return total + before
 
     @property
+    def restarts(self) -> int:
+        """How often the run was started again, seen by a clock that went back between two lines."""
+        seconds = [row.get("elapsed_s", 0) for row in self.rows]
+        return sum(later < earlier for earlier, later in itertools.pairwise(seconds))
+
+    @property
     def incidents(self) -> list[str]:
-        """What went wrong or was interrupted, in words."""
-        found = [f"{self.skipped} steps were skipped because a loss or gradient was not finite"] if self.skipped else []
-        for line in read_incidents(self.path):
-            loss = f", loss {line['loss']:.4g} where {line['median']:.4g} was usual" if line["what"] == "spike" else ""
-            found.append(f"step {line['step']:,}: {line['what']}{loss}; made of {', '.join(line['keys'][:NAMED])}"
-                         + (f" and {len(line['keys']) - NAMED} more" if len(line["keys"]) > NAMED else ""))
-        starts = sum(later.get("elapsed_s", 0) < earlier.get("elapsed_s", 0)
-                     for earlier, later in zip(self.rows, self.rows[1:], strict=False))
-        found += [f"started again {starts} times after a stop"] if starts else []
+        """Everything that went wrong or was interrupted, a sentence each."""
+        found = []
+        if self.skipped:
+            found.append(f"{self.skipped} steps were skipped because a loss or gradient was not "
+                         "finite")
+        found += [_incident(line) for line in read_incidents(self.path)]
+        if self.restarts:
+            found.append(f"started again {self.restarts} times after a stop")
         dropped = self._last("dropped_items")
-        found += [f"{int(dropped)} unusable pictures were left out"] if dropped else []
-        found += [f"{path.name}: where a rank stood still" for path in sorted((self.path / "incidents").glob("*.txt"))]
-        found += [f"{path.name}: an earlier run in this folder" for path in sorted(self.path.glob("before-*"))]
+        if dropped:
+            found.append(f"{int(dropped)} unusable pictures were left out")
+
+        # the watchdog writes the stacks of a stalled rank into a .txt
+        stalls = sorted((self.path / "incidents").glob("*.txt"))
+        found += [f"{path.name}: where a rank stood still" for path in stalls]
+        earlier_runs = sorted(self.path.glob("before-*"))
+        found += [f"{path.name}: an earlier run in this folder" for path in earlier_runs]
         return found
 
 
+def _incident(line: dict[str, Any]) -> str:
+    loss = ""
+    if line["what"] == "spike":
+        loss = f", loss {line['loss']:.4g} where {line['median']:.4g} was usual"
+    return f"step {line['step']:,}: {line['what']}{loss}; made of {first_keys(line['keys'])}"
+
+
 def read_run(path: Path) -> RunFacts:
-    """The facts of a run folder. UserError for a folder that is none."""
+    """Read the facts of a run folder. UserError for a folder that is none."""
     if not path.is_dir():
         raise MissingFileError(f"{path}: no such folder")
     if not is_run(path):
-        raise UserError(f"{path} is no run folder: it has no config.yaml with a run_dir; give what --run_dir was")
-    return RunFacts(path, read_mapping(path / "config.yaml"), read_metrics(path / "metrics.jsonl"),
-                    _json(path / "env.json") or {}, _json(path / "validation.json"),
-                    (_json(path / "latest.json") or {}).get("checkpoint"))
+        raise UserError(f"{path} is no run folder: it has no config.yaml with a run_dir; give "
+                        "what --run_dir was")
+    latest = _read_object(path / "latest.json") or {}
+    return RunFacts(
+        path, read_mapping(path / "config.yaml"), read_metrics(path / "metrics.jsonl"),
+        environment=_read_object(path / "env.json") or {},
+        validation=_read_object(path / "validation.json"),
+        latest_checkpoint=latest.get("checkpoint"))
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is one that a training script wrote."""
+    """Whether a training script wrote this folder."""
     try:
         values = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -151,21 +185,25 @@ def is_run(path: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[RunFacts]:
-    """Every run folder at or below `folder`, by path, without what earlier runs left (before-N). UserError for none."""
+    """Read every run folder at or below `folder`, by path, without earlier runs' before-N.
+    UserError for none."""
     if not folder.is_dir():
         raise MissingFileError(f"{folder}: no such folder")
     found = []
     for root, folders, files in os.walk(folder):
+        # in place, which keeps os.walk out of what is left out here
         folders[:] = sorted(name for name in folders if not name.startswith((".", "before-")))
         if "config.yaml" in files and is_run(Path(root)):
             found.append(read_run(Path(root)))
-            folders.clear()
+            folders.clear()  # a run's own folders hold no further runs
     if not found:
-        raise UserError(f"{folder}: no run folder at or below it (a folder that a training script was given as --run_dir)")
+        raise UserError(f"{folder}: no run folder at or below it (a folder that a training script "
+                        "was given as --run_dir)")
     return found
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is no such file, or a damaged one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

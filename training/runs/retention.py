@@ -1,4 +1,5 @@
-"""Which checkpoints stay: the last few, the one that measured best, and one now and then for good."""
+"""Keep the last few checkpoints, the one that measured best, and every N-th for good; delete the
+others."""
 
 from __future__ import annotations
 
@@ -12,42 +13,12 @@ from tokenloom_common.files import write_json_atomic
 from training.config.run import CheckpointConfig
 from training.config.start_folders import MANIFEST
 
-MEASURED = "measured"  # in a manifest: what the held-out split says of this step
+MEASURED = "measured"  # key of a manifest: the held-out measurement of this step
 BEST = "best.json"
 
-
-def delete_old(run_dir: Path, keep: CheckpointConfig, names: list[str]) -> None:
-    """Of the whole checkpoints `names`, oldest first, delete what nothing keeps; RUN/best.json names the best one."""
-    folder = run_dir / "checkpoints"
-    best = _name_best(run_dir, names) if keep.keep_best else None
-    passing = [name for name in names if not (keep.keep_every_steps and step_of(name) % keep.keep_every_steps == 0)]
-    for name in passing[: -keep.keep_last]:
-        if name != best:
-            shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def step_of(name: str) -> int:
-    """step-00001234 -> 1234."""
-    return int(name.removeprefix("step-"))
-
-
-def _name_best(run_dir: Path, names: list[str]) -> str | None:
-    """The manifests know what was measured: whatever a kill interrupts here, the next save finds the same."""
-    best: Measured | None = None
-    best_name: str | None = None
-    for name in names:
-        manifest = json.loads((run_dir / "checkpoints" / name / MANIFEST).read_text(encoding="utf-8"))
-        found = Measured(**manifest[MEASURED]) if MEASURED in manifest else None
-        if found and found.better_than(best):
-            best, best_name = found, name
-    if best is not None and best_name is not None:
-        write_json_atomic(run_dir / BEST, {"step": step_of(best_name), "checkpoint": f"checkpoints/{best_name}",
-                                           best.name: best.value})
-    return best_name
-
-
 HIGHER_IS_BETTER = {"validation_loss": False, "validation_psnr": True, "validation_top1": True}
-"""Every number of a held-out split that metrics.jsonl may have: nats a token, dB, share of captions found."""
+"""Every held-out number that metrics.jsonl may have: nats per token, dB, share of captions found.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +29,51 @@ class Measured:
     value: float
 
     def better_than(self, other: Measured | None) -> bool:
-        """Whether this is the best so far, of a run that had `other`; what is not finite never is, an equal one is not."""
+        """Whether this beats `other`, the best so far; a value that is not finite or equal does
+        not."""
         if other is None or not math.isfinite(self.value):
             return math.isfinite(self.value)
-        return self.value > other.value if HIGHER_IS_BETTER[self.name] else self.value < other.value
+        if HIGHER_IS_BETTER[self.name]:
+            return self.value > other.value
+        return self.value < other.value
+
+
+def delete_old(run_dir: Path, keep: CheckpointConfig, names: list[str]) -> None:
+    """Delete those of the whole checkpoints `names`, oldest first, that nothing keeps.
+
+    With keep_best, RUN/best.json names the best one.
+    """
+    best = _name_best(run_dir, names) if keep.keep_best else None
+    candidates = [name for name in names if not _is_kept_for_good(name, keep)]
+    for name in candidates[: -keep.keep_last]:
+        if name != best:
+            shutil.rmtree(run_dir / "checkpoints" / name, ignore_errors=True)
+
+
+def step_of(name: str) -> int:
+    """Return the step in a checkpoint's name: step-00001234 -> 1234."""
+    return int(name.removeprefix("step-"))
+
+
+def _is_kept_for_good(name: str, keep: CheckpointConfig) -> bool:
+    return keep.keep_every_steps > 0 and step_of(name) % keep.keep_every_steps == 0
+
+
+def _name_best(run_dir: Path, names: list[str]) -> str | None:
+    """Write best.json -> the name of the best checkpoint; None where none was measured."""
+    best: Measured | None = None
+    best_name: str | None = None
+    # from the manifests, not from memory: whatever a kill interrupts here, the next save finds the
+    # same
+    for name in names:
+        manifest = json.loads((run_dir / "checkpoints" / name
+                               / MANIFEST).read_text(encoding="utf-8"))
+        measured = Measured(**manifest[MEASURED]) if MEASURED in manifest else None
+        if measured and measured.better_than(best):
+            best, best_name = measured, name
+
+    if best is not None and best_name is not None:
+        write_json_atomic(run_dir / BEST,
+                          {"step": step_of(best_name), "checkpoint": f"checkpoints/{best_name}",
+                           best.name: best.value})
+    return best_name

@@ -1,7 +1,8 @@
-"""The transformer of DALL-E mini and mega (Dayma et al. 2021): BART with normformer's norms and a gated feed-forward.
+"""DALL-E mini's transformer (Dayma et al. 2021): BART with NormFormer's norms and a GLU.
 
-Two projects publish it: dalle-mini in Flax, min-dalle in PyTorch. Both converters bring their tensors under min-dalle's names,
-`encoder.layers.0.glu.fc0.weight`, and what is here makes our encoder-decoder of them.
+dalle-mini publishes it in Flax, min-dalle in PyTorch. Both converters bring their tensors under
+min-dalle's names (`encoder.layers.0.glu.fc0.weight`); from there this module makes our
+encoder-decoder.
 """
 
 # Axes: D width, I inner width of the feed-forward, K codebook size, N image tokens, T text ids
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,25 +25,39 @@ from seq2seq import PRESETS, EncoderDecoder, Seq2SeqConfig
 from tokenloom_common.errors import UserError
 
 HEAD_DIM = 64  # of both published sizes
-_SHAPE = {name: value for name, value in PRESETS["dalle-mini"].items()
-          if name not in ("kind", "encoder_layers", "decoder_layers", "width", "heads", "head_dim", "feedforward_multiplier")}
-_NORMS = re.compile(r"(^|[._])(norm|layer_norm|layernorm_embedding|ln0|ln1|final_ln)\.(weight|bias)$")
-_ENDS = {
+_SIZE_FIELDS = ("kind", "encoder_layers", "decoder_layers", "width", "heads", "head_dim",
+                "feedforward_multiplier")
+_ARCHITECTURE = {name: value for name, value in PRESETS["dalle-mini"].items()
+                 if name not in _SIZE_FIELDS}
+
+_NORM = re.compile(r"(^|[._])(norm|layer_norm|layernorm_embedding|ln0|ln1|final_ln)"
+                   r"\.(weight|bias)$")
+_OUTSIDE_LAYERS = {
     "text_encoder.text_input.embedding.weight": "encoder.embed_tokens.weight",
-    "text_encoder.text_input.position": "encoder.embed_positions.weight", "position": "decoder.embed_positions.weight",
-    **{f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias") for ours, theirs in (
-        ("text_encoder.embedding_norm", "encoder.layernorm_embedding"), ("text_encoder.layers.final_norm", "encoder.final_ln"),
-        ("embedding_norm", "decoder.layernorm_embedding"), ("decoder.final_norm", "decoder.final_ln"))}}
+    "text_encoder.text_input.position": "encoder.embed_positions.weight",
+    "text_encoder.embedding_norm.weight": "encoder.layernorm_embedding.weight",
+    "text_encoder.embedding_norm.bias": "encoder.layernorm_embedding.bias",
+    "text_encoder.layers.final_norm.weight": "encoder.final_ln.weight",
+    "text_encoder.layers.final_norm.bias": "encoder.final_ln.bias",
+    "position": "decoder.embed_positions.weight",
+    "embedding_norm.weight": "decoder.layernorm_embedding.weight",
+    "embedding_norm.bias": "decoder.layernorm_embedding.bias",
+    "decoder.final_norm.weight": "decoder.final_ln.weight",
+    "decoder.final_norm.bias": "decoder.final_ln.bias"}
+"""Our names -> min-dalle's."""
 _BLOCKS = {"encoder": ("self_attn", "glu"), "decoder": ("self_attn", "encoder_attn", "glu")}
-_BLOCK = re.compile(r"(?:text_encoder\.layers|(decoder))\.layers\.(\d+)\.(.+)")
+"""The blocks of a BART layer; x-transformers counts each of them as a layer of its own."""
+_LAYER = re.compile(r"(?:text_encoder\.layers|(decoder))\.layers\.(\d+)\.(.+)")
 _PROJECTIONS = {f"1.to_{name}.weight": f"{name}_proj.weight" for name in ("q", "k", "v", "out")}
+_PRE_NORM = "0.0."  # x-transformers' place of the norm before a block
 
 
 @dataclass(frozen=True)
 class BartSource:
-    """Tensors under min-dalle's names, and what they do not say.
+    """Tensors under min-dalle's names, and facts that they do not tell.
 
-    begin: row of the image embeddings that a picture begins with. heads: None where the file does not say.
+    begin: row of the image embeddings that an image begins with. heads: None if the file does not
+    state them.
     """
 
     weights: Mapping[str, Tensor]
@@ -52,7 +67,7 @@ class BartSource:
     heads: int | None = None
 
     def size(self, name: str, axis: int) -> int:
-        """A side of a matrix. UserError where it is missing or is no matrix."""
+        """Length of a matrix along `axis`. UserError if it is missing or is no matrix."""
         if name not in self.weights:
             raise UserError(f"{self.where}: lacks {name}, so it is not a (whole) DALL-E mini")
         shape = self.weights[name].shape
@@ -61,76 +76,120 @@ class BartSource:
         return shape[axis]
 
     def layers(self, side: str) -> int:
-        """How many layers `encoder` or `decoder` has. UserError unless they are numbered from 0."""
+        """Number of layers of `encoder` or `decoder`. UserError unless numbered from 0."""
         matches = [re.match(rf"{side}\.layers\.(\d{{1,4}})\.", name) for name in self.weights]
         found = {int(match[1]) for match in matches if match}
         if not found or found != set(range(len(found))):
-            raise UserError(f"{self.where}: its {side} has no layers numbered from 0, so it is not a (whole) DALL-E mini")
+            raise UserError(f"{self.where}: its {side} has no layers numbered from 0, so it is not "
+                            "a (whole) DALL-E mini")
         return len(found)
+
+    def inner_width(self, layer: str) -> int:
+        """Inner width of the feed-forward in a layer, "encoder.layers.0" for example."""
+        return self.size(f"{layer}.glu.fc0.weight", 0)
 
     def config(self) -> Seq2SeqConfig:
         """The config of the model that has these tensors."""
+        text_vocab_size = self.size("encoder.embed_tokens.weight", 0)
         width = self.size("encoder.embed_tokens.weight", 1)
-        inner, tokens = self.size("encoder.layers.0.glu.fc0.weight", 0), self.size("decoder.embed_positions.weight", 0)
-        heads = self.heads or (width // HEAD_DIM if width % HEAD_DIM == 0 else width + 1)
-        if width % heads:
-            raise UserError(f"{self.where}: width {width} is not that of {self.heads or 'heads of 64'}; give their number "
-                            "in a JSON file as --config FILE")
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            raise UserError(f"{self.where}: {tokens} image tokens are no square grid")
+        text_length = self.size("encoder.embed_positions.weight", 0)
+        # an encoder and a decoder of other widths fail the comparison of shapes that follows
+        inner = self.inner_width("encoder.layers.0")
+        image_tokens = self.size("decoder.embed_positions.weight", 0)
+        heads = self._head_count(width)
+        side = math.isqrt(image_tokens)
+        if side * side != image_tokens:
+            raise UserError(f"{self.where}: {image_tokens} image tokens are no square grid")
         return Seq2SeqConfig.parse({
-            **_SHAPE, "norm_bias": True, "text_vocab_size": self.size("encoder.embed_tokens.weight", 0),
-            "text_length": self.size("encoder.embed_positions.weight", 0), "codebook_size": self.codebook_size,
-            "grid": (side, side), "width": width, "heads": heads, "head_dim": width // heads,
+            **_ARCHITECTURE, "norm_bias": True,
+            "text_vocab_size": text_vocab_size, "text_length": text_length,
+            "codebook_size": self.codebook_size, "grid": (side, side),
+            "width": width, "heads": heads, "head_dim": width // heads,
             "encoder_layers": self.layers("encoder"), "decoder_layers": self.layers("decoder"),
             "feedforward_multiplier": multiplier(inner, width)}, f"{self.where}: the shapes say")
 
+    def _head_count(self, width: int) -> int:
+        divisor = self.heads or HEAD_DIM
+        if width % divisor:
+            stated = self.heads or f"heads of {HEAD_DIM}"
+            raise UserError(f"{self.where}: width {width} is not that of {stated}; give their "
+                            "number in a JSON file as --config FILE")
+        return self.heads or width // HEAD_DIM
 
-def bart_part(source: BartSource, notes: tuple[str, ...] = ()) -> ConvertedPart:
-    """Our encoder-decoder of a DALL-E mini. Norms whose scale or bias is not in the file have 1 or 0 there."""
+
+def bart_part(source: BartSource) -> ConvertedPart:
+    """Our encoder-decoder of a DALL-E mini. Norm scales and biases that it lacks are 1 and 0."""
     config = source.config()
-    left_out: list[str] = []
-    rules = {name: _rule(name, source, config, left_out) for name in tensor_names(EncoderDecoder, config)}
-    for kind, value in (("scales", 1), ("biases", 0)):
-        count = sum(name.endswith("weight") == (value == 1) for name in left_out)
+    rules = {name: _rule(name, source, config) for name in tensor_names(EncoderDecoder, config)}
+
+    left_out = [name for name, rule in rules.items() if not rule.sources]
+    scales = sum(name.endswith("weight") for name in left_out)
+    notes = []
+    for count, kind, value in ((scales, "scales", 1), (len(left_out) - scales, "biases", 0)):
         if count:
-            notes = (*notes, f"{count} {kind} of norms are not in the file and are {value}: Flax keeps no untrained ones")
-    return ConvertedPart(EncoderDecoder, config, rules, source.weights, source.where, notes=notes)
+            notes.append(f"{count} {kind} of norms are not in the file and are {value}: Flax keeps "
+                         "no untrained ones")
+    return ConvertedPart(EncoderDecoder, config, rules, source.weights, source.where,
+                         notes=tuple(notes))
 
 
-def _rule(name: str, source: BartSource, config: Seq2SeqConfig, left_out: list[str]) -> Rule:
+def _rule(name: str, source: BartSource, config: Seq2SeqConfig) -> Rule:
+    """The rule for our tensor `name`."""
     if name == "begin_of_image":
         return Rule(("decoder.embed_tokens.weight",), partial(_row, number=source.begin))
-    if name in ("image_embedding.weight", "to_logits.weight"):
-        theirs = "embed_tokens" if name == "image_embedding.weight" else "lm_head"
-        return Rule((f"decoder.{theirs}.weight",), partial(_rows, count=config.codebook_size))
-    if name in _ENDS:
-        return _one(_ENDS[name], source, config.width, left_out)
-    match = _BLOCK.fullmatch(name)
+    # the source's image vocabulary has rows beyond the codes, the begin slot among them
+    codes_only = partial(_first_rows, count=config.codebook_size)
+    if name == "image_embedding.weight":
+        return Rule(("decoder.embed_tokens.weight",), codes_only)
+    if name == "to_logits.weight":
+        return Rule(("decoder.lm_head.weight",), codes_only)
+    if name in _OUTSIDE_LAYERS:
+        return _tensor_or_untrained_norm(_OUTSIDE_LAYERS[name], source, config.width)
+
+    match = _LAYER.fullmatch(name)
     assert match is not None, name
-    side, number, rest = match[1] or "encoder", int(match[2]), match[3]
-    layer, block = divmod(number, len(_BLOCKS[side]))
-    part, place = _BLOCKS[side][block], f"{side}.layers.{layer}"
-    if part != "glu":
-        theirs = f"{place}.{part}.{_PROJECTIONS[rest]}" if rest in _PROJECTIONS else (
-            f"{place}.pre_{part}_layer_norm{rest[3:]}" if rest.startswith("0.0.") else f"{place}.{part}_layer_norm{rest[3:]}")
-        return _one(theirs, source, config.width, left_out)
-    if rest == "1.ff.0.proj.weight":  # the second half of ours goes through the GELU, as their fc0
-        return Rule((f"{place}.glu.fc1.weight", f"{place}.glu.fc0.weight"), _stacked)
+    side, rest = match[1] or "encoder", match[3]
+    number, block = divmod(int(match[2]), len(_BLOCKS[side]))
+    layer = f"{side}.layers.{number}"
+    if _BLOCKS[side][block] == "glu":
+        return _feedforward_rule(rest, layer, source, config)
+    return _attention_rule(rest, f"{layer}.", _BLOCKS[side][block], source, config)
+
+
+def _attention_rule(rest: str, prefix: str, block: str, source: BartSource, config: Seq2SeqConfig
+                    ) -> Rule:
+    if rest in _PROJECTIONS:
+        name = f"{prefix}{block}.{_PROJECTIONS[rest]}"
+    else:
+        # NormFormer has a norm before attention and another after it
+        before = "pre_" if rest.startswith(_PRE_NORM) else ""
+        name = f"{prefix}{before}{block}_layer_norm.{_leaf(rest)}"
+    return _tensor_or_untrained_norm(name, source, config.width)
+
+
+def _feedforward_rule(rest: str, layer: str, source: BartSource, config: Seq2SeqConfig) -> Rule:
+    glu = f"{layer}.glu"
+    if rest == "1.ff.0.proj.weight":  # our GELU takes the second half, theirs fc0
+        return Rule((f"{glu}.fc1.weight", f"{glu}.fc0.weight"), _stacked)
     if rest == "1.ff.3.weight":
-        return Rule((f"{place}.glu.fc2.weight",))
-    norm, inner = ("ln0", config.width) if rest.startswith("0.0.") else ("ln1", source.size(f"{place}.glu.fc0.weight", 0))
-    return _one(f"{place}.glu.{norm}.{rest.rsplit('.', 1)[1]}", source, inner, left_out)
+        return Rule((f"{glu}.fc2.weight",))
+    if rest.startswith(_PRE_NORM):
+        return _tensor_or_untrained_norm(f"{glu}.ln0.{_leaf(rest)}", source, config.width)
+    return _tensor_or_untrained_norm(f"{glu}.ln1.{_leaf(rest)}", source, source.inner_width(layer))
 
 
-def _one(theirs: str, source: BartSource, length: int, left_out: list[str]) -> Rule:
-    """Their tensor; what a norm without it does."""
-    if theirs in source.weights or not _NORMS.search(theirs):
-        return Rule((theirs,))
-    left_out.append(theirs)
-    dtype = source.weights[f"{theirs.split('.')[0]}.embed_tokens.weight"].dtype
-    make: Callable[..., Tensor] = torch.ones if theirs.endswith("weight") else torch.zeros
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[1]
+
+
+def _tensor_or_untrained_norm(name: str, source: BartSource, length: int) -> Rule:
+    """The source's tensor; ones or zeros for a norm that it lacks."""
+    if name in source.weights or not _NORM.search(name):
+        return Rule((name,))
+    side = name.split(".")[0]
+    # in the file's own precision, so that the folder holds one dtype
+    dtype = source.weights[f"{side}.embed_tokens.weight"].dtype
+    make = torch.ones if name.endswith("weight") else torch.zeros
     return Rule((), partial(make, length, dtype=dtype))
 
 
@@ -138,24 +197,24 @@ def _row(matrix: Tensor, number: int) -> Tensor:
     return matrix[number]
 
 
-def _rows(matrix: Tensor, count: int) -> Tensor:
+def _first_rows(matrix: Tensor, count: int) -> Tensor:
     return matrix[:count]
 
 
 def _stacked(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
+    return torch.cat(parts)  # [2 I, D]
 
 
 def check_sizes(source: BartSource) -> None:
-    """UserError where the image vocabulary is too small for the codes and the begin slot."""
+    """UserError if the image vocabulary is too small for the codes and the begin slot."""
     rows = source.size("decoder.embed_tokens.weight", 0)
-    if not source.codebook_size <= rows or not source.begin < rows or source.codebook_size < 2:
-        raise UserError(f"{source.where}: {rows} image embeddings, which are too few for {source.codebook_size} codes and a "
-                        f"beginning at {source.begin}")
+    if rows < source.codebook_size or rows <= source.begin or source.codebook_size < 2:
+        raise UserError(f"{source.where}: {rows} image embeddings, which are too few for "
+                        f"{source.codebook_size} codes and a beginning at {source.begin}")
 
 
-def head_count(values: Mapping[str, Any], name: str, where: Path | None) -> int | None:
-    """The number of heads that a config names; None where it names none."""
+def head_count(values: Mapping[str, Any], name: str, where: Path) -> int | None:
+    """The number of heads that a config states as `name`; None if it states none."""
     found = values.get(name)
     if found is not None and (type(found) is not int or not 1 <= found <= 1024):
         raise UserError(f"{where}: {name} {found!r}: expected a number of heads, 1 to 1024")

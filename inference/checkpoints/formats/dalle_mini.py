@@ -1,7 +1,7 @@
-"""DALL-E mini and mega as https://github.com/borisdayma/dalle-mini publishes them: flax_model.msgpack with its config.json.
+"""DALL-E mini and mega as https://github.com/borisdayma/dalle-mini publishes them, in Flax.
 
-Layers are one stack with a leading axis (Flax's scan), or numbered. The image tokenizer is a repository of its own
-(VQGAN-jax), as --image-tokenizer.
+Layers are one stack with a leading axis (Flax's scan), or numbered. The image tokenizer is a
+repository of its own (VQGAN-jax), given as --image-tokenizer.
 """
 
 # Axes: K codebook size
@@ -29,150 +29,192 @@ from tokenizer_image import ImageTokenizer, load_tokenizer
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError, one_line
 
-DEFAULTS = SamplingParams(guidance_scale=10.0, top_k=0, temperature=1.0)  # of the project's inference notebook
+DEFAULTS = SamplingParams(guidance_scale=10.0, top_k=0, temperature=1.0)  # of its notebook
 EXPECTED: dict[str, Any] = {
-    "activation_function": "gelu", "ln_type": "layernorm", "ln_positions": "normformer", "use_glu": True, "use_bias": False,
-    "scale_embedding": False, "tie_word_embeddings": False, "use_head_scale": False, "use_cosine_attention": False,
-    "use_deepnet_scaling": False, "use_swin_position_embeddings": False, "use_absolute_position_embeddings": True,
-    "use_alibi": False, "sinkhorn_iters": 1, "use_final_ln_encoder": True, "use_final_ln_decoder": True}
-"""What its code can do otherwise and no published model does."""
+    "activation_function": "gelu", "ln_type": "layernorm", "ln_positions": "normformer",
+    "use_glu": True, "use_bias": False, "scale_embedding": False, "tie_word_embeddings": False,
+    "use_head_scale": False, "use_cosine_attention": False, "use_deepnet_scaling": False,
+    "use_swin_position_embeddings": False, "use_absolute_position_embeddings": True,
+    "use_alibi": False, "sinkhorn_iters": 1, "use_final_ln_encoder": True,
+    "use_final_ln_decoder": True}
+"""Options of its code that change the network, as every published model has them."""
+MAX_LAYERS = 512  # a claim of more in a stack is a hostile file
 
-_LAYER = re.compile(r"model\.(encoder|decoder)\.layers\.FlaxBart(?:En|De)coderLayer(?:s|_(\d{1,4}))\.(.+)")
-_PARTS = {
-    "LayerNorm_0": "pre_self_attn_layer_norm", "LayerNorm_1": "self_attn_layer_norm", "FlaxBartAttention_0": "self_attn",
-    "LayerNorm_2": "pre_encoder_attn_layer_norm", "LayerNorm_3": "encoder_attn_layer_norm",
-    "FlaxBartAttention_1": "encoder_attn", "GLU_0": "glu"}
-_GLU = {"LayerNorm_0": "ln0", "LayerNorm_1": "ln1", "Dense_0": "fc0", "Dense_1": "fc1", "Dense_2": "fc2"}
+_LAYER = re.compile(r"model\.(encoder|decoder)\.layers\."
+                    r"FlaxBart(?:En|De)coderLayer(?:s|_(\d{1,4}))\.(.+)")
+_BLOCKS = {
+    "LayerNorm_0": "pre_self_attn_layer_norm", "FlaxBartAttention_0": "self_attn",
+    "LayerNorm_1": "self_attn_layer_norm", "LayerNorm_2": "pre_encoder_attn_layer_norm",
+    "FlaxBartAttention_1": "encoder_attn", "LayerNorm_3": "encoder_attn_layer_norm", "GLU_0": "glu"}
+_GLU = {"LayerNorm_0": "ln0", "LayerNorm_1": "ln1",
+        "Dense_0": "fc0", "Dense_1": "fc1", "Dense_2": "fc2"}
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedModel:
-    """A folder with flax_model.msgpack, config.json, and vocab.json and merges.txt or tokenizer.json."""
-    options.only("dalle-mini", "config", "image_tokenizer")
+    """A folder with flax_model.msgpack, config.json and the text tokenizer's files."""
+    options.refuse_unread("dalle-mini", "config", "image_tokenizer")
     path = vqgan_jax.flax_weights(source)
-    settings = options.config or path.with_name("config.json")
-    said = _settings(settings)
-    image_tokenizer, codes = _image_tokenizer(options.image_tokenizer, path)
+    config_path = options.config or path.with_name("config.json")
+    config = _read_config(config_path)
+    image_tokenizer = _image_tokenizer(options.image_tokenizer, path)
     weights = min_dalle_tensors(read_msgpack(path), path)
-    begin = said.get("decoder_start_token_id", said.get("image_vocab_size"))
+
+    begin = config.get("decoder_start_token_id", config.get("image_vocab_size"))
     if type(begin) is not int or begin < 0:
-        raise UserError(f"{settings}: decoder_start_token_id {begin!r}: expected the row that a picture begins with")
-    bart = BartSource(weights, path, codes, begin, head_count(said, "encoder_attention_heads", settings))
+        raise UserError(f"{config_path}: decoder_start_token_id {begin!r}: expected the row that a "
+                        "picture begins with")
+    codes = _codebook_size(image_tokenizer)
+    heads = head_count(config, "encoder_attention_heads", config_path)
+    bart = BartSource(weights, path, codes, begin, heads)
     check_sizes(bart)
-    part = bart_part(bart)
-    text, notes = _text_tokenizer(path.parent, said, part.config.text_vocab_size, part.config.text_length)
-    pictures = image_tokenizer.notes if isinstance(image_tokenizer, ConvertedPart) else ()
-    return ConvertedModel(image_tokenizer, part, text, DEFAULTS, (*part.notes, *pictures, *notes))
+    transformer = bart_part(bart)
+
+    text, text_notes = _text_tokenizer(path.parent, config, transformer)
+    image_notes = image_tokenizer.notes if isinstance(image_tokenizer, ConvertedPart) else ()
+    notes = (*transformer.notes, *image_notes, *text_notes)
+    return ConvertedModel(image_tokenizer, transformer, text, DEFAULTS, notes)
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """config.json. UserError for a variant that no published model uses."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read config.json. UserError for a variant that no published model uses."""
     if not path.is_file():
-        raise MissingFileError(f"{path}: missing; it says how many heads there are and where pictures begin (--config FILE)")
-    said = read_mapping(path)
+        raise MissingFileError(f"{path}: missing; it says how many heads there are and where "
+                               "pictures begin (--config FILE)")
+    config = read_mapping(path)
     for name, expected in EXPECTED.items():
-        if said.get(name, expected) != expected:
-            raise UserError(f"{path}: {name} {said[name]!r} is not converted; published models have {expected!r}")
+        if config.get(name, expected) != expected:
+            raise UserError(f"{path}: {name} {config[name]!r} is not converted; published models "
+                            f"have {expected!r}")
     for name in ("attention_heads", "ffn_dim"):
-        sides = said.get(f"encoder_{name}"), said.get(f"decoder_{name}")
-        if sides[0] != sides[1]:
-            raise UserError(f"{path}: encoder_{name} {sides[0]} and decoder_{name} {sides[1]} differ, which is not converted")
-    return said
+        encoder, decoder = config.get(f"encoder_{name}"), config.get(f"decoder_{name}")
+        if encoder != decoder:
+            raise UserError(f"{path}: encoder_{name} {encoder} and decoder_{name} {decoder} "
+                            "differ, which is not converted")
+    return config
 
 
-def _image_tokenizer(folder: Path | None, where: Path) -> tuple[ConvertedPart | ImageTokenizer, int]:
-    """The image tokenizer and how many codes it has."""
+def _image_tokenizer(folder: Path | None, where: Path) -> ConvertedPart | ImageTokenizer:
+    """The image tokenizer: converted from VQGAN-jax's folder, or loaded from one of ours."""
     if folder is None:
-        raise UserError(f"{where}: has no image tokenizer in it; give VQGAN-jax's folder, or a converted one, as "
-                        "--image-tokenizer DIR")
-    if (folder / vqgan_jax.WEIGHTS_NAME).is_file():
-        part = vqgan_jax.convert(folder, ConvertOptions())
-        return part, part.config.codebook_size
-    loaded = load_tokenizer(folder)
-    return loaded, loaded.codebook_size
+        raise UserError(f"{where}: has no image tokenizer in it; give VQGAN-jax's folder, or a "
+                        "converted one, as --image-tokenizer DIR")
+    if (folder / vqgan_jax.FLAX_WEIGHTS_NAME).is_file():
+        return vqgan_jax.convert(folder, ConvertOptions())
+    return load_tokenizer(folder)
+
+
+def _codebook_size(image_tokenizer: ConvertedPart | ImageTokenizer) -> int:
+    if isinstance(image_tokenizer, ConvertedPart):
+        return image_tokenizer.config.codebook_size
+    return image_tokenizer.codebook_size
 
 
 def min_dalle_tensors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
-    """Under min-dalle's names, as torch lays them out, layer by layer; views. UserError where two would get one name."""
-    found: dict[str, Tensor] = {}
+    """Views under min-dalle's names in torch's axis order. UserError if two get one name."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        for plain, view in _named(name.removeprefix("params."), tensor, where):
-            if plain in found:
-                raise UserError(f"{where}: holds {plain} twice, in a stack of layers and by itself")
-            found[plain] = view
-    return found
+        for new_name, view in _named(name.removeprefix("params."), tensor, where):
+            if new_name in renamed:
+                raise UserError(f"{where}: holds {new_name} twice, in a stack of layers and by "
+                                "itself")
+            renamed[new_name] = view
+    return renamed
 
 
 def _named(name: str, tensor: Tensor, where: Path) -> Iterator[tuple[str, Tensor]]:
-    place, _, leaf = name.rpartition(".")
+    """(min-dalle's name, tensor) for a Flax tensor; one for each layer of a stack."""
     match = _LAYER.fullmatch(name)
+    leaf = name.rpartition(".")[2]
     if match is None:
-        place = "decoder.lm_head" if place == "lm_head" else place.removeprefix("model.")
-        yield f"{place}.{_LEAVES.get(leaf, leaf)}", tensor.t() if leaf == "kernel" and tensor.ndim == 2 else tensor
+        module = name.rpartition(".")[0].removeprefix("model.")
+        if module == "lm_head":
+            module = "decoder.lm_head"
+        yield f"{module}.{_LEAVES.get(leaf, leaf)}", _torch_order(tensor, leaf)
         return
-    parts = match[3].split(".")
-    names = [_PARTS.get(parts[0], parts[0]), *(_GLU.get(part, part) for part in parts[1:-1]), _LEAVES.get(leaf, leaf)]
-    if match[2] is None and (tensor.ndim == 0 or len(tensor) > 512):
-        raise UserError(f"{where}: {name} is of shape {list(tensor.shape)}, expected a stack of layers")
-    layers = enumerate(tensor) if match[2] is None else [(int(match[2]), tensor)]
-    for number, layer in layers:
-        yield (f"{match[1]}.layers.{number}.{'.'.join(names)}",
-               layer.t() if leaf == "kernel" and layer.ndim == 2 else layer)
+
+    side, number = match[1], match[2]
+    block, *inner = match[3].split(".")
+    inner = [_GLU.get(part, part) for part in inner[:-1]]
+    rest = ".".join([_BLOCKS.get(block, block), *inner, _LEAVES.get(leaf, leaf)])
+    if number is not None:  # numbered layers; else a stack with the layers as first axis
+        yield f"{side}.layers.{int(number)}.{rest}", _torch_order(tensor, leaf)
+        return
+    if tensor.ndim == 0 or len(tensor) > MAX_LAYERS:
+        raise UserError(f"{where}: {name} is of shape {list(tensor.shape)}, expected a stack of "
+                        "layers")
+    for layer, view in enumerate(tensor):
+        yield f"{side}.layers.{layer}.{rest}", _torch_order(view, leaf)
 
 
-def _text_tokenizer(folder: Path, said: Mapping[str, Any], rows: int, length: int) -> tuple[BPETokenizer, tuple[str, ...]]:
-    """The text tokenizer, and what a user should know of it."""
-    written = folder / "tokenizer.json"
-    tokenizer = _tokenizer_json(written) if written.is_file() else None
-    normalize = bool(said.get("normalize_text", False))
-    normalizers = set() if tokenizer is None else _types(tokenizer.get("normalizer"))
-    lowers = normalize or tokenizer is None or "Lowercase" in normalizers
-    config = BPETokenizerConfig.parse({"vocab_size": rows, "text_length": length, "splitting": "bytes", "lowercase": lowers,
-                                       "prefix_space": normalize}, str(folder))
-    notes: tuple[str, ...] = ()
+def _torch_order(tensor: Tensor, leaf: str) -> Tensor:
+    """Flax stores the matrix of a linear layer as [in, out], torch as [out, in]."""
+    return tensor.t() if leaf == "kernel" and tensor.ndim == 2 else tensor
+
+
+def _text_tokenizer(folder: Path, config: Mapping[str, Any], transformer: ConvertedPart
+                    ) -> tuple[BPETokenizer, tuple[str, ...]]:
+    """The text tokenizer, from vocab.json and merges.txt or from tokenizer.json, and notes."""
+    json_path = folder / "tokenizer.json"
+    tokenizer = _read_tokenizer_json(json_path) if json_path.is_file() else None
+    normalizers = set() if tokenizer is None else _normalizer_types(tokenizer.get("normalizer"))
+    normalize = bool(config.get("normalize_text", False))
+    # assumed without a tokenizer.json: DALL-E mini's text normalisation lowers the case
+    lowercase = normalize or tokenizer is None or "Lowercase" in normalizers
+    ours = BPETokenizerConfig.parse({
+        "vocab_size": transformer.config.text_vocab_size,
+        "text_length": transformer.config.text_length,
+        "splitting": "bytes", "lowercase": lowercase, "prefix_space": normalize}, str(folder))
+
+    notes = []
     if normalize:
-        notes = ("captions in lower case and with a space before them, but without the rest of DALL-E mini's TextNormalizer "
-                 "(hashtags, numbers, punctuation)",)
-    others = sorted(normalizers - {"Lowercase", "Sequence"})
-    if others:
-        notes += (f"{written}: its normalizer {', '.join(others)} is not applied",)
+        notes.append("captions in lower case and with a space before them, but without the rest "
+                     "of DALL-E mini's TextNormalizer (hashtags, numbers, punctuation)")
+    ignored = sorted(normalizers - {"Lowercase", "Sequence"})
+    if ignored:
+        notes.append(f"{json_path}: its normalizer {', '.join(ignored)} is not applied")
+
     vocab, merges = folder / VOCAB_NAME, folder / MERGES_NAME
     if vocab.is_file() and merges.is_file():
-        return BPETokenizer.from_files(vocab, merges, config), notes
+        return BPETokenizer.from_files(vocab, merges, ours), tuple(notes)
     if tokenizer is None:
-        raise MissingFileError(f"{folder}: no {VOCAB_NAME} with {MERGES_NAME}, and no tokenizer.json; the text tokenizer is "
-                               "missing")
+        raise MissingFileError(f"{folder}: no {VOCAB_NAME} with {MERGES_NAME}, and no "
+                               "tokenizer.json; the text tokenizer is missing")
     try:
-        return BPETokenizer(*_vocab_and_merges(tokenizer, written), config), notes
+        return BPETokenizer(*_vocab_and_merges(tokenizer, json_path), ours), tuple(notes)
     except UserError as error:
-        raise UserError(f"{written}: {error}") from None
+        raise UserError(f"{json_path}: {error}") from None
 
 
-def _tokenizer_json(path: Path) -> dict[str, Any]:
+def _read_tokenizer_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_text(path))
+        tokenizer = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)[:200]}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a mapping, found {type(found).__name__}")
-    return found
+    if not isinstance(tokenizer, dict):
+        raise UserError(f"{path}: expected a mapping, found {type(tokenizer).__name__}")
+    return tokenizer
 
 
-def _types(normalizer: Any) -> set[str]:
-    """The types of a normalizer of tokenizers, those of a sequence included."""
+def _normalizer_types(normalizer: Any) -> set[str]:
+    """The types of a normalizer of the tokenizers library, and of those inside a sequence."""
     if not isinstance(normalizer, dict):
         return set()
-    inner = normalizer.get("normalizers")
-    parts = [normalizer, *(inner if isinstance(inner, list) else [])]
+    parts = [normalizer]
+    if isinstance(normalizer.get("normalizers"), list):
+        parts += normalizer["normalizers"]
     return {str(part.get("type")) for part in parts if isinstance(part, dict)}
 
 
 def _vocab_and_merges(tokenizer: Mapping[str, Any], path: Path) -> tuple[str, str]:
-    """The contents of vocab.json and merges.txt, out of tokenizer.json."""
+    """The text of vocab.json and of merges.txt that a tokenizer.json amounts to."""
     try:
-        vocab = {**tokenizer["model"]["vocab"],
-                 **{str(token["content"]): token["id"] for token in tokenizer.get("added_tokens") or []}}
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
+        model = tokenizer["model"]
+        added = tokenizer.get("added_tokens") or []
+        vocab = {**model["vocab"], **{str(token["content"]): token["id"] for token in added}}
+        # newer releases of the tokenizers library write a merge as a list of its two sides
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a tokenizer of byte-pair encoding ({one_line(error)[:100]})") from None
+        raise UserError(f"{path}: not a tokenizer of byte-pair encoding "
+                        f"({one_line(error)[:100]})") from None
     return json.dumps(vocab, ensure_ascii=False), "\n".join([f"{HEADER}: 0.2", *merges, ""])

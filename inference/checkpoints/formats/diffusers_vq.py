@@ -1,6 +1,7 @@
-"""diffusers' VQModel, in and out (aMUSEd's and VQ-Diffusion's tokenizers among others).
+"""diffusers' VQModel, in and out (the tokenizer of aMUSEd and VQ-Diffusion among others).
 
-Attention projections are linear layers there and 1x1 convolutions here. Codes are the nearest rows of the codebook.
+Attention projections are linear layers there and 1x1 convolutions here. Codes are the nearest
+codebook rows.
 """
 
 # Axes: C channels, K codebook size, D length of a code vector
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from inference.checkpoints.files.weights_file import find_weights, read_weights
 from inference.checkpoints.formats.vqgan_names import (
+    ATTENTION_MATRIX,
     CODEBOOK,
     DEFAULT_RESOLUTION,
+    MAX_LEVELS,
     NORM_GROUPS,
-    PROJECTION,
-    Inferred,
+    VQGANShapes,
     codebook_rules,
     diffusers_name,
     quantizer_settings,
@@ -30,75 +32,91 @@ from tokenizer_image import VQGAN, VQGANConfig
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 
-STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16", "diffusion_pytorch_model.non_ema", "model")
-PLACES = ("vqvae", "movq", "vae")
-_OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_SAME = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}
-"""Fields of their config with the values that our VQGAN has."""
-_DOWN, _UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16",
+         "diffusion_pytorch_model.non_ema", "model")
+SUBFOLDERS = ("vqvae", "movq", "vae")  # of a pipeline's folder
+_ATTENTION_BEFORE_0_17 = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
+                          ".proj_attn.": ".to_out.0."}
+_ONLY_VALUES = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}
+"""Fields of VQModel's config with the values that our VQGAN implements."""
+_DOWN, _DOWN_ATTENTION = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
+_UP, _UP_ATTENTION = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
 
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
-    """The folder of a VQModel, or of a pipeline that has one in vqvae/."""
-    options.only("diffusers-vq", "resolution")
+    """The folder of a VQModel, or of a pipeline with one in vqvae/."""
+    options.refuse_unread("diffusers-vq", "resolution")
     folder = vq_folder(source)
-    config = read_mapping(folder / "config.json")
-    where = folder / "config.json"
-    for name, values in _SAME.items():
+    path = folder / "config.json"
+    config = read_mapping(path)
+    for name, values in _ONLY_VALUES.items():
         if config.get(name, values[0]) not in values:
-            raise UserError(f"{where}: {name} {config[name]!r} is not what a VQGAN here has ({' or '.join(map(str, values))})")
-    weights = {_renamed(name): tensor for name, tensor in read_weights(find_weights(folder, STEMS, "a VQModel")).items()}
+            raise UserError(f"{path}: {name} {config[name]!r} is not what a VQGAN here has "
+                            f"({' or '.join(values)})")
+
+    tensors = read_weights(find_weights(folder, STEMS, "a VQModel"))
+    weights = {_current_name(name): tensor for name, tensor in tensors.items()}
+    # the config says the number of levels, so that a lacking level is missed by its name
     widths = config.get("block_out_channels")
     levels = len(widths) if isinstance(widths, list) else 0
-    if not 1 <= levels <= 12:
-        raise UserError(f"{where}: block_out_channels {widths!r}: expected a width for each level")
-    found = Inferred(weights, diffusers_name, levels, folder)
+    if not 1 <= levels <= MAX_LEVELS:
+        raise UserError(f"{path}: block_out_channels {widths!r}: expected a width for each level")
+
     resolution = options.resolution or DEFAULT_RESOLUTION
-    notes = () if options.resolution else (f"resolution {resolution}: a VQModel's config does not say it (--resolution)",)
-    ours = found.config(resolution, quantizer_settings(l2_normalize=False), found.shape(CODEBOOK)[:2],
-                        config.get("norm_num_groups", NORM_GROUPS))
-    _compare(config, ours, where)
+    notes: tuple[str, ...] = ()
+    if options.resolution is None:
+        notes = (f"resolution {resolution}: a VQModel's config does not say it (--resolution)",)
+    shapes = VQGANShapes(weights, diffusers_name, levels, folder)
+    quantizer = quantizer_settings(l2_normalize=False)
+    norm_groups = config.get("norm_num_groups", NORM_GROUPS)
+    ours = shapes.config(resolution, quantizer, shapes.code_shape(), norm_groups)
+    _compare(config, ours, path)
     return vqgan_part(ours, weights, diffusers_name, codebook_rules(), folder, notes=notes)
 
 
 def vq_folder(source: Path) -> Path:
-    """The folder of the VQModel itself. UserError when it is one of another class."""
-    for folder in (source, *(source / place for place in PLACES)):
-        if (folder / "config.json").is_file():
-            name = read_mapping(folder / "config.json").get("_class_name")
-            if name == "VQModel":
+    """The folder of the VQModel itself. UserError if `source` holds another class or none."""
+    for folder in (source, *(source / name for name in SUBFOLDERS)):
+        path = folder / "config.json"
+        if path.is_file():
+            class_name = read_mapping(path).get("_class_name")
+            if class_name == "VQModel":
                 return folder
-            if folder != source:
-                continue
-            raise UserError(f"{folder / 'config.json'}: _class_name is {name!r}, expected 'VQModel'")
-    raise MissingFileError(f"{source}: no config.json of a VQModel in it; give the folder that save_pretrained wrote")
+            if folder == source:  # a pipeline's vae/ may well be another class
+                raise UserError(f"{path}: _class_name is {class_name!r}, expected 'VQModel'")
+    raise MissingFileError(f"{source}: no config.json of a VQModel in it; give the folder that "
+                           "save_pretrained wrote")
 
 
-def _renamed(name: str) -> str:
-    """Names that attention had before diffusers 0.17."""
+def _current_name(name: str) -> str:
+    """The name of a tensor since diffusers 0.17, which renamed attention."""
     if ".attentions." in name:
-        for old, new in _OLD.items():
+        for old, new in _ATTENTION_BEFORE_0_17.items():
             name = name.replace(old, new)
     return name
 
 
-def _compare(config: dict[str, Any], ours: VQGANConfig, where: Path) -> None:
-    """UserError when config.json describes another model than the tensors: diffusers itself would not load them."""
+def _compare(config: dict[str, Any], ours: VQGANConfig, path: Path) -> None:
+    """UserError if config.json describes another model than the tensors, as in diffusers."""
     for name, value in diffusers_config(ours).items():
-        said = config.get(name)
-        if name in config and said is not None and name not in ("lookup_from_codebook", "sample_size") and (
-                list(value) if isinstance(value, tuple) else value) != said:
-            raise UserError(f"{where}: {name} {said!r}, but the weights have {value!r}; the folder is damaged")
+        stated = config.get(name)
+        if stated is None:  # older releases wrote fewer fields
+            continue
+        found = list(value) if isinstance(value, tuple) else value
+        if stated != found:
+            raise UserError(f"{path}: {name} {stated!r}, but the weights have {value!r}; the "
+                            "folder is damaged")
 
 
 def diffusers_config(config: VQGANConfig) -> dict[str, Any]:
     """The arguments of `VQModel` that give the same network."""
     attends = [side in config.attention_resolutions for side in config.level_resolutions]
+    down = tuple(_DOWN_ATTENTION if attention else _DOWN for attention in attends)
+    up = tuple(_UP_ATTENTION if attention else _UP for attention in reversed(attends))
+    widths = tuple(config.channels * multiplier for multiplier in config.channel_multipliers)
     return {
         "in_channels": config.in_channels, "out_channels": config.in_channels,
-        "down_block_types": tuple(_DOWN[yes] for yes in attends),
-        "up_block_types": tuple(_UP[yes] for yes in reversed(attends)),
-        "block_out_channels": tuple(config.channels * multiplier for multiplier in config.channel_multipliers),
+        "down_block_types": down, "up_block_types": up, "block_out_channels": widths,
         "layers_per_block": config.num_res_blocks, "latent_channels": config.z_channels,
         "num_vq_embeddings": config.codebook_size, "vq_embed_dim": config.embed_dim,
         "norm_num_groups": config.norm_groups, "mid_block_add_attention": config.mid_attention,
@@ -106,7 +124,7 @@ def diffusers_config(config: VQGANConfig) -> dict[str, Any]:
 
 
 def diffusers_state(tokenizer: VQGAN) -> dict[str, Tensor]:
-    """All weights of our tokenizer under diffusers' names; the codebook as it is compared (unit length with l2_normalize)."""
+    """All weights under diffusers' names; the codebook at unit length with l2_normalize."""
     levels = len(tokenizer.config.channel_multipliers)
     state = {CODEBOOK: tokenizer.codebook.detach().clone()}  # [K, D]
     for name, tensor in tokenizer.state_dict().items():
@@ -116,5 +134,5 @@ def diffusers_state(tokenizer: VQGAN) -> dict[str, Tensor]:
 
 
 def as_linear(name: str, tensor: Tensor) -> Tensor:
-    """Our attention's 1x1 convolution `name` [C, C, 1, 1] as a matrix [C, C]; anything else as it is."""
-    return tensor[:, :, 0, 0] if PROJECTION.search(name) else tensor
+    """An attention's 1x1 convolution [C, C, 1, 1] as a matrix [C, C]; other tensors unchanged."""
+    return tensor[:, :, 0, 0] if ATTENTION_MATRIX.search(name) else tensor

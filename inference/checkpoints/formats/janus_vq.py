@@ -1,8 +1,8 @@
-"""The image tokenizer of Janus and Janus-Pro (LlamaGen's VQ-16, trained on by DeepSeek), as transformers or DeepSeek saves it.
+"""The image tokenizer of Janus and Janus-Pro: LlamaGen's VQ-16, trained further by DeepSeek.
 
-transformers searches codes among rows of the codebook at their own length and decodes rows scaled to length 1; DeepSeek's
-code, and so the training, scales both. The codes differ. The default is the trained way; `like_transformers` gives those of the
-other.
+transformers searches codes among codebook rows of their own length and decodes rows scaled to
+length 1. DeepSeek's code, and so the training, scales both, and finds other codes. The trained way
+is the default; `like_transformers` gives transformers' codes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from inference.checkpoints.files.weights_file import below, find_weights, read_w
 from inference.checkpoints.formats.llamagen_vq import LEVELS, llamagen_vqgan
 from inference.checkpoints.formats.taming import LEVELS as TAMING_LEVELS
 from inference.checkpoints.formats.vqgan_names import (
-    CODEBOOK,
-    Inferred,
+    VQGANShapes,
     codebook_rules,
     count_levels,
     janus_name,
@@ -30,35 +29,45 @@ from tokenloom_common.errors import UserError
 
 DEFAULT_RESOLUTION = 384
 PREFIXES = ("", "model.vqmodel.", "vqmodel.", "gen_vision_model.")
+"""Prefixes: alone; in transformers' whole Janus, with and without a head; in DeepSeek's."""
 
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     """A folder (of the tokenizer alone or of the whole model) or a weights file."""
-    options.only("janus-vq", "resolution", "like_transformers", "config")
+    options.refuse_unread("janus-vq", "resolution", "like_transformers", "config")
     path = find_weights(source, ("model", "pytorch_model"), "Janus") if source.is_dir() else source
-    beside = options.config or path.parent / "config.json"
-    config = read_mapping(beside) if options.config or beside.is_file() else {}
+    config_path = options.config or path.parent / "config.json"
+    config = read_mapping(config_path) if options.config or config_path.is_file() else {}
     weights = below(read_weights(path), PREFIXES, "encoder.conv_in.weight", path)
-    theirs = not any(name.startswith("encoder.conv_blocks.") for name in weights)
-    levels = count_levels(weights, TAMING_LEVELS if theirs else LEVELS, path)
-    resolution = options.resolution or _resolution(config, levels, beside)
-    notes = () if resolution else (f"resolution {DEFAULT_RESOLUTION}: no config.json says it (--resolution)",)
-    if not theirs:
+    # DeepSeek kept LlamaGen's names, transformers renamed the tensors to taming's
+    by_deepseek = any(name.startswith("encoder.conv_blocks.") for name in weights)
+    levels = count_levels(weights, LEVELS if by_deepseek else TAMING_LEVELS, path)
+
+    known = options.resolution or _resolution(config, levels, config_path)
+    resolution = known or DEFAULT_RESOLUTION
+    notes = () if known else (f"resolution {resolution}: no config.json says it (--resolution)",)
+
+    if by_deepseek:
         if options.like_transformers:
-            raise UserError(f"{path}: has DeepSeek's names; --like-transformers is for a model that transformers saved")
-        part = llamagen_vqgan(weights, resolution or DEFAULT_RESOLUTION, path)
+            raise UserError(f"{path}: has DeepSeek's names; --like-transformers is for a model "
+                            "that transformers saved")
+        part = llamagen_vqgan(weights, resolution, path)
         return replace(part, notes=(*part.notes, *notes))
-    found = Inferred(weights, janus_name, levels, path)
-    quantizer = quantizer_settings(True, **({"raw_search": True} if options.like_transformers else {}))
-    ours = found.config(resolution or DEFAULT_RESOLUTION, quantizer, found.shape(CODEBOOK)[:2])
+
+    shapes = VQGANShapes(weights, janus_name, levels, path)
+    search = {"raw_search": True} if options.like_transformers else {}
+    quantizer = quantizer_settings(l2_normalize=True, **search)
+    ours = shapes.config(resolution, quantizer, shapes.code_shape())
     return vqgan_part(ours, weights, janus_name, codebook_rules(), path, notes=notes)
 
 
-def _resolution(config: dict[str, Any], levels: int, where: Path) -> int | None:
-    """transformers' config counts the patches of a side."""
-    patches = config.get("vq_config", config).get("num_patches") if isinstance(config.get("vq_config", config), dict) else None
+def _resolution(config: dict[str, Any], levels: int, path: Path) -> int | None:
+    """The resolution by transformers' config, which counts the codes of a side as num_patches."""
+    # nested in the config of the whole model, at the top in the tokenizer's own
+    vq_config = config.get("vq_config", config)
+    patches = vq_config.get("num_patches") if isinstance(vq_config, dict) else None
     if patches is None:
         return None
     if not isinstance(patches, int) or not 0 < patches <= 1024:
-        raise UserError(f"{where}: num_patches {patches!r}: expected the codes of a side")
-    return patches << (levels - 1)
+        raise UserError(f"{path}: num_patches {patches!r}: expected the codes of a side")
+    return patches << (levels - 1)  # every level but the coarsest halves the side

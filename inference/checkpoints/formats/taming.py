@@ -1,10 +1,10 @@
-"""VQGANs of taming-transformers (Esser et al. 2021, https://arxiv.org/abs/2012.09841) and of latent diffusion's first stages.
+"""VQGANs of taming-transformers (https://arxiv.org/abs/2012.09841) and of latent diffusion.
 
-Their names are ours, but for the quantizer: a codebook learned by gradient (VectorQuantizer2) or by moving average, or
-GumbelVQ's projection to logits of codes.
+Tensor names are ours except in the quantizer: a codebook learned by gradient (VectorQuantizer2) or
+by moving average (EMAVectorQuantizer), or GumbelVQ's projection to logits of codes.
 """
 
-# Axes: K codebook size, D length of a code vector, L levels
+# Axes: K codebook size, D length of a code vector
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from inference.checkpoints.files.weights_file import SUFFIXES, below, read_weigh
 from inference.checkpoints.formats.vqgan_names import (
     CODEBOOK,
     DEFAULT_RESOLUTION,
-    Inferred,
+    VQGANShapes,
+    add_head_axis,
     codebook_rules,
     count_levels,
     quantizer_settings,
     taming_name,
     vqgan_part,
 )
-from inference.checkpoints.options import ConvertOptions
+from inference.checkpoints.options import ConvertOptions, agreed_resolution
 from inference.checkpoints.rules import ConvertedPart, Rule
 from tokenizer_image import VQGANConfig
 from tokenloom_common.config import read_mapping
@@ -33,121 +34,147 @@ from tokenloom_common.errors import MissingFileError, UserError
 
 LEVELS = r"encoder\.down\.(\d+)\."
 PREFIXES = ("", "first_stage_model.", "model.", "vae.", "vqvae.")
-"""Where a VQGAN stands in larger checkpoints: taming's and latent diffusion's second stages, ruDALL-E."""
+"""Prefixes of a VQGAN in larger checkpoints: second stages of taming and others, ruDALL-E."""
 IGNORED = ("loss.*", "discriminator.*", "perceptual_loss.*", "model_ema.*", "colorize")
-_MOVING = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
-_GUMBEL = {"quantizer.proj.weight": "quantize.proj.weight", "quantizer.proj.bias": "quantize.proj.bias",
-           "quantizer.embed.weight": "quantize.embed.weight"}
+CLUSTER_SIZE, EMBED_AVG = "quantize.embedding.cluster_size", "quantize.embedding.embed_avg"
+_GUMBEL_RULES = {f"quantizer.{part}": Rule((f"quantize.{part}",))
+                 for part in ("proj.weight", "proj.bias", "embed.weight")}
 
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
-    """A `.ckpt`, `.pt` or `.safetensors` file, or the folder of a run (checkpoints/last.ckpt and configs/*.yaml)."""
-    options.only("taming", "config", "resolution")
-    path = _in_folder(source) if source.is_dir() else source
-    settings = options.config or _beside(source, path)
+    """A `.ckpt`, `.pt` or `.safetensors` file, or a run's folder (checkpoints/ and configs/)."""
+    options.refuse_unread("taming", "config", "resolution")
+    path = _checkpoint_of(source) if source.is_dir() else source
+    yaml_path = options.config or _find_yaml(source, path)
     weights = below(read_weights(path), PREFIXES, "encoder.conv_in.weight", path)
-    written = _written(settings) if settings else {}
-    resolution = _resolution(written, options, settings)
-    notes = () if resolution else (f"resolution {DEFAULT_RESOLUTION}: without its yaml the file does not say it "
-                                   "(--config, --resolution)",)
+    in_yaml = _read_yaml(yaml_path) if yaml_path else {}
+
+    resolution = agreed_resolution(in_yaml.get("resolution"), options.resolution, yaml_path)
+    notes: tuple[str, ...] = ()
+    if resolution is None:
+        notes = (f"resolution {DEFAULT_RESOLUTION}: without its yaml the file does not say it "
+                 "(--config, --resolution)",)
     part = taming_vqgan(weights, resolution or DEFAULT_RESOLUTION, path, notes)
-    _compare(written, part.config, settings)
+    _compare(in_yaml, part.config, yaml_path)
     return part
 
 
-def taming_vqgan(weights: Mapping[str, Tensor], resolution: int, where: Path, notes: tuple[str, ...] = ()) -> ConvertedPart:
-    """A VQGAN under taming's names; the quantizer's kind follows from its tensors."""
+def taming_vqgan(weights: Mapping[str, Tensor], resolution: int, where: Path,
+                 notes: tuple[str, ...] = ()) -> ConvertedPart:
+    """A VQGAN under taming's names; its tensors tell which quantizer it has."""
     if "quantize.used" in weights:
-        raise UserError(f"{where}: its codes are renumbered (quantize.used, taming's remap), which has no place here; "
-                        "give the checkpoint that it was made from")
-    levels = count_levels(weights, LEVELS, where)
-    found = Inferred(weights, taming_name, levels, where)
+        raise UserError(f"{where}: its codes are renumbered (quantize.used, taming's remap), which "
+                        "has no place here; give the checkpoint that it was made from")
+    shapes = VQGANShapes(weights, taming_name, count_levels(weights, LEVELS, where), where)
+
     if "quantize.proj.weight" in weights:
-        codes = _matrix(weights, "quantize.embed.weight", where)
-        config = found.config(resolution, {"kind": "gumbel"}, codes)
-        rules = {ours: Rule((theirs,)) for ours, theirs in _GUMBEL.items()}
-        return vqgan_part(config, weights, taming_name, rules, where, IGNORED, notes)
-    by_average = _MOVING[0] in weights
-    quantizer = quantizer_settings(False, **({"learn_codebook_by_gradient": False} if by_average else {}))
-    config = found.config(resolution, quantizer, _matrix(weights, CODEBOOK, where))
-    return vqgan_part(config, weights, taming_name, _moving_rules() if by_average else codebook_rules(), where, IGNORED, notes)
+        code_shape = _codebook_shape(weights, "quantize.embed.weight", where)
+        settings: dict[str, Any] = {"kind": "gumbel"}
+        rules = _GUMBEL_RULES
+    elif CLUSTER_SIZE in weights:
+        code_shape = _codebook_shape(weights, CODEBOOK, where)
+        settings = quantizer_settings(l2_normalize=False, learn_codebook_by_gradient=False)
+        rules = _moving_average_rules()
+    else:
+        code_shape = _codebook_shape(weights, CODEBOOK, where)
+        settings = quantizer_settings(l2_normalize=False)
+        rules = codebook_rules()
+
+    config = shapes.config(resolution, settings, code_shape)
+    return vqgan_part(config, weights, taming_name, rules, where, IGNORED, notes)
 
 
-def _matrix(weights: Mapping[str, Tensor], name: str, where: Path) -> tuple[int, int]:
+def _codebook_shape(weights: Mapping[str, Tensor], name: str, where: Path) -> tuple[int, int]:
+    """[K, D] of the codebook called `name`."""
     if name not in weights or weights[name].ndim != 2:
         raise UserError(f"{where}: lacks the codebook {name}, so it is another kind of autoencoder")
-    rows, columns = weights[name].shape
-    return rows, columns
+    codes, length = weights[name].shape
+    return codes, length
 
 
-def _moving_rules() -> dict[str, Rule]:
-    """A codebook that follows a moving average, with the averages as they were."""
-    rules, place = codebook_rules(), "quantizer.vq._codebook."
-    return {**rules, f"{place}cluster_size": Rule((_MOVING[0],), lambda use: use[None]),
-            f"{place}embed_avg": Rule((_MOVING[1],), lambda sums: sums[None])}
+def _moving_average_rules() -> dict[str, Rule]:
+    """Keep the moving averages too: training goes on from them."""
+    prefix = "quantizer.vq._codebook."
+    return {**codebook_rules(),
+            f"{prefix}cluster_size": Rule((CLUSTER_SIZE,), add_head_axis),
+            f"{prefix}embed_avg": Rule((EMBED_AVG,), add_head_axis)}
 
 
-def _in_folder(folder: Path) -> Path:
-    """The one checkpoint of a run's folder; last.ckpt where there are several."""
-    found = sorted(path for place in (folder, folder / "checkpoints") if place.is_dir()
-                   for path in place.iterdir() if path.suffix in SUFFIXES)
+def _checkpoint_of(folder: Path) -> Path:
+    """The only checkpoint in a run's folder, or the one called last, model or vqgan."""
+    found = []
+    for place in (folder, folder / "checkpoints"):
+        if place.is_dir():
+            found += [path for path in place.iterdir() if path.suffix in SUFFIXES]
     named = [path for path in found if path.stem in ("last", "model", "vqgan")]
-    if len(named or found) != 1:
-        raise MissingFileError(f"{folder}: holds {len(found)} weights files, and none alone is last.ckpt; give the file itself")
-    return (named or found)[0]
+    candidates = named or found
+    if len(candidates) != 1:
+        raise MissingFileError(f"{folder}: holds {len(found)} weights files, and none alone is "
+                               "last.ckpt; give the file itself")
+    return candidates[0]
 
 
-def _beside(source: Path, path: Path) -> Path | None:
-    """The yaml that belongs to a checkpoint, where there is one and no other."""
-    places = [path.parent, path.parent.parent / "configs"] if not source.is_dir() else [source, source / "configs", path.parent]
-    found = {item.resolve(): item for place in places if place.is_dir() for pattern in ("*model*.yaml", "*project*.yaml")
-             for item in sorted(place.glob(pattern))}
-    own = path.with_suffix(".yaml")
-    return own if own.is_file() else next(iter(found.values())) if len(found) == 1 else None
+def _find_yaml(source: Path, path: Path) -> Path | None:
+    """The yaml with the checkpoint's own name, else the only model or project yaml near it."""
+    own = path.with_suffix(".yaml")  # as our export writes it
+    if own.is_file():
+        return own
+
+    if source.is_dir():
+        places = [source, source / "configs", path.parent]
+    else:
+        places = [path.parent, path.parent.parent / "configs"]
+    found: dict[Path, Path] = {}  # resolved -> as found: the places may be one folder
+    for place in places:
+        if place.is_dir():
+            for pattern in ("*model*.yaml", "*project*.yaml"):
+                found |= {item.resolve(): item for item in place.glob(pattern)}
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
-def _written(path: Path) -> dict[str, Any]:
-    """What a yaml of taming says of the model, by the names of our fields."""
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of our config that taming's yaml states. UserError for another model."""
     values = read_mapping(path)
     try:
         params = values["model"]["params"]
-        params = params.get("first_stage_config", {}).get("params", params)  # a second stage's yaml describes the first in it
+        # the yaml of a second stage (a transformer, a diffusion model) describes the VQGAN inside
+        params = params.get("first_stage_config", {}).get("params", params)
         shape = params["ddconfig"]
-        said = {"resolution": shape["resolution"], "in_channels": shape["in_channels"], "channels": shape["ch"],
-                "channel_multipliers": tuple(shape["ch_mult"]), "num_res_blocks": shape["num_res_blocks"],
-                "attention_resolutions": tuple(shape["attn_resolutions"]), "z_channels": shape["z_channels"],
-                "embed_dim": params["embed_dim"], "codebook_size": params["n_embed"]}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not the yaml of a VQGAN: model.params has no {one_key(error)}") from None
+        fields = {
+            "resolution": shape["resolution"], "in_channels": shape["in_channels"],
+            "channels": shape["ch"], "channel_multipliers": tuple(shape["ch_mult"]),
+            "num_res_blocks": shape["num_res_blocks"],
+            "attention_resolutions": tuple(shape["attn_resolutions"]),
+            "z_channels": shape["z_channels"],
+            "embed_dim": params["embed_dim"], "codebook_size": params["n_embed"]}
+    except KeyError as error:
+        raise _not_a_vqgan(path, str(error.args[0])) from None
+    except (TypeError, AttributeError):
+        raise _not_a_vqgan(path, "ddconfig with its fields") from None
+
     if shape.get("double_z"):
-        raise UserError(f"{path}: double_z true is an autoencoder without codes; there is nothing to tokenize with")
+        raise UserError(f"{path}: double_z true is an autoencoder without codes; there is nothing "
+                        "to tokenize with")
     for name in ("tanh_out", "give_pre_end"):  # of latent diffusion's decoder; no tensor shows them
         if shape.get(name):
-            raise UserError(f"{path}: {name} true is another end of the decoder than a VQGAN has here; it is not converted")
-    return said
+            raise UserError(f"{path}: {name} true is another end of the decoder than a VQGAN has "
+                            "here; it is not converted")
+    return fields
 
 
-def one_key(error: Exception) -> str:
-    """The key that a KeyError is about."""
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else "ddconfig with its fields"
+def _not_a_vqgan(path: Path, lacking: str) -> UserError:
+    return UserError(f"{path}: not the yaml of a VQGAN: model.params has no {lacking}")
 
 
-def _resolution(written: dict[str, Any], options: ConvertOptions, settings: Path | None) -> int | None:
-    said = written.get("resolution")
-    if said is not None and not (isinstance(said, int) and 0 < said <= 1 << 14):
-        raise UserError(f"{settings}: resolution {said!r}: expected pixels of a side")
-    if said and options.resolution and said != options.resolution:
-        raise UserError(f"--resolution {options.resolution}: {settings} says {said}; leave --resolution out")
-    return said or options.resolution
-
-
-def _compare(written: dict[str, Any], config: VQGANConfig, settings: Path | None) -> None:
-    """UserError when the yaml describes another model than the tensors."""
-    for name, said in written.items():
+def _compare(in_yaml: dict[str, Any], config: VQGANConfig, yaml_path: Path | None) -> None:
+    """UserError if the yaml describes another model than the tensors."""
+    for name, stated in in_yaml.items():
         found = getattr(config, name)
-        if name == "attention_resolutions":  # taming passes over one that no level has
-            differs = {side for side in config.level_resolutions if side in said} != set(found)
+        if name == "attention_resolutions":
+            # taming ignores a resolution that no level has
+            differs = {side for side in config.level_resolutions if side in stated} != set(found)
         else:
-            differs = said != found
+            differs = stated != found
         if differs:
-            raise UserError(f"{settings}: {name} {said!r}, but the weights have {found!r}; give the yaml of this checkpoint")
+            raise UserError(f"{yaml_path}: {name} {stated!r}, but the weights have {found!r}; give "
+                            "the yaml of this checkpoint")

@@ -1,7 +1,7 @@
-"""VQGAN-jax's folders (https://github.com/patil-suraj/vqgan-jax), DALL-E mini's image tokenizer: taming's VQGAN in Flax.
+"""VQGAN-jax (https://github.com/patil-suraj/vqgan-jax), DALL-E mini's tokenizer: taming's in Flax.
 
-Flax keeps convolutions as [height, width, in, out], writes `up_4.block_0` for `up.4.block.0`, and DALL-E mini trained it on
-pixels in [0, 1].
+Flax stores convolutions as [height, width, in, out] and writes `up_4.block_0` for `up.4.block.0`.
+DALL-E mini trained it on pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -16,52 +16,59 @@ from torch import Tensor
 from inference.checkpoints.files.msgpack_file import read_msgpack
 from inference.checkpoints.formats.taming import taming_vqgan
 from inference.checkpoints.formats.vqgan_names import DEFAULT_RESOLUTION
-from inference.checkpoints.options import ConvertOptions
+from inference.checkpoints.options import ConvertOptions, agreed_resolution
 from inference.checkpoints.rules import ConvertedPart
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 
-WEIGHTS_NAME = "flax_model.msgpack"
+FLAX_WEIGHTS_NAME = "flax_model.msgpack"
 _NUMBERED = re.compile(r"\b(down|up|block|attn)_(\d+)\.")
-_NOT_IN_MID = re.compile(r"\bmid\.(block|attn)_")
+_MID = re.compile(r"\bmid\.(block|attn)_")  # mid.block_1: taming writes these with _ too
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     """A folder with flax_model.msgpack and config.json, or the former alone."""
-    options.only("vqgan-jax", "config", "resolution")
+    options.refuse_unread("vqgan-jax", "config", "resolution")
     path = flax_weights(source)
     settings = options.config or path.with_name("config.json")
-    said = read_mapping(settings).get("resolution") if options.config or settings.is_file() else None
-    if said is not None and not (type(said) is int and 0 < said <= 1 << 14):
-        raise UserError(f"{settings}: resolution {said!r}: expected pixels of a side")
-    if said and options.resolution and said != options.resolution:
-        raise UserError(f"--resolution {options.resolution}: {settings} says {said}; leave --resolution out")
-    resolution = said or options.resolution
-    notes = () if resolution else (f"resolution {DEFAULT_RESOLUTION}: without its config.json the file does not say it",)
-    part = taming_vqgan(taming_tensors(read_msgpack(path), path), resolution or DEFAULT_RESOLUTION, path, notes)
-    return replace(part, config=part.config.model_copy(update={"input_range": "unit", "output_range": "unit"}))
+    in_config = None
+    if options.config or settings.is_file():
+        in_config = read_mapping(settings).get("resolution")
+
+    resolution = agreed_resolution(in_config, options.resolution, settings)
+    notes: tuple[str, ...] = ()
+    if resolution is None:
+        notes = (f"resolution {DEFAULT_RESOLUTION}: without its config.json the file does not say "
+                 "it",)
+    weights = taming_tensors(read_msgpack(path), path)
+    part = taming_vqgan(weights, resolution or DEFAULT_RESOLUTION, path, notes)
+    config = part.config.model_copy(update={"input_range": "unit", "output_range": "unit"})
+    return replace(part, config=config)
 
 
 def flax_weights(source: Path) -> Path:
-    """The weights file of a folder, or the file itself."""
-    path = source / WEIGHTS_NAME if source.is_dir() else source
+    """The weights file in a folder, or the file itself."""
+    path = source / FLAX_WEIGHTS_NAME if source.is_dir() else source
     if not path.is_file() or path.suffix != ".msgpack":
-        raise MissingFileError(f"{source}: no {WEIGHTS_NAME} in it, so it is not a folder of Flax weights")
+        raise MissingFileError(f"{source}: no {FLAX_WEIGHTS_NAME} in it, so it is not a folder of "
+                               "Flax weights")
     return path
 
 
 def taming_tensors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
-    """Under taming's names, as torch lays them out; views. UserError where two would get one name."""
-    found: dict[str, Tensor] = {}
+    """Views under taming's names in torch's axis order. UserError if two tensors get one name."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        place, _, leaf = name.removeprefix("params.").rpartition(".")
-        if not _NOT_IN_MID.search(f"{place}."):
-            place = _NUMBERED.sub(r"\1.\2.", f"{place}.").removesuffix(".")
+        module, _, leaf = name.removeprefix("params.").rpartition(".")
+        if not _MID.search(f"{module}."):
+            module = _NUMBERED.sub(r"\1.\2.", f"{module}.").removesuffix(".")
         if leaf == "kernel" and tensor.ndim == 4:
+            # [height, width, in, out] -> [out, in, height, width]
             tensor = tensor.permute(3, 2, 0, 1)
-        plain = f"{place}.{_LEAVES.get(leaf, leaf)}"
-        if plain in found:
-            raise UserError(f"{where}: holds {plain} under two names")
-        found[plain] = tensor
-    return found
+
+        new_name = f"{module}.{_LEAVES.get(leaf, leaf)}"
+        if new_name in renamed:
+            raise UserError(f"{where}: holds {new_name} under two names")
+        renamed[new_name] = tensor
+    return renamed

@@ -1,1 +1,1 @@
-"""A decoder's step on the CPU as compiled code, on PyTorch's own threads."""
+"""A decoder step on the CPU as code compiled by Numba, run on PyTorch's own threads."""

@@ -1,4 +1,4 @@
-"""What compiled steps are built of: arrays at addresses, shares of work, norms, functions of one number."""
+"""Building blocks of compiled steps: arrays at addresses, work shares, scalar functions, norms."""
 
 from __future__ import annotations
 
@@ -17,68 +17,77 @@ from inference.decoder.native.tables import RMS
 
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 ROOT_HALF = np.float32(math.sqrt(0.5))
-REASSOCIATED = {"contract", "reassoc", "arcp", "nsz"}  # sums in any order; what is not a number stays so
-_options: Any = {"error_model": "numpy", "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# Sums may be added in any order; NaN and infinity keep their meaning (no nnan, no ninf), so that a
+# broken row shows.
+REASSOCIATED = {"contract", "reassoc", "arcp", "nsz"}
+_options: Any = {"error_model": "numpy", "nogil": True,
+                 "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 compiled_part = njit(fastmath=REASSOCIATED, **_options)
 
 
 def _pointer_to(number: Any, bits: ir.Type) -> Any:
+    """Make an intrinsic that turns an int64 address into a typed pointer; Numba has none."""
     @intrinsic
     def pointer(context: Any, address: Any) -> Any:
         """The address as a pointer."""
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list[ir.Value]) -> ir.Value:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any,
+                     values: list[ir.Value]) -> ir.Value:
             return builder.inttoptr(values[0], bits.as_pointer())
         return types.CPointer(number)(types.int64), generate
     return pointer
 
 
-_float_pointer = _pointer_to(types.float32, ir.FloatType())
-_long_pointer = _pointer_to(types.int64, ir.IntType(64))
-_int_pointer = _pointer_to(types.int32, ir.IntType(32))
-_short_pointer = _pointer_to(types.int16, ir.IntType(16))
-_byte_pointer = _pointer_to(types.uint8, ir.IntType(8))
+_float32_pointer = _pointer_to(types.float32, ir.FloatType())
+_int64_pointer = _pointer_to(types.int64, ir.IntType(64))
+_int32_pointer = _pointer_to(types.int32, ir.IntType(32))
+_int16_pointer = _pointer_to(types.int16, ir.IntType(16))
+_uint8_pointer = _pointer_to(types.uint8, ir.IntType(8))
+
+
+# Arrays [count] over memory at an address, without bounds checks
 
 
 @compiled_part
-def floats(address, count):
-    return carray(_float_pointer(address), (count,))
+def float32_at(address, count):
+    return carray(_float32_pointer(address), (count,))
 
 
 @compiled_part
-def longs(address, count):
-    return carray(_long_pointer(address), (count,))
+def int64_at(address, count):
+    return carray(_int64_pointer(address), (count,))
 
 
 @compiled_part
-def ints(address, count):
-    return carray(_int_pointer(address), (count,))
+def int32_at(address, count):
+    return carray(_int32_pointer(address), (count,))
 
 
 @compiled_part
-def shorts(address, count):
-    return carray(_short_pointer(address), (count,))
+def int16_at(address, count):
+    return carray(_int16_pointer(address), (count,))
 
 
 @compiled_part
-def whole_bytes(address, count):
-    return carray(_byte_pointer(address), (count,))
+def uint8_at(address, count):
+    return carray(_uint8_pointer(address), (count,))
 
 
 @compiled_part
-def share(count, unit, number, team):
-    """The part of `count` things, in units, that thread `number` of a team does."""
+def thread_share(count, unit, thread, threads):
+    """One thread's range (first, end) of `count` things, cut at multiples of `unit`."""
     units = (count + unit - 1) // unit
-    return min(units * number // team * unit, count), min(units * (number + 1) // team * unit, count)
+    first = min(units * thread // threads * unit, count)
+    return first, min(units * (thread + 1) // threads * unit, count)
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
 def exponential(x):
-    """e to the x, to 2e-7 of its value, for x from -87 to 88 (and at these beyond them): 2 to a whole number times a polynomial
-    (Cephes' expf)."""
-    nothing = x - x  # but not where x is no number
+    """e^x to 2e-7 of its value, x clamped to [-87, 88]: 2^k times a polynomial (Cephes' expf)."""
+    nan_of_x = x - x  # 0, or NaN for NaN, which min and max below would lose
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     power = np.floor(x * LOG2_E + np.float32(0.5))
     rest = x - power * LN_2
+
     result = np.float32(1.9875691500e-4)
     result = result * rest + np.float32(1.3981999507e-3)
     result = result * rest + np.float32(8.3334519073e-3)
@@ -86,12 +95,15 @@ def exponential(x):
     result = result * rest + np.float32(1.6666665459e-1)
     result = result * rest + np.float32(5.0000001201e-1)
     result = result * rest * rest + rest + np.float32(1.0)
-    return result * np.int32((np.int32(power) + np.int32(127)) << np.int32(23)).view(np.float32) + nothing
+
+    # the bits of a float32 with this exponent and no fraction: 2^power
+    exponent_bits = np.int32((np.int32(power) + np.int32(127)) << np.int32(23))
+    return result * exponent_bits.view(np.float32) + nan_of_x
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
 def error_function(x):
-    """erf, to 5e-7 (Abramowitz and Stegun 1964, 7.1.26)."""
+    """erf to 5e-7 (Abramowitz and Stegun 1964, 7.1.26)."""
     size = abs(x)
     part = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * size)
     series = np.float32(1.061405429)
@@ -104,8 +116,8 @@ def error_function(x):
 
 
 @njit(fastmath=True, **_options)
-def largest(values, count):
-    """Any of them where one is no number."""
+def maximum(values, count):
+    """The largest value; if one is NaN, any of them."""
     most = values[0]
     for at in range(count):
         most = max(most, values[at])
@@ -113,7 +125,8 @@ def largest(values, count):
 
 
 @njit(fastmath=True, **_options)
-def largest_size(values, count):
+def largest_magnitude(values, count):
+    """The largest absolute value, at least 1e-30, so that dividing by it is safe."""
     most = np.float32(1e-30)
     for at in range(count):
         most = max(most, abs(values[at]))
@@ -121,8 +134,8 @@ def largest_size(values, count):
 
 
 @compiled_part
-def normed(source, target, count, kind, gain, epsilon):
-    """target = the norm of source: RMS (gain holds the root of the width, epsilon the width too) or layer norm."""
+def normalize(source, target, count, kind, gain, epsilon):
+    """target = RMS norm (see `tables` for its gain) or layer norm of source; may be one array."""
     if kind == RMS:
         total = np.float32(0)
         for at in range(count):
@@ -131,6 +144,7 @@ def normed(source, target, count, kind, gain, epsilon):
         for at in range(count):
             target[at] = source[at] * factor * gain[at]
         return
+
     total = np.float32(0)
     for at in range(count):
         total += source[at]
@@ -145,6 +159,11 @@ def normed(source, target, count, kind, gain, epsilon):
 
 @lru_cache(maxsize=1)
 def version() -> str:
-    """Of all sources here. Numba keeps compiled code by the source of one function alone; this makes the others part of it."""
+    """Hash of all sources of this folder, for the key of compiled code on disk.
+
+    Numba checks only the file of the compiled function itself; a change in another file here must
+    recompile it as well.
+    """
     folder = Path(__file__).parent
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
+    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(sources).hexdigest()

@@ -1,15 +1,15 @@
-"""One step of the lean decoder as compiled code that every thread of a team runs: what `inference.decoder.layers` computes.
+"""One decoder step as compiled code that all threads run: the layers of `decoder.layers`.
 
-Between matrices there are hundreds of small sums over a few hundred numbers, each of which costs more to start from Python
-than to do. Here a step is one call. Threads share each part of a layer, by outputs, heads or rows, and wait for each other
-after it.
+Between matrices there are hundreds of small sums over a few hundred numbers, each of which costs
+more to start from Python than to compute. Here a step is one call. Threads share each part of a
+layer, by outputs, heads or rows, and wait for each other after it.
 
-Numbers and addresses come in tables (`inference.decoder.native.tables`), which `inference.decoder.native.step` fills. Compiled code checks no
-bounds.
+Sizes and addresses come in tables (`inference.decoder.native.tables`), which
+`inference.decoder.native.step` fills. Compiled code checks no bounds.
 """
 
-# Axes: M rows of the stream (R rows x s slots), D width, H heads, G key/value heads, d head width, S slots, T text slots,
-#       I inputs, O outputs
+# Axes: M rows of the stream (R rows x s slots), D width, H heads, G key/value heads, d head width,
+#       S slots, T text slots, I inputs, O outputs
 
 from __future__ import annotations
 
@@ -20,97 +20,124 @@ import numpy as np
 from numba import carray
 
 from inference.decoder.native import tables as t
-from inference.decoder.native.attention import attend_to_caption, attend_to_row
+from inference.decoder.native.attention import cross_attention, self_attention
 from inference.decoder.native.basics import (
     ROOT_HALF,
     compiled_part,
     error_function,
     exponential,
-    floats,
-    longs,
-    share,
+    float32_at,
+    int64_at,
+    thread_share,
     version,
 )
 from inference.decoder.native.matrices import (
-    add_projected,
     matrix_of,
+    multiply_prepared,
     norm_of,
-    prepared,
+    prepare_inputs,
     project,
-    projected,
+    project_and_add,
 )
 from inference.decoder.native.products import PANEL
-from inference.decoder.native.threads import barrier, compiled, team_size, thread_number
+from inference.decoder.native.threads import barrier, compiled, thread_count, thread_number
 
 
 @compiled_part
-def feed(step, number, team, layer):
-    """The feed-forward block up to its activation, which lies at the front of each row of INNER."""
-    matrix, stride, inputs = matrix_of(layer, t.FEED_UP), layer[t.FEED_UP + t.OUTPUTS], layer[t.FEED_OUT + t.INPUTS]
-    rows, row_stride = prepared(step, number, norm_of(layer, t.FEED_NORM), step[t.HIDDEN], step[t.WIDTH], step[t.WIDTH])
-    first, last = share(inputs, PANEL, number, team)
-    projected(step, number, matrix, rows, row_stride, step[t.INNER], stride, first, last)
+def feedforward_up(step, thread, threads, layer):
+    """The feed-forward block up to its activation; the result begins each row of INNER.
+
+    Each thread computes the gates that belong to its own values, so that no barrier is needed
+    before the activation.
+    """
+    matrix = matrix_of(layer, t.FEED_UP)
+    stride = layer[t.FEED_UP + t.OUTPUTS]  # I of the second matrix, twice if gated
+    inner_width = layer[t.FEED_OUT + t.INPUTS]
+    norm, width = norm_of(layer, t.FEED_NORM), step[t.WIDTH]
+    rows, row_stride = prepare_inputs(step, thread, norm, step[t.HIDDEN], width, width)
+    first, end = thread_share(inner_width, PANEL, thread, threads)
+    multiply_prepared(step, thread, matrix, rows, row_stride, step[t.INNER], stride, first, end)
     if step[t.GATED]:
-        projected(step, number, matrix, rows, row_stride, step[t.INNER], stride, inputs + first, inputs + last)
+        multiply_prepared(step, thread, matrix, rows, row_stride, step[t.INNER], stride,
+                          inner_width + first, inner_width + end)
+
     for row in range(step[t.ROWS]):
-        inner = floats(step[t.INNER] + row * stride * 4, stride)
-        gate = inputs if step[t.GATED] else 0
-        for at in range(first, last):
+        inner = float32_at(step[t.INNER] + row * stride * 4, stride)
+        gate = inner_width if step[t.GATED] else 0
+        for at in range(first, end):
             factor = inner[at] if step[t.GATED] else np.float32(1)
             value = inner[gate + at]
             if step[t.ACTIVATION] == t.SILU:
                 inner[at] = factor * value / (np.float32(1) + exponential(-value))
             else:
-                inner[at] = factor * value * np.float32(0.5) * (np.float32(1) + error_function(value * ROOT_HALF))
+                inner[at] = (factor * value * np.float32(0.5)
+                             * (np.float32(1) + error_function(value * ROOT_HALF)))
 
 
 @compiled_part
-def run_layer(step, number, team, layer, at):
-    """Self-attention, cross-attention where there is one, feed-forward, on HIDDEN."""
-    width, rows = step[t.WIDTH], step[t.ROWS] // step[t.AT_ONCE]
-    heads = step[t.HEADS] * step[t.HEAD_DIM]
-    project(step, number, team, norm_of(layer, t.SELF_NORM), matrix_of(layer, t.QKV), step[t.HIDDEN], width, step[t.HEADS_IN])
+def run_self_attention(step, thread, threads, layer, layer_number):
+    """HIDDEN += self-attention; threads share the key/value heads of all rows."""
+    project(step, thread, threads, norm_of(layer, t.SELF_NORM), matrix_of(layer, t.QKV),
+            step[t.HIDDEN], step[t.WIDTH], step[t.HEADS_IN])
     barrier()
-    first, last = share(rows * step[t.KV_HEADS], 1, number, team)
-    for unit in range(first, last):
-        attend_to_row(step, number, layer, at, unit // step[t.KV_HEADS], unit % step[t.KV_HEADS])
+    rows, groups = step[t.ROWS] // step[t.SLOTS_PER_ROW], step[t.KV_HEADS]
+    first, end = thread_share(rows * groups, 1, thread, threads)
+    for unit in range(first, end):
+        self_attention(step, thread, layer, layer_number, unit // groups, unit % groups)
     barrier()
-    add_projected(step, number, team, norm_of(layer, t.NOTHING), matrix_of(layer, t.SELF_OUT), step[t.HEADS_OUT], heads,
-                  norm_of(layer, t.SELF_AFTER))
+    project_and_add(step, thread, threads, norm_of(layer, t.IDENTITY), matrix_of(layer, t.SELF_OUT),
+                    step[t.HEADS_OUT], step[t.HEADS] * step[t.HEAD_DIM],
+                    norm_of(layer, t.SELF_NORM_AFTER))
+
+
+@compiled_part
+def run_cross_attention(step, thread, threads, layer, layer_number):
+    """HIDDEN += cross-attention; threads share the query heads of all rows."""
+    project(step, thread, threads, norm_of(layer, t.CROSS_NORM), matrix_of(layer, t.CROSS_QUERY),
+            step[t.HIDDEN], step[t.WIDTH], step[t.HEADS_IN])
+    barrier()
+    rows, heads = step[t.ROWS] // step[t.SLOTS_PER_ROW], step[t.HEADS]
+    first, end = thread_share(rows * heads, 1, thread, threads)
+    for unit in range(first, end):
+        cross_attention(step, thread, layer, layer_number, unit // heads, unit % heads)
+    barrier()
+    project_and_add(step, thread, threads, norm_of(layer, t.IDENTITY),
+                    matrix_of(layer, t.CROSS_OUT), step[t.HEADS_OUT], heads * step[t.HEAD_DIM],
+                    norm_of(layer, t.CROSS_NORM_AFTER))
+
+
+@compiled_part
+def run_layer(step, thread, threads, layer, layer_number):
+    """Add self-attention, cross-attention (if the model has it) and feed-forward to HIDDEN."""
+    run_self_attention(step, thread, threads, layer, layer_number)
     if step[t.CROSSES]:
-        project(step, number, team, norm_of(layer, t.CROSS_NORM), matrix_of(layer, t.CROSS_QUERY), step[t.HIDDEN],
-                width, step[t.HEADS_IN])
-        barrier()
-        first, last = share(rows * step[t.HEADS], 1, number, team)
-        for unit in range(first, last):
-            attend_to_caption(step, number, layer, at, unit // step[t.HEADS], unit % step[t.HEADS])
-        barrier()
-        add_projected(step, number, team, norm_of(layer, t.NOTHING), matrix_of(layer, t.CROSS_OUT), step[t.HEADS_OUT], heads,
-                      norm_of(layer, t.CROSS_AFTER))
-    feed(step, number, team, layer)
+        run_cross_attention(step, thread, threads, layer, layer_number)
+    feedforward_up(step, thread, threads, layer)
     barrier()
-    add_projected(step, number, team, norm_of(layer, t.FEED_INNER), matrix_of(layer, t.FEED_OUT), step[t.INNER],
-                  layer[t.FEED_UP + t.OUTPUTS], norm_of(layer, t.FEED_AFTER))
+    project_and_add(step, thread, threads, norm_of(layer, t.FEED_INNER_NORM),
+                    matrix_of(layer, t.FEED_OUT), step[t.INNER], layer[t.FEED_UP + t.OUTPUTS],
+                    norm_of(layer, t.FEED_NORM_AFTER))
 
 
 @compiled_part
 def run_step(step):
     """All layers on HIDDEN, then LOGITS."""
-    number, team = thread_number(), team_size()
-    layers = longs(step[t.LAYERS], step[t.LAYER_COUNT] * t.LAYER)
-    for at in range(step[t.LAYER_COUNT]):
-        run_layer(step, number, team, layers[at * t.LAYER: (at + 1) * t.LAYER], at)
-    project(step, number, team, norm_of(step, t.FINAL_NORM), matrix_of(step, t.TO_LOGITS), step[t.HIDDEN],
-            step[t.WIDTH], step[t.LOGITS])
+    thread, threads = thread_number(), thread_count()
+    layers = int64_at(step[t.LAYERS], step[t.LAYER_COUNT] * t.LAYER_SIZE)
+    for number in range(step[t.LAYER_COUNT]):
+        layer = layers[number * t.LAYER_SIZE: (number + 1) * t.LAYER_SIZE]
+        run_layer(step, thread, threads, layer, number)
+    project(step, thread, threads, norm_of(step, t.FINAL_NORM), matrix_of(step, t.TO_LOGITS),
+            step[t.HIDDEN], step[t.WIDTH], step[t.LOGITS])
 
 
 @lru_cache(maxsize=1)
 def step_function() -> Any:
-    """`run_step` as a C function of the address of a table; compiled, or as it was compiled before on this machine."""
+    """`run_step` as a C function of a table's address, compiled or read from the disk cache."""
     source = version()
 
     def step(table):
-        if source:
-            run_step(carray(table, (t.STEP,)))
+        if source:  # a captured value is part of the cache key, see `version`
+            run_step(carray(table, (t.STEP_SIZE,)))
 
     return compiled(step)

@@ -1,11 +1,11 @@
-"""One file of token shards, mapped into memory: Arrow's stream format, or parquet of schema version 1 (read whole)."""
+"""One file of token shards: Arrow's stream format, memory-mapped."""
 
-# Axes: R rows, V views, N numbers of a view
+# Axes: R rows, V views, N values per view
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -13,136 +13,180 @@ from tokenloom_common.errors import MissingFileError, UserError, one_line
 from tokenloom_common.files import file_hash
 
 AGAIN = "run training/encode_dataset.py again"
-Shapes = dict[str, tuple[int, tuple[int, int], int]]
-"""Column -> views, grid, and how many different values there are."""
+
+
+class ColumnShape(NamedTuple):
+    """Shape of a column of tokens or layouts: R x views x (height * width), values in [0, classes)."""
+
+    views: int
+    grid: tuple[int, int]
+    classes: int
 
 
 def require_pyarrow() -> Any:
-    """pyarrow, with its parquet and ipc parts; UserError that names the extra when it is not installed."""
+    """Import pyarrow with compute and ipc. UserError that names the extra if it is not installed."""
     try:
         import pyarrow
         import pyarrow.compute
         import pyarrow.ipc
-        import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"token shards need pyarrow ({error}): pip install 'tokenloom[train]'") from None
     return pyarrow
 
 
 class TokenFile:
-    """Rows of one file. `columns`: tokens [R, V, N], and layout [R, V, L] where there is one; `keys`: Arrow strings [R]."""
+    """Rows of one file.
 
-    def __init__(self, path: Path, table: Any, shapes: Shapes, blake2b: str | None) -> None:
-        pyarrow = require_pyarrow()
-        self.path, self._shapes, self._blake2b = path, shapes, blake2b
+    columns: tokens [R, V, N], and layout [R, V, L] if the shards have layouts; keys: Arrow strings [R].
+    """
+
+    def __init__(self, path: Path, table: Any, shapes: dict[str, ColumnShape], blake2b: str) -> None:
+        self.path = path
+        self._shapes = shapes
+        self._blake2b = blake2b
         self._checked = False
+
+        pyarrow = require_pyarrow()
         self._check_types(table, pyarrow)
-        self.keys = _one(table.column("key"))
-        captions = _one(table.column("captions"))
+        self.keys = _single_chunk(table.column("key"))
+
+        captions = _single_chunk(table.column("captions"))
         self._ends = captions.offsets.to_numpy()
-        self._bounds, self._letters = _text_buffers(captions.values)
-        self.columns = {name: self._as_array(_one(table.column(name)), name, pyarrow) for name in shapes}
+        self._bounds, self._utf8 = _text_buffers(captions.values)
+
+        self.columns = {}
+        for name in shapes:
+            column = _single_chunk(table.column(name))
+            self.columns[name] = self._as_array(column, name, pyarrow)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def _check_types(self, table: Any, pyarrow: Any) -> None:
-        """What the arrays of Arrow are read as below. UserError naming the column."""
-        types, numbers = pyarrow.types, (pyarrow.uint16(), pyarrow.uint32())
+        """UserError naming the first column that is not of the type that encode_dataset writes."""
+        numbers = (pyarrow.uint16(), pyarrow.uint32())
+        wrong = []
+
         captions = table.schema.field("captions").type
-        wrong = [] if types.is_list(captions) and captions.value_type == pyarrow.string() else ["captions"]
-        wrong += [] if table.schema.field("key").type == pyarrow.string() else ["key"]
+        if not (pyarrow.types.is_list(captions) and captions.value_type == pyarrow.string()):
+            wrong.append("captions")
+        if table.schema.field("key").type != pyarrow.string():
+            wrong.append("key")
         for name in self._shapes:
             kind = table.schema.field(name).type
-            is_list = types.is_list(kind) or types.is_fixed_size_list(kind)
-            wrong += [] if is_list and kind.value_type in numbers else [name]
+            is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+            if not is_list or kind.value_type not in numbers:
+                wrong.append(name)
         wrong += [name for name in table.column_names if table.column(name).null_count]
+
         if wrong:
-            found, missing = table.schema.field(wrong[0]).type, table.column(wrong[0]).null_count
-            raise UserError(f"{self.path}: column {wrong[0]} is not as encode_dataset writes it ({found}, {missing:,} "
-                            f"missing); {AGAIN}")
+            found = table.schema.field(wrong[0]).type
+            missing = table.column(wrong[0]).null_count
+            raise UserError(f"{self.path}: column {wrong[0]} is not as encode_dataset writes it "
+                            f"({found}, {missing:,} missing); {AGAIN}")
 
     def _as_array(self, column: Any, name: str, pyarrow: Any) -> numpy.ndarray:
+        """A list column as [R, V, N], without a copy."""
         views, (height, width), _ = self._shapes[name]
-        lengths = numpy.unique(pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False))
+
+        # a list column may have rows of any length: without this the reshape would shift rows
+        lengths = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
+        lengths = numpy.unique(lengths)
         if lengths.size > 1:
-            raise UserError(f"{self.path}: rows of {name} have {lengths.min()} to {lengths.max()} numbers, not one length; "
-                            f"{AGAIN}")
+            raise UserError(f"{self.path}: rows of {name} have {lengths.min()} to {lengths.max()} "
+                            f"numbers, not one length; {AGAIN}")
+
         flat = column.flatten().to_numpy(zero_copy_only=True)
         if flat.size != len(column) * views * height * width:
-            raise UserError(f"{self.path}: {flat.size:,} numbers of {name} in {len(column):,} rows do not fill {views} "
-                            f"grid(s) of {height} x {width}")
+            raise UserError(f"{self.path}: {flat.size:,} numbers of {name} in {len(column):,} rows "
+                            f"do not fill {views} grid(s) of {height} x {width}")
         return flat.reshape(len(column), views, height * width)
 
     def check_once(self) -> None:
-        """`check`, the first time."""
+        """Run `check` the first time only."""
         if not self._checked:
             self.check()
 
     def check(self) -> None:
-        """Compare the hash with the index's and the numbers with what they may be. UserError naming the file."""
+        """Compare the file's hash with the index, and its values with their range.
+
+        UserError naming the file.
+        """
         if (numpy.diff(self._ends) < 1).any():
             raise UserError(f"{self.path}: a row has no caption; {AGAIN}")
-        if self._blake2b is not None and file_hash(self.path) != self._blake2b:
-            raise UserError(f"{self.path}: damaged (its hash is not the one that tokens.json has); {AGAIN}")
+        if file_hash(self.path) != self._blake2b:
+            raise UserError(f"{self.path}: damaged (its hash is not the one in tokens.json); {AGAIN}")
+
         for name, array in self.columns.items():
-            classes = self._shapes[name][2]
+            classes = self._shapes[name].classes
             if array.size and int(array.max()) >= classes:
                 table = "codebook" if name == "tokens" else "classes"
-                raise UserError(f"{self.path}: {name} hold {int(array.max())}, which is outside the {table} of {classes}")
+                raise UserError(f"{self.path}: {name} hold {int(array.max())}, which is outside the "
+                                f"{table} of {classes}")
         self._checked = True
 
     def captions(self, row: int) -> list[str]:
-        """All captions of a row."""
+        """Return all captions of a row."""
         return self._texts(numpy.arange(self._ends[row], self._ends[row + 1]))
 
     def all_captions(self) -> list[str]:
-        """Every caption of the file."""
+        """Return every caption of the file."""
         self.check_once()
         return self._texts(numpy.arange(self._ends[0], self._ends[-1]))
 
     def one_caption(self, rows: numpy.ndarray, choice: numpy.ndarray | None) -> list[str]:
-        """A caption of each of the rows [B]: the one at `choice` [B] in [0, 1) of them, or the first."""
-        begin = self._ends[rows]
+        """Pick one caption for each of the rows [B].
+
+        choice: [B] in [0, 1), the position among a row's captions; None = its first.
+        """
+        number = self._ends[rows]
         if choice is not None:
-            begin = begin + (choice * (self._ends[rows + 1] - begin)).astype(begin.dtype)
-        return self._texts(begin)
+            count = self._ends[rows + 1] - number
+            number = number + (choice * count).astype(number.dtype)
+        return self._texts(number)
 
     def _texts(self, numbers: numpy.ndarray) -> list[str]:
-        letters = self._letters
-        return [str(letters[begin:end], "utf-8")
-                for begin, end in zip(self._bounds[numbers].tolist(), self._bounds[numbers + 1].tolist(), strict=True)]
+        begins = self._bounds[numbers].tolist()
+        ends = self._bounds[numbers + 1].tolist()
+        return [str(self._utf8[begin:end], "utf-8") for begin, end in zip(begins, ends, strict=True)]
 
 
 def _text_buffers(texts: Any) -> tuple[numpy.ndarray, memoryview]:
-    """Arrow's strings as it keeps them: where each begins (and the last ends), and all letters in UTF-8.
+    """Arrow's own buffers of a string array: boundaries [count + 1], and the UTF-8 bytes.
 
-    Ten times as fast as asking Arrow for a hundred strings here and there.
+    Slicing them is ten times as fast as asking Arrow for scattered strings one by one.
     """
-    _, offsets, letters = texts.buffers()
-    bounds = numpy.frombuffer(offsets, dtype=numpy.int32)[texts.offset: texts.offset + len(texts) + 1]
-    return bounds, memoryview(letters if letters is not None else b"")
+    _, offsets, utf8 = texts.buffers()
+    bounds = numpy.frombuffer(offsets, dtype=numpy.int32)
+    bounds = bounds[texts.offset: texts.offset + len(texts) + 1]
+    return bounds, memoryview(utf8 if utf8 is not None else b"")
 
 
-def _one(column: Any) -> Any:
+def _single_chunk(column: Any) -> Any:
     """A column's only chunk, or its chunks copied together."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def open_token_file(folder: Path, name: str, size: int | None, blake2b: str | None, shapes: Shapes) -> TokenFile:
-    """Map a file; its size is compared with the index's. UserError for one that is missing, cut or no token shard."""
+def open_token_file(folder: Path, name: str, size: int, blake2b: str,
+                    shapes: dict[str, ColumnShape]) -> TokenFile:
+    """Map a file into memory and compare its size with the index.
+
+    UserError if it is missing, truncated, or not a token shard.
+    """
     pyarrow = require_pyarrow()
     path = folder / name
-    if Path(name).name != name or not path.is_file():
+    # an index from elsewhere may not lead out of its folder
+    if path.name != name or not path.is_file():
         raise MissingFileError(f"{path}: a token shard is missing; {AGAIN}")
-    if size is not None and path.stat().st_size != size:
-        raise UserError(f"{path}: not a whole token shard ({path.stat().st_size:,} bytes, tokens.json says {size:,}); {AGAIN}")
+    found = path.stat().st_size
+    if found != size:
+        raise UserError(f"{path}: not a whole token shard ({found:,} bytes, tokens.json says "
+                        f"{size:,}); {AGAIN}")
+
     wanted = ["captions", "key", *shapes]
     try:
-        if path.suffix == ".parquet":
-            table = pyarrow.parquet.read_table(path, columns=wanted)
-        else:
-            table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all().select(wanted)
+        stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        table = stream.read_all().select(wanted)
         return TokenFile(path, table, shapes, blake2b)
     except UserError:
         raise

@@ -1,6 +1,7 @@
-"""Does a picture of coloured shapes show what its caption says? Exact compositional accuracy, from what `read_scene` sees.
+"""Exact compositional accuracy: do images of coloured shapes show what their captions say?
 
-A caption of `training.data.builders.scenes.describe` is a complete statement about a scene, so each part of it is right or wrong.
+A caption of `training.data.builders.scenes.describe` is a complete statement about a scene, so
+each part of it is right or wrong of what `read_scene` sees.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -28,11 +29,19 @@ from training.evaluation.scenes.reader import Seen, read_scene
 
 LARGE_FROM = 0.45  # the size from which `describe` calls a thing large
 KINDS = ("one object", "count", "relation", "pair")
-_TOWARDS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}  # x, y; y grows downwards
+_DIRECTIONS = {  # x, y; y grows downwards
+    "above": (0, -1),
+    "below": (0, 1),
+    "left of": (-1, 0),
+    "right of": (1, 0),
+}
 
 
 class Wanted(NamedTuple):
-    """What a caption asks for. `relation` says where objects[0] lies as seen from objects[1]; "" where it is not asked."""
+    """A caption's meaning.
+
+    relation: where objects[0] lies as seen from objects[1]. relation, size: "" if not asked for.
+    """
 
     objects: tuple[Combination, ...]
     relation: str = ""
@@ -43,14 +52,16 @@ class Wanted(NamedTuple):
         """One of KINDS; a pair is two different objects without a relation."""
         if len(self.objects) == 1:
             return "one object"
-        return "relation" if self.relation else "pair" if len(set(self.objects)) > 1 else "count"
+        if self.relation:
+            return "relation"
+        return "pair" if len(set(self.objects)) > 1 else "count"
 
 
 @dataclass(frozen=True)
-class Verdict:  # no NamedTuple: it has a method `count`
-    """What of a caption a picture shows, part by part; None for what the caption does not ask."""
+class Verdict:  # not a NamedTuple, which has a method `count`
+    """Whether an image shows what a caption says, part by part; None: the caption does not say."""
 
-    all: bool  # everything below, with each colour on its own shape, and nothing else on the picture
+    all: bool  # everything below, with each colour on its own shape, and nothing else
     color: bool  # the colours are the ones asked for, each as often as asked
     shape: bool  # the same of the shapes
     count: bool  # exactly as many things as asked; "a red circle" asks for one
@@ -60,104 +71,168 @@ class Verdict:  # no NamedTuple: it has a method `count`
 
 # ---- captions ----
 
-_PHRASES: dict[str, Combination] = {Thing(shape, color, 0, 0, 0).words: (color, shape) for color, shape in COMBINATIONS}
-_PLURALS = {f"{shape}{'es' if shape == 'cross' else 's'}": shape for shape in SHAPES}
-_COUNTS = {word: number for number, name in NUMBERS.items() for word in (name, str(number))}
+_PHRASES: dict[str, Combination] = {
+    Thing(shape, color, 0, 0, 0).words: (color, shape) for color, shape in COMBINATIONS}
+_PLURALS = {f"{shape}es" if shape == "cross" else f"{shape}s": shape for shape in SHAPES}
+_COUNTS = {name: number for number, name in NUMBERS.items()}
+_COUNTS |= {str(number): number for number in NUMBERS}
 
 
-def _group(name: str, words: Sequence[str] | dict[str, Any]) -> str:
-    return f"(?P<{name}>{'|'.join(map(re.escape, words))})"
+def _group(name: str, words: Iterable[str]) -> str:
+    """A named group of a regular expression that matches one of the words."""
+    alternatives = "|".join(re.escape(word) for word in words)
+    return f"(?P<{name}>{alternatives})"
 
 
-_FIRST, _SECOND, _RELATION = _group("first", _PHRASES), _group("second", _PHRASES), _group("relation", OPPOSITE)
-_PLAIN = f"{_group('color', COLORS)} {_group('shape', SHAPES)}"
-_MANY = f"{_group('number', _COUNTS)} {_group('color', COLORS)} {_group('shapes', _PLURALS)}"
-_FORMS = [re.compile(form) for form in (
-    _FIRST, f"one {_PLAIN}", f"a {_group('size', ('large', 'small'))} {_PLAIN}", f"a picture of {_FIRST}",
-    f"{_FIRST} on a white background", _MANY, f"a picture of {_MANY}", f"{_MANY} on a white background",
-    f"{_FIRST} (that is )?{_RELATION} {_SECOND}", f"there is {_FIRST} {_RELATION} {_SECOND}, on white",
-    f"{_FIRST} and {_SECOND}")]
+def _caption_forms() -> list[re.Pattern[str]]:
+    """Every form of a caption that `describe` writes."""
+    first = _group("first", _PHRASES)
+    second = _group("second", _PHRASES)
+    relation = _group("relation", OPPOSITE)
+    color = _group("color", COLORS)
+    plain = f"{color} {_group('shape', SHAPES)}"
+    many = f"{_group('number', _COUNTS)} {color} {_group('shapes', _PLURALS)}"
+    size = _group("size", ("large", "small"))
+    forms = [
+        first,
+        f"one {plain}",
+        f"a {size} {plain}",
+        f"a picture of {first}",
+        f"{first} on a white background",
+        many,
+        f"a picture of {many}",
+        f"{many} on a white background",
+        f"{first} (that is )?{relation} {second}",
+        f"there is {first} {relation} {second}, on white",
+        f"{first} and {second}",
+    ]
+    return [re.compile(form) for form in forms]
+
+
+_FORMS = _caption_forms()
 
 
 def parse_caption(caption: str) -> Wanted:
-    """A caption in one of the forms of `describe` -> what it asks for; UserError that names the caption otherwise."""
-    match = next((match for form in _FORMS if (match := form.fullmatch(caption))), None)
+    """Parse a caption of one of the forms of `describe`. UserError that names it otherwise."""
+    matches = (form.fullmatch(caption) for form in _FORMS)
+    match = next(filter(None, matches), None)
     if match is None:
-        raise UserError(f"caption '{caption}': not of a form of the shapes data, such as 'a red circle', 'two red circles', "
-                        "'a red circle above a blue star' or 'a red circle and a blue star'")
+        raise UserError(f"caption '{caption}': not of a form of the shapes data, such as 'a red "
+                        "circle', 'two red circles', 'a red circle above a blue star' or 'a red "
+                        "circle and a blue star'")
     words = match.groupdict()
     if "number" in words:
-        return Wanted(((words["color"], _PLURALS[words["shapes"]]),) * _COUNTS[words["number"]])
+        combination = (words["color"], _PLURALS[words["shapes"]])
+        return Wanted((combination,) * _COUNTS[words["number"]])
     if "color" in words:
-        return Wanted(((words["color"], words["shape"]),), size=words.get("size", ""))
+        combination = (words["color"], words["shape"])
+        return Wanted((combination,), size=words.get("size", ""))
+
     objects = tuple(_PHRASES[words[name]] for name in ("first", "second") if name in words)
-    if len(objects) > len(set(objects)):
-        raise UserError(f"caption '{caption}': names {words['first']} twice; the two things of a caption must differ")
+    if len(set(objects)) < len(objects):
+        raise UserError(f"caption '{caption}': names {words['first']} twice; the two things of a "
+                        "caption must differ")
     return Wanted(objects, relation=words.get("relation", ""))
 
 
 # ---- verdicts ----
 
 def check(seen: Sequence[Seen], wanted: Wanted) -> Verdict:
-    """What of `wanted` holds of the things that were seen. A thing too many is an error of count, color and shape."""
-    colors, shapes = zip(*wanted.objects, strict=True)
+    """Compare what is seen with a caption. A thing too many is an error of count, color, shape."""
+    asked_colors = Counter(color for color, _ in wanted.objects)
+    asked_shapes = Counter(shape for _, shape in wanted.objects)
     relation = _relation_holds(seen, wanted) if wanted.relation else None
     size = _largest_is(seen, wanted.size) if wanted.size else None
+    # color and shape may each be right while the colours are on the wrong shapes
     bound = Counter(thing.combination for thing in seen) == Counter(wanted.objects)
-    return Verdict(bound and relation is not False and size is not False, Counter(t.color for t in seen) == Counter(colors),
-                   Counter(t.shape for t in seen) == Counter(shapes), len(seen) == len(wanted.objects), relation, size)
+    return Verdict(
+        all=bound and relation is not False and size is not False,
+        color=Counter(thing.color for thing in seen) == asked_colors,
+        shape=Counter(thing.shape for thing in seen) == asked_shapes,
+        count=len(seen) == len(wanted.objects),
+        relation=relation,
+        size=size,
+    )
 
 
 def _relation_holds(seen: Sequence[Seen], wanted: Wanted) -> bool:
-    """Whether the two things that fit the caption's objects best lie as asked, so that a wrong colour is no wrong relation.
+    """Whether the two things that fit the caption's objects best lie as asked.
 
-    Best: most of the four colours and shapes right, at least one of each object. Where several pairs fit equally, as when
-    two things swapped their colours, it must hold for each of them. A thing lies above another if its centre does by more
-    than it lies to a side; so too for the other relations.
+    Best: most of the four colours and shapes right, at least one of each object; so a wrong colour
+    is not also a wrong relation. Where several pairs fit equally, as when two things swapped their
+    colours, it must hold for each of them.
     """
-    fits: dict[int, list[bool]] = {}
-    for pair in itertools.permutations(seen, 2):
-        right = [(thing.color == color) + (thing.shape == shape)
-                 for thing, (color, shape) in zip(pair, wanted.objects, strict=True)]
-        if all(right):
-            fits.setdefault(sum(right), []).append(_lies(*pair, wanted.relation))
-    return bool(fits) and all(fits[max(fits)])
+    first, second = wanted.objects
+    holds_by_fit: dict[int, list[bool]] = {}
+    for thing, other in itertools.permutations(seen, 2):
+        fits = (_fit(thing, first), _fit(other, second))
+        if all(fits):
+            holds = _lies(thing, other, wanted.relation)
+            holds_by_fit.setdefault(sum(fits), []).append(holds)
+    if not holds_by_fit:
+        return False
+    return all(holds_by_fit[max(holds_by_fit)])
+
+
+def _fit(thing: Seen, combination: Combination) -> int:
+    """0 to 2: how many of color and shape are right."""
+    color, shape = combination
+    return (thing.color == color) + (thing.shape == shape)
 
 
 def _lies(thing: Seen, other: Seen, relation: str) -> bool:
-    right, down = _TOWARDS[relation]
-    x, y = thing.x - other.x, thing.y - other.y
-    return x * right + y * down > abs(x * down) + abs(y * right)
+    """Whether a thing lies above another by more than it lies to a side; so for all relations."""
+    right, down = _DIRECTIONS[relation]
+    x = thing.x - other.x
+    y = thing.y - other.y
+    along = x * right + y * down
+    across = abs(x * down) + abs(y * right)
+    return along > across
 
 
 def _largest_is(seen: Sequence[Seen], word: str) -> bool:
-    return bool(seen) and (max(thing.size for thing in seen) > LARGE_FROM) == (word == "large")
+    if not seen:
+        return False
+    largest = max(thing.size for thing in seen)
+    return (largest > LARGE_FROM) == (word == "large")
 
 
 # ---- accuracy ----
 
-def compositional_accuracy(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, Any]:
-    """Shares of pictures, uint8 [S, S, 3] each, that show what their captions say.
+def compositional_accuracy(pictures: Sequence[np.ndarray],
+                           captions: Sequence[str]) -> dict[str, Any]:
+    """Share of images, uint8 [S, S, 3] each, that show what their captions say.
 
-    {"all": {"share": 0.5, "captions": 8}, ..., "kinds": {"count": {"all": ...}, ...}}: an entry for each part of a Verdict,
-    with the number of captions that ask for it (share None where none does), overall and for each of KINDS. UserError if a
-    caption is of none of the forms, if the numbers of pictures and captions differ, or if there are none.
+    {"all": {"share": 0.5, "captions": 8}, ..., "kinds": {"count": {"all": ...}, ...}}: an entry
+    for each part of a Verdict, with the number of captions that ask for it (share None where none
+    does), overall and for each of KINDS. UserError if a caption is of none of the forms, if the
+    numbers of images and captions differ, or if there are none.
     """
     if len(pictures) != len(captions) or not len(captions):
-        raise UserError(f"{len(pictures)} pictures and {len(captions)} captions: must be equally many, and at least one")
-    return accuracy([read_scene(pixels) for pixels in pictures], [parse_caption(caption) for caption in captions])
+        raise UserError(f"{len(pictures)} pictures and {len(captions)} captions: must be equally "
+                        "many, and at least one")
+    seen = [read_scene(pixels) for pixels in pictures]
+    return accuracy(seen, [parse_caption(caption) for caption in captions])
 
 
 def accuracy(seen: Sequence[Sequence[Seen]], asked: Sequence[Wanted]) -> dict[str, Any]:
-    """compositional_accuracy of pictures that were read before."""
-    verdicts = [check(things, wanted) for things, wanted in zip(seen, asked, strict=True)]
-    kinds = {kind: _shares([v for v, wanted in zip(verdicts, asked, strict=True) if wanted.kind == kind]) for kind in KINDS}
-    return {**_shares(verdicts), "kinds": kinds}
+    """compositional_accuracy of images and captions that were read before."""
+    verdicts: list[Verdict] = []
+    by_kind: dict[str, list[Verdict]] = {kind: [] for kind in KINDS}
+    for things, wanted in zip(seen, asked, strict=True):
+        verdict = check(things, wanted)
+        verdicts.append(verdict)
+        by_kind[wanted.kind].append(verdict)
+    report = _shares(verdicts)
+    report["kinds"] = {kind: _shares(own) for kind, own in by_kind.items()}
+    return report
 
 
 def _shares(verdicts: list[Verdict]) -> dict[str, Any]:
-    report = {}
-    for part in (field.name for field in fields(Verdict)):
-        answers = [answer for verdict in verdicts if (answer := getattr(verdict, part)) is not None]
-        report[part] = {"share": sum(answers) / len(answers) if answers else None, "captions": len(answers)}
+    report: dict[str, Any] = {}
+    for field in fields(Verdict):
+        values = [getattr(verdict, field.name) for verdict in verdicts]
+        answers = [value for value in values if value is not None]
+        share = sum(answers) / len(answers) if answers else None
+        report[field.name] = {"share": share, "captions": len(answers)}
     return report

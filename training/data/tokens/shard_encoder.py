@@ -1,0 +1,116 @@
+"""Encode the captioned images of one token shard: read, cut into views, turn into tokens, write."""
+
+# Axes: B images, V views, S pixels of a side, N image tokens, L layout tokens
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch.utils.data import Dataset
+
+from tokenizer_image import ImageTokenizer
+from tokenizer_image.grid import codes_to_tokens
+from tokenizer_image.images import pixels_to_float
+from training.config.encoding import EncodeRunConfig
+from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.sources.drops import DropCounter
+from training.data.tokens.encoding_plan import FAILED, DoneShard, Shard, mark_done
+from training.data.tokens.layouts import Layouts
+from training.data.tokens.shards import ShardFile, token_dtype, write_shard
+from training.data.tokens.views import picture_views
+from training.data.visits.loader import careful_loader
+
+
+class OthersFailedError(Exception):
+    """Another process met an error and will report it."""
+
+
+class RowViews(NamedTuple):
+    """A row, read: its views [V, S, S, 3] uint8 and layouts [V, L]; no views and a reason if it is
+    unusable."""
+
+    key: str
+    captions: list[str]
+    views: numpy.ndarray | None
+    layouts: numpy.ndarray | None
+    reason: str = ""
+
+
+class RowViewsDataset(Dataset):
+    """Rows of a split, ready to be encoded."""
+
+    def __init__(self, source: CaptionedImages, resolution: int, config: EncodeRunConfig) -> None:
+        self.source, self.resolution, self.config = source, resolution, config
+        self.layouts = Layouts(config.layout) if config.layout.kind != "none" else None
+
+    def __getitem__(self, row: int) -> RowViews:
+        try:
+            item = self.source[row]
+            views = picture_views(item.image, self.resolution, self.config.views)
+            layouts = None
+            if self.layouts is not None:
+                mirror = self.config.views.flip
+                layouts = self.layouts.of_views(self.source, row, views, mirror)
+        except BAD_ITEM_ERRORS as error:
+            return RowViews(self.source.key(row), [], None, None, error.reason)
+        return RowViews(item.key, list(item.captions), views, layouts)
+
+
+class ShardEncoder:
+    """Writes shards into `aside`, and counts the unusable images of this process in `drops`."""
+
+    def __init__(self, tokenizer: ImageTokenizer, config: EncodeRunConfig, aside: Path,
+                 drops: DropCounter, device: torch.device) -> None:
+        self.tokenizer, self.config, self.aside = tokenizer, config, aside
+        self.drops, self.device = drops, device
+
+    def encode(self, source: CaptionedImages, shard: Shard, bar: Any) -> DoneShard:
+        """Encode and write the rows of `shard`. OthersFailedError when another process has given
+        up."""
+        rows: list[RowViews] = []
+        tokens: list[numpy.ndarray] = []
+        dropped: list[tuple[str, str]] = []
+        dataset = RowViewsDataset(source, self.tokenizer.config.resolution, self.config)
+        for batch in careful_loader(dataset, list, sampler=shard.rows,
+                                    batch_size=self.config.batch_size,
+                                    num_workers=self.config.workers):
+            if any(self.aside.glob(f"{FAILED}*")):
+                raise OthersFailedError
+
+            unusable = [(row.key, row.reason) for row in batch if row.views is None]
+            self.count(unusable)
+            dropped += unusable
+            usable = [row for row in batch if row.views is not None]
+            if usable:
+                tokens.append(self._tokens(numpy.stack([row.views for row in usable])))
+                # without the pixels, which would fill the memory until the shard is whole
+                rows += [row._replace(views=None) for row in usable]
+            bar.update(len(batch))
+
+        file = self._write(shard, rows, tokens) if rows else None
+        done = DoneShard(file, dropped)
+        mark_done(self.aside, shard, done)
+        return done
+
+    def count(self, dropped: list[tuple[str, str]]) -> None:
+        """Count unusable images by key and reason. DataError when they are too many."""
+        for key, reason in dropped:
+            self.drops.record(reason, key, seen_before=True)
+
+    def _tokens(self, views: numpy.ndarray) -> numpy.ndarray:
+        """Pixels [B, V, S, S, 3] uint8 -> tokens [B, V * N]."""
+        image = pixels_to_float(views.reshape(-1, *views.shape[2:]))  # [B * V, 3, S, S]
+        parts = [self.tokenizer.encode(part.to(self.device)).cpu()
+                 for part in image.split(self.config.batch_size)]
+        tokens = codes_to_tokens(torch.cat(parts)).numpy()  # [B * V, N]
+        return tokens.astype(token_dtype(self.tokenizer.codebook_size)).reshape(len(views), -1)
+
+    def _write(self, shard: Shard, rows: list[RowViews], tokens: list[numpy.ndarray]) -> ShardFile:
+        captions, keys = [row.captions for row in rows], [row.key for row in rows]
+        # [V * L] each
+        layouts = [row.layouts.reshape(-1) for row in rows if row.layouts is not None]
+        return write_shard(self.aside / shard.name, captions, numpy.concatenate(tokens), keys,
+                           numpy.stack(layouts) if layouts else None)

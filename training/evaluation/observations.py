@@ -1,0 +1,57 @@
+"""Embeddings, features and scenes of the images in the evaluation of a generator."""
+
+# Axes: P images, B batch, S pixels on a side, E width of the matcher's space, F features
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from training.evaluation.metrics import Moments
+from training.evaluation.scenes.reader import Seen, read_scene
+from training.evaluation.scorers import Scorers
+
+SHOWN_IMAGES = 16
+
+
+class Observations:
+    """Everything that the scorers see in images that arrive in batches.
+
+    Only the first SHOWN_IMAGES images are kept themselves, so that memory does not grow with the
+    sample by whole images.
+    """
+
+    def __init__(self, scorers: Scorers) -> None:
+        self._scorers = scorers
+        self.shown: list[Image.Image] = []
+        self.scenes: list[list[Seen]] = []
+        self.moments = Moments(scorers.extractor.dimensions if scorers.extractor else 0)
+        self._embeddings: list[Tensor] = []
+        self._features: list[Tensor] = []
+
+    def add(self, pixels: Tensor) -> None:
+        """Observe pixels uint8 [B, S, S, 3]."""
+        scorers = self._scorers
+        arrays = [image.numpy() for image in pixels]
+        images = [Image.fromarray(array) for array in arrays]
+        self.shown += images[: SHOWN_IMAGES - len(self.shown)]
+
+        if scorers.matcher is not None:
+            self._embeddings.append(scorers.matcher.embed_images(images))
+        if scorers.extractor is not None:
+            features = scorers.extractor(pixels)
+            self.moments.update(features)
+            self._features.append(features)
+        if scorers.reads_scenes:
+            self.scenes += [read_scene(array) for array in arrays]
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The matcher's embeddings [P, E] float32, of length 1."""
+        return torch.cat(self._embeddings)
+
+    @property
+    def directions(self) -> Tensor:
+        """Features [P, F] scaled to length 1."""
+        return torch.nn.functional.normalize(torch.cat(self._features), dim=1)

@@ -1,0 +1,69 @@
+"""Networks and checks that a generator's images are measured with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference import TextToImage
+from inference.scoring.matcher_folder import load_matcher
+from inference.scoring.scorer import ImageTextScorer
+from tokenloom_common.errors import UserError
+from training.evaluation.features import FeatureExtractor
+from training.evaluation.frechet import load_frechet_inputs
+from training.evaluation.options import GeneratorEvaluationOptions
+from training.evaluation.questions import Question
+from training.evaluation.reference import ReferenceStatistics
+from training.evaluation.scenes.captions import parse_caption
+from training.evaluation.scenes.reader import LARGEST, SMALLEST
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """The means of measuring images; None, or False, leaves one out.
+
+    reads_scenes: whether to read coloured shapes, as the captions of the shapes data describe.
+    reference: statistics of real images to measure the Frechet distance against, instead of the
+        images that belong to the captions.
+    """
+
+    matcher: ImageTextScorer | None = None
+    extractor: FeatureExtractor | None = None
+    reads_scenes: bool = False
+    reference: ReferenceStatistics | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether images are measured at all."""
+        return self.matcher is not None or self.extractor is not None or self.reads_scenes
+
+
+def load_scorers(options: GeneratorEvaluationOptions, data: str, model: TextToImage,
+                 questions: Sequence[Question], device: str) -> Scorers:
+    """Load what the options ask for. UserError for captions or images that cannot be checked."""
+    matcher = None if options.matcher is None else load_matcher(options.matcher, device)
+    extractor, reference = load_frechet_inputs(options, model.image_tokenizer, device)
+
+    side = model.image_tokenizer.config.resolution
+    readable = SMALLEST <= side <= LARGEST
+    if options.composition == "yes" and not readable:
+        raise UserError(f"--composition yes: scenes of {SMALLEST} to {LARGEST} pixels can be "
+                        f"read, this model's have {side}")
+    reads_scenes = options.composition == "yes"
+    if options.composition == "auto":
+        reads_scenes = readable and _is_shapes_data(data)
+    if reads_scenes:
+        for question in questions:
+            parse_caption(question.caption)  # a caption of another form is refused now
+    return Scorers(matcher, extractor, reads_scenes, reference)
+
+
+def _is_shapes_data(path: str) -> bool:
+    """Whether a folder was built by `tokenloom data shapes`."""
+    try:
+        build = json.loads((Path(path) / "build.json").read_text(encoding="utf-8"))
+        return bool(build["builder"] == "shapes")
+    except (OSError, ValueError, TypeError, LookupError):
+        return False

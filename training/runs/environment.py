@@ -1,0 +1,30 @@
+"""Versions and machine facts that a run's result depends on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "deepspeed", "x-transformers", "vector-quantize-pytorch", "sentencepiece",
+            "datasets", "numpy", "safetensors", "pillow")
+
+
+def environment() -> dict[str, Any]:
+    """Return Python, platform, cores, GPU, package versions and the command line, as env.json has
+    them."""
+    return {"python": platform.python_version(), "platform": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "packages": {name: _version(name) for name in PACKAGES}, "argv": sys.argv}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
