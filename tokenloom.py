@@ -22,11 +22,18 @@ if TYPE_CHECKING:
     from inference.checkpoints import export_checkpoint, from_checkpoint
     from seq2seq import EncoderDecoder, Seq2SeqConfig, TextTokenizer
     from tokenizer_image import VQGAN, ImageTokenizer, VQGANConfig, load_tokenizer
+    from training.evaluation.generator_report import evaluate_generator
+    from training.evaluation.options import (
+        GeneratorEvaluationOptions,
+        TokenizerEvaluationOptions,
+    )
+    from training.evaluation.tokenizer_report import evaluate_tokenizer
 
-__all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep", "ImageTokenizer",
-           "PromptRequest", "SamplingParams", "Seq2SeqConfig", "TextToImage", "TextTokenizer",
-           "VQGANConfig", "export_checkpoint", "from_checkpoint", "load_matcher", "load_tokenizer",
-           "main"]
+__all__ = ["VQGAN", "EncoderDecoder", "GenerationResult", "GenerationStep",
+           "GeneratorEvaluationOptions", "ImageTokenizer", "PromptRequest", "SamplingParams",
+           "Seq2SeqConfig", "TextToImage", "TextTokenizer", "TokenizerEvaluationOptions",
+           "VQGANConfig", "evaluate_generator", "evaluate_tokenizer", "export_checkpoint",
+           "from_checkpoint", "load_matcher", "load_tokenizer", "main"]
 
 _NAMES = {
     "TextToImage": "inference",
@@ -44,6 +51,10 @@ _NAMES = {
     "VQGANConfig": "tokenizer_image",
     "ImageTokenizer": "tokenizer_image",
     "load_tokenizer": "tokenizer_image",
+    "evaluate_generator": "training.evaluation.generator_report",
+    "evaluate_tokenizer": "training.evaluation.tokenizer_report",
+    "GeneratorEvaluationOptions": "training.evaluation.options",
+    "TokenizerEvaluationOptions": "training.evaluation.options",
 }
 """Public name -> the package that has it."""
 

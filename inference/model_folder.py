@@ -18,8 +18,7 @@ from inference.sampling import SamplingParams
 from seq2seq import KINDS as TRANSFORMER_KINDS
 from seq2seq import TEXT_SOURCES, FrozenTextEncoder, ImageTransformer, TextSource, load_text_source
 from seq2seq.config import LayersConfig
-from tokenizer_image import KINDS as TOKENIZER_KINDS
-from tokenizer_image import ImageTokenizer, load_tokenizer
+from tokenizer_image import IMAGE_TOKENIZERS, ImageTokenizer, load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError, choose
@@ -172,7 +171,7 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu",
     folder = resolve_folder(name, revision)
     index = read_model_index(folder)
     path = folder / INDEX_NAME
-    tokenizer_class = choose(TOKENIZER_KINDS, str(index.get("tokenizer_image")),
+    tokenizer_class = choose(IMAGE_TOKENIZERS, str(index.get("tokenizer_image")),
                              f"{path}: kind of image tokenizer")
     seq2seq_class = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")),
                            f"{path}: kind of seq2seq model")

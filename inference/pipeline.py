@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from inference.attention_maps import attention_map, word_positions
-from inference.decoder.calibration import _decoder
+from inference.decoder.calibration import build_decoder
 from inference.decoder.projection import Precision, check_precision
 from inference.generation.batch import Generation, Request
 from inference.generation.image_job import ImageJob
@@ -69,7 +69,7 @@ class TextToImage(Pushable):
         self.default_params = parts.generation
         self.device = self.seq2seq.image_embedding.weight.device
         self.weights = weights
-        self.decoder = _decoder(self.seq2seq, weights)
+        self.decoder = build_decoder(self.seq2seq, weights)
         self._preview_seconds: dict[int, float] = {}  # of the last one, by number of images
 
     @classmethod

@@ -1,9 +1,10 @@
-"""One process of a run that trains at every ZeRO stage in turn, and the most memory that the kernel says each stage took.
+"""Train at every ZeRO stage in turn, as one process of a run, and measure the peak memory of each.
 
     [RANK=... ] python tests/peak_of_training.py OUT PRECISION      (a JSON file for each rank)
 
-Freed memory is handed back at once (MALLOC_MMAP_THRESHOLD_), or the allocator's habits would be measured. A small run at stages
-1 and 3 comes first: what a process's first use of kernels and libraries takes is not in the figures.
+Freed memory is handed back at once (MALLOC_MMAP_THRESHOLD_), or the allocator's habits would be
+measured. A small run at stages 1 and 3 comes first, so that memory of the first use of kernels and
+libraries is not in the figures.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ LARGE = {"width": 384, "layers": 4, "grid": 8, "batch": 8}  # 14 million numbers
 TINY = {"width": 64, "layers": 1, "grid": 4, "batch": 2}
 
 
-def measure(folder: Path, sizes: dict[str, int], stage: int, precision: str, group: Processes) -> dict[str, float]:
-    """A run of two steps, with its export -> measured and predicted bytes beyond what was there."""
-    options = Options(False, **sizes, steps=2, stages=[stage], repeats=1, device="cpu", dtype=precision, threads=1)
+def measure(folder: Path, sizes: dict[str, int], stage: int, precision: str,
+            group: Processes) -> dict[str, float]:
+    """Run two steps and the export -> measured and predicted bytes beyond those before."""
+    options = Options(False, **sizes, steps=2, stages=[stage], repeats=1, device="cpu",
+                      dtype=precision, threads=1)
     if group.is_first and not (folder / "tokens").exists():
         folder.mkdir(parents=True, exist_ok=True)
         make_data(folder, options)
     group.barrier()
+    # run_config makes a new folder: the first process's is everyone's
     shared = group.first_does(lambda: str(run_config(folder, options, stage).run_dir))
     config = run_config(folder, options, stage).model_copy(update={"run_dir": shared})
     gc.collect()
@@ -48,14 +52,17 @@ def measure(folder: Path, sizes: dict[str, int], stage: int, precision: str, gro
     run_training(training.task(), config, group, training.run_state)
     training.finish()
     measured = _status("VmHWM") - before
-    plan = plan_of(config, precision, model=training.model.config, tokenizer=training.image_tokenizer.config)
+
+    plan = plan_of(config, precision, model=training.model.config,
+                   tokenizer=training.image_tokenizer.config)
     activations = plan.activations(options.batch // group.world_size, False, False)
     memory = rank_memory(plan, sharding_of(plan, stage, group.world_size, False), activations)
-    return {"zero_stage": stage, "measured": measured, "predicted": memory.total - memory.process, "process": memory.process}
+    return {"zero_stage": stage, "measured": measured, "process": memory.process,
+            "predicted": memory.total - memory.process}
 
 
 def main() -> None:
-    """Every stage, after a warm-up; rank0.json and so on."""
+    """Measure every stage after a warm-up, into rank0.json and so on."""
     out, precision = Path(sys.argv[1]), sys.argv[2]
     with processes(1) as group:
         first = [measure(out / "tiny", TINY, stage, precision, group) for stage in (1, 3)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
+
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.generation.batch import Request
 from inference.generation.image_job import FinishedImage, ImageJob
 from inference.generation.ways import generate_tokens
 from inference.sampling import SamplingParams
 from seq2seq import TextBatch
-
-from tests.test_decoder import caption
+from tests.decoder_shapes import caption
 
 PLAIN = SamplingParams(guidance_scale=1.0, top_k=8)
 KINDS = {

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenloom
 import torch
 from PIL import Image
 
+import tokenloom
 from tests import launching, tiny
 from tests.command_line import Ran, contents, runner
 

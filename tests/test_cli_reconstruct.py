@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy
 import pytest
 from PIL import Image
-from tokenizer_image import VQGAN, load_tokenizer
-from tokenizer_image.images import float_to_pixels, image_to_pixels, open_image, pixels_to_float
-from tokenizer_image.tiling import decode_tiled, encode_tiled
 
 from tests import tiny
 from tests.bad_images import ACCEPTED, REFUSED, encode, photo
 from tests.command_line import contents, runner
+from tokenizer_image import VQGAN, load_tokenizer
+from tokenizer_image.images import float_to_pixels, image_to_pixels, open_image, pixels_to_float
+from tokenizer_image.tiling import decode_tiled, encode_tiled
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.rules import ConvertedPart, multiplier
 from inference.checkpoints.writing import write_converted
 from inference.decoder.cached_decoder import CachedDecoder
-from inference.decoder.projection import Way
+from inference.decoder.projection import MatmulStrategy
 from seq2seq import PRESETS, TextBatch, load_text_source, load_transformer
 from tests import llamagen_reference as reference
+from tests.decoder_shapes import cached_with
 from tests.llamagen_files import CLASSES, CONTAINERS, GROUPED, make_parts, options, saved
 from tests.llamagen_reference import TEXT, Sizes, make_state, shapes
-from tests.test_decoder import cached_with
 from tokenizer_image import codes_to_tokens, pixels_to_float
 from tokenloom_common.errors import UserError
 from training.evaluation.real_images import caption_loss_sums
@@ -64,7 +64,9 @@ def assert_equal_logits(model: TextToImage, text: TextBatch, expected: Tensor, i
     assert expected.std() > 0.3
     with torch.no_grad():
         found = [model.seq2seq(*text, image_tokens).image]
-    found += [cached_with(CachedDecoder(model.seq2seq, way=way), text, image_tokens) for way in (Way(), Way(native_to=64))]
+    for strategy in (MatmulStrategy(), MatmulStrategy(native_to=64)):
+        decoder = CachedDecoder(model.seq2seq, matmul=strategy)
+        found.append(cached_with(decoder, text, image_tokens))
     difference = max(float((each - expected).abs().max()) for each in found)
     print(f"equality: logits within {difference:.1e}, standard deviation {expected.std():.1f}")  # shown by pytest -rP
     assert difference < TOLERANCE

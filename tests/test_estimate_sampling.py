@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from inference.memory.estimate import (
     Workload,
     estimate,
     largest_batch,
 )
-
 from tests import tiny
 from tests.test_memory import preset
 

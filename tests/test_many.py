@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+
 from inference.memory import estimate as memory
 from inference.requests import PromptRequest, read_prompts
-from PIL import Image
+from tests import tiny
 from tokenloom import SamplingParams, TextToImage, main
 from tokenloom_common.errors import UserError
-
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from benchmarks.harness import peak_memory
 from inference import LoadedModel, SamplingParams, TextToImage
 from inference.decoder.cached_decoder import CachedDecoder
@@ -27,13 +28,12 @@ from inference.memory.meta_device import Alive
 from inference.memory.parts import picture_bytes
 from inference.memory.sizes import human
 from seq2seq import KINDS, PRESETS, TextBatch
+from tests import launching, test_bpe_tokenizer, tiny
 from tokenizer_image import VQGAN, VQGANConfig
 from tokenizer_image.images import float_to_pixels
 from tokenizer_image.kinds import PRESETS as TOKENIZERS
 from tokenizer_image.kinds import build_tokenizer
 from tokenloom_common.errors import UserError
-
-from tests import launching, test_bpe_tokenizer, tiny
 
 GIB, MIB = 1 << 30, 1 << 20
 LAYOUT = {"layout_kind": "classes", "layout_classes": 5, "layout_grid": (2, 3)}
@@ -346,8 +346,9 @@ def test_the_peak_of_a_run_is_predicted():
 @pytest.mark.slow
 def test_a_limit_that_is_too_small_is_noticed_in_a_process_of_its_own():
     """ulimit -v: what is left of it is what can be allocated."""
-    code = ("import resource, inference.memory.estimate as m, torch; size = [int(l.split()[1]) for l in open('/proc/self/status') "
-            "if l.startswith('VmSize')][0] * 1024; resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2); "
+    code = ("import resource, inference.memory.estimate as m, torch; "
+            "size = [int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmSize')]"
+            "[0] * 1024; resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2); "
             "print(m.available_memory('cpu'))")
     done = subprocess.run([sys.executable, "-c", code], cwd=launching.REPOSITORY, env=launching.environment(), text=True,
                           capture_output=True, timeout=280, check=True)

@@ -10,25 +10,13 @@ import torch
 
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.kv_cache import SelfCache
-from inference.generation.batch import Request
-from inference.generation.picture_job import FailedPicture, FinishedPicture, PictureJob
-from inference.generation.scheduler import KEPT_UNGUIDED, Scheduler
-from inference.generation.ways import generate_tokens
+from inference.generation.row_buffers import KEPT_UNCONDITIONAL
+from inference.generation.scheduler import Scheduler
 from inference.sampling import SamplingParams
 from seq2seq import TextBatch
 from tests import tiny
-from tests.decoder_shapes import SHAPES, build, caption
-from tokenloom_common.errors import UserError
-
-PLAIN = SamplingParams(guidance_scale=1.0, top_k=8)
-KINDS = {
-    "guided": SamplingParams(guidance_scale=2.5, top_k=8),
-    "cooler": SamplingParams(guidance_scale=1.0, top_k=0, temperature=0.7, top_p=0.9),
-    "cosine, half": SamplingParams(guidance_scale=4.0, guidance_schedule="cosine", guidance_power=0.7, guidance_end=0.5),
-    "linear": SamplingParams(guidance_scale=3.0, guidance_schedule="linear", min_p=0.05),
-    "greedy": SamplingParams(guidance_scale=1.0, temperature=0.0),
-    "short guidance": SamplingParams(guidance_scale=3.0, guidance_end=0.01),
-}
+from tests.decoder_shapes import SHAPES, build
+from tests.scheduling import KINDS, PLAIN, check_equal, job
 
 
 @pytest.fixture(autouse=True)
@@ -49,39 +37,13 @@ def decoder():
     return CachedDecoder(tiny.seq2seq())
 
 
-def row(text: TextBatch, at: int) -> TextBatch:
-    return caption(text, slice(at, at + 1))
-
-
-def job(text: TextBatch, at: int, params: SamplingParams, seeds, layout=None, unguided: int = 2, name=None) -> PictureJob:
-    return PictureJob(row(text, at), row(text, unguided), params, list(seeds), layout, name)
-
-
-def alone(decoder: CachedDecoder, one: PictureJob):
-    """Tokens [n, N] and layout [n, L] as `inference.generation.ways` draws them."""
-    return generate_tokens(decoder, Request(one.captions, one.unguided, len(one.seeds), one.params, one.seeds, one.layout))
-
-
-def check_equal(decoder: CachedDecoder, jobs: dict[int, PictureJob], ended) -> None:
-    """Every picture of `jobs` (by ticket) came once, with the tokens and the layout that it has alone."""
-    assert all(isinstance(picture, FinishedPicture) for picture in ended), ended
-    assert sorted((p.ticket, p.index) for p in ended) == [(t, i) for t, one in jobs.items() for i in range(len(one.seeds))]
-    expected = {ticket: alone(decoder, one) for ticket, one in jobs.items()}
-    for picture in ended:
-        tokens, layouts = expected[picture.ticket]
-        assert picture.image_tokens.dtype == torch.int64
-        assert torch.equal(picture.image_tokens, tokens[picture.index]), (picture.ticket, picture.index)
-        assert (picture.layout is None) == (layouts is None)
-        assert layouts is None or torch.equal(picture.layout, layouts[picture.index])
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pictures_equal_those_drawn_alone_whatever_shares_the_batch(shape):
     model, text, layout = build(shape)
     decoder = CachedDecoder(model)
     kinds = list(KINDS.values())
     first = [job(text, 0, kinds[0], [5, 6]), job(text, 1, kinds[1], [5])]
-    later = [job(text, 1, kinds[2], [7, 8, 9], unguided=3), job(text, 3, kinds[3], [1]), job(text, 2, kinds[4], [0, 1]),
+    later = [job(text, 1, kinds[2], [7, 8, 9], unconditional=3), job(text, 3, kinds[3], [1]), job(text, 2, kinds[4], [0, 1]),
              job(text, 0, kinds[5], [5]), job(text, 0, kinds[2], [3, 4], None if layout is None else layout[:2]),
              job(text, 1, PLAIN, [5], None if layout is None else layout[:1])]
     scheduler = Scheduler(decoder, rows=5)
@@ -116,7 +78,7 @@ def test_any_order_of_calls_keeps_the_promise(shape):
     for _ in range(30):
         if dice.random() < 0.4:
             one = job(text, dice.randrange(4), dice.choice([*KINDS.values(), PLAIN]), range(dice.randrange(1, 4)),
-                      unguided=dice.randrange(4))
+                      unconditional=dice.randrange(4))
             jobs[scheduler.submit(one)] = one
         if dice.random() < 0.15 and jobs:
             ticket = dice.choice(list(jobs))
@@ -124,7 +86,7 @@ def test_any_order_of_calls_keeps_the_promise(shape):
                 del jobs[ticket]
                 ended = [picture for picture in ended if picture.ticket != ticket]
         ended += scheduler.step()
-        assert sorted(r.at for p in scheduler._pictures for r in p.rows) == list(range(scheduler.active_rows))
+        assert sorted(r.index for p in scheduler._images for r in p.rows) == list(range(scheduler.active_rows))
     check_equal(decoder, jobs, ended + list(scheduler.run()))
     assert len(jobs) > 5
 
@@ -236,14 +198,14 @@ def test_each_text_is_worked_through_once(decoder, text, monkeypatch):
     monkeypatch.setattr(CachedDecoder, "prefill", counting)
     guided = KINDS["guided"]
     scheduler = Scheduler(decoder, rows=4)
-    for at, unguided in ((0, 2), (1, 2), (0, 2), (3, 1), (3, 2)):
-        scheduler.submit(job(text, at, guided, range(5), unguided=unguided))
+    for at, unconditional in ((0, 2), (1, 2), (0, 2), (3, 1), (3, 2)):
+        scheduler.submit(job(text, at, guided, range(5), unconditional=unconditional))
     assert len(list(scheduler.run())) == 25
     names = [text.text_input[at].tolist() for at in range(4)]
     assert [names.index(each) for each in worked] == [0, 2, 1, 0, 3, 1, 3]
     scheduler.submit(job(text, 0, PLAIN, [0]))
     list(scheduler.run())
-    assert len(worked) == 8  # no second branch, no unguided text
+    assert len(worked) == 8  # no second branch, no unconditional text
 
 
 @pytest.mark.parametrize("shape", ["encoder-decoder default", "decoder-only default"])
@@ -267,9 +229,9 @@ def test_nothing_is_allocated_after_construction(shape, monkeypatch):
         scheduler.submit(job(other, at % 4, KINDS["short guidance"], range(3)))
     while scheduler.waiting:
         scheduler.step()
-        assert sum(ref() is not None for ref in alive) <= KEPT_UNGUIDED + 1
+        assert sum(ref() is not None for ref in alive) <= KEPT_UNCONDITIONAL + 1
     list(scheduler.run())
-    assert sum(ref() is not None for ref in alive) == KEPT_UNGUIDED < 8
+    assert sum(ref() is not None for ref in alive) == KEPT_UNCONDITIONAL < 8
     assert [buffer.data_ptr() for buffer in scheduler._buffers.tensors()] == places
     assert scheduler.nbytes == size
 
@@ -310,161 +272,3 @@ def test_a_job_whose_numbers_are_broken_harms_nobody(shape):
     jobs = {scheduler.submit(one): one for one in (ahead, job(text, 2, PLAIN, range(3)))}  # some of them follow it in its row
     ended += scheduler.run()
     check_equal(decoder, jobs, [picture for picture in ended if picture.ticket != lost])
-
-
-def fails(monkeypatch, method: str, when):
-    """Make a method of the decoder raise where `when(*arguments)`; -> how often it was asked."""
-    original, asked = getattr(CachedDecoder, method), []
-
-    def failing(self, *args, **kwargs):
-        asked.append(args)
-        if when(*args):
-            raise RuntimeError("out of memory:\n tried to allocate 9 GiB")
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(CachedDecoder, method, failing)
-    return asked
-
-
-@pytest.mark.parametrize("bad", [0, 1, 3])
-def test_a_text_that_fails_fails_its_job_alone(decoder, text, monkeypatch, bad):
-    given = {at: job(text, at, KINDS["guided"], [5, 6], name=at) for at in (0, 1, 3)}
-    expected = {at: one for at, one in given.items() if at != bad}
-    with monkeypatch.context() as patch:
-        fails(patch, "prefill", lambda text, _: torch.equal(text.text_input, given[bad].captions.text_input))
-        scheduler = Scheduler(decoder, rows=3)
-        tickets = {scheduler.submit(one): at for at, one in given.items()}
-        ended = list(scheduler.run())
-    failed = [picture for picture in ended if isinstance(picture, FailedPicture)]
-    assert [(p.name, p.index) for p in failed] == [(bad, 0), (bad, 1)]
-    assert {p.reason for p in failed} == {"RuntimeError: out of memory: tried to allocate 9 GiB"}
-    check_equal(decoder, {t: expected[at] for t, at in tickets.items() if at != bad}, [p for p in ended if p not in failed])
-    assert scheduler.active_rows == 0
-
-
-def test_a_job_that_fails_half_way_keeps_the_pictures_that_have_begun(monkeypatch):
-    model, text, _ = build("decoder-only layout")
-    decoder = CachedDecoder(model)
-    scheduler = Scheduler(decoder, rows=2)
-    one, other = job(text, 0, PLAIN, range(5)), job(text, 1, PLAIN, [9])
-    ticket, second = scheduler.submit(one), scheduler.submit(other)
-    ended = scheduler.step()
-    with monkeypatch.context() as patch:
-        fails(patch, "decode_layout", lambda *_: True)
-        while not ended:
-            ended += scheduler.step()
-        ended += scheduler.step()
-    assert [(type(p).__name__, p.ticket, p.index) for p in ended] == [
-        ("FinishedPicture", ticket, 0), ("FinishedPicture", ticket, 1), *[("FailedPicture", ticket, i) for i in (2, 3, 4)],
-        ("FailedPicture", second, 0)]
-    again = scheduler.submit(other)
-    check_equal(decoder, {again: other}, list(scheduler.run()))
-
-
-def test_a_step_that_raised_can_be_repeated_and_loses_nothing(decoder, text, monkeypatch):
-    scheduler = Scheduler(decoder, rows=3)
-    given = [job(text, 0, KINDS["guided"], [1, 2]), job(text, 1, PLAIN, [3])]
-    jobs = {scheduler.submit(one): one for one in given}
-    with monkeypatch.context() as patch:
-        fails(patch, "prefill", lambda text, _: torch.equal(text.text_input, given[1].captions.text_input))
-        asked = fails(patch, "decode_at", lambda *_: len(asked) % 2)
-        ended = []
-        while scheduler.waiting or scheduler.drawing:
-            try:
-                ended += scheduler.step()
-            except RuntimeError:
-                assert len(asked) % 2
-    failed = [picture for picture in ended if isinstance(picture, FailedPicture)]
-    assert [(p.ticket, p.index) for p in failed] == [(1, 0)]
-    check_equal(decoder, {0: jobs[0]}, [picture for picture in ended if picture not in failed])
-
-
-def test_run_takes_jobs_as_it_needs_them(decoder, text):
-    taken = []
-
-    def jobs():
-        for at in range(12):
-            taken.append(at)
-            yield job(text, at % 4, KINDS["guided"] if at % 3 else PLAIN, [at], name=at)
-
-    ended = []
-    for picture in Scheduler(decoder, rows=2).run(jobs()):
-        ended.append(picture)
-        assert len(taken) <= len(ended) + 4  # those in the batch, and as many as it has rows
-    assert sorted(picture.name for picture in ended) == list(range(12))
-    expected = [alone(decoder, one)[0][0] for one in jobs()]
-    assert all(torch.equal(picture.image_tokens, expected[picture.name]) for picture in ended)
-
-
-def test_a_picture_of_two_tokens_without_a_begin_slot(text):
-    decoder = CachedDecoder(tiny.decoder_only(begin_of_image=False, grid=(1, 2)))
-    scheduler = Scheduler(decoder, rows=2)
-    first = SamplingParams(guidance_scale=3.0, guidance_end=0.5)  # guidance acts on token 0 alone, which no step computes
-    jobs = {scheduler.submit(one): one for one in (job(text, 0, first, range(3)), job(text, 1, KINDS["guided"], [4]))}
-    check_equal(decoder, jobs, list(scheduler.run()))
-
-
-def test_pictures_of_one_token_without_a_begin_slot_need_no_step(text):
-    decoder = CachedDecoder(tiny.decoder_only(begin_of_image=False, grid=(1, 1)))
-    scheduler = Scheduler(decoder, rows=2)
-    jobs = {scheduler.submit(one): one for one in (job(text, 0, KINDS["guided"], range(3)), job(text, 1, PLAIN, [4]))}
-    check_equal(decoder, jobs, list(scheduler.run()))
-    assert scheduler.forwards == 0
-
-
-LAYOUT = torch.zeros(2, 6, dtype=torch.int64)
-
-
-def ones(captions: int, length: int) -> TextBatch:
-    return TextBatch(torch.ones(captions, length, dtype=torch.int64), torch.ones(captions, length, dtype=torch.bool))
-
-
-
-@pytest.mark.parametrize(("change", "words"), [
-    ({"params": SamplingParams(guidance_scale=2.0)}, "needs 2 rows, and there is 1"),
-    ({"seeds": []}, "without seeds"),
-    ({"seeds": [1, -1]}, "got -1"),
-    ({"seeds": [True]}, "got True"),
-    ({"seeds": [1 << 63]}, "whole number"),
-    ({"layout": LAYOUT[:1]}, r"\(1, 6\) numbers for 2 pictures"),
-    ({"layout": LAYOUT[:, :5]}, "reads 6 a picture"),
-    ({"layout": LAYOUT - 1}, "0 to 4, found -1"),
-    ({"layout": LAYOUT + 5}, "0 to 4, found 5"),
-    ({"captions": ones(2, 12)}, "one caption of 12"),
-    ({"unguided": ones(1, 5)}, "unguided: a job has one"),
-])
-def test_a_job_that_can_never_be_drawn_is_refused(text, change, words):
-    model, _, _ = build("encoder-decoder layout")
-    scheduler = Scheduler(CachedDecoder(model), rows=1)
-    good = job(text, 0, PLAIN, [1, 2], LAYOUT)
-    with pytest.raises(UserError, match=words):
-        scheduler.submit(PictureJob(**{**vars(good), **change}))
-    assert scheduler.waiting == 0
-    scheduler.submit(good)
-
-
-def test_guidance_that_acts_on_a_sampled_layout_alone(text):
-    decoder = CachedDecoder(tiny.seq2seq(grid=(1, 2), layout_kind="classes", layout_classes=5, layout_grid=(2, 3)))
-    params = SamplingParams(guidance_scale=5.0, guidance_schedule="linear", guidance_end=0.4)  # tokens 1 and 2 of 6, none of 2
-    sampled, given = job(text, 0, params, [1]), job(text, 0, params, [1], LAYOUT[:1])
-    with pytest.raises(UserError, match="needs 2 rows"):
-        Scheduler(decoder, rows=1).submit(sampled)
-    scheduler = Scheduler(decoder, rows=2)
-    jobs = {scheduler.submit(one): one for one in (given, given)}
-    check_equal(decoder, jobs, list(scheduler.run()))
-    assert scheduler.forwards == 2  # a row each
-    jobs = {scheduler.submit(one): one for one in (sampled, sampled)}
-    ended = scheduler.step()
-    assert (scheduler.active_rows, scheduler.waiting) == (1, 1)
-    check_equal(decoder, jobs, ended + list(scheduler.run()))
-
-
-def test_a_layout_for_a_model_without_is_refused(decoder, text):
-    with pytest.raises(UserError, match="without layouts"):
-        Scheduler(decoder, 2).submit(job(text, 0, PLAIN, [1, 2], LAYOUT))
-
-
-@pytest.mark.parametrize("rows", [0, -1, 1.5, True, "2"])
-def test_rows_must_be_a_number(decoder, rows):
-    with pytest.raises(UserError, match="rows must be"):
-        Scheduler(decoder, rows)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.generation.image_job import FailedImage, ImageJob
 from inference.generation.scheduler import Scheduler
 from inference.sampling import SamplingParams
 from seq2seq import TextBatch
-from tokenloom_common.errors import UserError
-
 from tests import tiny
+from tests.decoder_shapes import build
 from tests.scheduling import KINDS, PLAIN, alone, check_equal, job
-from tests.test_decoder import build
+from tokenloom_common.errors import UserError
 
 
 @pytest.fixture(autouse=True)

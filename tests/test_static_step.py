@@ -9,9 +9,8 @@ import weakref
 import pytest
 import torch
 
-from inference.generation import cuda_graph as static_step
 from inference.generation.batch import Generation
-from inference.generation.cuda_graph import StaticStep, padded, static_steps
+from inference.generation.cuda_graph import MAX_STEPS_KEPT, StaticStep, padded, static_steps
 from tests.decoder_shapes import SHAPES
 from tests.test_jacobi import PARAMS, request
 
@@ -42,7 +41,7 @@ def test_another_request_of_the_size_uses_the_same_buffers_and_gets_its_own_toke
     first = drawn(decoder, asked)
     made = len(decoder.recorded_steps)
     other = dataclasses.replace(asked, seeds=[seed + 50 for seed in asked.seeds[:5]],
-                                captions=asked.unguided, images=5)
+                                captions=asked.unconditional, images=5)
     second = drawn(decoder, other)
     assert len(decoder.recorded_steps) == made
     assert torch.equal(second, plainly(decoder, other))
@@ -52,9 +51,9 @@ def test_another_request_of_the_size_uses_the_same_buffers_and_gets_its_own_toke
 
 def test_few_steps_are_kept():
     decoder, asked = request("encoder-decoder default", PARAMS["plain"])
-    for k in range(1, static_step.KEPT + 3):
+    for k in range(1, MAX_STEPS_KEPT + 3):
         drawn(decoder, dataclasses.replace(asked, params=asked.params.model_copy(update={"top_k": k})))
-    assert len(decoder.recorded_steps) == static_step.KEPT
+    assert len(decoder.recorded_steps) == MAX_STEPS_KEPT
 
 
 def test_the_step_asks_nothing_of_its_tensors():

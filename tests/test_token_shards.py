@@ -10,6 +10,8 @@ import pyarrow
 import pyarrow.ipc
 import pytest
 import torch
+
+from tests import tiny
 from tokenloom_common.errors import DataError, MissingFileError, UserError
 from tokenloom_common.files import file_hash
 from training.commands.data import main as data_command
@@ -26,8 +28,6 @@ from training.data.tokens.shards import (
 )
 from training.data.visits.order import ItemId
 from training.data.visits.tokens import CollateTokens, TokenVisits
-
-from tests import tiny
 
 NAMES = [f"train-0000{number}-of-00002.arrow" for number in range(2)]
 TOKENS = numpy.arange(24, dtype=numpy.uint16).reshape(6, 4)

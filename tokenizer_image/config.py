@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,23 +14,12 @@ from tokenloom_common.errors import UserError
 class ImageTokenizerConfig(StrictConfig):
     """Settings that every family of image tokenizers has."""
 
-    extra_keys: ClassVar[tuple[str, ...]] = ("preset",)
-
     kind: str
     """Family: a name in tokenizer_image.IMAGE_TOKENIZERS."""
     resolution: Positive = 256
     """Side of the square image in pixels; larger images go in tiles (tokenizer_image/tiling.py)."""
     in_channels: Positive = 3
     codebook_size: int = Field(default=16384, ge=2)
-
-    @classmethod
-    def variants(cls) -> list[type[StrictConfig]]:
-        """The families' configs, for a section that can be any of them."""
-        # the leaves of the class tree: bases between are no family
-        subclasses = cls.__subclasses__()
-        if not subclasses:
-            return [cls]
-        return [leaf for subclass in subclasses for leaf in subclass.variants()]
 
     @property
     def downsampling(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,16 +32,6 @@ class StrictConfig(BaseModel):
         except ValidationError as error:
             raise UserError(f"{where}: {explain(cls, error)}") from None
 
-    extra_keys: ClassVar[tuple[str, ...]] = ()
-    """Keys that a section takes in a file or on the command line beside its fields (they are
-    resolved when it is read)."""
-
-    @classmethod
-    def variants(cls) -> list[type[StrictConfig]]:
-        """The classes that a section of this type can be: itself, or for an abstract one its
-        families."""
-        return [cls]
-
     def plain(self) -> dict[str, Any]:
         """The values as JSON-able plain Python."""
         return self.model_dump(mode="json")
@@ -49,11 +39,15 @@ class StrictConfig(BaseModel):
 
 def dotted_names(config_class: type[BaseModel], prefix: str = "") -> list[str]:
     """Every key of a config tree in dotted form: sections and leaves."""
-    names = [prefix + key for key in getattr(config_class, "extra_keys", ())]
+    names: list[str] = []
     for name, field in config_class.model_fields.items():
         names.append(prefix + name)
-        for section in sections(field.annotation):
-            names += dotted_names(section, f"{prefix}{name}.")
+        families = sections(field.annotation)
+        # a section with several families may name a preset, which fills it in when it is read
+        if len(families) > 1:
+            names.append(f"{prefix}{name}.preset")
+        for family in families:
+            names += dotted_names(family, f"{prefix}{name}.")
     return list(dict.fromkeys(names))
 
 
@@ -63,10 +57,12 @@ def nearest_key(config_class: type[BaseModel], key: str) -> str:
 
 
 def sections(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes that a field of this type can hold; none for a plain value."""
-    if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        return []
-    return list(annotation.variants()) if issubclass(annotation, StrictConfig) else [annotation]
+    """List the config classes that a field of this type can hold: all families of a union, or one.
+
+    Empty for a plain value.
+    """
+    choices = get_args(annotation) or (annotation,)
+    return [one for one in choices if isinstance(one, type) and issubclass(one, BaseModel)]
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -93,10 +89,11 @@ def explain(config_class: type[BaseModel], error: ValidationError) -> str:
     """A ValidationError in one line: the key, the nearest valid one, what is wrong."""
     # a misspelt key is often missed elsewhere too: the misspelling is what helps
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"])
+    outer, inner, valid = _locate(config_class, first["loc"])
+    key = f"{outer}{inner}".removesuffix(".")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{nearest_key(config_class, key)}{more}"
+        return f"unknown key '{key}'{nearest_name(inner, valid)}{more}"
     if first["type"] == "missing":
         return f"missing key '{key}'{more}"
 
@@ -105,6 +102,34 @@ def explain(config_class: type[BaseModel], error: ValidationError) -> str:
         return f"{message}{more}"
     shown = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     return f"{key}: {message}{shown}{more}"
+
+
+def _locate(config_class: type[BaseModel],
+            location: tuple[int | str, ...]) -> tuple[str, str, list[str]]:
+    """Split an error's location into (outer key, inner key, keys valid in place of the inner one).
+
+    pydantic names the chosen family of a union in the location. It is no key, and the keys of other
+    families are not valid inside it: the outer key ends there.
+    """
+    outer = ""
+    inner = ""
+    valid = dotted_names(config_class)
+    families = [config_class]
+    for part in location:
+        kinds = {}
+        if len(families) > 1:
+            kinds = {family.model_fields["kind"].default: family for family in families}
+        if part in kinds:
+            families = [kinds[part]]
+            valid = dotted_names(families[0])
+            outer = f"{outer}{inner}."
+            inner = ""
+            continue
+
+        inner = f"{inner}.{part}" if inner else str(part)
+        field = families[0].model_fields.get(str(part)) if families else None
+        families = sections(field.annotation) if field else []
+    return outer, inner, valid
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from inference.sampling import SamplingParams
 from seq2seq import KINDS as TRANSFORMER_KINDS
 from seq2seq import PRESETS, FrozenTextConfig, FrozenTextEncoder, TransformerConfig
 from tokenizer_image.config import ImageTokenizerConfig
-from tokenizer_image.kinds import KINDS as TOKENIZER_KINDS
+from tokenizer_image.kinds import IMAGE_TOKENIZERS
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import OneLineParser, UserError, choose
 from tokenloom_common.pretrained import read_config, resolve_folder
@@ -162,7 +162,7 @@ def _folder_configs(args: argparse.Namespace) -> _Configs:
     index = read_model_index(folder)
     transformer = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")),
                          f"{folder}: kind of seq2seq model")
-    tokenizer = choose(TOKENIZER_KINDS, str(index.get("tokenizer_image")),
+    tokenizer = choose(IMAGE_TOKENIZERS, str(index.get("tokenizer_image")),
                        f"{folder}: kind of image tokenizer")
     not_counted = []
     if index["text_tokenizer"] == FrozenTextEncoder.kind:

@@ -25,7 +25,7 @@ from training.engine.gpus import GPU_MEMORY, PEAK_FLOPS, known_gpu, peak_flops
 from training.engine.launch import resolve_precision
 from training.planning.plan import plan_of
 from training.planning.report import PARTS, Machine, Report, report_of, require_precision
-from training.planning.sizes import DEFAULTS, Sizes, shape_of
+from training.planning.sizes import DEFAULTS, GivenSizes, Sizes, sizes_of_run
 
 RUN_CONFIGS: dict[str, type[RunConfig]] = {
     "seq2seq": Seq2SeqRunConfig,
@@ -66,10 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = _parser().parse_known_args(arguments)
     config, kind = _read_config(options.kind, rest)
     machine, precision = _machine(options, config)
-    sizes = Sizes(options)
-    shape, rows = shape_of(config, sizes)
+    given = GivenSizes(options.grid, options.codebook_size, options.text_length, options.vocab_size,
+                       options.feature_width, options.rows)
+    sizes = Sizes(given)
+    found = sizes_of_run(config, sizes)
     sizes.check_all_read()
-    report = report_of(plan_of(config, precision, **shape), machine, rows)
+
+    plan = plan_of(config, precision, found.model, found.tokenizer)
+    report = report_of(plan, machine, found.rows)
     values = {"kind": kind, **report.values, "assumed": sizes.assumed,
               "not_counted": sizes.not_counted, "calculated": True}
     if options.json:
@@ -275,4 +279,4 @@ def _moment(memory: Any) -> str:
     """Name the part of a step in which most memory is in use."""
     if memory is None:
         return "-"
-    return SHORT_MOMENTS.get(memory.moment, memory.moment)
+    return SHORT_MOMENTS.get(memory.phase, memory.phase)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tokenizer_image import (
-    KINDS,
+    IMAGE_TOKENIZERS,
     DVAEConfig,
     TokenizerLossConfig,
     ViTVQGANConfig,
@@ -81,7 +81,7 @@ class TokenizerRunConfig(RunConfig):
         if name is not None:  # the fields beside it override the preset's
             values = merge(preset(str(name)).plain(), values)
         kind = str(values.get("kind", DEFAULT_KIND))
-        choose(KINDS, kind, "model.kind")
+        choose(IMAGE_TOKENIZERS, kind, "model.kind")
         return {**values, "kind": kind}
 
     @model_validator(mode="after")

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-PREFIX = "average."  # of its tensors in a checkpoint
-
 
 def weight_average(module: nn.Module, decay: float, device: torch.device) -> AveragedModel:
     """Make an average that follows the weights of `module`.
@@ -25,17 +23,3 @@ def weight_average(module: nn.Module, decay: float, device: torch.device) -> Ave
         return average.lerp(weights.to(average.dtype), new_weight)
 
     return AveragedModel(module, device, average_fn)
-
-
-def average_state(average: AveragedModel | None) -> dict[str, Tensor]:
-    """The tensors that a checkpoint keeps of an average, by names of its own; none for None."""
-    if average is None:
-        return {}
-    return {f"{PREFIX}{name}": tensor for name, tensor in average.state_dict().items()}
-
-
-def restore_average(average: AveragedModel | None, state: dict[str, Tensor]) -> None:
-    """Load the tensors of average_state."""
-    if average is not None:
-        state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-        average.load_state_dict(state)

@@ -24,7 +24,7 @@ from training.config.run import RunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.tokenizer import TokenizerRunConfig
 from training.engine.gpus import training_flops
-from training.objectives.matcher import MatcherObjective
+from training.objectives.matcher import MatcherWithTextHead
 from training.planning.activations import (
     Activations,
     matcher_activations,
@@ -109,7 +109,7 @@ def seq2seq_plan(config: Seq2SeqRunConfig, precision: str, model: TransformerCon
 
 def matcher_plan(config: MatcherRunConfig, precision: str, model: MatcherConfig) -> Plan:
     """Plan a run of train_matcher.py."""
-    on_meta = build_on_meta(lambda options: MatcherObjective(Matcher(options), config.loss), model)
+    on_meta = build_on_meta(lambda options: MatcherWithTextHead(Matcher(options), config.loss), model)
     module = TrainedModule.of("model", on_meta, config.optim, precision)
 
     def activations(count: int, recomputed: bool, cuda: bool) -> Activations:

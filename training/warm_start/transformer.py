@@ -20,7 +20,7 @@ from seq2seq.config import DERIVED
 from tokenizer_image import ImageTokenizer
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
-from tokenloom_common.pretrained import Undrawn, read_config
+from tokenloom_common.pretrained import SkipParameterInit, read_config
 from tokenloom_common.weights import check_numbers, check_tensors, read_tensors
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.start_folders import (
@@ -161,7 +161,7 @@ def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransf
     UserError naming folder and tensors where the weights do not fit.
     """
     folder = start.transformer
-    with Undrawn():  # every weight is about to be replaced
+    with SkipParameterInit():  # every weight is about to be replaced
         model = KINDS[config.kind](config)
     tensors, own = read_tensors(folder), model.state_dict()
     check_tensors(_shapes(own), _shapes(tensors), folder)
