@@ -33,18 +33,18 @@ from training.data.run_data import open_pictures
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, in_words
 from training.data.sources.open_dataset import list_splits
-from training.data.tokens.encoding_plan import (
-    FAILED,
-    NOTES,
-    PLAN,
-    DoneShard,
+from training.data.tokens.encoding_progress import (
+    FAILURE_MARK,
+    RECORDS,
+    SETTINGS_NAME,
+    FinishedShard,
     Shard,
     check_whole,
-    cut,
+    count_drop_reasons,
+    cut_into_shards,
     find_done,
-    prepare,
-    reasons,
-    remove_notes,
+    prepare_folder,
+    remove_records,
 )
 from training.data.tokens.layouts import Layouts
 from training.data.tokens.shard_encoder import OthersFailedError, ShardEncoder
@@ -65,7 +65,7 @@ from training.loop.log import setup_console
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
-OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}")
+OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, SETTINGS_NAME, RECORDS, f"*-?????-of-?????{SUFFIX}")
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one another: one may have hours of shards before it when the others
 are done."""
@@ -105,8 +105,10 @@ class DatasetEncoder:
     def _run(self) -> None:
         splits = self.group.first_does(self._splits)
         sources = {split: self._open(split) for split in splits}
-        shard_rows: int = self.group.first_does(lambda: prepare(self.aside, self._facts(sources)))
-        shards = {split: cut(split, len(source), shard_rows) for split, source in sources.items()}
+        shard_rows: int = self.group.first_does(
+            lambda: prepare_folder(self.aside, self._facts(sources)))
+        shards = {split: cut_into_shards(split, len(source), shard_rows)
+                  for split, source in sources.items()}
 
         done = self.group.first_does(lambda: self._find_done(shards))
         for split, of_split in shards.items():
@@ -160,7 +162,7 @@ class DatasetEncoder:
                 "shard_rows asked for": config.shard_rows,
                 "shard_rows": min(config.shard_rows, rows_per_process)}
 
-    def _find_done(self, shards: dict[str, list[Shard]]) -> dict[str, DoneShard]:
+    def _find_done(self, shards: dict[str, list[Shard]]) -> dict[str, FinishedShard]:
         """Return the whole shards that an earlier run left, by name."""
         done = {}
         for of_split in shards.values():
@@ -173,7 +175,7 @@ class DatasetEncoder:
     # ---- encode
 
     def _encode_split(self, source: CaptionedImages, shards: list[Shard],
-                      done: dict[str, DoneShard]) -> dict[str, DoneShard]:
+                      done: dict[str, FinishedShard]) -> dict[str, FinishedShard]:
         """Encode the shards that are not done -> those that every process wrote, by name."""
         missing = [shard for shard in shards if shard.name not in done]
         own = missing[self.group.rank:: self.group.world_size]
@@ -183,7 +185,7 @@ class DatasetEncoder:
                     self.shards.count(done[shard.name].dropped)
 
         problem: Exception | None = None
-        written: dict[str, DoneShard] = {}
+        written: dict[str, FinishedShard] = {}
         total = sum(len(shard.rows) for shard in own)
         with progress(None, f"encode {shards[0].split}", total=total, unit="picture",
                       quiet=not self.group.is_first) as bar:
@@ -195,10 +197,10 @@ class DatasetEncoder:
             except Exception as error:
                 problem = self._explained(error)
                 # stops the others at their next batch
-                (self.aside / f"{FAILED}{self.group.rank}").touch()
+                (self.aside / f"{FAILURE_MARK}{self.group.rank}").touch()
         self.group.raise_together(problem)
 
-        everyone: dict[str, DoneShard] = {}
+        everyone: dict[str, FinishedShard] = {}
         for of_process in self.group.gather(written):
             everyone |= of_process
         return everyone
@@ -211,7 +213,7 @@ class DatasetEncoder:
 
     # ---- publish
 
-    def _publish(self, shards: dict[str, list[Shard]], done: dict[str, DoneShard]) -> None:
+    def _publish(self, shards: dict[str, list[Shard]], done: dict[str, FinishedShard]) -> None:
         """Check all shards together, write their index, and rename the folder to `out`."""
         files: dict[str, list[ShardFile]] = {}
         for split, of_split in shards.items():
@@ -220,7 +222,7 @@ class DatasetEncoder:
         rows = {split: sum(file.rows for file in of_split) for split, of_split in files.items()}
         total = sum(rows.values())
 
-        dropped: Counter[str] = reasons(list(done.values())) + self.drops.opened
+        dropped: Counter[str] = count_drop_reasons(list(done.values())) + self.drops.opened
         self._check_dropped(total, dropped)
         check_whole(self.aside, [file for of_split in files.values() for file in of_split])
 
@@ -235,7 +237,7 @@ class DatasetEncoder:
                      "Image tokens and captions of this data, made by Tokenloom's encode_dataset; "
                      "tokens.json says with what.")
         publish_folder(self.aside, self.out)
-        remove_notes(self.out)
+        remove_records(self.out)
         if dropped:
             log.warning("passed over %d unusable pictures (%s)", dropped.total(), in_words(dropped))
         log.info("token shards: %s (%s rows)", self.out, f"{total:,}")

@@ -108,7 +108,7 @@ def _read_batch(source: CaptionedImages, questions: Sequence[Question], side: in
         try:
             square = image_to_pixels(source[question.row].image, side)
             if layouts is not None:
-                layout = layouts.of(source, question.row, square)
+                layout = layouts.image_layout(source, question.row, square)
                 given.append(torch.from_numpy(layout.astype(numpy.int64)))
         except BAD_ITEM_ERRORS as error:
             unusable[error.reason] += 1

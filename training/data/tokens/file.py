@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy
 
 from tokenloom_common.errors import MissingFileError, UserError, one_line
+from tokenloom_common.extras import require_extra
 from tokenloom_common.files import file_hash
 
 AGAIN = "run training/encode_dataset.py again"
 
 
 class ColumnShape(NamedTuple):
-    """Shape of a column of tokens or layouts: R x views x (height * width), values in [0, classes)."""
+    """Shape of a column of tokens or layouts: [R, views, height * width], in [0, classes)."""
 
     views: int
     grid: tuple[int, int]
@@ -24,23 +25,22 @@ class ColumnShape(NamedTuple):
 
 
 def require_pyarrow() -> Any:
-    """Import pyarrow with compute and ipc. UserError that names the extra if it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.ipc
-    except ImportError as error:
-        raise UserError(f"token shards need pyarrow ({error}): pip install 'tokenloom[train]'") from None
-    return pyarrow
+    """Import pyarrow with compute and ipc. UserError naming the extra if it is not installed."""
+    # a submodule becomes an attribute of pyarrow only when it is imported
+    for module in ("pyarrow.compute", "pyarrow.ipc"):
+        require_extra(module, "a token shard")
+    return require_extra("pyarrow", "a token shard")
 
 
 class TokenFile:
     """Rows of one file.
 
-    columns: tokens [R, V, N], and layout [R, V, L] if the shards have layouts; keys: Arrow strings [R].
+    columns: tokens [R, V, N], and layout [R, V, L] if the shards have layouts.
+    keys: Arrow strings [R].
     """
 
-    def __init__(self, path: Path, table: Any, shapes: dict[str, ColumnShape], blake2b: str) -> None:
+    def __init__(self, path: Path, table: Any, shapes: dict[str, ColumnShape],
+                 blake2b: str) -> None:
         self.path = path
         self._shapes = shapes
         self._blake2b = blake2b
@@ -115,14 +115,16 @@ class TokenFile:
         if (numpy.diff(self._ends) < 1).any():
             raise UserError(f"{self.path}: a row has no caption; {AGAIN}")
         if file_hash(self.path) != self._blake2b:
-            raise UserError(f"{self.path}: damaged (its hash is not the one in tokens.json); {AGAIN}")
+            raise UserError(f"{self.path}: damaged (its hash is not the one in tokens.json); "
+                            f"{AGAIN}")
 
         for name, array in self.columns.items():
             classes = self._shapes[name].classes
-            if array.size and int(array.max()) >= classes:
+            highest = int(array.max()) if array.size else 0
+            if highest >= classes:
                 table = "codebook" if name == "tokens" else "classes"
-                raise UserError(f"{self.path}: {name} hold {int(array.max())}, which is outside the "
-                                f"{table} of {classes}")
+                raise UserError(f"{self.path}: {name} hold {highest}, which is outside the {table} "
+                                f"of {classes}")
         self._checked = True
 
     def captions(self, row: int) -> list[str]:
@@ -148,7 +150,8 @@ class TokenFile:
     def _texts(self, numbers: numpy.ndarray) -> list[str]:
         begins = self._bounds[numbers].tolist()
         ends = self._bounds[numbers + 1].tolist()
-        return [str(self._utf8[begin:end], "utf-8") for begin, end in zip(begins, ends, strict=True)]
+        return [str(self._utf8[begin:end], "utf-8")
+                for begin, end in zip(begins, ends, strict=True)]
 
 
 def _text_buffers(texts: Any) -> tuple[numpy.ndarray, memoryview]:
@@ -190,5 +193,7 @@ def open_token_file(folder: Path, name: str, size: int, blake2b: str,
         return TokenFile(path, table, shapes, blake2b)
     except UserError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole token shard ({one_line(error)[:200]}); {AGAIN}") from None
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError,
+            AttributeError) as error:
+        raise UserError(f"{path}: not a whole token shard ({one_line(error)[:200]}); "
+                        f"{AGAIN}") from None

@@ -17,10 +17,10 @@ from tokenizer_image.images import pixels_to_float
 from training.config.encoding import EncodeRunConfig
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.sources.drops import DropCounter
-from training.data.tokens.encoding_plan import FAILED, DoneShard, Shard, mark_done
+from training.data.tokens.encoding_progress import FAILURE_MARK, FinishedShard, Shard, mark_done
 from training.data.tokens.layouts import Layouts
 from training.data.tokens.shards import ShardFile, token_dtype, write_shard
-from training.data.tokens.views import picture_views
+from training.data.tokens.views import image_views
 from training.data.visits.loader import careful_loader
 
 
@@ -49,11 +49,11 @@ class RowViewsDataset(Dataset):
     def __getitem__(self, row: int) -> RowViews:
         try:
             item = self.source[row]
-            views = picture_views(item.image, self.resolution, self.config.views)
+            views = image_views(item.image, self.resolution, self.config.views)
             layouts = None
             if self.layouts is not None:
                 mirror = self.config.views.flip
-                layouts = self.layouts.of_views(self.source, row, views, mirror)
+                layouts = self.layouts.view_layouts(self.source, row, views, mirror)
         except BAD_ITEM_ERRORS as error:
             return RowViews(self.source.key(row), [], None, None, error.reason)
         return RowViews(item.key, list(item.captions), views, layouts)
@@ -67,7 +67,7 @@ class ShardEncoder:
         self.tokenizer, self.config, self.aside = tokenizer, config, aside
         self.drops, self.device = drops, device
 
-    def encode(self, source: CaptionedImages, shard: Shard, bar: Any) -> DoneShard:
+    def encode(self, source: CaptionedImages, shard: Shard, bar: Any) -> FinishedShard:
         """Encode and write the rows of `shard`. OthersFailedError when another process has given
         up."""
         rows: list[RowViews] = []
@@ -77,7 +77,7 @@ class ShardEncoder:
         for batch in careful_loader(dataset, list, sampler=shard.rows,
                                     batch_size=self.config.batch_size,
                                     num_workers=self.config.workers):
-            if any(self.aside.glob(f"{FAILED}*")):
+            if any(self.aside.glob(f"{FAILURE_MARK}*")):
                 raise OthersFailedError
 
             unusable = [(row.key, row.reason) for row in batch if row.views is None]
@@ -91,7 +91,7 @@ class ShardEncoder:
             bar.update(len(batch))
 
         file = self._write(shard, rows, tokens) if rows else None
-        done = DoneShard(file, dropped)
+        done = FinishedShard(file, dropped)
         mark_done(self.aside, shard, done)
         return done
 
