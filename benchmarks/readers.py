@@ -104,7 +104,8 @@ def token_readers(folder: Path, workers: int) -> list[Reader]:
 
 def _our_pictures(source: CaptionedImages) -> Read:
     visits = ImageVisits(source, SIDE, harness.SEED, 0.0)
-    order = DataOrder(len(source), harness.SEED, 0 if source.runs is None else 500, source.runs)
+    shuffle_rows = 0 if source.chunk_bounds is None else 500
+    order = DataOrder(len(source), harness.SEED, shuffle_rows, source.chunk_bounds)
     for start in range(0, len(source), BATCH):
         found = [(visits[item].pixels, source.captions(item.index)[0])
                  for item in order.items(start, min(BATCH, len(source) - start))]
