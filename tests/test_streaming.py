@@ -9,6 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+
+from tests.bad_images import encode, photo
+from tests.source_files import (
+    PNG,
+    SAMPLES,
+    as_bytes,
+    own_cache,  # noqa: F401 (a fixture for all tests here)
+    write_tar,
+)
 from tokenloom_common.errors import DataError, RunFailedError, UserError
 from training.data.sources import row_groups, tar_index
 from training.data.sources.drops import BadItemError
@@ -16,9 +25,6 @@ from training.data.sources.open_dataset import load_source, open_dataset
 from training.data.visits.images import ImageVisits
 from training.data.visits.loader import batch_loader
 from training.data.visits.order import DataOrder, MicroBatches
-
-from tests.bad_images import encode, photo
-from tests.test_data_sources import PNG, SAMPLES, as_bytes, own_cache, write_tar  # noqa: F401 (a fixture for all tests here)
 
 ROWS = 41
 PICTURES = [encode(photo(seed=seed), "PNG") for seed in range(4)]
