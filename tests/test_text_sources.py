@@ -8,14 +8,14 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from seq2seq import ClassLabels, FrozenTextEncoder, TextTokenizer, load_text_source
 from seq2seq.class_labels import ClassLabelsConfig
+from tests import tiny
 from tokenloom_common.errors import MissingFileError, UserError
 from training.config.text import TextConfig
 from training.data.text_features import CachedFeatures, open_features, write_features
 from training.data.text_input import choose_text_source
-
-from tests import tiny
 
 CAPTIONS = ["a red heart", "a large blue apple tree", "octopus"]
 LENGTH = 10
