@@ -54,6 +54,7 @@ def check_data(path: str | Path, *, split: str | None = None, caption_column: st
 
     Errors as from `open_dataset`, but unusable items are reported.
     """
+    # every row is read once, in order: a stream need not keep more than one
     data = load_source(path, split=split, caption_column=caption_column, image_column=image_column,
                        streamed_rows=int(streaming))
     bad = list(data.bad_items)

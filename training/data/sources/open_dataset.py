@@ -126,6 +126,7 @@ def _open_parquet(options: SourceOptions) -> ImageTable:
 def _stream_parquet(options: SourceOptions) -> ImageTable:
     root = options.layout.root
     files = readable_parquet(options.files(), root, options.caption_column, options.image_column)
+    # captions are looked at when a row is visited: scanning them here would read all shards
     rows = RowGroups(files.good, options.streamed_rows)
     return ImageTable(rows, files.caption_column, files.image_column, root=root,
                       bad_items=files.bad, chunk_bounds=rows.chunk_bounds)
@@ -135,7 +136,7 @@ def _open_hub(options: SourceOptions) -> ImageTable:
     from datasets.config import HF_CACHE_HOME
 
     table = read_hub(options.path, options.split, options.caption_column, options.image_column)
-    return _usable_rows(table, Path(HF_CACHE_HOME))
+    return _usable_rows(table, Path(HF_CACHE_HOME))  # where `datasets` puts downloaded images
 
 
 def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:

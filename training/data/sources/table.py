@@ -163,6 +163,7 @@ def _load(path: str, failure: str, **options: Any) -> Any:
         with quiet_datasets():
             return load_dataset(path, **options)
     except (DatasetsError, pa.ArrowException, OSError, ValueError) as error:
+        # `datasets` wraps what happened in an error that says only that loading failed
         cause = error.__cause__ or error
         raise DataError(f"{failure}: {one_line(cause)[:300]}") from None
 

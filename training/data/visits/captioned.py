@@ -27,7 +27,7 @@ class CaptionedItem:
     """One visit of an image with one of its captions."""
 
     item: ItemId
-    picture: PixelItem
+    image: PixelItem
     caption: str
 
 
@@ -44,10 +44,10 @@ class CaptionedVisits(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, item: ItemId) -> CaptionedItem:
-        picture = self.images[item]
-        captions = self.source.captions(picture.index)
+        image = self.images[item]
+        captions = self.source.captions(image.index)  # of the row that replaced an unusable one
         caption = item_random(self.seed, item, "caption").choice(captions)
-        return CaptionedItem(item, picture, caption)
+        return CaptionedItem(item, image, caption)
 
 
 class CaptionedBatch(NamedTuple):
@@ -72,12 +72,12 @@ class CollateCaptioned:
 
     def __call__(self, items: Sequence[CaptionedItem]) -> CaptionedBatch:
         captions = [item.caption for item in items]
-        image = pixels_to_float(numpy.stack([item.picture.pixels for item in items]))
+        image = pixels_to_float(numpy.stack([item.image.pixels for item in items]))
         text = self.text_source.encode(captions)
         masked = None
         if self.masked_vocab_size is not None:
             masked = self._mask(text.text_input, self.masked_vocab_size, items)
-        dropped = [bad for item in items for bad in item.picture.dropped]
+        dropped = [bad for item in items for bad in item.image.dropped]
         return CaptionedBatch(image, text, same_captions(captions), masked, dropped)
 
     def _mask(self, text_ids: Tensor, vocab_size: int,

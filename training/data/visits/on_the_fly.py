@@ -83,10 +83,10 @@ class OnTheFlyVisits(torch.utils.data.Dataset):
         captions = []
         dropped: list[BadItem] = []
         for item, draw in zip(items, draws, strict=True):
-            picture = self.images[item]
-            pixels.append(picture.pixels)
-            dropped += picture.dropped
-            choices = self.source.captions(picture.index)
+            image = self.images[item]
+            pixels.append(image.pixels)
+            dropped += image.dropped
+            choices = self.source.captions(image.index)  # of the row that replaced an unusable one
             chosen = 0 if self.first_caption else int(draw * len(choices))
             captions.append(choices[chosen])
 
