@@ -138,9 +138,9 @@ def test_an_unusable_picture_gives_way_to_the_next_one_with_its_own_caption(tmp_
     visits = CaptionedVisits(open_dataset(tmp_path), 16, seed=0, horizontal_flip=0.0)
     visit = visits[ItemId(0, 1)]
     assert visit.caption == "three"
-    assert int(visit.picture.pixels[0, 0, 0]) == 200
+    assert int(visit.image.pixels[0, 0, 0]) == 200
     batch = CollateCaptioned(tiny.text_tokenizer(), 0)([visits[ItemId(0, row)] for row in range(3)])
-    assert [one.reason for one in batch.dropped] == [visit.picture.dropped[0].reason]
+    assert [one.reason for one in batch.dropped] == [visit.image.dropped[0].reason]
     assert batch.same_caption.tolist() == [[True, False, False], [False, True, True], [False, True, True]]
 
 

@@ -29,9 +29,9 @@ from training.config.encoding import EncodeRunConfig
 from training.config.loading import load_config
 from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
-from training.data.run_data import open_pictures
+from training.data.run_data import open_images
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, in_words
+from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, format_reasons
 from training.data.sources.open_dataset import list_splits
 from training.data.tokens.encoding_progress import (
     FAILURE_MARK,
@@ -143,7 +143,7 @@ class DatasetEncoder:
         return list_splits(self.config.data.path)
 
     def _open(self, split: str) -> CaptionedImages:
-        source = self.group.first_then_others(lambda: open_pictures(self.config.data, split))
+        source = self.group.first_then_others(lambda: open_images(self.config.data, split))
         count_opened(self.drops, source, self.group)
         return source
 
@@ -239,7 +239,8 @@ class DatasetEncoder:
         publish_folder(self.aside, self.out)
         remove_records(self.out)
         if dropped:
-            log.warning("passed over %d unusable pictures (%s)", dropped.total(), in_words(dropped))
+            log.warning("passed over %d unusable pictures (%s)", dropped.total(),
+                        format_reasons(dropped))
         log.info("token shards: %s (%s rows)", self.out, f"{total:,}")
 
     def _check_dropped(self, rows: int, dropped: Counter[str]) -> None:
@@ -248,10 +249,10 @@ class DatasetEncoder:
         path, fraction = self.config.data.path, self.config.data.max_bad_fraction
         seen = self.drops.seen
         if not rows:
-            raise DataError(f"{path}: not one picture could be encoded ({in_words(dropped)})")
+            raise DataError(f"{path}: not one picture could be encoded ({format_reasons(dropped)})")
         if dropped.total() > max(ALWAYS_TOLERATED, fraction * seen):
             raise DataError(f"{path}: {dropped.total():,} of {seen:,} are unusable "
-                            f"({in_words(dropped)}), more than max_bad_fraction {fraction:g} "
+                            f"({format_reasons(dropped)}), more than max_bad_fraction {fraction:g} "
                             "allows")
 
 

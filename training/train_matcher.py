@@ -30,7 +30,7 @@ from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.config.matcher import MatcherRunConfig
 from training.config.start_folders import TEXT_FOLDER
-from training.data.run_data import open_training_pictures, picture_order
+from training.data.run_data import image_order, open_training_images
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.text_input import choose_text_source
 from training.data.visits.captioned import CaptionedBatch, CaptionedVisits, CollateCaptioned
@@ -77,10 +77,10 @@ class MatcherTraining(Training):
         group.first_does(self._check_batch)
 
         self.source = group.first_then_others(
-            lambda: open_training_pictures(config.data, config.data.split))
+            lambda: open_training_images(config.data, config.data.split))
         self.held_out: CaptionedImages | None = open_held_out_pictures(config.data, group)
         self.drops: PictureDrops = PictureDrops(config.data, self.source, group)
-        self.order = picture_order(config.data, self.source, config.seed)
+        self.order = image_order(config.data, self.source, config.seed)
         self.text_source = self._open_text_source()
         model_config = self._model_config()
         group.first_does(lambda: refuse_what_cannot_fit(

@@ -24,11 +24,11 @@ from tokenloom_common.files import write_json_atomic
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.start_folders import IMAGE_FOLDER, TEXT_FOLDER
 from training.data.visits.on_the_fly import (
-    CollatePictures,
-    PictureBatch,
-    PictureTokens,
-    PictureTokenVisits,
-    with_tokens,
+    CollateOnTheFly,
+    OnTheFlyBatch,
+    OnTheFlyTokens,
+    OnTheFlyVisits,
+    tokenize_batch,
 )
 from training.data.visits.tokens import CollateTokens, TokenBatch, TokenVisits
 from training.engine.processes import Processes
@@ -130,13 +130,13 @@ class Seq2SeqTraining(Training):
         config, data = self.config, self.inputs.data
         held_out = [] if self.held_out is None else [self.held_out]
         captions = batch_captions(self.text_source, config.text, [data, *held_out], self.group)
-        if isinstance(data, PictureTokens):
+        if isinstance(data, OnTheFlyTokens):
             # it encodes every batch
             self.image_tokenizer = self.image_tokenizer.to(self.group.device)
-            self.visits = PictureTokenVisits(data.source, self.image_tokenizer.config.resolution,
-                                             config.seed, config.data.horizontal_flip,
-                                             config.caption_dropout, self._reads_classes())
-            self.collate = CollatePictures(captions)
+            self.visits = OnTheFlyVisits(data.source, self.image_tokenizer.config.resolution,
+                                         config.seed, config.data.horizontal_flip,
+                                         config.caption_dropout, self._reads_classes())
+            self.collate = CollateOnTheFly(captions)
         else:
             self.visits = TokenVisits(data, config.seed, config.caption_dropout,
                                       config.token_corruption, self._reads_classes(),
@@ -183,7 +183,7 @@ class Seq2SeqTraining(Training):
                     validate=self.validate, tokens_per_item=self.model.config.num_tokens,
                     forward_flops=flops)
 
-    def train(self, visits: TokenBatch | PictureBatch, step: int) -> dict[str, Tensor]:
+    def train(self, visits: TokenBatch | OnTheFlyBatch, step: int) -> dict[str, Tensor]:
         """Learn from one micro-batch; a step at the end of a window -> the loss and its parts."""
         batch = self._on_device(self._with_tokens(visits))
         total, terms = seq2seq_loss(self.engine, self.model, self.config.loss, batch)
@@ -195,12 +195,12 @@ class Seq2SeqTraining(Training):
         is_the_loss = len(terms) == 1 and self.config.loss.image_weight == 1
         return loss if is_the_loss else loss | terms
 
-    def _with_tokens(self, batch: TokenBatch | PictureBatch) -> TokenBatch:
+    def _with_tokens(self, batch: TokenBatch | OnTheFlyBatch) -> TokenBatch:
         if isinstance(batch, TokenBatch):
             return batch
         assert self.drops is not None
         self.drops.count(batch.dropped)
-        return with_tokens(batch, self.image_tokenizer, self.config.seed,
+        return tokenize_batch(batch, self.image_tokenizer, self.config.seed,
                            self.config.token_corruption)
 
     def _on_device(self, batch: TokenBatch) -> TokenBatch:

@@ -25,7 +25,7 @@ from tokenloom_common.errors import run_command
 from tokenloom_common.files import write_json_atomic
 from training.config.start_folders import facts_of_run
 from training.config.tokenizer import TokenizerRunConfig
-from training.data.run_data import open_training_pictures, picture_order
+from training.data.run_data import image_order, open_training_images
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.visits.images import ImageVisits, PixelBatch, collate_pixels
 from training.data.visits.order import ItemId
@@ -71,13 +71,13 @@ class TokenizerTraining(Training):
         self._check()
 
         source = group.first_then_others(
-            lambda: open_training_pictures(config.data, config.data.split))
+            lambda: open_training_images(config.data, config.data.split))
         self.held_out: CaptionedImages | None = open_held_out_pictures(config.data, group)
         self.drops: PictureDrops = PictureDrops(config.data, source, group)
         self.visits = ImageVisits(source, config.model.resolution, config.seed,
                                   config.data.horizontal_flip)
         self.collate = collate_pixels
-        self.order = picture_order(config.data, source, config.seed)
+        self.order = image_order(config.data, source, config.seed)
 
         seed_everything(config.seed, 0)  # the same weights on every process
         self.tokenizer = self._warm_start()

@@ -13,9 +13,9 @@ from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.start_folders import TEXT_FOLDER, facts_of_run
-from training.data.run_data import open_training_pictures, token_order
+from training.data.run_data import open_training_images, token_order
 from training.data.tokens.shards import TokenShards, check_same_tokenizer
-from training.data.visits.on_the_fly import PictureTokens
+from training.data.visits.on_the_fly import OnTheFlyTokens
 from training.engine.processes import Processes
 from training.loop.drops import PictureDrops
 from training.objectives.seq2seq import check_losses
@@ -46,7 +46,7 @@ class Seq2SeqInputs:
             config.data.validation_split) if config.data.validation_split else None
         self.order = token_order(config.data, self.data, config.seed)
         self.drops: PictureDrops | None = None
-        if isinstance(self.data, PictureTokens):
+        if isinstance(self.data, OnTheFlyTokens):
             self.drops = PictureDrops(config.data, self.data.source, group)
 
         self.text_source = self._open_text_source()
@@ -64,12 +64,12 @@ class Seq2SeqInputs:
             self.group.first_does(
                 lambda: check_codes(start, self.image_tokenizer, self.fingerprint, folder))
 
-    def _open(self, split: str) -> TokenShards | PictureTokens:
+    def _open(self, split: str) -> TokenShards | OnTheFlyTokens:
         data = self.config.data
         if data.on_the_fly:
             self.image_tokenizer.config.check_encodes(self.image_tokenizer_folder)
-            source = self.group.first_then_others(lambda: open_training_pictures(data, split))
-            return PictureTokens(source, self.image_tokenizer, self.fingerprint)
+            source = self.group.first_then_others(lambda: open_training_images(data, split))
+            return OnTheFlyTokens(source, self.image_tokenizer, self.fingerprint)
 
         shards = self.group.first_then_others(lambda: TokenShards(data.path, split))
         check_same_tokenizer(shards.index, data.path, self.image_tokenizer.codebook_size,

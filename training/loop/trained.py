@@ -13,12 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 from seq2seq import FrozenTextEncoder, TextSource
 from training.config.run import DataConfig, RunConfig
 from training.config.text import TextConfig
-from training.data.run_data import open_training_pictures
+from training.data.run_data import open_training_images
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.text_input import CaptionRows, cached
+from training.data.text_features import open_features
+from training.data.text_input import CaptionRows
 from training.data.visits.loader import batch_loader
 from training.data.visits.order import DataOrder, MicroBatches
-from training.data.visits.tokens import Captions
+from training.data.visits.tokens import CaptionEncoder
 from training.engine.deepspeed_engine import Engine
 from training.engine.deepspeed_json import deepspeed_json
 from training.engine.launch import resolve_precision
@@ -160,7 +161,7 @@ def open_held_out_pictures(data: DataConfig, group: Processes) -> CaptionedImage
     opened: list[CaptionedImages] = []
 
     def open_split() -> None:
-        source = open_training_pictures(data, data.validation_split)
+        source = open_training_images(data, data.validation_split)
         len(source)  # it must be readable now, not after hours of training
         opened.append(source)
 
@@ -170,7 +171,7 @@ def open_held_out_pictures(data: DataConfig, group: Processes) -> CaptionedImage
 
 
 def batch_captions(source: TextSource, text: TextConfig, data: Sequence[CaptionRows],
-                   group: Processes) -> Captions:
+                   group: Processes) -> CaptionEncoder:
     """Return what turns a batch's captions into text input: `source` itself, or its features cached
     on disk.
 
@@ -182,7 +183,7 @@ def batch_captions(source: TextSource, text: TextConfig, data: Sequence[CaptionR
     captions = [caption for rows in data for caption in rows.all_captions()]
 
     def write() -> None:
-        cached(source, folder, captions, may_write=True)
+        open_features(source, folder, captions, may_write=True)
 
     group.first_does(write)
-    return cached(source, folder, captions, may_write=False)
+    return open_features(source, folder, captions, may_write=False)

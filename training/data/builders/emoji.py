@@ -49,7 +49,7 @@ from training.data.builders.emoji_packages import (
     npm_folders,
     pip_folders,
 )
-from training.data.sources.drops import in_words
+from training.data.sources.drops import format_reasons
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def build_from_art(out: Path, emojis: list[Emoji], art: ArtOfStyles, packages: l
     pairs = [(emoji, style) for emoji in emojis for style in art if emoji.code in art[style]]
     rows, dropped = draw_rows(pairs, art, arguments["size"])
     if not rows:
-        reasons = in_words(dropped) or "nothing was found to draw"
+        reasons = format_reasons(dropped) or "nothing was found to draw"
         raise DataError(f"no emoji could be drawn ({reasons})")
 
     splits = split_rows(rows, seed)

@@ -21,7 +21,7 @@ from training.data.tokens.encoding_progress import FAILURE_MARK, FinishedShard, 
 from training.data.tokens.layouts import Layouts
 from training.data.tokens.shards import ShardFile, token_dtype, write_shard
 from training.data.tokens.views import image_views
-from training.data.visits.loader import careful_loader
+from training.data.visits.loader import reraising_loader
 
 
 class OthersFailedError(Exception):
@@ -74,9 +74,9 @@ class ShardEncoder:
         tokens: list[numpy.ndarray] = []
         dropped: list[tuple[str, str]] = []
         dataset = RowViewsDataset(source, self.tokenizer.config.resolution, self.config)
-        for batch in careful_loader(dataset, list, sampler=shard.rows,
-                                    batch_size=self.config.batch_size,
-                                    num_workers=self.config.workers):
+        for batch in reraising_loader(dataset, list, sampler=shard.rows,
+                                      batch_size=self.config.batch_size,
+                                      num_workers=self.config.workers):
             if any(self.aside.glob(f"{FAILURE_MARK}*")):
                 raise OthersFailedError
 
