@@ -127,9 +127,10 @@ def _named(name: str, tensor: Tensor, where: Path) -> Iterator[tuple[str, Tensor
     match = _LAYER.fullmatch(name)
     leaf = name.rpartition(".")[2]
     if match is None:
-        module = name.rpartition(".")[0].removeprefix("model.")
-        if module == "lm_head":
+        module = name.rpartition(".")[0]
+        if module == "lm_head":  # beside the model in Flax, within the decoder in min-dalle
             module = "decoder.lm_head"
+        module = module.removeprefix("model.")
         yield f"{module}.{_LEAVES.get(leaf, leaf)}", _torch_order(tensor, leaf)
         return
 
