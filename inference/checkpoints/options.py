@@ -39,11 +39,13 @@ class ConvertOptions:
                 reason = "is a folder; give the file" if path.is_dir() else "no such file"
                 raise MissingFileError(f"{flag} {path}: {reason}")
 
+        # text_encoder may be a hub id, so it is looked up when it is loaded
         if self.image_tokenizer is not None and not self.image_tokenizer.exists():
             raise MissingFileError(f"--image-tokenizer {self.image_tokenizer}: no such folder")
 
     def refuse_unread(self, kind: str, *read: str) -> None:
         """UserError if another option is given than those that the converter of `kind` reads."""
+        # an option without effect would look as if it had been applied
         for name, field in self.__dataclass_fields__.items():
             if name not in read and getattr(self, name) != field.default:
                 choices = f" (it reads {', '.join(map(_flag, read))})" if read else ""
