@@ -39,8 +39,7 @@ def resolve_folder(name: str | Path, revision: str | None = None,
 
     revision: a branch, tag or commit of the hub id (default: main). With HF_HUB_OFFLINE=1, or
     without a connection, the snapshot comes from the local cache. MissingFileError if there is no
-    such folder, model or revision, or it cannot be fetched; UserError for a revision of a local
-    folder.
+    such model or revision, or it cannot be fetched; UserError for a local folder's revision.
     """
     if not str(name):
         raise UserError("the model's folder is an empty name")
@@ -209,8 +208,8 @@ def _raise_refusal(repo_id: str, status: int, server_message: str) -> NoReturn:
     reason = " ".join(server_message.split())[:200]  # may be a page of HTML
     answer = f"{status}: {reason}" if reason else f"{status}"
     if status in (401, 403):
-        raise UserError(f"{repo_id}: the hub refuses the token ({answer}); use one that may write "
-                        "there") from None
+        raise UserError(f"{repo_id}: the hub refuses the token ({answer}); use "
+                        "one that may write there") from None
     # bad request, not found, conflict, unprocessable: trying again would give the same
     if status in (400, 404, 409, 422):
         raise UserError(f"{repo_id}: the hub refuses this ({answer})") from None

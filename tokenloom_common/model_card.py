@@ -28,7 +28,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The facts for a card; None or empty: unknown, which is left out, or said where it matters.
+    """The facts for a card. None or empty is unknown: left out, or stated where it matters.
 
     usage: Python code. pipeline_tag: the Hub's task of such models; task: what was measured, if
     that has another name. license: an identifier of the Hub (apache-2.0, cc-by-4.0, other).
@@ -77,7 +77,7 @@ def _table(facts: CardFacts) -> str:
     for measurement in facts.measured:
         data = measurement.split or measurement.dataset
         rows.append((f"{measurement.name}, on `{data}`", f"{measurement.value:.4f}"))
-    if not facts.measured:  # said, so that nobody takes silence for quality
+    if not facts.measured:  # stated, so that nobody takes silence for quality
         rows.append(("quality", "not measured"))
     lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])

@@ -67,8 +67,8 @@ def _first(names: set[str]) -> str:
 
 def _check_there(path: Path) -> None:
     if not path.is_file():
-        raise MissingFileError(f"{path}: weights are missing; copy or download the model folder "
-                               "again")
+        raise MissingFileError(f"{path}: weights are missing; copy or "
+                               "download the model folder again")
 
 
 def _tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:

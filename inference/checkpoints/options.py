@@ -16,8 +16,7 @@ class ConvertOptions:
 
     config: Path | None = None
     """taming: its yaml. llamagen-gpt: n_head, for an unpublished size. min-dalle:
-    attention_head_count, for heads that are not 64 wide. Others: their own config, if it lies
-    elsewhere."""
+    attention_head_count, for heads that are not 64 wide. Others: their config, if elsewhere."""
     resolution: int | None = None
     """Image side in pixels."""
     image_tokenizer: Path | None = None
@@ -74,6 +73,6 @@ def agreed_resolution(in_config: object, given: int | None, config_path: Path | 
     if type(in_config) is not int or not 1 <= in_config <= MAX_RESOLUTION:
         raise UserError(f"{config_path}: resolution {in_config!r}: expected pixels of a side")
     if given is not None and given != in_config:
-        raise UserError(f"--resolution {given}: {config_path} says {in_config}; leave --resolution "
-                        "out")
+        raise UserError(f"--resolution {given}: {config_path} says {in_config}; "
+                        "leave --resolution out")
     return in_config

@@ -65,8 +65,8 @@ def refuse_loss(source: str | Path, out: str | Path) -> None:
     # resolved: a link or a relative path may lead to the same folder
     folder, source_path = Path(out).resolve(), Path(source).resolve()
     if folder == source_path or folder in source_path.parents:
-        raise UserError(f"{out}: holds the source {source}, which would be lost; give another "
-                        "folder")
+        raise UserError(f"{out}: holds the source {source}, which would "
+                        "be lost; give another folder")
     # most projects call it so: atomic_folder would take it for the file of an older conversion
     if (folder / "config.json").is_file() and not is_ours(folder):
         raise UserError(f"{out}: holds another project's config.json, which would be lost; give "

@@ -69,8 +69,8 @@ def _convert_parser() -> argparse.ArgumentParser:
         help="kind of checkpoint (default: found from its contents), its file or folder, folder "
              "to write")
     add("--config", type=Path, metavar="FILE",
-        help="the source's own config (YAML or JSON), if it is not beside the source or lacks "
-             "something")
+        help="the source's own config (YAML or JSON), if it is not beside "
+             "the source or lacks something")
     add("--resolution", type=int, metavar="PIXELS",
         help="image side, if the source does not state it")
     add("--image-tokenizer", type=Path, metavar="DIR",
@@ -81,8 +81,8 @@ def _convert_parser() -> argparse.ArgumentParser:
     add("--classes", type=Path, metavar="FILE",
         help="class names, one per line in the order of their numbers (default: the numbers)")
     add("--like-transformers", action="store_true",
-        help="janus-vq: search codes as transformers does (raw lengths), not as the model was "
-             "trained")
+        help="janus-vq: search codes as transformers does (raw lengths), not "
+             "as the model was trained")
     add("--license",
         help="licence of the weights, for the model card (default: the card refers to the source)")
     return parser

@@ -184,8 +184,8 @@ class _Reader:
                 raise _DamagedError(f"{_shown(names)} is {head.value}, too large a number")
             self.keep(names, torch.tensor(head.value))
         else:
-            raise _DamagedError(f"{_shown(names)} is {head.kind} where an array or a map was "
-                                "expected")
+            raise _DamagedError(f"{_shown(names)} is {head.kind} where an array "
+                                "or a map was expected")
 
     def keep(self, names: tuple[str, ...], tensor: Tensor) -> None:
         name = ".".join(names)

@@ -136,8 +136,8 @@ def _refused(path: Path, *names: str) -> UserError:
 
 
 def _damaged(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: not a whole torch checkpoint ({one_line(error)[:160]}); download it "
-                     "again")
+    return UserError(f"{path}: not a whole torch checkpoint ({one_line(error)[:160]}); "
+                     "download it again")
 
 
 def checked(name: str, value: Tensor, path: Path) -> Tensor:

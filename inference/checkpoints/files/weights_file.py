@@ -34,8 +34,7 @@ def read_weights(path: Path, containers: Sequence[str] = CONTAINERS) -> dict[str
     """All tensors of a weights file, or of the shards that an index.json names.
 
     containers: keys under which a torch file may keep its weights. Names lose the parts that
-    wrappers (FSDP, torch.compile, DDP) add. UserError in one line for anything that is not such a
-    file.
+    wrappers (FSDP, torch.compile, DDP) add. UserError in one line for any other file.
     """
     if path.name.endswith(".index.json"):
         return _unwrapped(_read_shards(path, containers), path)
@@ -63,8 +62,8 @@ def _read_file(path: Path, containers: Sequence[str]) -> dict[str, Tensor]:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
         return _tensors_in(read_torch_file(path), containers, path)
-    raise UserError(f"{path}: not a weights file ({', '.join(SUFFIXES)}, or an index.json of "
-                    "shards)")
+    raise UserError(f"{path}: not a weights file ({', '.join(SUFFIXES)}, "
+                    "or an index.json of shards)")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -80,8 +79,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
     """Every tensor from the shard that the index names for it."""
     if index.stat().st_size > MAX_INDEX_BYTES:
-        raise UserError(f"{index}: {index.stat().st_size:,} bytes is too large for an index of "
-                        "shards")
+        raise UserError(f"{index}: {index.stat().st_size:,} bytes is too large "
+                        "for an index of shards")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
@@ -107,8 +106,8 @@ def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
 def _tensors_in(payload: Any, containers: Sequence[str], path: Path) -> dict[str, Tensor]:
     """The tensors in a torch file: of the first container that has some, else at the top."""
     if not isinstance(payload, Mapping):
-        raise UserError(f"{path}: holds {type(payload).__name__}, expected a mapping of names to "
-                        "tensors")
+        raise UserError(f"{path}: holds {type(payload).__name__}, expected a "
+                        "mapping of names to tensors")
     for key in containers:
         if _holds_tensors(payload.get(key)):
             payload = payload[key]

@@ -173,7 +173,7 @@ def _attention_rule(rest: str, prefix: str, block: str, source: BartSource, conf
 
 def _feedforward_rule(rest: str, layer: str, source: BartSource, config: Seq2SeqConfig) -> Rule:
     glu = f"{layer}.glu"
-    if rest == "1.ff.0.proj.weight":  # our GELU takes the second half, theirs fc0
+    if rest == "1.ff.0.proj.weight":  # our GELU takes the second half, min-dalle's fc0
         return Rule((f"{glu}.fc1.weight", f"{glu}.fc0.weight"), _stacked)
     if rest == "1.ff.3.weight":
         return Rule((f"{glu}.fc2.weight",))

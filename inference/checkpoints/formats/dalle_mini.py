@@ -119,8 +119,8 @@ def min_dalle_tensors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, T
     for name, tensor in tensors.items():
         for new_name, view in _named(name.removeprefix("params."), tensor, where):
             if new_name in renamed:
-                raise UserError(f"{where}: holds {new_name} twice, in a stack of layers and by "
-                                "itself")
+                raise UserError(f"{where}: holds {new_name} twice, in a stack "
+                                "of layers and by itself")
             renamed[new_name] = view
     return renamed
 
@@ -145,8 +145,8 @@ def _named(name: str, tensor: Tensor, where: Path) -> Iterator[tuple[str, Tensor
         yield f"{side}.layers.{int(number)}.{rest}", _torch_order(tensor, leaf)
         return
     if tensor.ndim == 0 or len(tensor) > MAX_LAYERS:
-        raise UserError(f"{where}: {name} is of shape {list(tensor.shape)}, expected a stack of "
-                        "layers")
+        raise UserError(f"{where}: {name} is of shape {list(tensor.shape)}, "
+                        "expected a stack of layers")
     for layer, view in enumerate(tensor):  # views: the stack stays mapped
         yield f"{side}.layers.{layer}.{rest}", _torch_order(view, leaf)
 

@@ -56,8 +56,8 @@ CAPTIONS_NOTE = ("captions are read as they are given; LlamaGen's script lowers 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart | ConvertedModel:
     """A file, or the folder of its Hub wrapper.
 
-    A whole model with an image tokenizer (and a text encoder, for text), else the transformer
-    alone.
+    A whole model if an image tokenizer (for text, and a text encoder) is given, else the
+    transformer alone.
     """
     options.refuse_unread("llamagen-gpt", "config", "resolution", "image_tokenizer", "text_encoder",
                           "classes")

@@ -145,8 +145,8 @@ def _find(source: Path) -> _Files:
     folder = sizes[0] if sizes else source
     suffixes = [suffix for suffix in _SUFFIXES if (folder / f"encoder{suffix}.pt").is_file()]
     if len(suffixes) > 1:
-        raise UserError(f"{folder}: holds both sizes; give one of them by its file, encoder.pt or "
-                        "encoder_mini.pt")
+        raise UserError(f"{folder}: holds both sizes; give one of them by "
+                        "its file, encoder.pt or encoder_mini.pt")
     return _in_folder(folder, suffixes[0] if suffixes else "")
 
 

@@ -39,8 +39,8 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     resolution = agreed_resolution(in_config, options.resolution, settings)
     notes: tuple[str, ...] = ()
     if resolution is None:
-        notes = (f"resolution {DEFAULT_RESOLUTION}: without its config.json the file does not say "
-                 "it",)
+        notes = (f"resolution {DEFAULT_RESOLUTION}: without its config.json the "
+                 "file does not say it",)
     weights = taming_tensors(read_msgpack(path), path)
     part = taming_vqgan(weights, resolution or DEFAULT_RESOLUTION, path, notes)
     # not stated by any file, and taming_vqgan takes [-1, 1]

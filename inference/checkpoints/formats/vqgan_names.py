@@ -105,8 +105,8 @@ class VQGANShapes:
         # Naming is for names outside the quantizer
         source = name if name == CODEBOOK else self.naming(name, self.levels)
         if source not in self.weights:
-            raise UserError(f"{self.where}: lacks {source}, so it is not a whole VQGAN of this "
-                            "kind")
+            raise UserError(f"{self.where}: lacks {source}, so it is not a "
+                            "whole VQGAN of this kind")
         shape = tuple(self.weights[source].shape)
         if len(shape) not in (2, 4) or min(shape) < 1:
             raise UserError(f"{self.where}: {source} is of shape {list(shape)}, expected a "
