@@ -23,8 +23,8 @@ from torch import Tensor
 from inference import SamplingParams, TextToImage
 from inference.scoring.scorer import ImageTextScorer
 from tokenloom_common.progress import progress
-from training.evaluation.features import FeatureExtractor
-from training.evaluation.frechet import Frechet, measure_frechet, preparation
+from training.evaluation.image_metrics.features import FeatureExtractor
+from training.evaluation.image_metrics.frechet import Frechet, measure_frechet, preparation
 from training.evaluation.observations import Observations
 from training.evaluation.questions import Question
 from training.evaluation.real_images import RealImages

@@ -19,8 +19,6 @@ from tokenloom_common.pretrained import WEIGHTS_NAME, resolve_folder
 from training.config.encoding import LayoutConfig
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.open_dataset import open_dataset
-from training.evaluation.features import EXTRACTORS, sha256
-from training.evaluation.frechet import CROP, RESIZE, frechet_section
 from training.evaluation.generator import (
     Diversity,
     alignment_metrics,
@@ -30,6 +28,8 @@ from training.evaluation.generator import (
     observe_samples,
 )
 from training.evaluation.headline import curve_panels, headline, loss_headline
+from training.evaluation.image_metrics.features import EXTRACTORS, sha256
+from training.evaluation.image_metrics.frechet import CROP, RESIZE, frechet_section
 from training.evaluation.observations import Observations
 from training.evaluation.options import (
     GENERATOR_COMMAND,

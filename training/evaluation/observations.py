@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.evaluation.metrics import Moments
+from training.evaluation.image_metrics.pixel_metrics import Moments
 from training.evaluation.scenes.reader import Seen, read_scene
 from training.evaluation.scorers import Scorers
 

@@ -22,10 +22,10 @@ from tokenloom_common.progress import progress
 from training.config.encoding import LayoutConfig
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.tokens.layouts import Layouts
-from training.evaluation.frechet import preparation
+from training.evaluation.image_metrics.frechet import preparation
+from training.evaluation.image_metrics.reference import ImageHash
 from training.evaluation.observations import Observations
 from training.evaluation.questions import Question
-from training.evaluation.reference import ImageHash
 from training.evaluation.scorers import Scorers
 from training.evaluation.token_loss import token_losses
 

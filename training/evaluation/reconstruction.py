@@ -19,10 +19,10 @@ from tokenizer_image.usage import Usage, usage_of_counts
 from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.progress import progress
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
-from training.evaluation.features import FeatureExtractor
-from training.evaluation.frechet import Frechet, measure_frechet, preparation
-from training.evaluation.metrics import WINDOW, Moments, psnr, ssim
-from training.evaluation.reference import ImageHash, ReferenceStatistics
+from training.evaluation.image_metrics.features import FeatureExtractor
+from training.evaluation.image_metrics.frechet import Frechet, measure_frechet, preparation
+from training.evaluation.image_metrics.pixel_metrics import WINDOW, Moments, psnr, ssim
+from training.evaluation.image_metrics.reference import ImageHash, ReferenceStatistics
 
 LPIPS_PIXELS_AT_ONCE = 1 << 20  # its VGG16 keeps 64 channels at full size for both images
 

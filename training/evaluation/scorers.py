@@ -11,11 +11,11 @@ from inference import TextToImage
 from inference.scoring.matcher_folder import load_matcher
 from inference.scoring.scorer import ImageTextScorer
 from tokenloom_common.errors import UserError
-from training.evaluation.features import FeatureExtractor
-from training.evaluation.frechet import load_frechet_inputs
+from training.evaluation.image_metrics.features import FeatureExtractor
+from training.evaluation.image_metrics.frechet import load_frechet_inputs
+from training.evaluation.image_metrics.reference import ReferenceStatistics
 from training.evaluation.options import GeneratorEvaluationOptions
 from training.evaluation.questions import Question
-from training.evaluation.reference import ReferenceStatistics
 from training.evaluation.scenes.captions import parse_caption
 from training.evaluation.scenes.reader import LARGEST, SMALLEST
 

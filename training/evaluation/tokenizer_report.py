@@ -18,8 +18,14 @@ from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.open_dataset import open_dataset
-from training.evaluation.features import EXTRACTORS, FeatureExtractor
-from training.evaluation.frechet import CROP, RESIZE, frechet_section, load_frechet_inputs
+from training.evaluation.image_metrics.features import EXTRACTORS, FeatureExtractor
+from training.evaluation.image_metrics.frechet import (
+    CROP,
+    RESIZE,
+    frechet_section,
+    load_frechet_inputs,
+)
+from training.evaluation.image_metrics.reference import load_reference, save_reference
 from training.evaluation.options import (
     TOKENIZER_COMMAND,
     EvaluationTarget,
@@ -31,7 +37,6 @@ from training.evaluation.reconstruction import (
     measure_reconstruction,
     reconstructed_batches,
 )
-from training.evaluation.reference import load_reference, save_reference
 from training.evaluation.report_files import (
     REPORT_NAME,
     check_out,

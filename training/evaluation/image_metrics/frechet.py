@@ -9,16 +9,20 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenizer_image import ImageTokenizer
-from training.evaluation.features import FID_WEIGHTS_NAME, FeatureExtractor, load_extractor
-from training.evaluation.metrics import Moments, frechet_distance
-from training.evaluation.options import EvaluationOptions
-from training.evaluation.reference import (
+from training.evaluation.image_metrics.features import (
+    FID_WEIGHTS_NAME,
+    FeatureExtractor,
+    load_extractor,
+)
+from training.evaluation.image_metrics.pixel_metrics import Moments, frechet_distance
+from training.evaluation.image_metrics.reference import (
     ImageHash,
     Preparation,
     ReferenceStatistics,
     check_reference,
     load_reference,
 )
+from training.evaluation.options import EvaluationOptions
 
 # How `tokenizer_image.images.image_to_pixels` prepares images, in the words of a report; a test
 # holds the two together.
