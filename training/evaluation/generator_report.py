@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from inference import SamplingParams, TextToImage
-from inference.commands.options import choose_device
 from seq2seq import ClassLabels
 from tokenizer_image.fingerprint import code_fingerprint
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from tokenloom_common.pretrained import WEIGHTS_NAME, resolve_folder

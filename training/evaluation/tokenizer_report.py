@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from inference.commands.options import choose_device
 from inference.model_folder import load_image_tokenizer
 from tokenizer_image import LPIPS, ImageTokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.perceptual import NETWORKS
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from training.data.sources.captioned_images import CaptionedImages
