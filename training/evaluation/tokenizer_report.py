@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def evaluate_tokenizer(model: str | Path, data: str | Path,
 
     tokenizer = load_image_tokenizer(target.model, chosen_device)
     tokenizer.config.check_encodes(target.model)
+    # splits are listed before the slow part: for a hub id that can fail
+    target = replace(target, split=split or default_split(target.data))
     source = open_dataset(target.data, split=split)
     extractor, reference = load_frechet_inputs(options, tokenizer, chosen_device)
     lpips = None if options.lpips == "none" else LPIPS.load(options.lpips).to(chosen_device)
@@ -174,7 +177,7 @@ def _report(target: EvaluationTarget, options: TokenizerEvaluationOptions,
         },
         "data": {
             "path": target.data,
-            "split": target.split or default_split(target.data),
+            "split": target.split,
             "rows": len(source),
             "left_out_when_opened": dict(source.dropped),
             "pictures": len(metrics.rows),
