@@ -162,6 +162,7 @@ def _split(region: Mask, solid: Mask, paint: _Paint, whole: Seen) -> list[Seen]:
     """
     min_pixels = 2 * SPECK * paint.side**2
     best = [whole]
+    # by colour first: a cut by place must then gain on it
     for parts in (_cut_by_color(region, solid, paint, min_pixels), *cuts_by_place(region)):
         if len(parts) < 2 or any((part & solid).sum() < min_pixels for part in parts):
             continue
@@ -183,6 +184,7 @@ def _cut_by_color(region: Mask, solid: Mask, paint: _Paint, min_pixels: float) -
     present = np.flatnonzero(counts >= enough)
     if len(present) < 2:
         return []
+    # pixels of the other colours, such as edges between two, go to the nearest of these
     nearest_present = paint.off_line[:, :, present].argmin(axis=2)
     classes = np.where(core, 1 + nearest_present, 0)
     parts = large_parts(classes, min_pixels)
