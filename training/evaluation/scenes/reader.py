@@ -117,7 +117,8 @@ def read_scene(pixels: np.ndarray) -> list[Seen]:
 def _checked(pixels: np.ndarray) -> np.ndarray:
     pixels = np.asarray(pixels)
     shape = pixels.shape
-    if pixels.dtype != np.uint8 or len(shape) != 3 or shape[0] != shape[1] or shape[2] != 3:
+    square_rgb = len(shape) == 3 and shape[0] == shape[1] and shape[2] == 3
+    if pixels.dtype != np.uint8 or not square_rgb:
         raise UserError(f"pixels of {pixels.dtype} {list(shape)}: a picture to read must be uint8 "
                         "[S, S, 3]")
     if not SMALLEST <= shape[0] <= LARGEST:
