@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.commands.options import add_revision, choose_device
+from inference.commands.options import add_revision
 from inference.memory.available import available_memory
 from inference.memory.estimate import MemoryEstimate, Workload, estimate, largest_batch
 from inference.memory.parts import WEIGHT_BYTES
@@ -28,6 +28,7 @@ from seq2seq import (
 from tokenizer_image.config import ImageTokenizerConfig
 from tokenizer_image.kinds import IMAGE_TOKENIZERS
 from tokenloom_common.config import read_mapping
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import OneLineParser, UserError, choose
 from tokenloom_common.pretrained import read_config, resolve_folder
 

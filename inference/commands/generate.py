@@ -19,7 +19,6 @@ from inference.commands.options import (
     add_speed_options,
     calibrate_threads,
     check_speed_options,
-    choose_device,
     command_parser,
     given_params,
 )
@@ -31,6 +30,7 @@ from inference.results import GenerationResult
 from inference.sampling import SamplingParams
 from inference.scoring.rerank import check_candidates
 from tokenizer_image.images import BadImageError, image_grid, open_image
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import OneLineParser, UserError, one_line
 from tokenloom_common.progress import progress
 

@@ -12,7 +12,7 @@ import numpy
 import torch
 from PIL import Image
 
-from inference.commands.options import add_revision, choose_device, command_parser
+from inference.commands.options import add_revision, command_parser
 from inference.commands.picture_files import free_path, output_folder, save_png
 from inference.model_folder import load_image_tokenizer
 from tokenizer_image import ImageTokenizer
@@ -26,6 +26,7 @@ from tokenizer_image.images import (
     pixels_to_images,
 )
 from tokenizer_image.tiling import decode_tiled, encode_tiled
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import OneLineParser, UserError
 from tokenloom_common.progress import progress
 

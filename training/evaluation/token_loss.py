@@ -29,7 +29,7 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp(loss): as many equally likely tokens at each position."""
         return float(numpy.exp(self.loss))
 
     def plain(self, split: str, grid: tuple[int, int]) -> dict[str, Any]:
@@ -52,9 +52,9 @@ def token_losses(model: ImageTransformer, text: TextBatch, tokens: Tensor,
         layout = layout.to(device)
     on_device = [part.to(device) for part in text]
     logits = model(*on_device, tokens, layout).image  # [B, N, K]
-    # in float32, also where the model computes in bfloat16
-    loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
-    return loss.double().cpu()
+    # in float32, also where the model computes in bfloat16; cross_entropy takes classes second
+    loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # [B, N]
+    return loss.double().cpu()  # for sums over a whole split
 
 
 @torch.inference_mode()
@@ -68,6 +68,7 @@ def validation_loss(model: ImageTransformer, shards: TokenShards | OnTheFlyToken
     total = torch.zeros(model.config.num_tokens, dtype=torch.float64)  # [N]
     for start in range(0, len(shards), batch_size):
         rows = range(start, min(len(shards), start + batch_size))
+        # always epoch 0: every measurement draws the same captions
         batch = collate(visits.__getitems__([ItemId(0, row) for row in rows]))
         if isinstance(shards, OnTheFlyTokens):
             batch = tokenize_batch(batch, shards.tokenizer, seed, 0.0)
@@ -84,5 +85,6 @@ def _visits(model: ImageTransformer, shards: TokenShards | OnTheFlyTokens, seed:
         resolution = shards.tokenizer.config.resolution
         return OnTheFlyVisits(shards.source, resolution, seed, 0.0, 0.0, first_caption)
     use_layout = model.config.layout_grid is not None
-    return TokenVisits(shards, seed, 0.0, first_caption=first_caption, first_view=True,
-                       use_layout=use_layout)
+    # first_view: the shards may hold corners and mirrored views too
+    return TokenVisits(shards, seed, caption_dropout=0.0, first_caption=first_caption,
+                       first_view=True, use_layout=use_layout)
