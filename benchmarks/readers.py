@@ -142,8 +142,8 @@ def image_readers(folder: Path) -> list[Reader]:
 def _our_images(source: CaptionedImages) -> Batches:
     """Read as a training run does: in its order, at SIDE pixels."""
     visits = ImageVisits(source, SIDE, harness.SEED, 0.0)
-    streamed = source.chunk_bounds is not None
-    order = DataOrder(len(source), harness.SEED, IMAGE_BUFFER if streamed else 0, source.chunk_bounds)
+    shuffle_rows = 0 if source.chunk_bounds is None else IMAGE_BUFFER
+    order = DataOrder(len(source), harness.SEED, shuffle_rows, source.chunk_bounds)
     for start in range(0, len(source), BATCH):
         pixels, captions = [], []
         for item in order.items(start, min(BATCH, len(source) - start)):

@@ -206,7 +206,8 @@ def test_a_frozen_text_encoder_feeds_the_text_tower(data, tmp_path, group):
     ({"deepspeed": {"zero_stage": 3}}, "zero_stage 3"), ({"loss": {"contrastive_weight": 0}}, "contrastive_weight"),
     ({"model": {"text": {"preset": "smal"}}}, "did you mean 'small'"),
     ({"model": {"text": {"preset": "dalle"}}}, "unknown preset of a text encoder 'dalle'"),
-    ({"model": {"text": {"widht": 8}}}, "did you mean 'model.text.width'"), ({"model": {"text": {"text_length": 8}}}, "text_length"),
+    ({"model": {"text": {"widht": 8}}}, "did you mean 'model.text.width'"),
+    ({"model": {"text": {"text_length": 8}}}, "text_length"),
     ({"model": {"text": {"layers": 0}}}, "layers 0 leaves"), ({"model": {"embed_dim": 1}}, "embed_dim"),
     ({"model": {"image": {"resolution": 18}}}, "cannot be halved")])
 def test_impossible_options_are_refused_before_anything_is_read(changes, words, data, tmp_path):

@@ -109,7 +109,8 @@ def seq2seq_plan(config: Seq2SeqRunConfig, precision: str, model: TransformerCon
 
 def matcher_plan(config: MatcherRunConfig, precision: str, model: MatcherConfig) -> Plan:
     """Plan a run of train_matcher.py."""
-    on_meta = build_on_meta(lambda options: MatcherWithTextHead(Matcher(options), config.loss), model)
+    on_meta = build_on_meta(lambda options: MatcherWithTextHead(Matcher(options), config.loss),
+                            model)
     module = TrainedModule.of("model", on_meta, config.optim, precision)
 
     def activations(count: int, recomputed: bool, cuda: bool) -> Activations:
