@@ -178,7 +178,8 @@ def _image_tokenizer(name: str) -> ImageTokenizerConfig | None:
     path = Path(name) / "config.json"
     if not path.is_file():
         return None
-    kind = choose(IMAGE_TOKENIZERS, str(read_mapping(path).get("kind")), f"{path}: kind of image tokenizer")
+    name_of_kind = str(read_mapping(path).get("kind"))
+    kind = choose(IMAGE_TOKENIZERS, name_of_kind, f"{path}: kind of image tokenizer")
     return read_config(Path(name), kind.kind, kind.config_class)
 
 
