@@ -1,4 +1,4 @@
-"""Measure: alternating timings, peak memory, facts about the machine. For every benchmark.
+"""Measuring for every benchmark: alternating timings, peak memory, facts about the machine.
 
 Timing. Candidates take turns (A, B, then B, A, ...), so that a machine that slows down slows all of
 them. Figures are medians and quartiles over the rounds; a ratio is the median of the rounds'
@@ -116,7 +116,7 @@ def peak_memory(build: str, arguments: dict[str, Any], device: str, threads: int
     if device == "cuda":
         return round(_cuda_peak(build_case(build, arguments)) / MIB, 2)
 
-    # the case goes as JSON and not by fork: a forked child has its parent's memory and thread pools
+    # a new process and not a fork, which would have this one's memory and thread pools
     request = json.dumps({"build": build, "arguments": arguments, "threads": threads})
     root = str(Path(__file__).resolve().parents[1])
     # the child must find `benchmarks` whatever the working directory is

@@ -199,7 +199,7 @@ def _block_mask(pattern: Pattern, block: QueryBlock, query: Tensor,
     shown = shown[:, None, None, : len(block.keys)]  # [B, 1, 1, k]
     mask = shown.expand(-1, 1, len(block.queries), -1) if mask is None else shown & mask
 
-    # only the prefix can hold hidden slots, and it is a block of its own
+    # a slot that sees no key can only be padding of the prefix, which is a block of its own
     if int(block.queries[0]) < pattern.prefix:
         itself = torch.eye(len(block.queries), dtype=torch.bool, device=query.device)
         mask = mask | itself & alone(key_mask)[:, None, :, None]
@@ -238,8 +238,8 @@ def attend_flex(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor,
                 key_mask: Tensor | None = None, compiled: bool = True) -> Tensor:
     """`attend` without dropout, by flex attention.
 
-    Dong et al. 2024, https://arxiv.org/abs/2412.05496.
-    Compiled it needs CUDA; `compiled=False` is its slow reference, which runs anywhere.
+    Dong et al. 2024, https://arxiv.org/abs/2412.05496. Compiled it needs CUDA; `compiled=False` is
+    its slow reference, which runs anywhere.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
