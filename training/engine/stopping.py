@@ -35,8 +35,9 @@ class StopFlag:
         right behind it.
         """
         if not self._signal:
-            self._signal = number
+            # the time first: Python may run another signal's handler between these two lines
             self._first_at = time.monotonic()
+            self._signal = number
         elif time.monotonic() - self._first_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
