@@ -116,7 +116,8 @@ def _is_text(config_class: type[BaseModel], name: str) -> bool:
     annotation = config_class.model_fields[first].annotation
     if rest:
         return any(_is_text(section, rest) for section in sections(annotation))
-    return annotation in (str, str | None)
+    # a kind is a Literal in the families of a union, and as YAML 'null' would be no kind at all
+    return first == "kind" or annotation in (str, str | None)
 
 
 def _scalar(name: str, text: str) -> Any:
