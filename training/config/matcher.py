@@ -15,6 +15,7 @@ from training.config.optional import optional_fields
 from training.config.run import DataConfig, RunConfig
 from training.config.text import TextConfig
 
+# a decoder-only preset has no text encoder that a matcher's weights could start
 PRESETS_WITH_ENCODER = [name for name, values in PRESETS.items() if "encoder_layers" in values]
 
 ID_PLACEHOLDERS = {"text_vocab_size": 300, "text_length": 16}
@@ -32,7 +33,7 @@ class _TextTowerPreset(StrictConfig):
         values: dict[str, Any] = {}
         if self.preset:
             values = {**PRESETS[self.preset], "layers": PRESETS[self.preset]["encoder_layers"]}
-            fields = TextTowerConfig.model_fields
+            fields = TextTowerConfig.model_fields  # without those of the preset's decoder
             values = {name: value for name, value in values.items() if name in fields}
         return {**values, **self.model_dump(exclude={"preset"}, exclude_none=True)}
 
@@ -50,10 +51,7 @@ _OptionalFields = optional_fields(TextTowerConfig, _TextTowerPreset, DERIVED)
 
 
 class TextTowerSettings(_OptionalFields, _TextTowerPreset):  # type: ignore[misc,valid-type]
-    """The fields of the text tower, which override the preset's.
-
-    The rest follows from the captions.
-    """
+    """Fields of the text tower that override the preset's; the rest follows from the captions."""
 
 
 class MatcherSettings(StrictConfig):
@@ -109,5 +107,6 @@ class MatcherRunConfig(RunConfig):
             raise ValueError("deepspeed.zero_stage 3 shards parameters, and a matcher is too small "
                              "for that; use 0, 1 or 2")
 
+        # for its checks alone: an impossible model is refused before the data is opened
         self.model.build(FEATURE_PLACEHOLDERS if frozen else ID_PLACEHOLDERS)
         return self

@@ -1,7 +1,6 @@
 """The config tree that the training scripts share: defaults < YAML recipe < command-line overrides.
 
-An unknown key is an error that names the nearest valid one; the merged config is written beside the
-run.
+An unknown key is an error that names the nearest valid one; the run folder keeps the merged config.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ class PicturesConfig(StrictConfig):
         None, description="column with the caption; found by name when not given")
     image_column: str | None = Field(
         None, description="column with the picture; found by name when not given")
+    # ten bad ones are always tolerated: a share of few items says nothing (sources/drops.py)
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="share of unusable items above which the run stops")
     streaming: bool = Field(
@@ -38,8 +38,10 @@ class DataConfig(PicturesConfig):
     validation_split: str | None = Field(
         None, description="held-out split that is measured at the end, and every "
                           "train.validate_every steps")
+    # no share in the result: augmentation is a function of (seed, epoch, sample index)
     workers: int = Field(
         0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
+    # off by default: a caption that says left or right would be wrong half the time
     horizontal_flip: float = Field(0.0, ge=0, le=1, description="chance that a picture is mirrored")
     shuffle_rows: int | None = Field(
         None, ge=1, description="rows shuffled together, of shards that are read one after "
@@ -158,6 +160,7 @@ class LogConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_read(self) -> Self:
+        # an option that nothing reads is a mistake: it would be dropped in silence
         for name in ("wandb_project", "wandb_mode"):
             if getattr(self, name) is not None and not self.wandb:
                 raise ValueError(f"log.{name} is for log.wandb, which is off; set log.wandb true, "
@@ -181,7 +184,7 @@ class RunConfig(StrictConfig):
 
     run_dir: str = Field(
         description="folder of this run: config, metrics, samples, checkpoints, model")
-    seed: int = Field(
+    seed: int = Field(  # rank r takes seed + r, which stays below NumPy's limit of 1 << 32
         0, ge=0, lt=1 << 31, description="of weights, data order, augmentation and dropout")
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
@@ -196,6 +199,7 @@ class RunConfig(StrictConfig):
             if isinstance(optim, OptimConfig):
                 optim.check_in_run(section, self.train.steps, self.deepspeed.zero_stage)
 
+        # at stage 0 the norm is our own sum over gradients (engine/), which knows no loss scale
         if self.train.precision == "float16" and self.deepspeed.zero_stage == 0:
             raise ValueError("train.precision float16 with deepspeed.zero_stage 0: gradients carry "
                              "a scale there that nothing tells about; use zero_stage 1, 2 or 3, or "

@@ -48,7 +48,7 @@ class TextConfig(StrictConfig):
     def _check_read(self) -> TextConfig:
         """Refuse options that this kind of text would not read."""
         frozen = self.kind == "frozen"
-        if frozen != (self.encoder is not None):
+        if frozen != (self.encoder is not None):  # needed by this kind, and read by no other
             raise ValueError("text.encoder, the folder or hub id of a text encoder, is for "
                              "text.kind frozen, which needs it")
         if self.feature_cache and not frozen:
@@ -72,6 +72,7 @@ class TextConfig(StrictConfig):
 
     def check_workers(self, workers: int) -> None:
         """ValueError if data workers would each need the frozen text encoder."""
+        # with a cache the features are encoded before training, and workers only read them
         if self.kind == "frozen" and workers and not self.feature_cache:
             raise ValueError("data.workers cannot share a text encoder; name a folder for "
                              "text.feature_cache, or set data.workers to 0")
