@@ -38,7 +38,7 @@ class DataConfig(PicturesConfig):
     validation_split: str | None = Field(
         None, description="held-out split that is measured at the end, and every "
                           "train.validate_every steps")
-    # no share in the result: augmentation is a function of (seed, epoch, sample index)
+    # no effect on augmentation, which is a function of (seed, epoch, sample index)
     workers: int = Field(
         0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
     # off by default: a caption that says left or right would be wrong half the time
