@@ -24,9 +24,9 @@ FEATURE_PLACEHOLDERS = {"text_feature_width": 8, "text_length": 16}
 
 
 class _TextTowerPreset(StrictConfig):
-    preset: str | None = Field(None, description="a model.preset of train_seq2seq that has a text "
-                                                 "encoder, so that it can start from this one; "
-                                                 "none = the defaults of the text tower")
+    preset: str | None = Field(
+        None, description="a model.preset of train_seq2seq that has a text encoder, so that it can "
+                          "start from this one; none = the defaults of the text tower")
 
     def resolved(self) -> dict[str, Any]:
         """Return the preset's values, overridden by those given here."""
@@ -78,11 +78,11 @@ class MatcherLossConfig(StrictConfig):
     Parti pretrains its text encoder on both (Yu et al. 2022, https://arxiv.org/abs/2206.10789).
     """
 
-    contrastive_weight: float = Field(1.0, gt=0, description="of telling the caption of a picture "
-                                                             "from the others of its batch")
-    mlm_weight: float = Field(0.0, ge=0, description="of predicting hidden words of the captions "
-                                                     "(masked language modelling, BERT); needs "
-                                                     "text ids")
+    contrastive_weight: float = Field(
+        1.0, gt=0, description="of telling the caption of a picture from the others of its batch")
+    mlm_weight: float = Field(
+        0.0, ge=0, description="of predicting hidden words of the captions (masked language "
+                               "modelling, BERT); needs text ids")
 
 
 class MatcherRunConfig(RunConfig):
@@ -97,8 +97,8 @@ class MatcherRunConfig(RunConfig):
     def _check_possible(self) -> MatcherRunConfig:
         frozen = self.text.kind == "frozen"
         if self.text.kind == "classes":
-            raise ValueError("text.kind classes has no captions to match; use sentencepiece or "
-                             "frozen")
+            raise ValueError("text.kind classes has no captions to match; "
+                             "use sentencepiece or frozen")
         if self.loss.mlm_weight and frozen:
             raise ValueError("loss.mlm_weight hides text ids, and text.kind frozen has none; set "
                              "it to 0")

@@ -42,8 +42,8 @@ class OptimConfig(StrictConfig):
     final_lr_ratio: float = Field(
         0.05, ge=0, le=1, description="lr at the end / peak lr, for cosine, exponential and linear")
     decay_start_step: int | None = Field(
-        None, ge=0, description="exponential: constant up to this step; none = no longer than the "
-                                "warm-up")
+        None, ge=0, description="exponential: constant up to this step; "
+                                "none = no longer than the warm-up")
     halve_at_steps: tuple[int, ...] = Field(
         (), description="halving: the steps from which lr is half of what it was")
     gradient_clipping: float = Field(

@@ -26,8 +26,8 @@ class PicturesConfig(StrictConfig):
         0.01, ge=0, le=1, description="share of unusable items above which the run stops")
     streaming: bool = Field(
         False, description="read parquet and tar shards where they lie, without a copy in the "
-                           "cache of `datasets`: for data that is larger than the disk has room "
-                           "for twice")
+                           "cache of `datasets`: for data that is larger than the "
+                           "disk has room for twice")
 
 
 class DataConfig(PicturesConfig):
@@ -71,8 +71,8 @@ class TrainConfig(StrictConfig):
         False, description="keep fewer activations and compute them again: less memory, about a "
                            "third more time")
     compile: bool = Field(
-        False, description="torch.compile the model: minutes at the start, a C++ compiler, faster "
-                           "steps")
+        False, description="torch.compile the model: minutes at the start, a C++ compiler, "
+                           "faster steps")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(500, ge=0, description="steps between sample grids; 0 = none")
     validate_every: int = Field(
@@ -155,8 +155,8 @@ class LogConfig(StrictConfig):
     wandb_project: str | None = Field(
         None, description="project there; none = WANDB_PROJECT, or tokenloom")
     wandb_mode: Literal["offline", "online"] | None = Field(
-        None, description="offline writes files alone, for `wandb sync`; none = WANDB_MODE, or "
-                          "offline")
+        None, description="offline writes files alone, for `wandb sync`; "
+                          "none = WANDB_MODE, or offline")
 
     @model_validator(mode="after")
     def _check_read(self) -> Self:
@@ -202,8 +202,8 @@ class RunConfig(StrictConfig):
         # at stage 0 the norm is our own sum over gradients (engine/), which knows no loss scale
         if self.train.precision == "float16" and self.deepspeed.zero_stage == 0:
             raise ValueError("train.precision float16 with deepspeed.zero_stage 0: gradients carry "
-                             "a scale there that nothing tells about; use zero_stage 1, 2 or 3, or "
-                             "bfloat16")
+                             "a scale there that nothing tells about; "
+                             "use zero_stage 1, 2 or 3, or bfloat16")
         if self.train.compile and self.deepspeed.zero_stage == 3:
             raise ValueError("train.compile with deepspeed.zero_stage 3: weights are fetched "
                              "between the compiled parts, which breaks them up; use zero_stage 0, "

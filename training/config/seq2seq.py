@@ -17,8 +17,8 @@ from training.config.transformer import TransformerSection, read_settings, with_
 class TokenDataConfig(DataConfig):
     """Token shards made by encode_dataset, or captioned images that are encoded during training."""
 
-    path: str = Field(description="folder that encode_dataset wrote; captioned pictures with "
-                                  "on_the_fly")
+    path: str = Field(description="folder that encode_dataset wrote; "
+                                  "captioned pictures with on_the_fly")
     split: str = Field("train", description="which split of the data")  # shards have named splits
     on_the_fly: bool = Field(
         False, description="path holds captioned pictures: encode them when they are read, with "
@@ -92,8 +92,8 @@ class Seq2SeqRunConfig(RunConfig):
         0.0, ge=0, lt=1, description="share of the tokens fed to the decoder that are replaced by "
                                      "random codes, so that it keeps listening to the caption")
     sample_guidance: float = Field(
-        3.0, ge=0, le=100, description="guidance scale of the sample grids and the exported "
-                                       "default")
+        3.0, ge=0, le=100, description="guidance scale of the sample grids "
+                                       "and the exported default")
     sample_temperature: float = Field(
         1.0, ge=0, le=100, description="temperature of the sample grids and the exported default")
     sample_top_k: int = Field(

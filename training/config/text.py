@@ -52,11 +52,11 @@ class TextConfig(StrictConfig):
             raise ValueError("text.encoder, the folder or hub id of a text encoder, is for "
                              "text.kind frozen, which needs it")
         if self.feature_cache and not frozen:
-            raise ValueError(f"text.feature_cache is for text.kind frozen, not {self.kind}; leave "
-                             "it out")
+            raise ValueError(f"text.feature_cache is for text.kind frozen, not {self.kind}; "
+                             "leave it out")
         if self.padding == "left" and not frozen:
-            raise ValueError(f"text.padding left is for text.kind frozen, not {self.kind}; leave "
-                             "it out")
+            raise ValueError(f"text.padding left is for text.kind frozen, not {self.kind}; "
+                             "leave it out")
         if frozen and (self.tokenizer or self.vocab_size):
             raise ValueError("text.kind frozen has a tokenizer of its own; leave text.tokenizer "
                              "and text.vocab_size out")

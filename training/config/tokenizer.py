@@ -31,8 +31,8 @@ class TokenizerTrainConfig(TrainConfig):
     """Training options that only an image tokenizer has."""
 
     trained_part: Literal["all", "decoder"] = Field(
-        "all", description="decoder: codes stay as init_from has them, only the way from codes to "
-                           "pixels learns")
+        "all", description="decoder: codes stay as init_from has them, "
+                           "only the way from codes to pixels learns")
 
 
 class CodebookHealthConfig(StrictConfig):

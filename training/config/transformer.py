@@ -100,8 +100,8 @@ def with_family(values: dict[str, Any]) -> dict[str, Any]:
     presets_kind = PRESETS[name]["kind"] if name is not None else EncoderDecoder.kind
     kind = str(values.get("kind") or presets_kind)
     if name is not None and kind != presets_kind:
-        raise ValueError(f"model.preset '{name}' is of kind {presets_kind}, not {kind}; leave "
-                         "model.kind out")
+        raise ValueError(f"model.preset '{name}' is of kind {presets_kind}, not {kind}; "
+                         "leave model.kind out")
     choose(TRANSFORMER_KINDS, kind, "model.kind")
     return {**values, "preset": name, "kind": kind}
 

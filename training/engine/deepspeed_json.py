@@ -75,8 +75,8 @@ ELSEWHERE = {
     "csv_monitor": "RUN/metrics.jsonl is always written",
     "comet": "RUN/metrics.jsonl is always written",
     "checkpoint": "say checkpoint.every_steps, checkpoint.keep_last",
-    "elasticity": "DeepSpeed has none any more; a run continues on another number of processes by "
-                  "itself",
+    "elasticity": "DeepSpeed has none any more; a run continues on another number "
+                  "of processes by itself",
     "curriculum_learning": _UNUSED,
     "data_efficiency": _UNUSED,
     "compression_training": _UNUSED,

@@ -33,8 +33,7 @@ REDUCING = "reducing gradients"
 OPTIMIZER_STEP = "optimizer step"
 START = "start"
 
-# Throughout, `number` is the bytes of one number in the module's precision, and a count is in
-# numbers, not bytes.
+# below, `number` is the bytes of one number in the module's precision; counts are in numbers
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,8 @@ def _advice(fit: MemoryFit, own: RankMemory, activations: Activations, machine: 
     for stage in range(options.stage):
         lower = fit.memory(options._replace(stage=stage))
         if lower is not None and lower.total <= machine.memory:
-            return (f"fits; deepspeed.zero_stage {stage} would too, with fewer messages between "
-                    "processes")
+            return (f"fits; deepspeed.zero_stage {stage} would too, "
+                    "with fewer messages between processes")
     return "fits"
 
 
