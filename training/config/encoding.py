@@ -15,12 +15,12 @@ class LayoutConfig(StrictConfig):
 
     kind: Literal["none", "classes", "colors"] = Field(
         "none", description="classes: from a column of the data; colors: the picture's own, in 27 "
-                            "classes")
+                            "classes")  # 3 levels per channel, see inference/layouts.py
     grid: tuple[int, int] = Field((4, 4), description="rows and columns that are kept")
     column: str = Field(
-        "layout", description="column with the classes, in raster order of a square grid; for kind "
-                              "classes")
-    classes: int | None = Field(
+        "layout", description="column with the classes, in raster order of a square grid; "
+                              "for kind classes")
+    classes: int | None = Field(  # at most 1 << 16: layouts are stored like tokens, in uint16
         None, ge=2, le=1 << 16, description="number of classes in the column; for kind classes")
 
     @model_validator(mode="after")
@@ -30,9 +30,10 @@ class LayoutConfig(StrictConfig):
         if (self.kind == "classes") != (self.classes is not None):
             raise ValueError("layout.classes, the number of classes, is for layout.kind classes, "
                              "which needs it")
+        # the default is no mistake: every merged config holds all keys
         if self.kind != "classes" and self.column != "layout":
-            raise ValueError(f"layout.column is for layout.kind classes, not {self.kind}; leave it "
-                             "out")
+            raise ValueError(f"layout.column is for layout.kind classes, not {self.kind}; "
+                             "leave it out")
         return self
 
 
@@ -49,7 +50,8 @@ class ViewsConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_read(self) -> ViewsConfig:
-        if not self.corners and self.enlarged != type(self).model_fields["enlarged"].default:
+        default = type(self).model_fields["enlarged"].default
+        if not self.corners and self.enlarged != default:
             raise ValueError("views.enlarged is for views.corners true; leave it out")
         return self
 
@@ -77,6 +79,6 @@ class EncodeRunConfig(StrictConfig):
     def _check_layout_of_views(self) -> EncodeRunConfig:
         if self.views.corners and self.layout.kind == "classes":
             raise ValueError("views.corners shows other parts of a picture than the classes of "
-                             "layout.kind classes describe; use layout.kind colors, or views.flip "
-                             "alone")
+                             "layout.kind classes describe; "
+                             "use layout.kind colors, or views.flip alone")
         return self

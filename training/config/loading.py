@@ -60,14 +60,15 @@ def _load(config_class: type[Config], argv: Sequence[str], prog: str, descriptio
                 raise UserError(f"--{name} needs a value")
             value = items.pop(0)
 
-        if name in ("local_rank", "local-rank"):
+        if name in ("local_rank", "local-rank"):  # DeepSpeed's and torch's spelling
             continue
-        if name == "config":
+        if name == "config":  # a later recipe goes over an earlier one
             values = merge(values, read_mapping(find_recipe(value)))
         else:
             overrides.append((name, value))
 
-    # a kind or preset replaces its section, so it is applied before what is set in the section
+    # a kind or preset replaces its section, so it is applied before what is set in the section;
+    # the sort is stable, so of two values for one key the later one counts
     overrides.sort(key=lambda override: not override[0].endswith((".kind", ".preset")))
     valid = dotted_names(config_class)  # checked here, so that the message names the option
     for name, text in overrides:
@@ -83,7 +84,7 @@ def _load(config_class: type[Config], argv: Sequence[str], prog: str, descriptio
 def _with_default_kind(config_class: type[BaseModel], values: dict[str, Any], name: str
                        ) -> dict[str, Any]:
     """Write the default `kind` into a section without one, so that naming it replaces nothing."""
-    default: Any = None
+    default: Any = None  # of the section that the parts so far lead to
     section: Any = values
     for part in name.split(".")[:-1]:
         owner = config_class if default is None else type(default)
@@ -98,7 +99,7 @@ def _with_default_kind(config_class: type[BaseModel], values: dict[str, Any], na
 def find_recipe(name: str) -> Path:
     """Find a recipe file by its path, or by its bare name among the shipped recipes."""
     path = Path(name)
-    if path.exists():
+    if path.exists():  # a file of the user's counts more than a shipped one of the same name
         return path
 
     shipped = RECIPES / (path.name if path.suffix else f"{path.name}.yaml")
@@ -116,18 +117,19 @@ def _is_text(config_class: type[BaseModel], name: str) -> bool:
     annotation = config_class.model_fields[first].annotation
     if rest:
         return any(_is_text(section, rest) for section in sections(annotation))
-    return annotation in (str, str | None)
+    # a kind is a Literal in the families of a union, and as YAML 'null' would be no kind at all
+    return first == "kind" or annotation in (str, str | None)
 
 
 def _scalar(name: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text else ""
+        return yaml.safe_load(text) if text else ""  # YAML takes nothing for null
     except yaml.YAMLError:
         raise UserError(f"--{name}: cannot read the value {text!r}") from None
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:
-    for part in reversed(name.split(".")):
+    for part in reversed(name.split(".")):  # "a.b" -> {"a": {"b": value}}
         value = {part: value}
     return value
 
@@ -158,10 +160,11 @@ def _help_line(option: str, field: FieldInfo) -> str:
     default = "required"
     if not field.is_required():
         default = f"default {field.get_default(call_default_factory=True)}"
-    meaning = " ".join((field.description or "").split())
+    meaning = " ".join((field.description or "").split())  # docstrings of fields have line ends
     return f"  {option}  {meaning} ({default})" if meaning else f"  {option}  ({default})"
 
 
 def dump_config(config: StrictConfig) -> str:
     """Format the merged config as YAML that --config reads again."""
+    # in the order of the fields, which is the order of --help
     return yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)

@@ -15,6 +15,7 @@ from training.config.optional import optional_fields
 from training.config.run import DataConfig, RunConfig
 from training.config.text import TextConfig
 
+# a decoder-only preset has no text encoder that a matcher's weights could start
 PRESETS_WITH_ENCODER = [name for name, values in PRESETS.items() if "encoder_layers" in values]
 
 ID_PLACEHOLDERS = {"text_vocab_size": 300, "text_length": 16}
@@ -23,16 +24,16 @@ FEATURE_PLACEHOLDERS = {"text_feature_width": 8, "text_length": 16}
 
 
 class _TextTowerPreset(StrictConfig):
-    preset: str | None = Field(None, description="a model.preset of train_seq2seq that has a text "
-                                                 "encoder, so that it can start from this one; "
-                                                 "none = the defaults of the text tower")
+    preset: str | None = Field(
+        None, description="a model.preset of train_seq2seq that has a text encoder, so that it can "
+                          "start from this one; none = the defaults of the text tower")
 
     def resolved(self) -> dict[str, Any]:
         """Return the preset's values, overridden by those given here."""
         values: dict[str, Any] = {}
         if self.preset:
             values = {**PRESETS[self.preset], "layers": PRESETS[self.preset]["encoder_layers"]}
-            fields = TextTowerConfig.model_fields
+            fields = TextTowerConfig.model_fields  # without those of the preset's decoder
             values = {name: value for name, value in values.items() if name in fields}
         return {**values, **self.model_dump(exclude={"preset"}, exclude_none=True)}
 
@@ -50,10 +51,7 @@ _OptionalFields = optional_fields(TextTowerConfig, _TextTowerPreset, DERIVED)
 
 
 class TextTowerSettings(_OptionalFields, _TextTowerPreset):  # type: ignore[misc,valid-type]
-    """The fields of the text tower, which override the preset's.
-
-    The rest follows from the captions.
-    """
+    """Fields of the text tower that override the preset's; the rest follows from the captions."""
 
 
 class MatcherSettings(StrictConfig):
@@ -80,11 +78,11 @@ class MatcherLossConfig(StrictConfig):
     Parti pretrains its text encoder on both (Yu et al. 2022, https://arxiv.org/abs/2206.10789).
     """
 
-    contrastive_weight: float = Field(1.0, gt=0, description="of telling the caption of a picture "
-                                                             "from the others of its batch")
-    mlm_weight: float = Field(0.0, ge=0, description="of predicting hidden words of the captions "
-                                                     "(masked language modelling, BERT); needs "
-                                                     "text ids")
+    contrastive_weight: float = Field(
+        1.0, gt=0, description="of telling the caption of a picture from the others of its batch")
+    mlm_weight: float = Field(
+        0.0, ge=0, description="of predicting hidden words of the captions (masked language "
+                               "modelling, BERT); needs text ids")
 
 
 class MatcherRunConfig(RunConfig):
@@ -99,8 +97,8 @@ class MatcherRunConfig(RunConfig):
     def _check_possible(self) -> MatcherRunConfig:
         frozen = self.text.kind == "frozen"
         if self.text.kind == "classes":
-            raise ValueError("text.kind classes has no captions to match; use sentencepiece or "
-                             "frozen")
+            raise ValueError("text.kind classes has no captions to match; "
+                             "use sentencepiece or frozen")
         if self.loss.mlm_weight and frozen:
             raise ValueError("loss.mlm_weight hides text ids, and text.kind frozen has none; set "
                              "it to 0")
@@ -109,5 +107,6 @@ class MatcherRunConfig(RunConfig):
             raise ValueError("deepspeed.zero_stage 3 shards parameters, and a matcher is too small "
                              "for that; use 0, 1 or 2")
 
+        # for its checks alone: an impossible model is refused before the data is opened
         self.model.build(FEATURE_PLACEHOLDERS if frozen else ID_PLACEHOLDERS)
         return self

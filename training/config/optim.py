@@ -42,8 +42,8 @@ class OptimConfig(StrictConfig):
     final_lr_ratio: float = Field(
         0.05, ge=0, le=1, description="lr at the end / peak lr, for cosine, exponential and linear")
     decay_start_step: int | None = Field(
-        None, ge=0, description="exponential: constant up to this step; none = no longer than the "
-                                "warm-up")
+        None, ge=0, description="exponential: constant up to this step; "
+                                "none = no longer than the warm-up")
     halve_at_steps: tuple[int, ...] = Field(
         (), description="halving: the steps from which lr is half of what it was")
     gradient_clipping: float = Field(
@@ -52,6 +52,7 @@ class OptimConfig(StrictConfig):
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
         warmup = self.warmup_steps
+        # ratio ** progress: with 0 the rate would fall from the peak to 0 in a single step
         if self.schedule == "exponential" and not self.final_lr_ratio:
             raise ValueError("final_lr_ratio 0 is never reached by schedule 'exponential'; give "
                              "one above 0, or use 'linear'")
@@ -66,6 +67,7 @@ class OptimConfig(StrictConfig):
         if self.schedule == "halving" and not halvings:
             raise ValueError("schedule 'halving' needs halve_at_steps, the steps at which lr is "
                              "halved; or use 'constant'")
+        # step 0 has no rate before it to halve, and during the warm-up the schedule is not read
         too_early = bool(halvings) and halvings[0] < max(1, warmup)
         if too_early or halvings != sorted(set(halvings)):
             raise ValueError(f"halve_at_steps {halvings} must rise, and begin no earlier than the "
@@ -88,6 +90,7 @@ class OptimConfig(StrictConfig):
                                  f"'{chosen}', only with {', '.join(readers)}; leave it out "
                                  f"(default {default})")
 
+        # 0, of one that is not given, is before the end of every run
         latest = {"decay_start_step": self.decay_start_step or 0,
                   "halve_at_steps": max(self.halve_at_steps, default=0)}
         for option, step in latest.items():
@@ -105,7 +108,7 @@ class DiscriminatorOptimConfig(OptimConfig):
     """The discriminator's optimizer; its steps count from adversarial.start_step."""
 
     lr: float = Field(4e-4, gt=0, description="peak learning rate")
-    betas: tuple[Beta, Beta] = (0.5, 0.9)
+    betas: tuple[Beta, Beta] = (0.5, 0.9)  # as taming-transformers trains its discriminator
     weight_decay: float = Field(
         0.0, ge=0, description="on matrices; never on gains, biases and embeddings")
     warmup_steps: int = Field(0, ge=0)

@@ -17,15 +17,14 @@ def optional_fields(config_class: type[StrictConfig], base: type[Base], without:
                     ) -> type[Base]:
     """Make a subclass of `base` with the fields of `config_class`, each None unless given.
 
-    without: names of fields that are left out.
-
-    Made at run time, so that the type, bounds and description of a field are written in one place.
+    without: names of fields that are left out. Made at run time, so that the type, bounds and
+    description of a field are written in one place.
     """
     fields: dict[str, Any] = {}
     for name, info in config_class.model_fields.items():
         if name in without:
             continue
-        field = copy(info)
+        field = copy(info)  # the original belongs to config_class, which keeps its default
         field.description = f"{info.description or ''}; none = the preset's".removeprefix("; ")
         field.default, field.default_factory = None, None
         fields[name] = (Optional[info.annotation], field)  # noqa: UP045 (made at run time)

@@ -1,7 +1,6 @@
 """The config tree that the training scripts share: defaults < YAML recipe < command-line overrides.
 
-An unknown key is an error that names the nearest valid one; the merged config is written beside the
-run.
+An unknown key is an error that names the nearest valid one; the run folder keeps the merged config.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ class PicturesConfig(StrictConfig):
         None, description="column with the caption; found by name when not given")
     image_column: str | None = Field(
         None, description="column with the picture; found by name when not given")
+    # ten bad ones are always tolerated: a share of few items says nothing (sources/drops.py)
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="share of unusable items above which the run stops")
     streaming: bool = Field(
         False, description="read parquet and tar shards where they lie, without a copy in the "
-                           "cache of `datasets`: for data that is larger than the disk has room "
-                           "for twice")
+                           "cache of `datasets`: for data that is larger than the "
+                           "disk has room for twice")
 
 
 class DataConfig(PicturesConfig):
@@ -38,8 +38,10 @@ class DataConfig(PicturesConfig):
     validation_split: str | None = Field(
         None, description="held-out split that is measured at the end, and every "
                           "train.validate_every steps")
+    # no effect on augmentation, which is a function of (seed, epoch, sample index)
     workers: int = Field(
         0, ge=0, le=256, description="loader processes per rank; 0 = in the training process")
+    # off by default: a caption that says left or right would be wrong half the time
     horizontal_flip: float = Field(0.0, ge=0, le=1, description="chance that a picture is mirrored")
     shuffle_rows: int | None = Field(
         None, ge=1, description="rows shuffled together, of shards that are read one after "
@@ -69,8 +71,8 @@ class TrainConfig(StrictConfig):
         False, description="keep fewer activations and compute them again: less memory, about a "
                            "third more time")
     compile: bool = Field(
-        False, description="torch.compile the model: minutes at the start, a C++ compiler, faster "
-                           "steps")
+        False, description="torch.compile the model: minutes at the start, a C++ compiler, "
+                           "faster steps")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(500, ge=0, description="steps between sample grids; 0 = none")
     validate_every: int = Field(
@@ -153,11 +155,12 @@ class LogConfig(StrictConfig):
     wandb_project: str | None = Field(
         None, description="project there; none = WANDB_PROJECT, or tokenloom")
     wandb_mode: Literal["offline", "online"] | None = Field(
-        None, description="offline writes files alone, for `wandb sync`; none = WANDB_MODE, or "
-                          "offline")
+        None, description="offline writes files alone, for `wandb sync`; "
+                          "none = WANDB_MODE, or offline")
 
     @model_validator(mode="after")
     def _check_read(self) -> Self:
+        # an option that nothing reads is a mistake: it would be dropped in silence
         for name in ("wandb_project", "wandb_mode"):
             if getattr(self, name) is not None and not self.wandb:
                 raise ValueError(f"log.{name} is for log.wandb, which is off; set log.wandb true, "
@@ -181,7 +184,7 @@ class RunConfig(StrictConfig):
 
     run_dir: str = Field(
         description="folder of this run: config, metrics, samples, checkpoints, model")
-    seed: int = Field(
+    seed: int = Field(  # rank r takes seed + r, which stays below NumPy's limit of 1 << 32
         0, ge=0, lt=1 << 31, description="of weights, data order, augmentation and dropout")
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
@@ -196,10 +199,11 @@ class RunConfig(StrictConfig):
             if isinstance(optim, OptimConfig):
                 optim.check_in_run(section, self.train.steps, self.deepspeed.zero_stage)
 
+        # at stage 0 the norm is our own sum over gradients (engine/), which knows no loss scale
         if self.train.precision == "float16" and self.deepspeed.zero_stage == 0:
             raise ValueError("train.precision float16 with deepspeed.zero_stage 0: gradients carry "
-                             "a scale there that nothing tells about; use zero_stage 1, 2 or 3, or "
-                             "bfloat16")
+                             "a scale there that nothing tells about; "
+                             "use zero_stage 1, 2 or 3, or bfloat16")
         if self.train.compile and self.deepspeed.zero_stage == 3:
             raise ValueError("train.compile with deepspeed.zero_stage 3: weights are fetched "
                              "between the compiled parts, which breaks them up; use zero_stage 0, "

@@ -17,9 +17,9 @@ from training.config.transformer import TransformerSection, read_settings, with_
 class TokenDataConfig(DataConfig):
     """Token shards made by encode_dataset, or captioned images that are encoded during training."""
 
-    path: str = Field(description="folder that encode_dataset wrote; captioned pictures with "
-                                  "on_the_fly")
-    split: str = Field("train", description="which split of the data")
+    path: str = Field(description="folder that encode_dataset wrote; "
+                                  "captioned pictures with on_the_fly")
+    split: str = Field("train", description="which split of the data")  # shards have named splits
     on_the_fly: bool = Field(
         False, description="path holds captioned pictures: encode them when they are read, with "
                            "every augmentation anew, instead of once with encode_dataset")
@@ -81,6 +81,7 @@ class Seq2SeqRunConfig(RunConfig):
         None, description="folder of the image tokenizer that made the tokens; none = the one of "
                           "init_from's model folder")
     text: Seq2SeqTextConfig = Seq2SeqTextConfig()
+    # a factory: defaults skip the validators, which fill in the family that a union needs
     model: TransformerSection = Field(default_factory=lambda: read_settings({}))
     loss: TokenLossConfig = TokenLossConfig()
     use_layout: bool = Field(
@@ -91,8 +92,8 @@ class Seq2SeqRunConfig(RunConfig):
         0.0, ge=0, lt=1, description="share of the tokens fed to the decoder that are replaced by "
                                      "random codes, so that it keeps listening to the caption")
     sample_guidance: float = Field(
-        3.0, ge=0, le=100, description="guidance scale of the sample grids and the exported "
-                                       "default")
+        3.0, ge=0, le=100, description="guidance scale of the sample grids "
+                                       "and the exported default")
     sample_temperature: float = Field(
         1.0, ge=0, le=100, description="temperature of the sample grids and the exported default")
     sample_top_k: int = Field(
@@ -109,10 +110,12 @@ class Seq2SeqRunConfig(RunConfig):
     @field_validator("model", mode="before")
     @classmethod
     def _fill_in_family(cls, values: Any) -> Any:
+        # before the union is read, since pydantic chooses a family by `kind`
         return with_family(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check_text_prediction(self) -> Seq2SeqRunConfig:
+        # an encoder-decoder has no such field: its encoder sees the whole caption
         predicts = bool(self.model.resolved().get("predict_text", False))
         if predicts and not self.loss.text_weight:
             remedy = "set both or neither"
@@ -130,7 +133,7 @@ class Seq2SeqRunConfig(RunConfig):
     @model_validator(mode="after")
     def _check_possible(self) -> Seq2SeqRunConfig:
         if self.init_from is None and self.image_tokenizer is None:
-            raise ValueError("missing key 'image_tokenizer'")
+            raise ValueError("missing key 'image_tokenizer'")  # worded like any required key's
         if self.init_from is not None and self.text.start_from is not None:
             raise ValueError("init_from brings the whole model, the text encoder of "
                              "text.start_from too; leave one of them out")

@@ -21,7 +21,7 @@ from tokenloom_common.pretrained import MODEL_FILES, read_config, resolve_folder
 
 MANIFEST = "MANIFEST.json"
 """In each checkpoint: sizes and hashes of its files, and the facts of its run."""
-CONFIGS = ("*.json",)
+CONFIGS = ("*.json",)  # all that a config's check fetches from the hub: no gigabytes of weights
 TOKENIZER_FILES = ("*.json", "model*.safetensors", "tokenizer_image/*")
 TEXT_FOLDER, IMAGE_FOLDER = "text_tokenizer", "tokenizer_image"
 """The tokenizers in a model folder, and in a run's own."""
@@ -93,7 +93,7 @@ def refuse_own_run(name: str, folder: Path, run_dir: str) -> None:
 def _resolve(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         return resolve_folder(name, patterns=patterns)
-    except MissingFileError as error:
+    except MissingFileError as error:  # stays one, which is a FileNotFoundError too
         raise MissingFileError(f"init_from {error}") from None
     except UserError as error:
         raise UserError(f"init_from {error}") from None
@@ -103,6 +103,7 @@ def facts_of_run(run_dir: str | Path, resume: str) -> dict[str, Any] | None:
     """Read the facts of a run from its newest checkpoint; None where no run is continued."""
     if resume == "never":
         return None
+    # newest first: names have the step with leading zeros
     for path in sorted(Path(run_dir).glob(f"checkpoints/step-*/{MANIFEST}"), reverse=True):
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))["facts"]
@@ -129,10 +130,11 @@ def _facts_of_values(values: Mapping[str, Any]) -> dict[str, Any] | None:
 def tokenizer_of_start(values: Mapping[str, Any]) -> dict[str, Any]:
     """Read the config, as plain values, of the image tokenizer that init_from begins with."""
     facts = _facts_of_values(values)
-    if facts:
+    if facts:  # the run goes on: its own model decides
         model = facts["model"]
     else:
         model = read_mapping(find_tokenizer(str(values["init_from"]), CONFIGS) / "config.json")
+    # schema_version is about the file and no field of the config
     return {name: value for name, value in model.items() if name != "schema_version"}
 
 
@@ -159,7 +161,7 @@ def with_start(values: dict[str, Any]) -> dict[str, Any]:
             config = start.config()
             start_model = {"kind": config.kind, **config.plain()}
 
-    if lacks_model:
+    if lacks_model:  # without the fields that this run's tokenizers and data decide
         chosen = {name: value for name, value in start_model.items() if name not in DERIVED}
         model = {**chosen, **model}  # single fields of the recipe count more
     if lacks_text and text_folder is not None:

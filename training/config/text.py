@@ -48,15 +48,15 @@ class TextConfig(StrictConfig):
     def _check_read(self) -> TextConfig:
         """Refuse options that this kind of text would not read."""
         frozen = self.kind == "frozen"
-        if frozen != (self.encoder is not None):
+        if frozen != (self.encoder is not None):  # needed by this kind, and read by no other
             raise ValueError("text.encoder, the folder or hub id of a text encoder, is for "
                              "text.kind frozen, which needs it")
         if self.feature_cache and not frozen:
-            raise ValueError(f"text.feature_cache is for text.kind frozen, not {self.kind}; leave "
-                             "it out")
+            raise ValueError(f"text.feature_cache is for text.kind frozen, not {self.kind}; "
+                             "leave it out")
         if self.padding == "left" and not frozen:
-            raise ValueError(f"text.padding left is for text.kind frozen, not {self.kind}; leave "
-                             "it out")
+            raise ValueError(f"text.padding left is for text.kind frozen, not {self.kind}; "
+                             "leave it out")
         if frozen and (self.tokenizer or self.vocab_size):
             raise ValueError("text.kind frozen has a tokenizer of its own; leave text.tokenizer "
                              "and text.vocab_size out")
@@ -72,6 +72,7 @@ class TextConfig(StrictConfig):
 
     def check_workers(self, workers: int) -> None:
         """ValueError if data workers would each need the frozen text encoder."""
+        # with a cache the features are encoded before training, and workers only read them
         if self.kind == "frozen" and workers and not self.feature_cache:
             raise ValueError("data.workers cannot share a text encoder; name a folder for "
                              "text.feature_cache, or set data.workers to 0")

@@ -31,17 +31,17 @@ class TokenizerTrainConfig(TrainConfig):
     """Training options that only an image tokenizer has."""
 
     trained_part: Literal["all", "decoder"] = Field(
-        "all", description="decoder: codes stay as init_from has them, only the way from codes to "
-                           "pixels learns")
+        "all", description="decoder: codes stay as init_from has them, "
+                           "only the way from codes to pixels learns")
 
 
 class CodebookHealthConfig(StrictConfig):
     """How the codebook is watched."""
 
-    window: int = Field(0, ge=0, description="pictures over which usage and perplexity are "
-                                             "counted; 0 = an epoch")
-    warn_below: float = Field(0.5, ge=0, le=1, description="share of codes in use below which a "
-                                                           "warning says what to try")
+    window: int = Field(
+        0, ge=0, description="pictures over which usage and perplexity are counted; 0 = an epoch")
+    warn_below: float = Field(
+        0.5, ge=0, le=1, description="share of codes in use below which a warning says what to try")
 
 
 class TokenizerRunConfig(RunConfig):
@@ -67,7 +67,7 @@ class TokenizerRunConfig(RunConfig):
             return values
         model = values.get("model") or {}
         if not isinstance(model, dict) or {"kind", "preset"} & set(model):
-            return values
+            return values  # a whole model of the recipe's own, or one that validation refuses
         return {**values, "model": merge(tokenizer_of_start(values), model)}
 
     @field_validator("model", mode="before")
@@ -96,7 +96,7 @@ class TokenizerRunConfig(RunConfig):
             raise ValueError("train.compile: the codebook of an image tokenizer changes itself "
                              "inside a step, which breaks compiled code up; leave it out")
 
-        self.model.check_encodes(self.init_from or "model")
+        self.model.check_encodes(self.init_from or "model")  # some published ones only decode
         if self.train.trained_part == "decoder" and self.init_from is None:
             raise ValueError("train.trained_part 'decoder' needs init_from, the tokenizer whose "
                              "codes are kept")
@@ -104,7 +104,8 @@ class TokenizerRunConfig(RunConfig):
         return self
 
     def _check_losses(self) -> None:
-        # the logit-Laplace likelihood of a dVAE is a reconstruction loss of its own
+        # the logit-Laplace likelihood of a dVAE is a reconstruction loss of its own (Ramesh et al.
+        # 2021, appendix A.3); with the codes kept, a model has no terms of its own
         has_likelihood = getattr(self.model, "output", None) == "logit_laplace"
         learns_by_likelihood = has_likelihood and self.train.trained_part != "decoder"
         weights = (self.loss.l1_weight, self.loss.l2_weight, self.loss.perceptual_weight)
@@ -112,6 +113,7 @@ class TokenizerRunConfig(RunConfig):
             raise ValueError("loss: no term of the picture has a weight, so there is nothing to "
                              "learn; set l1_weight, l2_weight or perceptual_weight")
 
+        # the first step in which the tokenizer hears of the discriminator
         first = self.adversarial.start_step + self.adversarial.head_start_steps
         if self.adversarial.weight and first >= self.train.steps:
             raise ValueError(f"adversarial.start_step + head_start_steps = {first} is not before "

@@ -34,8 +34,8 @@ FEATURE_PLACEHOLDERS = {"text_vocab_size": None, "text_feature_width": 8}
 class TransformerSettings(StrictConfig):
     """The fields that every family's section has; each family adds its own."""
 
-    preset: str | None = Field(DEFAULT_PRESET, description=f"one of {', '.join(PRESETS)}; "
-                                                           "none = the family's defaults")
+    preset: str | None = Field(
+        DEFAULT_PRESET, description=f"one of {', '.join(PRESETS)}; none = the family's defaults")
     kind: str = Field(EncoderDecoder.kind, description=KIND_HELP)
 
     def resolved(self) -> dict[str, Any]:
@@ -45,10 +45,7 @@ class TransformerSettings(StrictConfig):
         return {**values, **self.model_dump(exclude={"preset", "kind"}, exclude_none=True)}
 
     def build(self, derived: dict[str, Any]) -> TransformerConfig:
-        """Build the whole config from this section and the derived fields.
-
-        UserError on an impossible one.
-        """
+        """Build the whole config from this section and derived fields. UserError if impossible."""
         config_class = TRANSFORMER_KINDS[self.kind].config_class
         config = config_class.parse({**self.resolved(), **derived}, "model")
         return config  # type: ignore[return-value]
@@ -94,15 +91,17 @@ def with_family(values: dict[str, Any]) -> dict[str, Any]:
 
     ValueError, one line, if they are unknown or disagree.
     """
-    name = values.get("preset", None if "kind" in values else DEFAULT_PRESET)
+    # a kind alone asks for the family's own defaults, not for the default preset's
+    default_preset = None if "kind" in values else DEFAULT_PRESET
+    name = values.get("preset", default_preset)
     if name is not None and name not in PRESETS:
         raise ValueError(f"unknown model.preset '{name}'{nearest_name(str(name), PRESETS)}")
 
     presets_kind = PRESETS[name]["kind"] if name is not None else EncoderDecoder.kind
     kind = str(values.get("kind") or presets_kind)
     if name is not None and kind != presets_kind:
-        raise ValueError(f"model.preset '{name}' is of kind {presets_kind}, not {kind}; leave "
-                         "model.kind out")
+        raise ValueError(f"model.preset '{name}' is of kind {presets_kind}, not {kind}; "
+                         "leave model.kind out")
     choose(TRANSFORMER_KINDS, kind, "model.kind")
     return {**values, "preset": name, "kind": kind}
 

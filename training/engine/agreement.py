@@ -38,11 +38,12 @@ def check_same(group: Processes, values: dict[str, Any], what: str) -> None:
     All processes must call it. what: the name of the values, for the message.
     """
     flat = by_dotted_name(values)
-    text = json.dumps(flat, sort_keys=True)
+    text = json.dumps(flat, sort_keys=True)  # another order of keys is no difference
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     if len(set(group.gather(digest))) == 1:
         return
 
+    # only now the values themselves: nearly all runs agree, and have sent a digest alone
     gathered = group.gather((digest, platform.node(), flat))
     everyone = [_Settings(*settings) for settings in gathered]
     first = everyone[0]
@@ -67,9 +68,10 @@ def check_shared(group: Processes, folder: Path, named: str) -> None:
     if group.world_size == 1:
         return
 
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     name = group.first_does(lambda: _leave_mark(folder))
     everyone = group.gather((platform.node(), _appears(folder / name)))
+    # all have looked by now, since gather waits for the slowest
     group.first_does(lambda: (folder / name).unlink())
 
     first_host, _ = everyone[0]
@@ -89,6 +91,7 @@ def check_shared(group: Processes, folder: Path, named: str) -> None:
 
 def _leave_mark(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
+    # a name that no other disk's folder can have by chance, or from an earlier run
     name = f".shared-{secrets.token_hex(8)}"
     (folder / name).touch()
     return name

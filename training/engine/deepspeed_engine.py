@@ -40,10 +40,7 @@ class Engine:
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig,
                  group: Processes, precision: str, optim: OptimConfig | None = None,
                  name: str = MODEL, start_step: int = 0) -> None:
-        """optim: of this engine, default the run's.
-
-        start_step: the run's step from which this engine's own schedule counts.
-        """
+        """optim: of this engine, default the run's; start_step: of the run, where it begins."""
         deepspeed = import_deepspeed()
         self.group = group
         self.precision = precision
@@ -72,14 +69,14 @@ class Engine:
         if config.train.compile:
             module.compile()  # in place: names in checkpoints stay as they are
 
+        # the run's batch and stage, but this engine's own clipping
         json = deepspeed_json(config, group.world_size, precision, parameters, self.optim)
         # At stage 0 in bfloat16 DeepSpeed takes a step with gradients of 0, which would count, and
         # decay the weights.
         with _without_steps(optimizer) if self._stage == 0 else nullcontext():
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=json)
-        # DeepSpeed rounds frozen weights to bfloat16 too, though they have no float32 copy
-        # anywhere.
+        # DeepSpeed rounds frozen weights too, though they have no float32 copy anywhere
         for parameter, original in frozen:
             parameter.data = original.to(group.device)
 
@@ -110,6 +107,7 @@ class Engine:
         terms: named parts of the loss, so that the message can name the one to blame.
         """
         finite = bool(torch.isfinite(loss.detach()))
+        # all processes must decide alike: gradients are averaged, and a single NaN spreads to all
         if self.group.any(not finite):
             self._not_finite |= self._find_not_finite(terms or {}) or {"loss"}
             # makes every gradient of the window NaN, for which DeepSpeed skips the step
@@ -130,7 +128,7 @@ class Engine:
         self.window_applied = False
         skipped_before = int(self._engine.skipped_steps)
 
-        norm: float | None = None
+        norm: float | None = None  # DeepSpeed has none at stage 0 in float32
         apply: AbstractContextManager = nullcontext()
         if self._stage == 0 and self.window_closed:
             norm = self._stage_0_norm()
@@ -143,7 +141,7 @@ class Engine:
 
         if norm is None:
             found = self._engine.get_global_grad_norm()
-            norm = math.nan if found is None else float(found)
+            norm = math.nan if found is None else float(found)  # inf where gradients overflowed
         self.grad_norm = norm
         left_out = int(self._engine.skipped_steps) > skipped_before
         self.window_applied = math.isfinite(norm) and not left_out and not self._not_finite
@@ -181,6 +179,7 @@ class Engine:
         from deepspeed.utils import safe_set_full_fp32_param
 
         masters = self._masters()
+        # by id: a tied weight is copied once
         for parameter in {id(parameter): parameter for parameter in parameters}.values():
             master = masters.get(id(parameter))
             if master is not None:
@@ -211,7 +210,7 @@ class Engine:
         state: dict[str, Tensor] = {}
         parameters = dict(self.module.named_parameters())
         masters = self._masters()
-        for name, tensor in self.module.state_dict().items():
+        for name, tensor in self.module.state_dict().items():  # the export's names and order
             parameter = parameters.get(name)
             if parameter is None:  # a buffer
                 state[name] = tensor.detach().cpu().clone()
@@ -228,6 +227,7 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's part of a checkpoint below `folder`. All processes must call it."""
+        # no `latest` of DeepSpeed's: rank 0 writes it before the other ranks' files are there
         self._engine.save_checkpoint(str(folder), tag=self._tag, client_state=dict(INFO),
                                      save_latest=False)
 
@@ -251,6 +251,7 @@ class Engine:
             raise RunFailedError(f"{named}: DeepSpeed could not read its part of the checkpoint")
 
     def _load_resharded(self, folder: Path) -> None:
+        # beside the checkpoint, which stays as it is: a universal copy is for this load alone
         universal = folder.parent / f".universal-{folder.name}.tmp"
         try:
             self.group.first_does(lambda: to_universal(folder / self._tag, universal / self._tag))
@@ -259,7 +260,7 @@ class Engine:
                 self._load(universal, folder)
         finally:
             self._engine._config.load_universal_checkpoint = False
-            self.group.barrier()
+            self.group.barrier()  # the others may still be reading
             self.group.first_does(lambda: shutil.rmtree(universal, ignore_errors=True))
 
     @contextmanager
@@ -269,7 +270,7 @@ class Engine:
         It gives all groups the first one's options (weight decay!), and all their states one count
         of steps, which each of them then raises.
         """
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside ZeRO's
         kept = []
         for group in optimizer.param_groups:
             kept.append({name: value for name, value in group.items() if name != "params"})

@@ -19,6 +19,7 @@ from training.config.run import RunConfig
 LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's default
 AUTO = "auto"
 
+
 def _section(*names: str) -> dict[str, Any]:
     return dict.fromkeys(names)
 
@@ -38,6 +39,7 @@ KEYS: dict[str, Any] = {
     "comms_logger": _section("enabled", "prof_all", "prof_ops", "verbose", "debug"),
     "flops_profiler": _section("enabled", "recompute_fwd_factor", "profile_step", "module_depth",
                                "top_modules", "detailed", "output_file"),
+    # reading and writing what is offloaded to disk (device nvme)
     "aio": _section("block_size", "queue_depth", "intra_op_parallelism", "single_submit",
                     "overlap_events", "use_gds"),
     "zero_optimization": {
@@ -60,7 +62,7 @@ KEYS: dict[str, Any] = {
 }
 """Every key that a user's file may have, those of sections below them."""
 
-_UNUSED = "it is not part of these trainings"
+_UNUSED = "it is not part of these runs"
 ELSEWHERE = {
     "optimizer": "say optim.name, optim.lr, optim.betas, optim.weight_decay",
     "scheduler": "say optim.schedule and optim.warmup_steps",
@@ -73,8 +75,8 @@ ELSEWHERE = {
     "csv_monitor": "RUN/metrics.jsonl is always written",
     "comet": "RUN/metrics.jsonl is always written",
     "checkpoint": "say checkpoint.every_steps, checkpoint.keep_last",
-    "elasticity": "DeepSpeed has none any more; a run continues on another number of processes by "
-                  "itself",
+    "elasticity": "DeepSpeed has none any more; a run continues on another number "
+                  "of processes by itself",
     "curriculum_learning": _UNUSED,
     "data_efficiency": _UNUSED,
     "compression_training": _UNUSED,
@@ -122,7 +124,7 @@ def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameter
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.batch_size // parts,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": config.optim.gradient_clipping,
+        "gradient_clipping": config.optim.gradient_clipping,  # left out, DeepSpeed clips at 1.0
         "zero_optimization": zero_section,
         "bf16": {"enabled": precision == "bfloat16"},
         "fp16": {"enabled": precision == "float16"},
@@ -138,7 +140,7 @@ def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameter
 
     if zero.config is not None:
         derived = with_users_file(derived, Path(zero.config))
-    if optim is not None:
+    if optim is not None:  # last, since the file's clipping was checked against the run's
         derived["gradient_clipping"] = optim.gradient_clipping
     return derived
 
@@ -149,7 +151,7 @@ def with_users_file(derived: dict[str, Any], path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"deepspeed.config: {path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
         raise UserError(f"deepspeed.config: {path} is no JSON file that can be read "
                         f"({error})") from None
     if not isinstance(values, dict):
@@ -186,6 +188,7 @@ def _merge(ours: dict[str, Any], values: dict[str, Any], prefix: str) -> dict[st
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             section = _merge(ours.get(key, {}), value, f"{name}.")
+            # a section with nothing but "auto" in it asks for nothing, so it is not handed on
             if section or key in ours:
                 merged[key] = section
         elif value != AUTO:

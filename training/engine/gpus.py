@@ -25,21 +25,28 @@ for RTX 4090 (with float32 sums). float32 is TF32, which training allows, and fl
 V100, which has neither TF32 nor bfloat16.
 """
 
-GPU_MEMORY = {"B200": 180, "H200": 141, "H200 "
-                                        "NVL": 141, "H100": 80, "H100 PCIe": 80, "H100 NVL": 94,
-              "A100": 80, "L40S": 48, "L4": 24, "RTX 4090": 24, "V100": 32, "V100 PCIe": 32}
+GPU_MEMORY = {"B200": 180, "H200": 141, "H200 NVL": 141, "H100": 80, "H100 PCIe": 80,
+              "H100 NVL": 94, "A100": 80, "L40S": 48, "L4": 24, "RTX 4090": 24, "V100": 32,
+              "V100 PCIe": 32}
 """GPU -> GB (10^9 bytes) as sold, the larger where there are two; --memory says otherwise."""
 
 OTHER_CHIPS = {"nvl", "mig", "laptop", "d", "ti", "max"}
-"""Words that name another, slower device: only an entry with that word stands for it."""
+"""Words that name another, slower device: only an entry with that word stands for it.
+
+d: NVIDIA's "RTX 4090 D"; mig: a slice of a GPU; max: laptops' "Max-Q".
+"""
 
 
 def known_gpu(name: str) -> str | None:
-    """The entry of PEAK_FLOPS with the most words, all in the name; None for another device."""
+    """The entry of PEAK_FLOPS for a device's name, None if there is none.
+
+    All words of an entry must be in the name; of several, the one with the most words is meant.
+    """
     words = _words(name)
     entries = []
     for entry in PEAK_FLOPS:
         entry_words = _words(entry)
+        # {"h100"} stands for "NVIDIA H100 80GB HBM3", but not for "NVIDIA H100 NVL"
         if entry_words <= words and OTHER_CHIPS & words <= entry_words:
             entries.append(entry)
     return max(entries, key=lambda entry: len(_words(entry)), default=None)
@@ -52,6 +59,7 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def _words(name: str) -> set[str]:
+    # whole words, or "L4" would be found in "L40S"
     return set(re.findall(r"[a-z0-9]+", name.lower()))
 
 

@@ -43,12 +43,12 @@ def processes(threads: int = 0, patience: timedelta = PATIENCE) -> Iterator[Proc
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         backend = "nccl"
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # before NCCL starts, which takes the current one
         torch.set_float32_matmul_precision("high")  # TF32
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))  # those that this process may use, not the machine's
     torch.set_num_threads(threads or max(1, cores // processes_here()))
 
     with meeting():
@@ -61,7 +61,10 @@ def processes(threads: int = 0, patience: timedelta = PATIENCE) -> Iterator[Proc
 
 
 def _start_alone() -> None:
-    """Set the names that a launcher would set, for a run of one process."""
+    """Set the names that a launcher would set, for a run of one process.
+
+    Without them DeepSpeed would look for MPI.
+    """
     os.environ[STARTED_ALONE] = "1"
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(_free_port()))
@@ -69,13 +72,13 @@ def _start_alone() -> None:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", 0))  # 0: the system chooses
         return probe.getsockname()[1]
 
 
 def import_deepspeed() -> Any:
     """Import DeepSpeed, set up for this machine. UserError where it is not installed."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # before the import, which decides on the accelerator
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
@@ -87,7 +90,7 @@ def import_deepspeed() -> Any:
         # On CPU this op would be compiled when the first engine starts (minutes; a killed build
         # leaves a lock that hangs every later run). Without it gloo gives bit-identical results.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # INFO is pages for each engine
     return deepspeed
 
 

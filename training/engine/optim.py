@@ -1,7 +1,4 @@
-"""AdamW, and Adafactor as Parti used it, with weight decay on matrices only; and the learning rate.
-
-The learning rate is a function of the step.
-"""
+"""AdamW, and Adafactor as Parti used it, with decay on matrices only; the learning rate by step."""
 
 # Axes: R rows and M columns of a weight seen as a matrix; a convolution [R, C, kh, kw] is seen as
 #       [R, M = C*kh*kw]
@@ -26,13 +23,14 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
     Weights of linear and convolution layers decay; gains, biases, embeddings and positions do not.
     """
+    # an embedding is a table of vectors and no matrix of a product, though it is called weight too
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = parameter.ndim >= 2 and name.endswith("weight")
+        is_matrix = parameter.ndim >= 2 and name.endswith("weight")  # gains and biases are vectors
         if is_matrix and id(parameter) not in embeddings:
             decayed.append(parameter)
         else:
@@ -93,8 +91,8 @@ class Adafactor(torch.optim.Optimizer):
         step, lr = state["step"], group["lr"]
         beta1, beta2 = group["betas"]
 
-        # section 7.1: with this decay the moment is Adam's with bias correction; 0 in the first
-        # step
+        # section 7.1: with this decay the moment is Adam's with bias correction; in the first step
+        # it is 0, and the moment the gradient's own square
         decay = beta2 * (1 - beta2 ** (step - 1)) / (1 - beta2**step)
         update = _normalize(gradient, state, decay)
 
@@ -108,6 +106,7 @@ class Adafactor(torch.optim.Optimizer):
 
         if beta1:  # of the update, learning rate and all; its start from 0 is not corrected
             update = state["momentum"].lerp_(update, 1 - beta1)
+        # decay is decoupled from the moments, as in AdamW
         parameter.mul_(1 - lr * group["weight_decay"]).sub_(update)
 
     def _init_state(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
@@ -116,6 +115,7 @@ class Adafactor(torch.optim.Optimizer):
         if beta1:
             state["momentum"] = torch.zeros_like(parameter)
 
+        # a vector is one row, so it is never factored
         rows = parameter.shape[0] if parameter.ndim > 1 else 1
         columns = parameter.numel() // max(1, rows)
         if min(rows, columns) >= group["factored_from"]:
@@ -133,11 +133,11 @@ def _normalize(gradient: Tensor, state: dict[str, Any], decay: float) -> Tensor:
         return gradient * moment.rsqrt()
 
     square = square.flatten(1)  # [R, M]
-    rows = state["rows"].lerp_(square.mean(1), 1 - decay)
-    columns = state["columns"].lerp_(square.mean(0), 1 - decay)
+    rows = state["rows"].lerp_(square.mean(1), 1 - decay)  # [R]
+    columns = state["columns"].lerp_(square.mean(0), 1 - decay)  # [M]
     # One root at a time: where row and column had no gradient, their product is 0 in float32 and
     # its root divides 0 by 0.
-    row_factors = (rows / rows.mean()).rsqrt_()
+    row_factors = (rows / rows.mean()).rsqrt_()  # V = (rows / mean(rows)) columns
     update = gradient.flatten(1) * row_factors[:, None]
     return update.mul_(columns.rsqrt()).view_as(gradient)
 
@@ -164,7 +164,7 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimConfig], torch.optim.Optimizer]] = 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of step 0 .. total_steps-1: a linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
+    if step < config.warmup_steps:  # + 1: step 0 learns already, the last one at the peak
         return config.lr * (step + 1) / config.warmup_steps
     schedule = SCHEDULES[config.schedule]
     return config.lr * schedule(step, total_steps, config)
@@ -172,7 +172,7 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
 
 def _progress(step: int, first: int, total_steps: int) -> float:
     """The share of the way from step `first` to the end of the run: 0 .. 1."""
-    done = max(0, step - first)
+    done = max(0, step - first)  # negative where decay_start_step is still ahead
     return min(1.0, done / max(1, total_steps - first))
 
 

@@ -58,6 +58,7 @@ class Processes:
         """The largest value over the processes."""
         if self.world_size == 1:
             return value
+        # float64 has counts and bytes exactly; on the device, since NCCL reduces nothing else
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor.item())
@@ -74,7 +75,7 @@ class Processes:
         """The sum of a tensor over the processes."""
         if self.world_size == 1:
             return tensor
-        summed = tensor.to(self.device, copy=True)
+        summed = tensor.to(self.device, copy=True)  # all_reduce overwrites its input
         dist.all_reduce(summed)
         return summed.to(tensor.device)
 
@@ -93,7 +94,7 @@ class Processes:
         if self.is_first:
             try:
                 result = action()
-            except Exception as raised:
+            except Exception as raised:  # kept for now: the others wait in the broadcast below
                 error = raised
 
         if self.world_size > 1:
@@ -123,7 +124,7 @@ class Processes:
         """Raise on every process what one of them met, so that none waits for one that has gone."""
         if not self.any(error is not None):
             return
-        everyone = self.gather((platform.node(), error))
+        everyone = self.gather((platform.node(), error))  # errors are pickled on the way
         first_host, _ = everyone[0]
         host, found = next((host, error) for host, error in everyone if error is not None)
         if host != first_host:
@@ -145,7 +146,7 @@ def meeting() -> Iterator[None]:
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     timer = threading.Timer(SAID_AFTER_SECONDS, log.warning, [
         "rank %s waits at %s until all %s processes of the run are there", rank, address, world])
-    timer.daemon = True
+    timer.daemon = True  # or an exit while it waits would take as long
     if os.environ["LOCAL_RANK"] == "0":  # one line per machine
         timer.start()
 
@@ -155,7 +156,7 @@ def meeting() -> Iterator[None]:
         if "EADDRINUSE" in str(error):
             raise UserError(f"port {os.environ['MASTER_PORT']} of this machine is in use, perhaps "
                             "by another run; give the launcher another --master_port") from None
-        reason = _first_line(error)
+        reason = _first_line(error)  # the rest is a C++ stack
         raise RunFailedError(f"not all {world} processes of the run came to {address} "
                              f"({reason[:120]}); start it on every machine, each with its own "
                              "rank, the address of rank 0's machine, and one open port") from None
@@ -173,7 +174,7 @@ def peers_may_go(group: Processes) -> Iterator[None]:
     """Explain the errors that PyTorch raises here because another process is gone."""
     try:
         yield
-    except RuntimeError as error:
+    except RuntimeError as error:  # collectives raise it for any reason: its words decide
         peer_is_gone = any(words in str(error) for words in PEER_IS_GONE)
         if group.world_size == 1 or isinstance(error, RunFailedError) or not peer_is_gone:
             raise

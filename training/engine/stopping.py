@@ -13,8 +13,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-SAME_REQUEST_SECONDS = 1.0
-LOOK_SECONDS = 1.0
+SAME_REQUEST_SECONDS = 1.0  # in which further signals belong to the first one
+LOOK_SECONDS = 1.0  # between looks at the launcher, which read /proc
 
 STARTED_ALONE = "TOKENLOOM_ALONE"
 """Set where there is no launcher; training.engine.launch then sets the launcher's other names."""
@@ -35,9 +35,11 @@ class StopFlag:
         right behind it.
         """
         if not self._signal:
-            self._signal = number
+            # the time first: Python may run another signal's handler between these two lines
             self._first_at = time.monotonic()
+            self._signal = number
         elif time.monotonic() - self._first_at > SAME_REQUEST_SECONDS:
+            # the default action, so that whoever waits for this process sees the signal
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -53,9 +55,11 @@ class StopFlag:
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
     """Let SIGTERM and SIGINT set the flag while this is open."""
+    # a process without a launcher has LOCAL_RANK too, set by training.engine.launch; its parent
+    # is a shell, which may go
     has_launcher = "LOCAL_RANK" in os.environ and os.environ.get(STARTED_ALONE) is None
     flag = StopFlag(Launcher() if has_launcher else None)
-    before = {}
+    before = {}  # set back afterwards: another run may follow in this process
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, flag.note)
     try:

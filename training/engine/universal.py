@@ -22,7 +22,7 @@ def to_universal(checkpoint: Path, folder: Path) -> None:
     Runs in a process of its own, because DeepSpeed's converter forks and prints. ResumeError with
     DeepSpeed's reason.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
     # the converter is no rank of this run: with the launcher's names it would wait for the others
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS_NAMES}
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal",

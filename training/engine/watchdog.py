@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 LOOKS = 10  # in the time after which a run counts as stalled
 LEAST_ANSWER_SECONDS = 2.0
-OUR_PACKAGES = ("training", "inference", "seq2seq", "tokenizer_image")
+OUR_PACKAGES = ("training", "inference", "seq2seq", "tokenizer_image")  # not libraries' frames
 DEEPEST = 4  # parts of a file's name from its package on: inference/decoder/native/step.py
 
 
@@ -55,7 +55,7 @@ class Watchdog:
             return
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._moved_at = time.monotonic()
+        self._moved_at = time.monotonic()  # set-up before this took its time
         stacks = self._folder / f"rank{self.rank}.stacks.txt"
         with stacks.open("w", encoding="utf-8") as file:
             thread = threading.Thread(target=self._watch, args=(file,), name="watchdog",
@@ -68,6 +68,7 @@ class Watchdog:
                 thread.join()
                 faulthandler.cancel_dump_traceback_later()
 
+        # not reached on an error, which leaves the last state and stacks for its reader
         self._state_file(self.rank).unlink(missing_ok=True)
         if not stacks.stat().st_size:
             stacks.unlink()
@@ -84,7 +85,7 @@ class Watchdog:
         try:
             yield
         finally:
-            self._moved_at = time.monotonic()
+            self._moved_at = time.monotonic()  # first: the thread may look between these two
             self._paused = False
 
     def _watch(self, file: TextIO) -> None:
@@ -108,7 +109,8 @@ class Watchdog:
                 self._report(logging.ERROR,
                              f"error: the run stands still: {self._ranks()}; it ends here; the "
                              "same command goes on from the last checkpoint")
-                # the main thread waits inside a library for a process that will not answer
+                # the main thread waits inside a library for a process that will not answer, and
+                # sys.exit would end this thread alone
                 os._exit(1)
 
     def _write_state(self) -> None:
@@ -132,6 +134,7 @@ class Watchdog:
         path = self._state_file(rank)
         try:
             age = time.time() - path.stat().st_mtime
+            # five looks missed, or two seconds for short limits and slow disks
             if age > max(LEAST_ANSWER_SECONDS, self.seconds / 2):
                 return None
             return json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,10 @@
-"""Activations of a micro-batch, measured by running the objectives' own forward and backward passes
-on the meta device and adding up what is alive."""
+"""Activations of a micro-batch, measured on the meta device.
 
-# Axes: B images of a micro-batch, T text ids, F width of text features, N image tokens, L layout
-# tokens, S pixels of a side,
-#       M hidden words
+The objectives' own forward and backward passes run there, and the bytes alive are added up.
+"""
+
+# Axes: B images of a micro-batch, T text ids, F width of text features, N image tokens,
+#       L layout tokens, S pixels of a side, M hidden words
 
 from __future__ import annotations
 
@@ -32,9 +33,11 @@ from training.objectives.seq2seq import seq2seq_loss
 from training.objectives.tokenizer import AdversarialTerms, TokenizerObjective
 
 LEARNING_COPIES = {False: 4, True: 5}
-"""learn_codebook_by_gradient -> float32 tables [positions, codes] that vector-quantize-pytorch 1.32
-holds for a moment when a codebook learns (measured: tests/test_activations.py); by gradient, one
-per codebook stays until backward."""
+"""learn_codebook_by_gradient -> float32 tables [positions, codes] held for a moment in learning.
+
+Measured on vector-quantize-pytorch 1.32 (tests/test_activations.py). By gradient, one table per
+codebook stays until backward.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,17 @@ class Activations:
     peaks: tuple[tuple[int, int], ...]
 
     def worst(self, held: Callable[[int], int] = lambda numbers: 0) -> tuple[int, int]:
-        """Return (activations, gradients) in bytes where their sum is largest, if `held(numbers)`
-        bytes of gradients stay."""
+        """Return (activations, gradients) in bytes where their sum is largest.
+
+        held: numbers that have their gradients -> bytes of gradients that are kept of them.
+        """
         return max(((alive, held(done)) for alive, done in self.peaks), key=sum)
 
     def towards(self, other: Activations, times: int) -> Activations:
-        """Extrapolate on a straight line through this one and `other`, `times` their distance from
-        this one."""
+        """Extrapolate on the line through this one and `other`: `times` their distance from here.
+
+        Exact where bytes are a constant and a part per image, as nearly all activations are.
+        """
         pairs = zip(self.peaks, other.peaks, strict=True)
         return Activations(tuple((one + times * (two - one), done)
                                  for (one, done), (two, _) in pairs))
@@ -63,10 +70,11 @@ class Activations:
 
 def trace(run: Callable[[], object], parameters: Iterable[nn.Parameter], model: nn.Module,
           with_dropout: bool = False) -> Activations:
-    """Run a micro-batch's forward and backward, and free each gradient of `parameters` as soon as
-    it is complete.
+    """Run a micro-batch's forward and backward, and note the bytes alive at each new gradient.
 
-    model: whose tensors were there before and do not count, on the meta device or on another;
+    parameters: each one's gradient is freed as soon as it is complete; which gradients stay depends
+    on the ZeRO stage (see `worst`).
+    model: its tensors were there before and do not count; on the meta device or on another.
     with_dropout: see fused_attention.
     """
     peaks: list[tuple[int, int]] = []
@@ -77,12 +85,12 @@ def trace(run: Callable[[], object], parameters: Iterable[nn.Parameter], model: 
         peaks.append((alive.peak, done))
         done += parameter.numel()
         parameter.grad = None
-        alive.peak = alive.now
+        alive.peak = alive.now  # the next pair's peak counts from here
 
     hooks = [parameter.register_post_accumulate_grad_hook(complete) for parameter in parameters]
     with autocast_on_meta(), fused_attention(with_dropout), Alive(model) as alive:
         run()
-        peaks.append((alive.peak, done))
+        peaks.append((alive.peak, done))  # after the last gradient, or of a forward alone
     for hook in hooks:
         hook.remove()
     return Activations(tuple(peaks))
@@ -99,23 +107,24 @@ def text_on_meta(config: LayersConfig, captions: int) -> TextBatch:
     return TextBatch(torch.empty(shape, dtype=torch.int64, device="meta"), mask)
 
 
-def transformer_model(config: TransformerConfig, precision: str,
-                      checkpointing: bool) -> ImageTransformer:
+def transformer_model(config: TransformerConfig, precision: str, checkpointing: bool
+                      ) -> ImageTransformer:
     """Build a transformer on the meta device as it is trained."""
     model: ImageTransformer = build_on_meta(TRANSFORMER_KINDS[config.kind], config)
     recompute_activations(model, checkpointing)
     return model.to(DTYPES[precision])
 
 
-def transformer_step(model: ImageTransformer, loss: TokenLossConfig, count: int,
-                     text: TextBatch) -> None:
+def transformer_step(model: ImageTransformer, loss: TokenLossConfig, count: int, text: TextBatch
+                     ) -> None:
     """Run forward, loss and backward over `count` images, as train_seq2seq does."""
     config, device = model.config, text.text_mask.device
-    tokens = torch.zeros(count, config.num_tokens, dtype=torch.int64, device=device)
+    tokens = torch.zeros(count, config.num_tokens, dtype=torch.int64, device=device)  # [B, N]
     layout = None
     if config.layout_grid:
         layout = torch.zeros(count, config.layout_tokens, dtype=torch.int64, device=device)
-    seq2seq_loss(model, model, loss, TokenBatch(text, tokens, tokens, layout)).total.backward()
+    batch = TokenBatch(text, tokens, tokens, layout)
+    seq2seq_loss(model, model, loss, batch).total.backward()
 
 
 def transformer_activations(config: TransformerConfig, loss: TokenLossConfig, count: int,
@@ -131,10 +140,12 @@ def transformer_activations(config: TransformerConfig, loss: TokenLossConfig, co
 
 def matcher_activations(config: MatcherConfig, loss: MatcherLossConfig, count: int, precision: str,
                         checkpointing: bool, cuda: bool) -> Activations:
-    """Measure a matcher on a micro-batch of `count` images; hidden words are BERT's share of all
-    text ids."""
-    model = build_on_meta(
-        lambda config: MatcherWithTextHead(Matcher(config), loss), config).to(DTYPES[precision])
+    """Measure a matcher on a micro-batch of `count` images.
+
+    BERT's share of all text ids is hidden, which on average is so in training.
+    """
+    model = build_on_meta(lambda config: MatcherWithTextHead(Matcher(config), loss), config)
+    model = model.to(DTYPES[precision])
     recompute_activations(model, checkpointing)
 
     side = config.image.resolution
@@ -162,27 +173,28 @@ def matcher_activations(config: MatcherConfig, loss: MatcherLossConfig, count: i
 # ---- image tokenizer
 
 def tokenizer_model(config: TokenizerRunConfig, precision: str) -> ImageTokenizer:
-    """Build an image tokenizer on the meta device as it is trained, but with a quantizer that only
-    looks codes up."""
+    """Build an image tokenizer on the meta device as it is trained.
+
+    But its quantizer only looks codes up: one that learns reads numbers, which are not there. A
+    hook stands for the memory of learning.
+    """
     model: ImageTokenizer = build_on_meta(build_tokenizer, config.model)
     if config.train.trained_part == "decoder":
         model.freeze_codes()
     model.gradient_checkpointing = config.train.gradient_checkpointing
 
-    # a codebook that learns reads its numbers, which the meta device does not have; a hook stands
-    # for its memory
     for part in model.modules():
         if isinstance(part, Quantizer) and part.config.kind != "gumbel":
+            # but gumbel's softmax over scores needs no values, so it is measured as it trains
             part.eval()
-            if not model.codes_frozen and part.config.kind in (
-                    "vq", "residual") and not part.config.raw_search:
+            has_tables = part.config.kind in ("vq", "residual") and not part.config.raw_search
+            if has_tables and not model.codes_frozen:
                 part.register_forward_hook(_LearningCodebook())
     return model.to(DTYPES[precision])
 
 
 class _LearningCodebook:
-    """Forward hook that allocates what a learning codebook holds: tables of all positions against
-    all codes."""
+    """Forward hook that allocates a learning codebook's tables: all positions against all codes."""
 
     def __init__(self) -> None:
         self.kept: Tensor | None = None
@@ -194,22 +206,24 @@ class _LearningCodebook:
         table = (latents.numel() // latents.shape[1], quantizer.codebook_size)  # [positions, codes]
         if options.learn_codebook_by_gradient:
             self.kept = torch.empty(options.depth, *table, device=latents.device)
-        torch.empty(LEARNING_COPIES[options.learn_codebook_by_gradient], *table,
-                    device=latents.device)
+        copies = LEARNING_COPIES[options.learn_codebook_by_gradient]
+        torch.empty(copies, *table, device=latents.device)  # freed at once, but part of the peak
 
 
 def tokenizer_activations(config: TokenizerRunConfig, count: int, precision: str) -> Activations:
-    """Measure an image tokenizer with its discriminator and perceptual network on a micro-batch of
-    `count` images."""
+    """Measure an image tokenizer, discriminator and perceptual network on `count` images."""
     networks, step = tokenizer_step(config, count, precision)
+    # only the tokenizer's gradients leave on the way: the discriminator's stay until its own step
     trained = [parameter for parameter in networks["model"].parameters() if parameter.requires_grad]
     return trace(step, trained, networks)
 
 
-def tokenizer_step(config: TokenizerRunConfig, count: int,
-                   precision: str) -> tuple[nn.ModuleDict, Callable[[], None]]:
-    """Return the networks of a tokenizer's run on the meta device, and a step of both halves as
-    train_tokenizer does it."""
+def tokenizer_step(config: TokenizerRunConfig, count: int, precision: str
+                   ) -> tuple[nn.ModuleDict, Callable[[], None]]:
+    """Return the networks of a tokenizer's run on the meta device, and a step as it trains them.
+
+    The step has both halves: the tokenizer's, and the discriminator's if there is one.
+    """
     model = tokenizer_model(config, precision)
     side, channels = config.model.resolution, config.model.in_channels
     networks = nn.ModuleDict({"model": model})
@@ -226,6 +240,7 @@ def tokenizer_step(config: TokenizerRunConfig, count: int,
 
     def step() -> None:
         result = model(image.to(DTYPES[precision]))
+        # at the last step, where all terms count
         objective(result, image, model.last_layer, config.train.steps).total.backward()
         if adversarial is not None:
             step_with_r1 = config.adversarial.start_step

@@ -33,6 +33,8 @@ REDUCING = "reducing gradients"
 OPTIMIZER_STEP = "optimizer step"
 START = "start"
 
+# below, `number` is the bytes of one number in the module's precision; counts are in numbers
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -113,7 +115,9 @@ def _unsharded(module: TrainedModule, sharding: Sharding, activations: Activatio
     # gradients that add up are whole from the first micro-batch on
     accumulated = gradients if sharding.accumulation > 1 else 0
     alive, held = activations.worst(lambda done: accumulated or number * done)
+    # a message is sent once it is full, so the last parameter in it may go beyond
     flat = number * min(count, LARGEST_ALLREDUCE + max(module.sizes))
+    # before DeepSpeed's copies are there, the float32 module may be larger than all that stays
     start = _first_bytes(sharding, number) * count - weights - own
     return EngineMemory(weights, own, 0, 0, 0, (
         Phase(FORWARD_BACKWARD, alive, held),
@@ -134,7 +138,7 @@ def _sharded(module: TrainedModule, sharding: Sharding, activations: Activations
     largest_group = max(module.group_sizes) * (1 / sharding.processes)
     flat_step = _flat_step(module, sharding, largest_group)
     if sharding.offloads:
-        own = step = partition = added = 0
+        own = step = partition = added = 0  # the step runs in main memory, on what is there
         # float32 weights and gradients, moments, weights on their way, gradients that add up
         offloaded = 2 * FLOAT32_BYTES * shard + flat_step.state
         offloaded += number * shard * (2 if accumulates else 1)
@@ -186,6 +190,7 @@ def _all_sharded(module: TrainedModule, sharding: Sharding, activations: Activat
     most_live = min(count, sharding.zero_size("stage3_max_live_parameters", count))
     gathered = number * max(persistent, most_live) if sharding.processes > 1 else 0
 
+    # a sub-group ends after the parameter that fills it
     largest = max(module.sizes) / sharding.processes
     group = min(max(module.group_sizes) / sharding.processes,
                 sharding.zero_size("sub_group_size", count) + largest)
@@ -201,7 +206,7 @@ def _all_sharded(module: TrainedModule, sharding: Sharding, activations: Activat
         gradients = number * shard
         step = flat_step.gradients + flat_step.temporary
 
-    alive, _ = activations.worst()
+    alive, _ = activations.worst()  # a gradient leaves for its shard as soon as it is complete
     bucket_copies = 1 if sharding.cuda else 2  # gloo keeps one of its own
     start = _first_bytes(sharding, number) * count - weights - own - gradients
     return EngineMemory(weights, own, gradients, number * bucket, offloaded, (
@@ -229,6 +234,7 @@ class _FlatStep(NamedTuple):
 
 def _flat_step(module: TrainedModule, sharding: Sharding, group: float) -> _FlatStep:
     """Measure this process's optimizer, whose step takes `group` numbers at a time."""
+    # a shard is one vector per group, whatever the shapes of its parameters
     shards = [math.ceil(size / sharding.processes) for size in module.group_sizes]
     flat_groups = tuple(((shard,),) for shard in shards)
     state, _ = optimizer_bytes(flat_groups, module.optim, sharding.cuda)

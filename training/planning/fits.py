@@ -24,7 +24,7 @@ from training.planning.activations import Activations
 from training.planning.plan import Plan
 from training.planning.rank_memory import RankMemory, rank_memory, sharding_of
 
-MOST_GPUS = 4096
+MOST_GPUS = 4096  # where the search for a remedy ends
 
 
 class MemoryOptions(NamedTuple):
@@ -45,9 +45,9 @@ class MemoryOptions(NamedTuple):
         """`key value` of each option that differs from `before`."""
         keys = ("deepspeed.zero_stage", "train.accumulation", "train.gradient_checkpointing",
                 "deepspeed.offload")
-        return [f"{key} "
-                f"{str(new).lower()}" for key, new, old in zip(keys, self, before, strict=True)
-                if new != old]
+        changed = zip(keys, self, before, strict=True)
+        # lower: true and false as YAML and the command line have them
+        return [f"{key} {str(new).lower()}" for key, new, old in changed if new != old]
 
     def applied_to(self, plan: Plan) -> Plan | None:
         """The plan with these options; None where its config refuses the combination."""
@@ -116,8 +116,8 @@ class MemoryFit:
         while count <= MOST_GPUS and batch_size % (count * before.accumulation) == 0:
             for options in (before, *self._alternatives(before, count)):
                 if self._fits(options, memory, count):
-                    return ", ".join([f"it would fit on {count} "
-                                      "processes", *options.changes(before)])
+                    return ", ".join([f"it would fit on {count} processes",
+                                      *options.changes(before)])
             count *= 2
         return ("no ZeRO stage, accumulation or gradient checkpointing makes it fit; use a smaller "
                 "model or more memory")
@@ -162,7 +162,9 @@ class MemoryFit:
 
 def least_memory(memory: RankMemory, activations: Activations) -> int:
     """Bytes below which a process certainly fails: those `certain`, and half of the activations."""
-    return memory.certain + activations.worst()[0] // 2
+    # half, since an allocator may do better than the estimate: no run that could fit is refused
+    alive, _ = activations.worst()
+    return memory.certain + alive // 2
 
 
 def refuse_what_cannot_fit(plan: Plan, group: Processes) -> None:
@@ -171,11 +173,11 @@ def refuse_what_cannot_fit(plan: Plan, group: Processes) -> None:
     On a CPU all processes of a machine share its memory.
     """
     available = available_memory(group.device)
-    if available is None:
+    if available is None:  # the system does not say: let the run try
         return
 
     cuda = group.device.type == "cuda"
-    sharing = 1 if cuda else processes_here()
+    sharing = 1 if cuda else processes_here()  # each process has a GPU of its own
     fit = MemoryFit(plan, group.world_size, cuda)
     options = MemoryOptions.of(plan.config)
     memory = fit.memory(options)

@@ -45,7 +45,7 @@ def tokenizer_forward_flops(config: ImageTokenizerConfig) -> int:
 
     Discriminator and perceptual network are not counted.
     """
-    model: ImageTokenizer = build_on_meta(build_tokenizer, config)
+    model: ImageTokenizer = build_on_meta(build_tokenizer, config)  # in training mode
     for part in model.modules():
         # a codebook that learns reads values, and tensors on the meta device have none
         if isinstance(part, Quantizer) and part.config.kind != "gumbel":
@@ -68,6 +68,7 @@ def tokenizer_training_flops(config: TokenizerRunConfig) -> int:
     """
     # activations that are computed again do not count (see training_flops)
     train = config.train.model_copy(update={"gradient_checkpointing": False})
+    # FLOPs do not depend on the precision
     _, step = tokenizer_step(config.model_copy(update={"train": train}), 1, "float32")
 
     with _Counter() as counter, autocast_on_meta():
@@ -103,7 +104,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
+        formula = flop_registry.get(func.overloadpacket)  # None for all that is no product
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out

@@ -40,7 +40,7 @@ from training.planning.flops import (
 )
 from training.planning.trained_module import FLOAT32_BYTES, TrainedModule
 
-SAMPLE_PICTURES = 8
+SAMPLE_PICTURES = 8  # of a sample grid
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def seq2seq_plan(config: Seq2SeqRunConfig, precision: str, model: TransformerCon
         tokenizer_bytes = _bytes(build_on_meta(build_tokenizer, tokenizer))
     sampling = 0
     if config.train.sample_every:
+        # at scale 1 there is no unconditional half, so half as many rows
         workload = Workload(SAMPLE_PICTURES, SAMPLE_PICTURES, guided=config.sample_guidance != 1)
         sampling = sampling_memory(model, tokenizer, workload).beyond_weights
 
@@ -101,16 +102,18 @@ def seq2seq_plan(config: Seq2SeqRunConfig, precision: str, model: TransformerCon
         copy=_copy_bytes(module),
         uses_copy=bool(config.train.sample_every or config.data.validation_split),
         sampling=sampling,
+        # a lambda, since counting takes seconds and the check before a run needs memory alone
         flops=lambda: training_flops(forward_flops(model)),
         tokens=model.num_tokens,
         activations=activations,
+        # images that are encoded on the fly leave no token shards on the disk
         codebook_size=0 if config.data.on_the_fly else model.codebook_size)
 
 
 def matcher_plan(config: MatcherRunConfig, precision: str, model: MatcherConfig) -> Plan:
     """Plan a run of train_matcher.py."""
-    on_meta = build_on_meta(lambda options: MatcherWithTextHead(Matcher(options), config.loss),
-                            model)
+    on_meta = build_on_meta(
+        lambda options: MatcherWithTextHead(Matcher(options), config.loss), model)
     module = TrainedModule.of("model", on_meta, config.optim, precision)
 
     def activations(count: int, recomputed: bool, cuda: bool) -> Activations:
@@ -165,6 +168,7 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _copy_bytes(module: TrainedModule) -> int:
+    # frozen parameters and buffers are in `fixed` as they are
     return FLOAT32_BYTES * module.trainable + module.fixed
 
 

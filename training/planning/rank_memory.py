@@ -61,10 +61,11 @@ def sharding_of(plan: Plan, stage: int, processes: int, cuda: bool) -> Sharding:
     config = plan.config
     deepspeed = config.deepspeed.model_copy(update={"zero_stage": stage})
     config = config.model_copy(update={"deepspeed": deepspeed})
+    # the JSON that a run would have, with the sizes that a user's own file sets
     json = deepspeed_json(config, processes, plan.precision, plan.parameters)
 
     offload = config.deepspeed.offload
-    if stage < OFFLOAD_LEAST_STAGE[offload]:
+    if stage < OFFLOAD_LEAST_STAGE[offload]:  # as if the config were changed with the stage
         offload = "none"
     return Sharding(stage, processes, config.train.accumulation, offload, cuda,
                     zero=dict(json["zero_optimization"]))
@@ -81,6 +82,7 @@ def rank_memory(plan: Plan, sharding: Sharding, activations: Activations) -> Ran
     samples_bytes = plan.copy + plan.sampling
     if sharding.cuda:
         samples_bytes = samples_bytes if plan.uses_copy else 0
+        # the float32 model is built in main memory, and copied there for the export
         host = kept.offloaded + 2 * plan.copy
         on_device_too = 0
     else:
@@ -89,12 +91,12 @@ def rank_memory(plan: Plan, sharding: Sharding, activations: Activations) -> Ran
 
     phases = [phase for engine in engines for phase in engine.phases]
     phases.append(Phase("samples and export", buffers=samples_bytes))
-    worst = max(phases, key=lambda phase: phase.total)
+    worst = max(phases, key=lambda phase: phase.total)  # they follow one another, so no sum
 
     average = plan.copy if plan.config.train.weight_ema else 0
     fewest_gradients = 0
     if not sharding.offloads:
-        sharers = sharding.processes if sharding.stage > 1 else 1
+        sharers = sharding.processes if sharding.stage > 1 else 1  # stage 1 shards no gradients
         fewest_gradients = NUMBER_BYTES[plan.precision] * plan.parameters // sharers
     certain = (kept.parameters + kept.optimizer + average + plan.other_models + fewest_gradients
                + on_device_too)

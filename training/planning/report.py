@@ -52,6 +52,7 @@ def report_of(plan: Plan, machine: Machine, rows: int | None) -> Report:
     """
     fit = MemoryFit(plan, machine.processes, machine.cuda)
     options = MemoryOptions.of(plan.config)
+    # all four for the table, whichever the config asks for
     stages = {stage: fit.memory(options._replace(stage=stage)) for stage in range(4)}
     own = stages[options.stage]
     assert own is not None, "a config that was read is possible"
@@ -101,6 +102,7 @@ def _stage(stage: int, memory: RankMemory | None, machine: Machine) -> dict[str,
         return {"zero_stage": stage, "possible": False}
     parts = {name: getattr(memory, name) for name in PARTS}
     fits = None if machine.memory is None else memory.total <= machine.memory
+    # "moment" is the phase: keys of the JSON stay as they are
     return {"zero_stage": stage, "possible": True, "bytes": {**parts, "total": memory.total},
             "moment": memory.phase, "main_memory": memory.host, "fits": fits}
 
@@ -116,6 +118,7 @@ def _disk(plan: Plan, stage: int, rows: int | None) -> dict[str, Any]:
 
     token_shards = 0
     if rows and plan.codebook_size:
+        # captions and keys beside the tokens are not counted
         token_shards = rows * plan.tokens * token_dtype(plan.codebook_size).itemsize
 
     export = plan.copy
@@ -141,8 +144,8 @@ def _advice(fit: MemoryFit, own: RankMemory, activations: Activations, machine: 
     for stage in range(options.stage):
         lower = fit.memory(options._replace(stage=stage))
         if lower is not None and lower.total <= machine.memory:
-            return (f"fits; deepspeed.zero_stage {stage} would too, with fewer messages between "
-                    "processes")
+            return (f"fits; deepspeed.zero_stage {stage} would too, "
+                    "with fewer messages between processes")
     return "fits"
 
 

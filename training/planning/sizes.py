@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {**PRESET_SIZES, "text_length": DEFAULT_TEXT_LENGTH,
 
 768 is the width of T5's and BERT's base models.
 """
-DEFAULT_CLASSES = 1000
+DEFAULT_CLASSES = 1000  # ImageNet's
 LIVE_ENCODER = ("the frozen text encoder, which encodes captions as they come "
                 "(no text.feature_cache)")
 
@@ -56,6 +56,7 @@ class Sizes:
 
     def __init__(self, given: GivenSizes) -> None:
         self._given = asdict(given)
+        # an option that nothing reads is refused at the end: it would be ignored in silence
         self._unread = {name for name, value in self._given.items() if value is not None}
         self.assumed: list[str] = []
         """A sentence for each size that no file says."""
@@ -80,7 +81,7 @@ class Sizes:
         value = given
         if value is None:
             value = DEFAULTS[name] if default is None else default
-        if value is not None:
+        if value is not None:  # None: unknown rows, so no epochs either
             self.assumed.append(f"{name.replace('_', ' ')} {value} ({flag})")
         return value
 
@@ -166,7 +167,7 @@ def _sizes_of_start(config: Seq2SeqRunConfig, start: StartFolder, sizes: Sizes) 
     model = start.config()
     derived = {name: getattr(model, name) for name in DERIVED}
     for field, option in OPTION_OF_FIELD.items():
-        if derived[field] is not None:
+        if derived[field] is not None:  # text has ids or features: one of the two is None
             derived[field] = sizes.resolve(option, derived[field])
     if config.text.kind == FrozenTextEncoder.kind and not config.text.feature_cache:
         sizes.not_counted.append(LIVE_ENCODER)
@@ -208,7 +209,7 @@ def _text_sizes(text: TextConfig, sizes: Sizes, start_from: str | None = None) -
         return {"text_vocab_size": sizes.resolve("vocab_size", source.vocab_size),
                 "text_length": sizes.resolve("text_length", source.config.text_length)}
 
-    if text.kind == ClassLabels.kind:
+    if text.kind == ClassLabels.kind:  # a class is a text of one id
         classes = sizes.resolve("vocab_size", None, DEFAULT_CLASSES)
         return {"text_vocab_size": classes, "text_length": 1}
     return {"text_vocab_size": sizes.resolve("vocab_size", text.vocab_size),

@@ -36,7 +36,7 @@ class TrainedModule:
     @classmethod
     def of(cls, name: str, module: nn.Module, optim: OptimConfig, precision: str) -> TrainedModule:
         """Read a module on the meta device, grouped as its optimizer groups it."""
-        optimizer = build_optimizer(module, optim)
+        optimizer = build_optimizer(module, optim)  # its groups alone; no state before a step
         groups = tuple(_shapes(group["params"]) for group in optimizer.param_groups)
 
         frozen = [p.numel() for p in module.parameters() if not p.requires_grad]
@@ -63,7 +63,7 @@ def _shapes(parameters: list[nn.Parameter]) -> Shapes:
     return tuple(tuple(parameter.shape) for parameter in parameters)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)  # a remedy asks for the same shards with many combinations of options
 def optimizer_bytes(groups: tuple[Shapes, ...], config: OptimConfig, together: bool
                     ) -> tuple[int, int]:
     """Measure an optimizer over float32 parameters by running its step twice on the meta device.
@@ -76,6 +76,7 @@ def optimizer_bytes(groups: tuple[Shapes, ...], config: OptimConfig, together: b
     for group in groups:
         members = [nn.Parameter(torch.empty(shape, device="meta")) for shape in group]
         parameters.extend(members)
+        # above 0, or a step would leave its decay out
         optimizer_groups.append({"params": members, "weight_decay": 0.1})
     optimizer = OPTIMIZERS[config.name](optimizer_groups, config)
 
@@ -89,5 +90,5 @@ def optimizer_bytes(groups: tuple[Shapes, ...], config: OptimConfig, together: b
     with Alive(parameters) as alive:
         optimizer.step()  # the first step makes the state
         state = alive.peak = alive.now
-        optimizer.step()
+        optimizer.step()  # the second one has what every later one takes
     return state, alive.peak - state
