@@ -133,6 +133,8 @@ class MatcherTraining(Training):
                                  "hidden words": bool(self.config.loss.mlm_weight)}
         if self.config.train.weight_ema:
             facts["weight_ema"] = True
+        if self.config.optim.name != "adamw":
+            facts["optim.name"] = self.config.optim.name
         return facts | self.order.facts()
 
     def _keep_text_source(self) -> None:

@@ -204,8 +204,10 @@ class RunState:
         manifest = read_manifest(folder)
         then = manifest | by_dotted_name(manifest.get("facts", {}))
         now = self._settings() | by_dotted_name(self.facts)
-        # facts that the run no longer has are of another order of the data; others may come and go
-        gone = {name: None for name in then if name.startswith("data.") and name not in now}
+        # a fact that is gone means another order of the data, or AdamW, whose name is no fact;
+        # others (a discriminator, a moving average) may be given up
+        gone = {name: None for name in then if name not in now
+                and (name.startswith("data.") or name == "optim.name")}
         differing = [f"{name} {then.get(name)} then, {value} now"
                      for name, value in (now | gone).items() if then.get(name) != value]
         if differing:
