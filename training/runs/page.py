@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tokenloom_common.errors import UserError
+from tokenloom_common.extras import require_extra
 from training.runs.facts import RunFacts
 from training.runs.metrics import sample_grids
 
@@ -96,12 +96,9 @@ def _curves(run: RunFacts) -> str:
 
 def _curve(title: str, rows: list[dict[str, Any]], name: str) -> str:
     """Draw one panel as SVG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"the page's curves need matplotlib ({error}): pip install "
-                        "'tokenloom[train]'") from None
-    figure = Figure(figsize=(4.6, 2.8), layout="constrained")
+    # not pyplot, which would choose a backend and keep every figure
+    matplotlib = require_extra("matplotlib.figure", "a page with curves")
+    figure = matplotlib.Figure(figsize=(4.6, 2.8), layout="constrained")
     axis = figure.subplots()
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
     steps, values = zip(*points, strict=True)
