@@ -31,7 +31,7 @@ GROUPS = {"optim": ("lr", "grad_norm", "skipped_steps"),
                     "temperature", "kl_weight")}
 """Folder that a number is shown in -> names in metrics.jsonl; every other number is a term of the
 loss."""
-NO_NUMBERS = ("step", "elapsed_s")
+NO_NUMBERS = ("step", "elapsed_s")  # keys of a row that are not written as curves
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
@@ -66,6 +66,7 @@ class TensorBoardWriter:
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         folder = str(Path(config.run_dir) / "tensorboard")
+        # TensorBoard drops this step and all after it
         purge_step = first_step + 1 if first_step else None
         package = _package("tensorboard")
         self._writer = package.SummaryWriter(folder, purge_step=purge_step)
@@ -74,7 +75,7 @@ class TensorBoardWriter:
         """Write one scalar each."""
         for name, value in values.items():
             self._writer.add_scalar(grouped(name), value, step)
-        # what a killed run had logged before its last checkpoint is not logged again
+        # a resumed run does not repeat the steps before its checkpoint: they must be on disk
         self._writer.flush()
 
     def image(self, step: int, name: str, path: Path) -> None:
