@@ -108,7 +108,7 @@ def _curve(title: str, rows: list[dict[str, Any]], name: str) -> str:
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
 
-    # as vectors in the page itself, which stays one file
+    # vectors inside the page, which so stays one file
     file = io.StringIO()
     figure.savefig(file, format="svg")
     svg = file.getvalue()
@@ -118,6 +118,7 @@ def _curve(title: str, rows: list[dict[str, Any]], name: str) -> str:
 
 def _images(run: RunFacts) -> str:
     grids = list(sample_grids(run.path).values())
+    # a page with every grid of a long run would be too large to open
     newest_first = grids[-LAST_GRIDS:][::-1]
     others = [run.path / name for name in ("positions.png", "codebook.png")]
     images = [_image(path) for path in [*newest_first, *others] if path.is_file()]
@@ -125,7 +126,7 @@ def _images(run: RunFacts) -> str:
         return "<p>none yet</p>"
 
     captions, text = run.path / "samples" / "captions.json", ""
-    if captions.is_file():
+    if captions.is_file():  # a tokenizer's grids have none
         text = f"<p>captions: {html.escape(captions.read_text(encoding='utf-8'))}</p>"
     return text + "".join(images)
 

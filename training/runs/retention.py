@@ -44,6 +44,7 @@ def delete_old(run_dir: Path, keep: CheckpointConfig, names: list[str]) -> None:
     """
     best = _name_best(run_dir, names) if keep.keep_best else None
     candidates = [name for name in names if not _is_kept_for_good(name, keep)]
+    # keep_last counts these alone: those kept for good do not use it up
     for name in candidates[: -keep.keep_last]:
         if name != best:
             shutil.rmtree(run_dir / "checkpoints" / name, ignore_errors=True)
