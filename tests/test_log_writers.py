@@ -271,7 +271,7 @@ def test_a_missing_package_names_its_extra_before_anything_is_written(tmp_path, 
     assert train_seq2seq.main(["--data.path", "d", "--image_tokenizer", "t", "--run_dir", str(tmp_path / "run"),
                                f"--log.{name}", "true"]) == 2
     message = capsys.readouterr().err
-    assert f"log.{name} needs a package" in message
+    assert f"log.{name} needs {module} (" in message
     assert f"pip install 'tokenloom[{extra}]'" in message
     assert message.count("\n") == 1
     assert not (tmp_path / "run").exists()

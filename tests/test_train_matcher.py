@@ -160,6 +160,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, group):
         MatcherTraining(config(data, tmp_path / "b", **merge(values, {"loss": {"mlm_weight": 0.0}})), group)
 
 
+@pytest.mark.parametrize(("then", "now"), [("adamw", "adafactor"), ("adafactor", "adamw")])
+def test_a_resume_with_another_optimizer_is_refused_before_the_run_is_touched(data, tmp_path, group, then, now):
+    def with_optimizer(name: str) -> MatcherRunConfig:
+        return config(data, tmp_path / "run", deepspeed={"zero_stage": 0}, optim={"name": name})
+
+    train(with_optimizer(then), group)
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    with pytest.raises(ResumeError, match=r"another kind of run \(optim\.name"):
+        MatcherTraining(with_optimizer(now), group)
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_the_temperature_stays_bounded_in_the_optimizers_copy_too(data, tmp_path, group, stage, monkeypatch):
     """With a loss that only asks for a larger scale."""

@@ -65,6 +65,7 @@ from training.loop.log import setup_console
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
+# what a folder may hold that publishing replaces
 OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, SETTINGS_NAME, RECORDS, f"*-?????-of-?????{SUFFIX}")
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one another: one may have hours of shards before it when the others
@@ -87,6 +88,7 @@ class DatasetEncoder:
             raise UserError(f"--out {config.out}: give the path of a folder of its own, such as "
                             "runs/tokens")
         self.out = out.resolve() if out.is_symlink() else out  # a rename would replace the link
+        # beside it, since a rename is atomic on one file system only; a stopped run continues there
         self.aside = self.out.with_name(f".{self.out.name}.tmp")
         self.shards = ShardEncoder(self.tokenizer, config, self.aside, self.drops, group.device)
         self._lock: IO[str] | None = None
@@ -99,12 +101,14 @@ class DatasetEncoder:
             self._run()
         finally:
             if self._lock is not None:
+                # while it is locked, or the file of the next run could be deleted
                 Path(self._lock.name).unlink(missing_ok=True)
                 self._lock.close()
 
     def _run(self) -> None:
         splits = self.group.first_does(self._splits)
         sources = {split: self._open(split) for split in splits}
+        # an earlier run's, if there is one: its shards are cut that way, whatever ran it
         shard_rows: int = self.group.first_does(
             lambda: prepare_folder(self.aside, self._facts(sources)))
         shards = {split: cut_into_shards(split, len(source), shard_rows)
@@ -154,9 +158,9 @@ class DatasetEncoder:
                 "caption_column": config.data.caption_column,
                 "image_column": config.data.image_column}
         rows = {split: [len(source), source.identity()] for split, source in sources.items()}
+        # so that every process has a shard of the longest split to write
         longest = max(len(source) for source in sources.values())
-        # so that every process has a shard to write
-        rows_per_process = -(-longest // self.group.world_size)
+        rows_per_process = -(-longest // self.group.world_size)  # rounded up
         return {"image tokenizer": self.fingerprint, "data": data, "layout": config.layout.plain(),
                 "views": config.views.plain(), "rows": rows,
                 "shard_rows asked for": config.shard_rows,
@@ -193,7 +197,7 @@ class DatasetEncoder:
                 for shard in own:
                     written[shard.name] = self.shards.encode(source, shard, bar)
             except OthersFailedError:
-                pass
+                pass  # they raise the reason below, together with this process
             except Exception as error:
                 problem = self._explained(error)
                 # stops the others at their next batch
@@ -223,10 +227,12 @@ class DatasetEncoder:
         total = sum(rows.values())
 
         dropped: Counter[str] = count_drop_reasons(list(done.values())) + self.drops.opened
-        self._check_dropped(total, dropped)
+        self._check_dropped(total, dropped)  # before anything appears in `out`
         check_whole(self.aside, [file for of_split in files.values() for file in of_split])
 
-        layouts = Layouts(self.config.layout).index() if self.config.layout.kind != "none" else None
+        layouts = None
+        if self.config.layout.kind != "none":
+            layouts = Layouts(self.config.layout).index()
         splits = {split: SplitIndex(rows=rows[split], files=of_split)
                   for split, of_split in files.items()}
         write_index(self.aside, TokenIndex(
@@ -236,6 +242,7 @@ class DatasetEncoder:
         write_origin(data_origin(self.config.data.path), self.aside,
                      "Image tokens and captions of this data, made by Tokenloom's encode_dataset; "
                      "tokens.json says with what.")
+        # the records are removed last: a run that is killed before continues from them
         publish_folder(self.aside, self.out)
         remove_records(self.out)
         if dropped:
@@ -247,7 +254,7 @@ class DatasetEncoder:
         """Raise DataError when nothing is left or too much was dropped: each process saw only its
         own share of that."""
         path, fraction = self.config.data.path, self.config.data.max_bad_fraction
-        seen = self.drops.seen
+        seen = self.drops.seen  # all rows: every process opened every split
         if not rows:
             raise DataError(f"{path}: not one picture could be encoded ({format_reasons(dropped)})")
         if dropped.total() > max(ALWAYS_TOLERATED, fraction * seen):
@@ -262,6 +269,7 @@ def run(argv: Sequence[str] | None) -> int:
                          "encode_dataset.py", __doc__ or "")
     with processes(config.threads, PATIENCE) as group, peers_may_go(group):
         setup_console(group.is_first)
+        # each process writes shards of its own, which must be made in the same way
         check_same(group, config.plain(), "the config")
         DatasetEncoder(config, group).run()
     return 0

@@ -41,12 +41,7 @@ from training.evaluation.retrieval import evaluate_retrieval
 from training.loop.drops import PictureDrops
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
-from training.loop.trained import (
-    Training,
-    batch_captions,
-    open_held_out_pictures,
-    with_prefix,
-)
+from training.loop.trained import Training, batch_captions, open_held_out_pictures, with_prefix
 from training.objectives.matcher import (
     MatcherOutputs,
     MatcherWithTextHead,
@@ -88,7 +83,7 @@ class MatcherTraining(Training):
 
         self.run_state = RunState(config, group, self._facts(model_config))
         self.run_state.prepare()
-        group.first_does(self._keep_text_source)
+        group.first_does(self._keep_text_source)  # after prepare, which may put an old one aside
 
         self._open_visits(model_config)
         self._build(model_config)
@@ -111,6 +106,7 @@ class MatcherTraining(Training):
 
     def _choose_text_source(self) -> TextSource:
         config, run_dir = self.config, Path(self.config.run_dir)
+        # enough to know where the text source lies: RunState checks the checkpoints later
         is_continued = config.checkpoint.resume != "never" and (run_dir / "latest.json").is_file()
         source = choose_text_source(config.text, self.source,
                                     run_dir / TEXT_FOLDER if is_continued else None)
@@ -133,6 +129,8 @@ class MatcherTraining(Training):
                                  "hidden words": bool(self.config.loss.mlm_weight)}
         if self.config.train.weight_ema:
             facts["weight_ema"] = True
+        if self.config.optim.name != "adamw":
+            facts["optim.name"] = self.config.optim.name
         return facts | self.order.facts()
 
     def _keep_text_source(self) -> None:
@@ -146,6 +144,7 @@ class MatcherTraining(Training):
         self.visits = CaptionedVisits(self.source, model.image.resolution, config.seed,
                                       config.data.horizontal_flip)
         captions = batch_captions(self.text_source, config.text, [self.source], self.group)
+        # random words in place of hidden ones are drawn from all ids
         masked_vocab_size = self.text_source.vocab_size if config.loss.mlm_weight else None
         self.collate = CollateCaptioned(captions, config.seed, masked_vocab_size)
 
@@ -166,8 +165,7 @@ class MatcherTraining(Training):
                     forward_flops=self._forward_flops())
 
     def _forward_flops(self) -> Callable[[], int] | None:
-        """FLOPs of one image and its caption; None where hidden words are predicted too, which are
-        not counted."""
+        """FLOPs of one image and its caption; None with hidden words, whose pass is not counted."""
         if self.config.loss.mlm_weight:
             return None
         config = self.model.matcher.config
@@ -196,6 +194,7 @@ class MatcherTraining(Training):
         device, dtype = self.group.device, DTYPES[self.precision]
         image = batch.image.to(device, dtype, memory_format=torch.channels_last)  # [B, 3, S, S]
         text, mask = (part.to(device) for part in batch.text)  # [B, T] each, or features [B, T, F]
+        # features follow the weights' precision; ids stay int64 for the embedding
         inputs = [image, text.to(dtype) if text.is_floating_point() else text, mask]
         if batch.masked is None:
             return self.engine(*inputs), None
@@ -243,7 +242,7 @@ class MatcherTraining(Training):
         self.drops.say()
         if not self.group.is_first:
             return
-        self.sample(self.config.train.steps)
+        self.sample(self.config.train.steps)  # the last curves, whatever train.sample_every is
 
         run_dir, report = self.run_state.run_dir, None
         if self.held_out is not None:

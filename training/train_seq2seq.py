@@ -52,7 +52,7 @@ from training.warm_start.transformer import model_of_start
 
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
 
-SAMPLE_PICTURES = 8
+SAMPLE_PICTURES = 8  # captions of a sample grid
 
 
 class Seq2SeqTraining(Training):
@@ -71,8 +71,7 @@ class Seq2SeqTraining(Training):
         self.order, self.drops = self.inputs.order, self.inputs.drops
         self._check_memory_and_text_start()
 
-        # the weights are read before the run folder is touched, since a damaged file refuses the
-        # run
+        # before the run folder is touched, since a damaged file refuses the run
         warm_model = self._warm_start()
         self.run_state = RunState(config, group, self._facts())
         self.run_state.prepare()
@@ -131,7 +130,7 @@ class Seq2SeqTraining(Training):
         held_out = [] if self.held_out is None else [self.held_out]
         captions = batch_captions(self.text_source, config.text, [data, *held_out], self.group)
         if isinstance(data, OnTheFlyTokens):
-            # it encodes every batch
+            # it encodes every batch there, after the loader's workers have read the images
             self.image_tokenizer = self.image_tokenizer.to(self.group.device)
             self.visits = OnTheFlyVisits(data.source, self.image_tokenizer.config.resolution,
                                          config.seed, config.data.horizontal_flip,
@@ -149,8 +148,9 @@ class Seq2SeqTraining(Training):
     def _build(self, warm_model: ImageTransformer | None) -> None:
         config, model_config = self.config, self.inputs.model_config
         seed_everything(config.seed, 0)  # the same weights on every process
-        self.model: ImageTransformer = TRANSFORMER_KINDS[
-            model_config.kind](model_config) if warm_model is None else warm_model
+        if warm_model is None:
+            warm_model = TRANSFORMER_KINDS[model_config.kind](model_config)
+        self.model: ImageTransformer = warm_model
         recompute_activations(self.model, config.train.gradient_checkpointing)
         self._take_text_encoder()
         self.start_engine(self.model)
@@ -192,6 +192,7 @@ class Seq2SeqTraining(Training):
         self.update_average()
 
         loss = {"loss": total.detach()}
+        # a single term of weight 1 would only repeat the loss in every log line
         is_the_loss = len(terms) == 1 and self.config.loss.image_weight == 1
         return loss if is_the_loss else loss | terms
 
@@ -238,6 +239,7 @@ class Seq2SeqTraining(Training):
             return
 
         data = self.inputs.data
+        # spread over the data, and the same captions in every grid
         stride = max(1, len(data) // SAMPLE_PICTURES)
         of_rows = [data.captions(row) for row in range(0, len(data), stride)][:SAMPLE_PICTURES]
         # a row of a stream may have none that can be used

@@ -36,7 +36,7 @@ class PictureDrops:
     def __init__(self, data: PicturesConfig, source: CaptionedImages, group: Processes) -> None:
         self._counter = DropCounter(data.path, data.max_bad_fraction)
         self._group = group
-        self._known: set[str] = set()
+        self._known: set[str] = set()  # keys, since every epoch meets the same ones again
         self.problem: Exception | None = None
         """Set when this process met more of them than data.max_bad_fraction allows."""
         count_opened(self._counter, source, group)

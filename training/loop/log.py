@@ -51,7 +51,7 @@ class RunLog:
         self._last: dict[str, Any] = {}  # newest value of every number, for the bar
         self._file = None
         if is_first:
-            _keep_lines_before(self.path, first_step)
+            _keep_lines_before(self.path, first_step)  # before it is opened to append
             self._file = self.path.open("a", encoding="utf-8")
         self._started = time.perf_counter()
 
@@ -64,9 +64,10 @@ class RunLog:
         if self._file is None:
             return
         row = {"step": step, **values, "elapsed_s": round(time.perf_counter() - self._started, 3)}
+        # JSON has no NaN; null keeps the line readable for every parser
         row = {name: None if _is_not_finite(value) else value for name, value in row.items()}
         self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.flush()  # a killed run keeps every line
 
         finite = {name: value for name, value in values.items() if row[name] is not None}
         self._tell(lambda writer: writer.metrics(step, finite))
@@ -80,7 +81,7 @@ class RunLog:
             self._tell(lambda writer: writer.image(step, path.parent.name, path))
 
     def _tell(self, action: Callable[[LogWriter], None]) -> None:
-        for name, writer in list(self._writers.items()):
+        for name, writer in list(self._writers.items()):  # a copy: one that fails is deleted
             try:
                 action(writer)
             except Exception as error:  # any package's own: a place for curves must not end a run
@@ -126,6 +127,6 @@ def _is_not_finite(value: Any) -> bool:
 def _keep_lines_before(path: Path, first_step: int) -> None:
     """Drop lines of steps that a resumed run is about to repeat."""
     kept = []
-    if first_step:
+    if first_step:  # a fresh run begins with an empty file
         kept = [row for row in read_metrics(path) if row.get("step", 0) <= first_step]
     write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -29,8 +29,7 @@ def train_from_command_line(argv: Sequence[str] | None, config_class: type[RunCo
     with processes(config.train.threads) as group, peers_may_go(group):
         setup_console(group.is_first)
 
-        # processes that differ would train something that nobody asked for, or wait for one another
-        # for ever
+        # processes that differ would train what nobody asked for, or wait for one another for ever
         group.first_does(lambda: check_writers(config.log))
         check_same(group, config.plain(), "the config")
         check_same(group, environment()["packages"], "what is installed")

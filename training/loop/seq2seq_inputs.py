@@ -42,8 +42,8 @@ class Seq2SeqInputs:
         self._open_image_tokenizer()  # first: the data is checked against its codes
 
         self.data = self._open(config.data.split)
-        self.held_out = self._open(
-            config.data.validation_split) if config.data.validation_split else None
+        held_out_split = config.data.validation_split
+        self.held_out = self._open(held_out_split) if held_out_split else None
         self.order = token_order(config.data, self.data, config.seed)
         self.drops: PictureDrops | None = None
         if isinstance(self.data, OnTheFlyTokens):
@@ -67,6 +67,7 @@ class Seq2SeqInputs:
     def _open(self, split: str) -> TokenShards | OnTheFlyTokens:
         data = self.config.data
         if data.on_the_fly:
+            # a detokenizer alone, as some projects publish it, cannot make tokens
             self.image_tokenizer.config.check_encodes(self.image_tokenizer_folder)
             source = self.group.first_then_others(lambda: open_training_images(data, split))
             return OnTheFlyTokens(source, self.image_tokenizer, self.fingerprint)
@@ -86,8 +87,7 @@ class Seq2SeqInputs:
         return run(lambda: text_source_of(config, self.data, self.start, self.kept_text))
 
     def _model_config(self) -> TransformerConfig:
-        """The model as the config describes it, with what follows from the tokenizers and the data.
-        """
+        """The model as the config describes it, completed from tokenizers and data."""
         derived = {"text_vocab_size": self.text_source.vocab_size,
                    "text_feature_width": self.text_source.feature_width,
                    "text_length": self.text_source.config.text_length,
@@ -102,7 +102,7 @@ class Seq2SeqInputs:
 
     def _check_model(self) -> None:
         start = self.start
-        if start is not None:
+        if start is not None:  # configs alone: its weights are read later
             self.group.first_does(lambda: check_start(start, self.model_config))
         check_losses(self.config, self.model_config)
 

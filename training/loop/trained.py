@@ -1,5 +1,4 @@
-"""The parts that the three training scripts share: batches, engine, moving average, held-out split.
-"""
+"""The parts that all training scripts share: batches, engine, moving average, held-out split."""
 
 from __future__ import annotations
 
@@ -62,11 +61,13 @@ class Training:
     def micro_batch_size(self) -> int:
         """Items that a process sees at a time. UserError for a batch that cannot be divided, or an
         unusable DeepSpeed JSON."""
+        # one stands for any number of parameters, which only the sizes of buckets depend on
         json = deepspeed_json(self.config, self.group.world_size, self.precision, parameters=1)
         return json["train_micro_batch_size_per_gpu"]
 
     def start_engine(self, module: nn.Module) -> None:
         """Give `module` its engine and, if the config asks for one, its moving average."""
+        # the copy comes first: the engine may round the weights to bfloat16
         decay = self.config.train.weight_ema
         if decay and self.group.is_first:
             self.average = weight_average(module, decay, self.group.device)
@@ -85,6 +86,7 @@ class Training:
 
     def update_average(self) -> None:
         """Let the average follow the weights if the last micro-batch changed them."""
+        # within a window, and after a skipped step, the weights are the same as before
         if self.average is not None and self.engine.window_applied:
             self.average.update_parameters(self.engine.module)
 
@@ -118,8 +120,9 @@ class Training:
     def current_weights(self) -> dict[str, Tensor]:
         """Return the whole weights in float32 on the CPU, or their average. All processes must call
         it."""
+        # gathers shards, so also on the processes that have no average
         state = self.engine.full_state()
-        # before its first update it is empty
+        # before its first update it holds the weights before the run
         if self.average is not None and int(self.average.n_averaged):
             return self.average.module.state_dict()
         return state
@@ -127,6 +130,7 @@ class Training:
     def held_out_report(self, model: Any, step: int, quiet: bool = False) -> Any:
         """Measure `model`, the weights after `step`, on the held-out split, unless that was done
         before."""
+        # train.validate_every and `finish` both measure the last step
         if step not in self._held_out_reports:
             self._held_out_reports = {step: self.measure(model, quiet)}
         return self._held_out_reports[step]
@@ -185,5 +189,5 @@ def batch_captions(source: TextSource, text: TextConfig, data: Sequence[CaptionR
     def write() -> None:
         open_features(source, folder, captions, may_write=True)
 
-    group.first_does(write)
+    group.first_does(write)  # then the others read what it wrote
     return open_features(source, folder, captions, may_write=False)

@@ -73,12 +73,13 @@ class Window:
         try:
             yield
         finally:
-            self.started += time.perf_counter() - began
+            self.started += time.perf_counter() - began  # as if the line had begun later
 
     def speed(self) -> dict[str, float]:
         """Return items and image tokens per second over all processes, model FLOPs utilization, and
         the share of the time in which this process waited for data; the unknown is left out."""
         seconds = time.perf_counter() - self.started
+        # resumed steps were trained before the clock of this line started
         samples_per_s = (self.steps - self.resumed_steps) * self.batch_size / seconds
         found = {"samples_per_s": samples_per_s}
         if self.tokens_per_item:

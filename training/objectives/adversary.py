@@ -18,7 +18,7 @@ from training.engine.optim import build_optimizer
 from training.engine.processes import Processes
 from training.objectives.tokenizer import AdversarialTerms
 
-NAME = "discriminator"
+NAME = "discriminator"  # in metrics.jsonl (discriminator.lr) and in a checkpoint's files
 
 
 class Adversary:
@@ -33,7 +33,7 @@ class Adversary:
                              config.discriminator_optim, NAME, self.config.start_step)
         self.terms = AdversarialTerms(
             self.config, self.engine.module, average=lambda x: group.total(x) / group.world_size)
-        self.lecam.to(group.device)
+        self.lecam.to(group.device)  # its averages are compared with logits there
 
     @property
     def lecam(self) -> LeCAM:

@@ -31,7 +31,7 @@ class CodebookHealth:
         """images: in an epoch, which is the window unless codebook.window says otherwise."""
         self.config, self.group = config, group
         self.window = config.codebook.window or images
-        # a micro-batch of all processes
+        # a micro-batch of all processes, each of which counts its own
         images_per_update = config.train.batch_size // config.train.accumulation
         updates = max(1, self.window // images_per_update)
         self.usage = CodebookUsage(config.model.codebook_size, updates).to(group.device)
@@ -59,6 +59,7 @@ class CodebookHealth:
             return
         size = self.config.model.codebook_size
         is_low = report.usage < self.config.codebook.warn_below
+        # few codes so far leave many of them unseen by chance
         if not is_low or seen < ENOUGH_CODES * size:
             self._warned = self._warned and is_low
             return
@@ -115,6 +116,7 @@ class CodebookHealth:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint."""
+        # in a checkpoint, so that the log lines of a resumed run equal an uninterrupted one's
         return {**self.usage.state_dict(), "restarts": torch.tensor(self._restarts)}
 
     def restore(self, state: dict[str, Tensor]) -> None:

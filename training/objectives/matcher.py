@@ -39,6 +39,7 @@ def contrastive_loss(embeddings: Embeddings, scale: Tensor, same_caption: Tensor
 def batch_accuracy(embeddings: Embeddings, same_caption: Tensor) -> Tensor:
     """Share of images whose best caption in the batch is right (see contrastive_loss) -> scalar
     float32."""
+    # without the scale, which does not change the order
     best = (embeddings.image @ embeddings.text.T).argmax(dim=1, keepdim=True)  # [B, 1]
     return same_caption.gather(1, best).float().mean()
 
@@ -86,6 +87,7 @@ class MatcherWithTextHead(nn.Module):
         [M]."""
         embeddings = self.matcher(image, text_input, text_mask)
         logits = None
+        # a second pass through the text tower: the first one reads the whole caption
         if self.head is not None and hidden_ids is not None and predicted is not None:
             encoder = self.matcher.text_encoder
             memory = encoder(hidden_ids, text_mask)[predicted]  # [M, D]

@@ -30,7 +30,7 @@ def checkpoint_problem(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint folder; None if it is whole."""
     try:
         manifest = read_manifest(folder)
-        schema = manifest["schema_version"]
+        schema = manifest["schema_version"]  # first: it says what the other keys mean
         if schema != SCHEMA_VERSION:
             age = "newer" if schema > SCHEMA_VERSION else "older"
             return f"its schema {schema} is {age} than this release reads ({SCHEMA_VERSION})"
@@ -53,6 +53,7 @@ def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
     if not path.is_file():
         return "is missing"
     try:
+        # the size first: a file that was cut short need not be hashed
         is_whole = path.stat().st_size == entry["size"] and file_hash(path) == entry["blake2b"]
     except OSError as error:
         return f"cannot be read ({str(error.strerror).lower()})"

@@ -136,9 +136,10 @@ class RunState:
         self.group.first_does(clear)
         engines.save(aside)
         tensors = rng_state(self.group.device)
+        # contiguous: safetensors refuses views
         tensors |= {f"{TASK}{key}": tensor.contiguous() for key, tensor in task_state.items()}
         save_file(tensors, _rank_file(aside, self.group.rank))
-        self.group.barrier()
+        self.group.barrier()  # the manifest needs the files of all processes
         self.group.first_does(lambda: self._publish(aside, name, step, measured))
 
     def _publish(self, aside: Path, name: str, step: int, measured: Measured | None) -> None:
@@ -149,7 +150,7 @@ class RunState:
             manifest[MEASURED] = asdict(measured)
         write_json_atomic(aside / MANIFEST, manifest)
         publish_folder(aside, self.checkpoints / name)
-        sync_path(self.checkpoints)
+        sync_path(self.checkpoints)  # a renamed folder survives a power cut only after that
         write_json_atomic(self.run_dir / "latest.json",
                           {"step": step, "checkpoint": f"checkpoints/{name}"})
 
@@ -190,6 +191,7 @@ class RunState:
                 return folder
             log.warning("checkpoint %s is not usable: %s; trying the one before", folder, problem)
 
+        # never start over by itself: that would put the only copies of long work aside
         if names:
             raise ResumeError(f"{self.checkpoints}: none of {len(names)} checkpoints is whole; "
                               "repair one, or start over with --checkpoint.resume never")
@@ -204,8 +206,10 @@ class RunState:
         manifest = read_manifest(folder)
         then = manifest | by_dotted_name(manifest.get("facts", {}))
         now = self._settings() | by_dotted_name(self.facts)
-        # facts that the run no longer has are of another order of the data; others may come and go
-        gone = {name: None for name in then if name.startswith("data.") and name not in now}
+        # a fact that is gone means another order of the data, or AdamW, whose name is no fact;
+        # others (a discriminator, a moving average) may be given up
+        gone = {name: None for name in then if name not in now
+                and (name.startswith("data.") or name == "optim.name")}
         differing = [f"{name} {then.get(name)} then, {value} now"
                      for name, value in (now | gone).items() if then.get(name) != value]
         if differing:

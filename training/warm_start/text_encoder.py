@@ -43,7 +43,7 @@ def text_source_of_run(text: Seq2SeqTextConfig, data: CaptionRows, kept: Path | 
     """
     if text.start_from is None:
         return choose_text_source(text, data, kept)
-    if kept is None:
+    if kept is None:  # a continued run does not need the matcher's folder any more
         source = matcher_text_source(text.start_from, text.encoder)
     else:
         source = load_text_source(kept, text.encoder)
@@ -81,7 +81,7 @@ def take_text_encoder(model: ImageTransformer, folder: str | Path,
     check_text_start(model.config, folder)
     scorer = load_matcher_folder(folder, "cpu", text_encoder=text_encoder)
     assert isinstance(model, EncoderDecoder), "its config says so"
-    # both are the same class, so that strict loading checks names and shapes once more
+    # both are TextEncoders, so that strict loading checks names and shapes once more
     model.text_encoder.load_state_dict(scorer.matcher.text_encoder.state_dict())
     log.info("text encoder: %d layers of width %d taken over from %s",
              scorer.matcher.config.text.layers, model.config.width, folder)
@@ -92,6 +92,7 @@ def differences(tower: TextTowerConfig, model: Seq2SeqConfig) -> list[str]:
     """Return 'width (32 there, 64 here)' for every field in which two text encoders differ."""
     pairs = {name: (_field(tower, name), _field(model, name)) for name in LayersConfig.model_fields
              if name not in FREE}
+    # the one field that the two configs name differently
     pairs["encoder_layers"] = (tower.layers, model.encoder_layers)
     return [f"{name} ({there} there, {here} here)" for name, (there, here) in pairs.items()
             if there != here]

@@ -35,6 +35,7 @@ from training.warm_start.text_encoder import FREE, text_source_of_run
 
 log = logging.getLogger(__name__)
 
+# fields that follow from the image tokenizer, which check_codes compares, and from the text source
 _IMAGE = ("codebook_size", "grid", "tokenizer_fingerprint")
 _TEXT = ("text_vocab_size", "text_feature_width", "text_length")
 
@@ -47,6 +48,7 @@ def open_start(config: Seq2SeqRunConfig) -> StartFolder | None:
     if config.init_from is None:
         return None
     start = find_start(config.init_from)
+    # a fresh run would put aside the very folder that it starts from
     refuse_own_run(config.init_from, start.folder, config.run_dir)
     if start.whole:
         _check_text_of_folder(config, start)
@@ -72,6 +74,7 @@ def _check_text_of_folder(config: Seq2SeqRunConfig, start: StartFolder) -> None:
     if text.kind != kind:
         raise UserError(f"init_from {start.name}: its text.kind is {kind}, this run's "
                         f"{text.kind}; leave text.* out, or a recipe's with --text null")
+    # all of these belong to the tokenizer itself, and would be ignored
     given = [name for name in ("tokenizer", "vocab_size", "text_length")
              if getattr(text, name) is not None]
     if kind == FrozenTextEncoder.kind:
@@ -106,6 +109,7 @@ def text_source_of(config: Seq2SeqRunConfig, data: CaptionRows, start: StartFold
     """
     if start is not None and start.whole:
         return load_text_source(start.folder / TEXT_FOLDER, config.text.encoder)
+    # init_from's text tokenizer was copied into the run folder, which alone is needed now
     if config.init_from is not None and kept is not None:
         return load_text_source(kept, config.text.encoder)
     return text_source_of_run(config.text, data, kept)
@@ -165,6 +169,7 @@ def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransf
         model = TRANSFORMER_KINDS[config.kind](config)
     tensors, own = read_tensors(folder), model.state_dict()
     check_tensors(_shapes(own), _shapes(tensors), folder)
+    # whole numbers, as quantized files have, would be cast without a word
     check_numbers({name: tensor.dtype for name, tensor in own.items()}, tensors, folder)
     model.load_state_dict(tensors)
 
