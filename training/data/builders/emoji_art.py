@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tokenloom_common.errors import one_line
 from training.data.builders.emoji_names import Emoji, plain_code
 
 Art = str | Path  # SVG text, or the path of an image or SVG file
@@ -156,7 +155,9 @@ def render_png(job: tuple[Art, int]) -> tuple[bytes, bytes] | str:
     try:
         pixels = render(art, size)
     except (ValueError, OSError) as error:
-        return one_line(error)[:200]
+        # the type first, which `draw_rows` counts by: `one_line` may begin with the file's name
+        detail = " ".join(str(error).split())
+        return f"{type(error).__name__}: {detail[:200]}"
     if pixels.min() == 255:
         return "blank picture"
 

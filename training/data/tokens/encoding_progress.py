@@ -74,16 +74,18 @@ def prepare_folder(aside: Path, settings: dict[str, Any]) -> int:
         mark.unlink()
 
     earlier = _read_settings(aside)
-    if earlier is None:
-        # without settings nobody knows what the shards there were encoded with
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write_json_atomic(aside / SETTINGS_NAME, settings)
-        return settings["shard_rows"]
+    if earlier is not None:
+        _check_same_settings(aside, earlier, settings)
+        shard_rows = earlier.get("shard_rows")
+        if isinstance(shard_rows, int):
+            log.info("%s: going on with what an earlier run encoded", aside)
+            return shard_rows
 
-    _check_same_settings(aside, earlier, settings)
-    log.info("%s: going on with what an earlier run encoded", aside)
-    return earlier["shard_rows"]
+    # without settings nobody knows what the shards there were encoded with
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write_json_atomic(aside / SETTINGS_NAME, settings)
+    return settings["shard_rows"]
 
 
 def _read_settings(aside: Path) -> dict[str, Any] | None:
@@ -92,8 +94,7 @@ def _read_settings(aside: Path) -> dict[str, Any] | None:
         settings = json.loads((aside / SETTINGS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_complete = isinstance(settings, dict) and isinstance(settings.get("shard_rows"), int)
-    return settings if is_complete else None
+    return settings if isinstance(settings, dict) else None
 
 
 def _check_same_settings(aside: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> None:
