@@ -35,7 +35,7 @@ class RowViews(NamedTuple):
     captions: list[str]
     views: numpy.ndarray | None  # [V, S, S, 3] uint8
     layouts: numpy.ndarray | None  # [V, L] uint16
-    reason: str = ""  # it is unusable
+    reason: str = ""  # why it is unusable
 
 
 class RowViewsDataset(Dataset):

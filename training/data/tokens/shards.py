@@ -147,7 +147,10 @@ class TokenShards:
     """One split of token shards: rows by number, or many at once with `gather`."""
 
     def __init__(self, folder: str | Path, split: str) -> None:
-        """UserError for an unknown split or damaged files; DataError if there is no row."""
+        """Open a split. DataError if it holds no row.
+
+        UserError for an unknown split, damaged files or impossible tokens.
+        """
         self.folder = Path(folder)
         self.split = split
         self.index = read_index(folder)
