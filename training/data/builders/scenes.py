@@ -21,7 +21,7 @@ COLORS = {"red": (220, 38, 38), "orange": (249, 140, 20), "yellow": (250, 215, 3
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 LAYOUT_GRID = 16
-_SUPERSAMPLE = 4
+_SUPERSAMPLE = 4  # drawn so much larger and averaged: Pillow's own edges are not anti-aliased
 
 Combination = tuple[str, str]  # color, shape
 COMBINATIONS: list[Combination] = [(color, shape) for color in COLORS for shape in SHAPES]
@@ -85,6 +85,7 @@ def make_scene(generator: random.Random, allowed: list[Combination], max_objects
 
 
 def _make_single(generator: random.Random, combination: Combination) -> Scene:
+    # a wide gap, so that "small" and "large" in captions are never doubtful
     small, large = generator.uniform(0.26, 0.34), generator.uniform(0.54, 0.68)
     size = generator.choice((small, large))
     jitter = 0.48 - size / 2  # as far as it stays on the canvas
@@ -93,6 +94,7 @@ def _make_single(generator: random.Random, combination: Combination) -> Scene:
 
 def _make_count(generator: random.Random, combination: Combination, number: int) -> Scene:
     """`number` equal things, each in a quarter of the canvas."""
+    # centres at least 0.46 - 2 * 0.04 apart, and sizes below that: no two things touch
     centres = [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]
     things = []
     for x, y in generator.sample(centres, number):
@@ -106,6 +108,7 @@ def _make_relation(generator: random.Random, first: Combination, second: Combina
     # `first` may be a required combination, which must not always come first in the caption
     generator.shuffle(pair)
     relation = generator.choice(list(OPPOSITE))
+    # at least 0.48 - 2 * 0.03 apart, the largest size: no two things overlap
     along = (0.26, 0.74) if relation in ("above", "left of") else (0.74, 0.26)
     across = generator.uniform(0.4, 0.6)  # nearly aligned, so that only one relation is true
 
@@ -147,6 +150,7 @@ def describe(scene: Scene) -> list[str]:
         return [f"{number} {things}", f"{count} {things}", f"a picture of {number} {things}",
                 f"{number} {things} on a white background"]
 
+    # in the gap between the sizes of `_make_single`
     size = "large" if first.size > 0.45 else "small"
     return [first.words, f"one {first.color} {first.shape}",
             f"a {size} {first.color} {first.shape}", f"a picture of {first.words}",

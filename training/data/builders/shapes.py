@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 MIN_SIZE, MAX_SIZE, MAX_OBJECTS = 16, 512, 4
 UNSEEN_SHARE = 0.1  # of the scenes
-UNSEEN_COMBINATIONS = 4  # of 42 pairs of colour and shape
+UNSEEN_COMBINATIONS = 4  # of 42 pairs of colour and shape, at most the number of shapes
 ATTEMPTS = 100  # at a scene that no earlier one equals
 
 

@@ -31,7 +31,7 @@ class CaptionedImage:
 
     image: Image.Image
     captions: list[str]
-    key: str
+    key: str  # of its metadata or file name, else the row's number
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class CaptionedImages:
         self.chunk_bounds = table.chunk_bounds
         self.dropped = Counter(item.reason for item in table.bad_items)
         self._table = table
+        # as Arrow: in its own format `datasets` would decode images, without our checks
         self._rows = table.dataset.with_format("arrow")
         self._last: tuple[int, Any] | None = None
         if table.packed_columns is not None:
@@ -74,7 +75,7 @@ class CaptionedImages:
             self.columns = [name for name in table.dataset.column_names if name not in own]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_last": None}
+        return {**vars(self), "_last": None}  # no image bytes to loader workers
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -118,7 +119,7 @@ class CaptionedImages:
             digest.update(repr(caption_values(batch[captions])).encode())
             if "shard" in known:
                 shards.update(batch["shard"].to_pylist())
-        for shard in sorted(shards):
+        for shard in sorted(shards):  # a set of strings has another order in every process
             digest.update(_file_stamp(Path(shard)))
 
     def _hash_image_files(self, digest: Any, column: str) -> None:
@@ -162,6 +163,7 @@ class CaptionedImages:
         """Return the other columns of an item."""
         row = self._row(index)
         if self._table.packed_columns is not None:
+            # JSON, since items of folders and tars may have different columns
             return json.loads(row["metadata"][0].as_py())
         return {name: row[name][0].as_py() for name in self.columns}
 
@@ -201,6 +203,7 @@ class CaptionedImages:
             return read_member(shard, offset, size, key)
 
         value = row[column][0].as_py()
+        # `datasets` stores images as {bytes, path}; beside bytes, the path is a mere name
         if isinstance(value, dict):
             content = value.get("bytes")
             value = value.get("path") if content is None else content

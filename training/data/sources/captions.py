@@ -40,9 +40,10 @@ def clean_caption(value: object) -> CleanCaption:
     if "\0" in text:
         text = text.replace("\0", "")
         repairs.append("NUL characters")
+    # a byte order mark, which Windows editors put before the text of a .txt file
     text = " ".join(text.removeprefix("\ufeff").split())
     if len(text) > MAX_CAPTION_CHARS:
-        text = text[:MAX_CAPTION_CHARS].rstrip()
+        text = text[:MAX_CAPTION_CHARS].rstrip()  # a cut at a space would be cleaned once more
         repairs.append("too long")
     if not text:
         repairs.append("empty")
@@ -83,6 +84,7 @@ def caption_values(column: Any) -> list[Any]:
         return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
     kind = column.type
+    # to the large types (64-bit offsets), which both widths can be cast to
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if is_text(kind):
         column = column.cast(pa.large_binary())

@@ -48,6 +48,7 @@ class Collector:
             image = {"image": ImageFeature(decode=False)}
         features = Features({"key": Value("string"), "captions": List(Value("string")),
                              "metadata": Value("string"), **image})
+        # with features: an empty list of rows would make columns of type null
         columns = {name: [row[name] for row in self.rows] for name in features}
         return Dataset.from_dict(columns, features=features)
 
@@ -57,5 +58,5 @@ def pop_captions(record: dict[str, Any], caption_column: str | None) -> object:
     names = (caption_column,) if caption_column else CAPTION_COLUMNS
     for name in names:
         if name in record:
-            return record.pop(name)
+            return record.pop(name)  # popped: what is left of the record is the metadata
     return None

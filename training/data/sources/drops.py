@@ -83,7 +83,7 @@ class DropCounter:
         first: the one process, of those that opened the source, that counts the unusable items.
         """
         self.record_good(len(source))
-        if not first:
+        if not first:  # but its own bad items are still a share of the whole source
             self.seen += len(source.bad_items)
             return
         for item in source.bad_items:

@@ -62,6 +62,7 @@ def _json_records(path: Path, found: Collector) -> Iterator[tuple[str, dict[str,
                 continue
 
             try:
+                # -sig: an editor may have put a byte order mark before the first line
                 record = json.loads(line.decode("utf-8-sig", errors="replace"))
             except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
                 record = None
@@ -73,7 +74,7 @@ def _json_records(path: Path, found: Collector) -> Iterator[tuple[str, dict[str,
 
 def _csv_records(path: Path, found: Collector) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file)  # newline="" above: a quoted caption may hold line ends
         while True:  # not a for loop: an error in one line must not end the iteration
             try:
                 row = next(reader, None)
@@ -99,7 +100,7 @@ def read_sidecars(root: Path) -> Collector:
         if text is None:
             found.drop(key, "no caption file")
             continue
-        used.add(text)
+        used.add(text)  # also if the pair is dropped below: it is one bad item, not two
         _add_pair(found, root, key, image, text)
 
     for text in texts.values():
@@ -116,9 +117,11 @@ def _add_pair(found: Collector, root: Path, key: str, image: Path, text: Path) -
     elif text.stat().st_size > MAX_TEXT_BYTES:
         found.drop(key, "caption file too large")
     else:
+        # bytes, so that `clean_captions` sees and counts text that is not UTF-8
         lines = [line for line in text.read_bytes().splitlines() if line.strip()]
         found.add(key, lines, {}, image=_image_reference(image))
 
 
 def _links_outside(root: Path, path: Path) -> bool:
+    # files come from a walk of root: nothing but a link can lead outside
     return path.is_symlink() and path_inside(root, path.relative_to(root).as_posix()) is None

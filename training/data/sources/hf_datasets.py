@@ -16,6 +16,7 @@ def quiet_datasets() -> Iterator[None]:
         is_progress_bar_enabled,
     )
 
+    # both are global: leave them as the caller had them
     bars_were_on = is_progress_bar_enabled()
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level

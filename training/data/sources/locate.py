@@ -19,7 +19,7 @@ EXPECTED = ("a folder with metadata.jsonl or metadata.csv, a folder of pictures 
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation",
                "valid": "validation", "val": "validation", "dev": "validation", "test": "test",
                "testing": "test", "eval": "test", "evaluation": "test"}
-MAX_BRACES = 100_000
+MAX_BRACES = 100_000  # shards of one path; a typo such as {0..999999999} must not fill the memory
 NAMED_MISSING = 5  # missing shards that an error names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,10 +72,10 @@ def find_files(path: str | Path) -> FileLayout:
         return FileLayout(root.suffix[1:], root.parent, split_files([root]))
 
     for extension in ("parquet", "tar"):
-        patterns = (f"*.{extension}", f"data/*.{extension}", f"*/*.{extension}")
-        files = {file for pattern in patterns for file in root.glob(pattern)}
+        # in the folder itself, in the hub's data/, or in a folder per split
+        files = sorted([*root.glob(f"*.{extension}"), *root.glob(f"*/*.{extension}")])
         if files:
-            return FileLayout(extension, root, split_files(sorted(files), root))
+            return FileLayout(extension, root, split_files(files, root))
     return _image_folder(root)
 
 
@@ -95,6 +95,7 @@ def _split_name(path: Path, root: Path | None) -> str:
     numbered = _NUMBERED.fullmatch(path.stem)
     if numbered:
         return numbered[1]
+    # train.tar, train-00.tar, train_0.tar, train0.tar
     word = re.split(r"[-._ 0-9]", path.stem, maxsplit=1)[0].lower()
     if word in SPLIT_WORDS:
         return SPLIT_WORDS[word]
@@ -111,6 +112,7 @@ def _image_folder(root: Path) -> FileLayout:
         if found:
             formats[folder] = found
     own_format = _image_folder_format(root)
+    # a folder with data of its own is no split folder, whatever the folders in it are called
     if own_format is None and any(folder.name.lower() in SPLIT_WORDS for folder in formats):
         return _split_folders(root, formats)
 
@@ -150,6 +152,7 @@ def _image_folder_format(folder: Path) -> str | None:
 def walk_files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """Yield the files below `root` with a suffix, sorted. Links to folders are not followed."""
     for folder, folders, names in os.walk(root):
+        # in place: os.walk goes on with what is left here, in this order
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(suffixes) and not name.startswith("."):
@@ -171,7 +174,8 @@ def path_below(root: Path, name: str) -> Path | None:
     """Like `path_inside`, but accept an absolute path or '..' that ends up below `root`."""
     if "\0" in name or "://" in name:
         return None
-    path = root / name
+    path = root / name  # name alone, if it is absolute
+    # resolved, so that links and '..' count with where they lead
     return path if path.resolve().is_relative_to(root.resolve()) else None
 
 

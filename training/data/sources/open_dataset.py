@@ -75,7 +75,7 @@ def list_splits(path: str | Path) -> list[str]:
 def load_source(path: str | Path, *, split: str | None = None, caption_column: str | None = None,
                 image_column: str | None = None, streamed_rows: int = 0) -> CaptionedImages:
     """Like `open_dataset`, but return an empty sequence, with its reasons, if nothing is usable."""
-    layout = find_files(path)
+    layout = find_files(path)  # first: a wrong path is reported even without the extra
     require_extra("datasets", "reading a dataset")
     options = SourceOptions(str(path), layout, split, caption_column, image_column, streamed_rows)
     if streamed_rows and layout.format not in STREAMING_READERS:
@@ -161,7 +161,7 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
                 good.append(row)
 
     dataset = table.dataset
-    if len(good) < len(dataset):
+    if len(good) < len(dataset):  # `select` puts a list of indices before every later read
         dataset = dataset.select(good)
     return ImageTable(dataset, table.caption_column, table.image_column, root=root, bad_items=bad,
                       caption_repairs=repairs)

@@ -52,7 +52,7 @@ class RowGroups:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
-        for name in ("_open", "_kept", "_bounds", "_largest"):
+        for name in ("_open", "_kept", "_bounds", "_largest"):  # made anew by `_reset`
             del state[name]
         return state
 
@@ -73,7 +73,7 @@ class RowGroups:
         """Return the same rows with some of their columns; only these are read."""
         other = copy.copy(self)
         other.column_names = list(names)
-        other._reset()
+        other._reset()  # a shallow copy shares the row groups kept with all columns
         return other
 
     def __getitem__(self, index: int | slice) -> Any:
@@ -87,6 +87,7 @@ class RowGroups:
 
         parts = []
         while row < end:
+            # "right": of groups that begin at the same row, the last, which is the one not empty
             group = int(numpy.searchsorted(self._bounds, row, side="right")) - 1
             first = self.chunk_bounds[group]
             group_end = min(end, self.chunk_bounds[group + 1])
@@ -101,6 +102,7 @@ class RowGroups:
             while len(self._open) >= MAX_OPEN:
                 _, oldest = self._open.popitem(last=False)
                 oldest.close()
+            # mapped: all processes of a machine read through the same page cache
             self._open[number] = pq.ParquetFile(self.files[number], memory_map=True)
         self._open.move_to_end(number)
         return self._open[number]

@@ -18,6 +18,7 @@ from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import quiet_datasets
 from training.data.sources.locate import EXPECTED
 
+# `image` is the hub's usual name; jpg, png and webp are what webdatasets call their images
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
 
 
@@ -67,6 +68,7 @@ def readable_parquet(files: list[Path], root: Path, caption_column: str | None,
     for path in files:
         reason = None
         try:
+            # of the first file that can be read; the others are compared below
             columns = columns or pq.read_schema(path).names
             if not pq.read_metadata(path).num_rows:
                 reason = "parquet file without rows"
@@ -82,6 +84,7 @@ def readable_parquet(files: list[Path], root: Path, caption_column: str | None,
 
     image_column = pick_column(image_column, IMAGE_COLUMNS, columns, "image", str(root))
     caption_column = pick_column(caption_column, CAPTION_COLUMNS, columns, "caption", str(root))
+    # now, since a stream would meet another type only when it visits the file
     _check_same_columns(good, (image_column, caption_column))
     return ParquetFiles(good, image_column, caption_column, bad)
 
@@ -128,7 +131,7 @@ def _cache_name(files: list[Path]) -> str:
 def read_hub(name: str, split: str | None, caption_column: str | None,
              image_column: str | None) -> LoadedTable:
     """Load a data set of the hub by its id. MissingFileError if it cannot be reached."""
-    known = hub_splits(name)
+    known = hub_splits(name)  # a small request first: a wrong split costs no download
     chosen = split or ("train" if "train" in known else known[0])
     if chosen not in known:
         raise UserError(f"{name}: no split '{chosen}'{nearest_name(chosen, known)} "

@@ -15,7 +15,7 @@ from typing import Any
 from training.data.sources.collector import MAX_TEXT_BYTES, Collector, pop_captions
 from training.data.sources.drops import BadItemError
 
-MAX_MEMBER_BYTES = 64 << 20
+MAX_MEMBER_BYTES = 64 << 20  # of an image, which is read into memory whole
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512  # bytes of a tar header
 
@@ -46,12 +46,14 @@ def _samples(file: Any, name: str, found: Collector) -> Iterator[tuple[str, Memb
     file.seek(0)
     key = None
     members = Members()
+    # "r:" refuses compressed archives, in which a member has no offset to read it at
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := _next_whole(tar, size)) is not None:
             vars(tar)["members"] = []  # tarfile keeps every header otherwise
             if not member.isreg() or member.issparse():
                 continue
             folder, _, base = member.name.rpartition("/")
+            # at the first dot, as webdataset does: a.seg.png is "seg.png" of sample a
             stem, _, extension = base.partition(".")
             if not stem or not extension:
                 continue
@@ -80,6 +82,7 @@ def _next_whole(tar: tarfile.TarFile, size: int) -> tarfile.TarInfo | None:
         member = tar.next()
     except tarfile.TarError:
         return None  # the caller sees that the archive does not end here
+    # tarfile gives out a member whose content the end of the file cuts off
     if member is None or member.offset_data + member.size > size:
         return None
     return member
@@ -104,6 +107,7 @@ def _add_sample(found: Collector, file: Any, shard: Path, key: str, members: Mem
         if isinstance(record, dict):
             metadata = record
         else:
+            # the image and a .txt beside it may still be fine
             found.repairs["broken json beside a picture"] += 1
 
     captions: object = None

@@ -64,7 +64,7 @@ def open_tar_indexes(shards: Sequence[Path], root: Path, caption_column: str | N
             bad += [BadItem(*item) for item in facts["bad"]]
             repairs.update(facts["repairs"])
             columns |= set(facts["columns"])
-            if facts["rows"]:
+            if facts["rows"]:  # an empty shard is no chunk to shuffle
                 tables.append(table)
                 bounds.append(bounds[-1] + facts["rows"])
         dataset = concatenate_datasets(tables) if tables else Collector().to_dataset(in_tar=True)

@@ -39,7 +39,7 @@ def check_tokens(path: str | Path, split: str | None = None) -> dict[str, Any]:
     for name in progress(names, "checking", unit="split"):
         try:
             splits[name] = _split_facts(TokenShards(path, name))
-        except UserError as error:
+        except UserError as error:  # go on: the report names every damaged split
             damaged.append({"split": name, "reason": str(error)})
 
     items = sum(index.splits[name].rows for name in names)

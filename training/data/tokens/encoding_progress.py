@@ -56,7 +56,7 @@ class FinishedShard(NamedTuple):
 def cut_into_shards(split: str, rows: int, shard_rows: int) -> list[Shard]:
     """Cut a split of `rows` rows into shards of `shard_rows`; the last may be shorter."""
     starts = range(0, rows, shard_rows)
-    shards = []
+    shards = []  # none of an empty split
     for number, start in enumerate(starts):
         stop = min(rows, start + shard_rows)
         shards.append(Shard(split, number, len(starts), range(start, stop)))
@@ -104,7 +104,7 @@ def _check_same_settings(aside: Path, earlier: dict[str, Any], settings: dict[st
     now = by_dotted_name(json.loads(json.dumps(settings)))
 
     changed = []
-    for name in {**then, **now}:
+    for name in {**then, **now}:  # also what only one of the two runs has
         if name != "shard_rows" and then.get(name) != now.get(name):
             changed.append(f"{name} {then.get(name)} then, {now.get(name)} now")
     if changed:
@@ -138,7 +138,7 @@ def find_done(aside: Path, shard: Shard) -> FinishedShard | None:
         log.warning("%s: cannot be read; encoding its shard again", path)
         return None
 
-    # the size first, since hashing reads the whole file
+    # it may have been cut or deleted since; the size first, since hashing reads the whole file
     if file is not None:
         found = aside / file.name
         if not _has_size(found, file) or file_hash(found) != file.blake2b:

@@ -27,6 +27,7 @@ class Layouts:
         """Return the entry of tokens.json."""
         if self.config.kind == "colors":
             return LayoutIndex(kind="colors", classes=COLOR_CLASSES, grid=self.config.grid)
+        # `or 0` for the type checker: the config demands the number for this kind
         return LayoutIndex(kind="classes", classes=self.config.classes or 0, grid=self.config.grid)
 
     def view_layouts(self, source: CaptionedImages, row: int, views: numpy.ndarray,
@@ -67,7 +68,8 @@ def downsample_classes(values: numpy.ndarray, grid: tuple[int, int], classes: in
                        key: str) -> numpy.ndarray:
     """Downsample classes on a square grid, in raster order, to the cells of `grid`: [L] uint16.
 
-    Each cell takes the class at its centre. DataError naming the row `key` for impossible classes.
+    Each cell takes the class at its centre, since classes have no mean. DataError naming the row
+    `key` for impossible classes.
     """
     side = math.isqrt(values.size)
     is_square = side > 0 and side * side == values.size
@@ -80,7 +82,7 @@ def downsample_classes(values: numpy.ndarray, grid: tuple[int, int], classes: in
 
     rows, columns = (_cell_centres(count, side) for count in grid)
     cells = values.reshape(side, side)[numpy.ix_(rows, columns)]
-    return cells.reshape(-1).astype(numpy.uint16)
+    return cells.reshape(-1).astype(numpy.uint16)  # the config allows at most 1 << 16 classes
 
 
 def _cell_centres(count: int, side: int) -> numpy.ndarray:

@@ -29,14 +29,13 @@ class OthersFailedError(Exception):
 
 
 class RowViews(NamedTuple):
-    """A row, read: its views [V, S, S, 3] uint8 and layouts [V, L]; no views and a reason if it is
-    unusable."""
+    """A row, read; no views if it is unusable."""
 
     key: str
     captions: list[str]
-    views: numpy.ndarray | None
-    layouts: numpy.ndarray | None
-    reason: str = ""
+    views: numpy.ndarray | None  # [V, S, S, 3] uint8
+    layouts: numpy.ndarray | None  # [V, L] uint16
+    reason: str = ""  # why it is unusable
 
 
 class RowViewsDataset(Dataset):
@@ -68,12 +67,12 @@ class ShardEncoder:
         self.drops, self.device = drops, device
 
     def encode(self, source: CaptionedImages, shard: Shard, bar: Any) -> FinishedShard:
-        """Encode and write the rows of `shard`. OthersFailedError when another process has given
-        up."""
+        """Encode and write the rows of `shard`. OthersFailedError if another process has failed."""
         rows: list[RowViews] = []
         tokens: list[numpy.ndarray] = []
         dropped: list[tuple[str, str]] = []
         dataset = RowViewsDataset(source, self.tokenizer.config.resolution, self.config)
+        # `list` as collate function: torch's would stack rows, and unusable ones have no views
         for batch in reraising_loader(dataset, list, sampler=shard.rows,
                                       batch_size=self.config.batch_size,
                                       num_workers=self.config.workers):
@@ -81,7 +80,7 @@ class ShardEncoder:
                 raise OthersFailedError
 
             unusable = [(row.key, row.reason) for row in batch if row.views is None]
-            self.count(unusable)
+            self.count(unusable)  # before the costly step: may raise
             dropped += unusable
             usable = [row for row in batch if row.views is not None]
             if usable:
@@ -103,14 +102,16 @@ class ShardEncoder:
     def _tokens(self, views: numpy.ndarray) -> numpy.ndarray:
         """Pixels [B, V, S, S, 3] uint8 -> tokens [B, V * N]."""
         image = pixels_to_float(views.reshape(-1, *views.shape[2:]))  # [B * V, 3, S, S]
+        # views multiply the images: encode batch_size at a time, or memory depends on V
         parts = [self.tokenizer.encode(part.to(self.device)).cpu()
                  for part in image.split(self.config.batch_size)]
         tokens = codes_to_tokens(torch.cat(parts)).numpy()  # [B * V, N]
         return tokens.astype(token_dtype(self.tokenizer.codebook_size)).reshape(len(views), -1)
 
     def _write(self, shard: Shard, rows: list[RowViews], tokens: list[numpy.ndarray]) -> ShardFile:
-        captions, keys = [row.captions for row in rows], [row.key for row in rows]
-        # [V * L] each
-        layouts = [row.layouts.reshape(-1) for row in rows if row.layouts is not None]
+        captions = [row.captions for row in rows]
+        keys = [row.key for row in rows]
+        flat = [row.layouts.reshape(-1) for row in rows if row.layouts is not None]  # [V * L] each
+        layouts = numpy.stack(flat) if flat else None
         return write_shard(self.aside / shard.name, captions, numpy.concatenate(tokens), keys,
-                           numpy.stack(layouts) if layouts else None)
+                           layouts)

@@ -57,6 +57,7 @@ class SplitIndex(StrictConfig):
     files: list[ShardFile]
 
 
+# bounds on what an index from elsewhere can make us allocate
 Side = Annotated[int, Field(ge=1, le=1 << 12)]
 
 
@@ -109,7 +110,7 @@ def write_shard(path: Path, captions: Sequence[Sequence[str]], tokens: numpy.nda
         columns["layout"] = fixed_size_lists(layouts)
     batch = pyarrow.record_batch(columns)  # a single batch: each column is contiguous when mapped
 
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")  # a shard has one writer, so no name of its own
     try:
         with pyarrow.ipc.new_stream(str(aside), batch.schema) as writer:
             writer.write_batch(batch)
@@ -146,8 +147,10 @@ class TokenShards:
     """One split of token shards: rows by number, or many at once with `gather`."""
 
     def __init__(self, folder: str | Path, split: str) -> None:
-        """UserError for an unknown split, damaged files or impossible tokens; DataError if there
-        is no row."""
+        """Open a split. DataError if it holds no row.
+
+        UserError for an unknown split, damaged files or impossible tokens.
+        """
         self.folder = Path(folder)
         self.split = split
         self.index = read_index(folder)
@@ -161,6 +164,7 @@ class TokenShards:
         if rows != entry.rows:
             raise UserError(f"{folder}: split '{split}' holds {rows:,} rows, {INDEX_NAME} says "
                             f"{entry.rows:,}; {AGAIN}")
+        # the sizes of the index: opening has compared them with the files
         if sum(file.size for file in entry.files) <= CHECKED_AT_ONCE:
             self.check()
 
@@ -202,6 +206,7 @@ class TokenShards:
 
     def _locate(self, row: int) -> tuple[TokenFile, int]:
         """Return the file of a row, checked, and the row's number in it."""
+        # "right": a file's first row equals its start
         number = int(numpy.searchsorted(self._starts, row, side="right")) - 1
         file = self._files[number]
         file.check_once()

@@ -1,5 +1,7 @@
-"""Augmented views of an image, which encode_dataset encodes: the image itself, its four corners,
-and each of these mirrored."""
+"""Augmented views of an image, which encode_dataset encodes.
+
+They are the image itself, its four corners, and each of these mirrored.
+"""
 
 # Axes: V views, S side in pixels, h w layout grid
 
@@ -19,7 +21,7 @@ def view_names(config: ViewsConfig) -> list[str]:
     names = ["plain"]
     if config.corners:
         names += CORNERS
-    if config.flip:
+    if config.flip:  # last, so that the second half of all views is the mirrored one
         names += [f"{name} mirrored" for name in names]
     return names
 

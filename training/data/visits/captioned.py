@@ -94,5 +94,5 @@ def same_captions(captions: Sequence[str]) -> Tensor:
     """Compare all pairs of captions, ignoring case: [B, B] bool."""
     numbers: dict[str, int] = {}
     of_each = [numbers.setdefault(caption.casefold(), len(numbers)) for caption in captions]
-    ids = torch.tensor(of_each)
+    ids = torch.tensor(of_each)  # [B], equal for equal captions
     return ids[:, None] == ids[None, :]

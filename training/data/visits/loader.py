@@ -18,6 +18,7 @@ def batch_loader(dataset: Any, order: MicroBatches, workers: int,
 
     Errors of a worker are raised as in `reraising_loader`.
     """
+    # torch refuses persistent_workers and prefetch_factor where there are no workers
     yield from reraising_loader(dataset, collate, batch_sampler=order, num_workers=workers,
                                 persistent_workers=workers > 0,
                                 pin_memory=torch.cuda.is_available(),
@@ -52,15 +53,18 @@ class _ErrorsAsRows(Dataset):
         self.dataset = dataset
 
     def __getitems__(self, items: Sequence[Any]) -> Any:
+        # torch calls this instead of __getitem__: one error then stands for the whole batch
         try:
             if hasattr(self.dataset, "__getitems__"):
                 return self.dataset.__getitems__(items)
             return [self.dataset[item] for item in items]
-        except (UserError, RunFailedError) as error:
+        except (UserError, RunFailedError) as error:  # of others, a bug's, the traceback helps
             return _WorkerError(error)
 
 
 class _CollateUnlessError:
+    """The collate function, behind a check for errors (a class, so that workers can receive it)."""
+
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 

@@ -78,6 +78,7 @@ class OnTheFlyVisits(torch.utils.data.Dataset):
 
     def __getitems__(self, items: Sequence[ItemId]) -> OnTheFlyRows:
         """Return the visits of a whole batch, which torch's loaders ask for."""
+        # the purpose "caption" as in TokenVisits: the same captions as with token shards
         draws = uniform(visit_bits(self.seed, items, "caption"))
         pixels = []
         captions = []

@@ -42,6 +42,7 @@ class ItemIds(Sequence[ItemId]):
         """Convert any sequence of visits."""
         if isinstance(items, ItemIds):
             return items
+        # reshape for an empty list, whose array has one axis
         epochs, indices = numpy.array(items, dtype=numpy.int64).reshape(-1, 2).T
         return ItemIds(epochs, indices)
 
@@ -180,6 +181,7 @@ class DataOrder:
         rows = numpy.concatenate([self._chunk_rows(chunk) for chunk in chunks])
 
         if len(rows) == self.length:  # data that is shuffled as a whole
+            # a factor above any number of epochs: no two seeds share an order
             return _permutation(self.seed * 1_000_003 + epoch, self.length)
         seed = _key(f"{self.seed}/{epoch}/{bucket}/rows")
         return rows[_permutation(seed, len(rows))]
@@ -210,6 +212,7 @@ class DataOrder:
         """Return what a resumed run must have in common, beyond length and seed."""
         if self.shuffle_rows == self.length:
             return {}
+        # hashed, since a data set may have thousands of chunks
         chunks = _key(repr(self._bounds.tolist()))
         return {"data.shuffle_rows": self.shuffle_rows, "data.runs": f"{chunks:016x}"}
 
