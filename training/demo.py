@@ -67,8 +67,7 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class DemoSize:
-    """Concepts of the two data sets (None = all of the emoji set), and overrides for both recipes.
-    """
+    """Concepts of both data sets (None = all of the emoji set), overrides for both recipes."""
 
     tokenizer_concepts: int | None
     caption_concepts: int
@@ -79,8 +78,7 @@ SIZES = {"full": DemoSize(None, 240), "quick": DemoSize(60, 40, ("--train.steps"
 
 
 class Demo:
-    """Phases that each leave a note of their inputs, so that the next run knows which results still
-    hold."""
+    """Phases that each note their inputs, so that the next run knows which results still hold."""
 
     def __init__(self, out: Path, size: str, seed: int) -> None:
         self.out, self.size, self.seed = out, choose(SIZES, size, "--size"), seed
@@ -111,8 +109,7 @@ class Demo:
         self.phases[name] = {"seconds": seconds, "reused": False}
 
     def launch(self, script: str, *arguments: object) -> None:
-        """Run a training script through the `deepspeed` launcher: on up to 8 GPUs, or with 2
-        processes on the CPU."""
+        """Run a script through the `deepspeed` launcher, on up to 8 GPUs or 2 CPU processes."""
         # of this environment, which need not be on PATH
         launcher = Path(sys.executable).with_name("deepspeed")
         command = [str(launcher) if launcher.is_file() else "deepspeed", "--log_level", "warning",
@@ -143,8 +140,7 @@ class Demo:
     # ---- data and training
 
     def data_arguments(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Two sets of real emoji: many images for the tokenizer, fewer concepts for the transformer
-        to learn by name."""
+        """Two sets of emoji: many images for the tokenizer, fewer concepts to learn by name."""
         recipe = yaml.safe_load(TOKENIZER_RECIPE.read_text(encoding="utf-8"))
         has_npm = shutil.which("npm") is not None
         shared = {"size": recipe["model"]["resolution"], "source": "npm" if has_npm else "pip",

@@ -251,8 +251,7 @@ class DatasetEncoder:
         log.info("token shards: %s (%s rows)", self.out, f"{total:,}")
 
     def _check_dropped(self, rows: int, dropped: Counter[str]) -> None:
-        """Raise DataError when nothing is left or too much was dropped: each process saw only its
-        own share of that."""
+        """Raise DataError when nothing is left, or all processes together dropped too much."""
         path, fraction = self.config.data.path, self.config.data.max_bad_fraction
         seen = self.drops.seen  # all rows: every process opened every split
         if not rows:

@@ -172,8 +172,7 @@ class MatcherTraining(Training):
         return lambda: matcher_forward_flops(config)
 
     def train(self, batch: CaptionedBatch, step: int) -> dict[str, Tensor]:
-        """Learn from one micro-batch: gradients, and an optimizer step at the end of a window ->
-        loss, parts, accuracy."""
+        """Learn from one micro-batch; a step at the end of a window -> terms to log."""
         self.drops.count(batch.dropped)
         outputs, hidden_words = self._forward(batch)
         same_caption = batch.same_caption.to(self.group.device)
@@ -223,8 +222,7 @@ class MatcherTraining(Training):
         plot_curves(panels, run_dir / "curves.png")
 
     def validate(self, step: int) -> Measured:
-        """Measure the share of held-out images whose caption is found, after a step. All processes
-        must call it."""
+        """Measure the share of held-out images whose caption is found, after a step."""
         model = self.full_model()
         report = self.group.first_does(lambda: self.held_out_report(model, step))
         return Measured("validation_top1", report["top1"])

@@ -166,10 +166,8 @@ class Seq2SeqTraining(Training):
                             "text tokenizer need not be that of text.start_from; give another "
                             "run_dir")
 
-        def take() -> None:
-            take_text_encoder(self.model, start_from, encoder)
-
-        self.group.first_then_others(take)
+        self.group.first_then_others(
+            lambda: take_text_encoder(self.model, start_from, encoder))
 
     # ---- training
 

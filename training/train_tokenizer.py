@@ -198,8 +198,7 @@ class TokenizerTraining(Training):
         return {"loss": total.detach(), **terms, **scheduled}
 
     def metrics(self) -> dict[str, float]:
-        """Return windowed codebook usage and perplexity, and unusable images. All processes must
-        call it."""
+        """Return windowed codebook usage and perplexity, and unusable images."""
         return self.health.report() | super().metrics()
 
     def parts(self) -> dict[str, nn.Module]:
@@ -226,8 +225,7 @@ class TokenizerTraining(Training):
         return model.eval()
 
     def sample(self, step: int) -> None:
-        """Write originals above their reconstructions, curves.png and codebook.png. All processes
-        must call it."""
+        """Write originals above their reconstructions, curves.png and codebook.png."""
         model = self.full_model()
         counts = self.health.counts()  # before the return: it sums over all processes
         if not self.group.is_first:

@@ -1,5 +1,4 @@
-"""The log of a run: metrics.jsonl (always), the console, and the writers of
-training/loop/writers.py."""
+"""The log of a run: metrics.jsonl (always), the console, and the writers of writers.py."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def setup_console(is_first: bool) -> None:
-    """Log to stderr: the first process what it does, the others errors alone. Called from main()
-    only."""
+    """Log to stderr; the first process all, the others errors alone. Called from main() only."""
     # torch.distributed deprecates functions that DeepSpeed 0.19 still calls; a user can do nothing
     # about it
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

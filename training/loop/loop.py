@@ -1,5 +1,4 @@
-"""The training loop of all training scripts: resume, step, log, sample, checkpoint, stop on a
-signal."""
+"""The loop of all training scripts: resume, step, log, sample, checkpoint, stop on a signal."""
 
 from __future__ import annotations
 
@@ -229,8 +228,7 @@ def _peak_share(task: Task, group: Processes) -> float | None:
 
 
 def _random_state_kept(group: Processes) -> AbstractContextManager:
-    """Keep a look at the model from changing the numbers that a resumed run, which does not repeat
-    it, draws next."""
+    """Keep random state: a look at the model, which a resumed run does not repeat, draws too."""
     return torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else [])
 
 

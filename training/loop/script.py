@@ -22,8 +22,10 @@ from training.runs.environment import environment
 def train_from_command_line(argv: Sequence[str] | None, config_class: type[RunConfig],
                             training_class: Callable[[Any, Processes], Training], script: str,
                             description: str) -> int:
-    """Read the config, train, and export; a run that was complete is exported again only if its
-    folder is missing."""
+    """Read the config, train, and export.
+
+    A run that was complete is exported again only if its model folder is missing.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     config = load_config(config_class, arguments, script, description)
     with processes(config.train.threads) as group, peers_may_go(group):

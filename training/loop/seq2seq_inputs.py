@@ -1,5 +1,4 @@
-"""The inputs of a transformer's run: warm start, tokenizers and data, opened and checked to fit
-together.
+"""The inputs of a transformer's run, checked to fit together: warm start, tokenizers, data.
 
 Nothing here touches the run folder, so that a run which is refused leaves everything as it was.
 """

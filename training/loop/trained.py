@@ -59,8 +59,10 @@ class Training:
     # ---- set-up
 
     def micro_batch_size(self) -> int:
-        """Items that a process sees at a time. UserError for a batch that cannot be divided, or an
-        unusable DeepSpeed JSON."""
+        """Items that a process sees at a time.
+
+        UserError for a batch that cannot be divided, or an unusable DeepSpeed JSON.
+        """
         # one stands for any number of parameters, which only the sizes of buckets depend on
         json = deepspeed_json(self.config, self.group.world_size, self.precision, parameters=1)
         return json["train_micro_batch_size_per_gpu"]
@@ -95,8 +97,7 @@ class Training:
         return self.drops.problem if self.drops is not None else None
 
     def metrics(self) -> dict[str, float]:
-        """Return further numbers of a log line: unusable images over all processes. All processes
-        must call it."""
+        """Return further numbers of a log line. All processes must call it."""
         return {"dropped_items": self.drops.total()} if self.drops is not None else {}
 
     def parts(self) -> dict[str, nn.Module]:
@@ -118,8 +119,7 @@ class Training:
     # ---- what comes of it
 
     def current_weights(self) -> dict[str, Tensor]:
-        """Return the whole weights in float32 on the CPU, or their average. All processes must call
-        it."""
+        """Return the weights, whole in float32 on the CPU, or their average. On all processes."""
         # gathers shards, so also on the processes that have no average
         state = self.engine.full_state()
         # before its first update it holds the weights before the run
@@ -128,8 +128,7 @@ class Training:
         return state
 
     def held_out_report(self, model: Any, step: int, quiet: bool = False) -> Any:
-        """Measure `model`, the weights after `step`, on the held-out split, unless that was done
-        before."""
+        """Measure `model`, the weights after `step`, on the held-out split, once for each step."""
         # train.validate_every and `finish` both measure the last step
         if step not in self._held_out_reports:
             self._held_out_reports = {step: self.measure(model, quiet)}
@@ -160,8 +159,7 @@ def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_held_out_pictures(data: DataConfig, group: Processes) -> CaptionedImages | None:
-    """Open the held-out split of captioned images on the first process, which measures; None on the
-    others, or without one."""
+    """Open the held-out images on the first process, which measures; else, or without, None."""
     opened: list[CaptionedImages] = []
 
     def open_split() -> None:
@@ -176,8 +174,7 @@ def open_held_out_pictures(data: DataConfig, group: Processes) -> CaptionedImage
 
 def batch_captions(source: TextSource, text: TextConfig, data: Sequence[CaptionRows],
                    group: Processes) -> CaptionEncoder:
-    """Return what turns a batch's captions into text input: `source` itself, or its features cached
-    on disk.
+    """Return the source of a batch's text input: `source` itself, or its features from disk.
 
     The cache gets the captions of all `data`.
     """

@@ -61,8 +61,7 @@ class LogWriter(Protocol):
 
 
 class TensorBoardWriter:
-    """Event files in RUN/tensorboard. A resumed run tells TensorBoard to forget the steps that it
-    repeats."""
+    """Event files in RUN/tensorboard; a resumed run has the steps that it repeats forgotten."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         folder = str(Path(config.run_dir) / "tensorboard")

@@ -41,8 +41,7 @@ class Adversary:
         return self.terms.lecam
 
     def train(self, image: Tensor, reconstruction: Tensor, step: int) -> dict[str, Tensor]:
-        """Learn from one micro-batch of images and reconstructions [B, 3, S, S]: gradients and a
-        step -> terms to log."""
+        """Learn from one micro-batch of images and reconstructions [B, 3, S, S] -> terms to log."""
         if not discriminator_active(step, self.config):
             return {}
         loss = self.terms.discriminator_loss(image, reconstruction, step)

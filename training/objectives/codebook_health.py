@@ -1,5 +1,4 @@
-"""Watch how much of the codebook is in use: numbers for the log, a warning with remedies, and a
-plot."""
+"""Watch how much of the codebook is in use: numbers, a warning with remedies, and a plot."""
 
 # Axes: K codebook size
 
@@ -44,8 +43,10 @@ class CodebookHealth:
         self._restarts += restarts
 
     def report(self) -> dict[str, float]:
-        """Return the numbers of a log line; restarted_codes counts since the last one. All
-        processes must call it."""
+        """Return the numbers of a log line. All processes must call it.
+
+        restarted_codes counts since the last one.
+        """
         counts = self.counts()
         report = usage_of_counts(counts)
         self._warn(report, int(counts.sum()))
@@ -106,8 +107,7 @@ class CodebookHealth:
         return remedies
 
     def counts(self) -> Tensor:
-        """Return how often each code was used in the window [K] int64. All processes must call it.
-        """
+        """Return uses of each code in the window [K] int64. All processes must call it."""
         return self.group.total(self.usage.counts_total()).cpu()
 
     def draw(self, counts: Tensor, metrics: Path, out: Path) -> None:

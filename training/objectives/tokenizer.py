@@ -65,8 +65,7 @@ class AdversarialTerms:
 
 
 class TokenizerObjective:
-    """The tokenizer's loss: reconstruction, perceptual and code terms, and the adversarial one if
-    there is a discriminator."""
+    """The loss of a tokenizer: reconstruction, perceptual and code terms, the adversarial one."""
 
     def __init__(self, loss: TokenizerLossConfig, perceptual: LPIPS | None = None,
                  adversarial: AdversarialTerms | None = None) -> None:

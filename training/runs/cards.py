@@ -102,8 +102,7 @@ def seq2seq_card(run: Seq2SeqRunConfig, model: TransformerConfig, rows: int,
 
 def tokenizer_card(run: TokenizerRunConfig, model: ImageTokenizer, rows: int,
                    report: dict[str, Any] | None) -> str:
-    """Return the card of an image tokenizer; report: of evaluate_reconstruction on the held-out
-    split."""
+    """Return the card of a tokenizer; report: evaluate_reconstruction on the held-out split."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = (("pictures", f"{model.config.resolution} px"), _code_grid(model),
              ("parameters", f"{parameters:,}"))

@@ -1,5 +1,4 @@
-"""Read the facts of a run folder: how far it came, its numbers, what went wrong. Reads files alone.
-"""
+"""Read the facts of a run folder, from files alone: progress, numbers, incidents."""
 
 from __future__ import annotations
 
@@ -188,8 +187,10 @@ def is_run(path: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[RunFacts]:
-    """Read every run folder at or below `folder`, by path, without earlier runs' before-N.
-    UserError for none."""
+    """Read every run folder at or below `folder`, by path. UserError for none.
+
+    An earlier run's before-N is left out.
+    """
     if not folder.is_dir():
         raise MissingFileError(f"{folder}: no such folder")
     found = []

@@ -1,5 +1,4 @@
-"""Note steps that went wrong with the data they were made of: skipped steps, and losses far above
-those before them."""
+"""Note skipped steps and loss spikes, with the data they were made of."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ class Incidents:
 
     def __init__(self, run_dir: Path, batch_size: int, order: DataOrder, key: Callable[[int], str],
                  writes: bool, first_step: int = 0) -> None:
-        """first_step: where the run continues; notes of steps after it are dropped, since these
-        come again."""
+        """first_step: the run continues there; notes of later steps, which come again, go."""
         self._path = run_dir / "incidents" / FILE
         self._batch_size, self._order, self._key, self._writes = batch_size, order, key, writes
         self._losses: deque[float] = deque(maxlen=HISTORY)

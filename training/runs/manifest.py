@@ -14,8 +14,7 @@ RANKS = "ranks"  # folder with one file per process: random state and the task's
 
 
 def file_entries(folder: Path) -> list[dict[str, Any]]:
-    """Return name, size and hash of every file below a checkpoint folder, as its manifest has them.
-    """
+    """Return name, size and hash of every file below a checkpoint folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [{"name": str(path.relative_to(folder)), "size": path.stat().st_size,
              "blake2b": file_hash(path)} for path in paths]

@@ -1,5 +1,4 @@
-"""Keep the last few checkpoints, the one that measured best, and every N-th for good; delete the
-others."""
+"""Keep the last few checkpoints, the best one, and every N-th for good; delete the others."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ class Measured:
     value: float
 
     def better_than(self, other: Measured | None) -> bool:
-        """Whether this beats `other`, the best so far; a value that is not finite or equal does
-        not."""
+        """Whether this beats the best so far; an equal or a not finite value does not."""
         if other is None or not math.isfinite(self.value):
             return math.isfinite(self.value)
         if HIGHER_IS_BETTER[self.name]:

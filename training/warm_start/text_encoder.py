@@ -29,14 +29,12 @@ FREE = ("dropout",)
 
 
 def matcher_text_source(folder: str | Path, text_encoder: str | None = None) -> TextSource:
-    """Load the text tokenizer (or frozen text encoder) of a matcher, which a run that starts from
-    it must read with."""
+    """Load the text source of a matcher, which a run that starts from it must read with."""
     return load_text_source(find_matcher_folder(folder) / "text_tokenizer", text_encoder)
 
 
 def text_source_of_run(text: Seq2SeqTextConfig, data: CaptionRows, kept: Path | None) -> TextSource:
-    """Load the text source of the matcher that a run starts from, or choose one as
-    choose_text_source does.
+    """Load the text source of the matcher that a run starts from, or choose one.
 
     kept: the text source of the run that is continued. UserError when text.kind is not the
     matcher's.
@@ -54,8 +52,7 @@ def text_source_of_run(text: Seq2SeqTextConfig, data: CaptionRows, kept: Path | 
 
 
 def check_text_start(config: TransformerConfig, folder: str | Path) -> None:
-    """Raise UserError, naming the fields, when a model of this config cannot take over the
-    matcher's text encoder.
+    """Raise UserError, naming the fields, where the model cannot take the matcher's encoder.
 
     Reads no weights, so that a run can be refused before anything is touched.
     """
@@ -73,10 +70,9 @@ def check_text_start(config: TransformerConfig, folder: str | Path) -> None:
 
 def take_text_encoder(model: ImageTransformer, folder: str | Path,
                       text_encoder: str | None = None) -> TextSource:
-    """Copy the text tower of the matcher at `folder` into `model`, in place -> the text source that
-    it was trained with.
+    """Copy the text tower of the matcher at `folder` into `model` -> its text source.
 
-    UserError as in check_text_start, and for a damaged folder.
+    In place. UserError as in check_text_start, and for a damaged folder.
     """
     check_text_start(model.config, folder)
     scorer = load_matcher_folder(folder, "cpu", text_encoder=text_encoder)
