@@ -1,8 +1,8 @@
 """Continuous batching: a queue of captions whose images share one batch, each with its own
 parameters and seed.
 
-    scheduler = Scheduler(decoder, rows=16) for image in scheduler.run(ImageJob(captions,
-    unconditional, params, seeds=[0, 1, 2, 3]) for ...):
+    scheduler = Scheduler(decoder, rows=16)
+    for image in scheduler.run(ImageJob(captions, unconditional, params, seeds=[0, 1]) for ...):
         ...  # FinishedImage or FailedImage, in the order in which they end
 
 An image takes one row of the batch, and a second one while guidance acts on it. A decoder step
