@@ -50,7 +50,7 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
             pixels = _read_pixels(name, tokenizer, args.tiles)
         except BadImageError as error:
             if len(args.image) == 1:
-                raise
+                raise  # the only one: its error is the command's
             print(f"tokenloom reconstruct: skipped: {error}", file=sys.stderr)
             failed += 1
             continue
@@ -121,6 +121,7 @@ def _reconstruct(tokenizer: ImageTokenizer, pixels: numpy.ndarray, tiled: bool,
         decoded = tokenizer.decode(tokenizer.encode(image))
     rebuilt = float_to_pixels(decoded).cpu()
 
+    # of uint8 pixels, as they are saved: peak 255
     error = float((original.double() - rebuilt.double()).square().mean())
     psnr = MAX_PSNR
     if error > 0:
