@@ -157,8 +157,7 @@ class RunState:
     def _settings(self) -> dict[str, Any]:
         """Keys of the config that a checkpoint must share with the run that continues it."""
         train = self.config.train
-        # with another batch or seed the data position would mean other data; ZeRO stages have other
-        # files
+        # batch and seed decide which data a step number means; each ZeRO stage has its own files
         return {"zero_stage": self.config.deepspeed.zero_stage, "batch_size": train.batch_size,
                 "accumulation": train.accumulation, "seed": self.config.seed}
 
