@@ -155,7 +155,10 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Return probabilities [B, K] float32 after temperature and filters; one-hot at temperature 0."""
+    """Return probabilities [B, K] float32 after temperature and filters.
+
+    One-hot at temperature 0.
+    """
     logits = logits.float()
     if params.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
