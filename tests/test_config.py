@@ -66,6 +66,12 @@ def test_wrong_recipes_are_one_line_that_names_key_or_file(tmp_path, text, words
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["null", "vqgann", "3"])
+def test_a_kind_that_is_none_is_refused(value):
+    with pytest.raises(UserError, match=f"unknown model.kind '{value}'"):
+        load(*NEEDED, "--model.kind", value)
+
+
 def test_a_missing_required_key_is_named():
     with pytest.raises(UserError, match=r"missing key 'run_dir'"):
         load("--data.path", "d")

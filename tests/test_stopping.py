@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests import launching, tiny
+from training.engine import stopping
 from training.engine.processes import Processes
-from training.engine.stopping import Launcher
+from training.engine.stopping import Launcher, StopFlag
 from training.engine.watchdog import Watchdog, _place
 from training.runs.metrics import read_metrics
 
@@ -150,6 +152,22 @@ def test_a_launchers_own_parent_counts_for_deepspeed_alone(tmp_path, monkeypatch
     assert launcher.gone() is expected
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert launcher.gone()
+
+
+def test_the_launchers_signal_right_behind_ctrl_c_asks_the_same(monkeypatch):
+    flag, clock = StopFlag(), iter([100.0, 100.2, 100.3])
+
+    def now() -> float:
+        at = next(clock)
+        if at == 100.0:  # Python runs the second handler inside the first
+            flag.note(signal.SIGTERM, None)
+        return at
+
+    raised: list[int] = []
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=now))
+    monkeypatch.setattr(stopping.signal, "raise_signal", raised.append)
+    flag.note(signal.SIGINT, None)
+    assert flag.signal and not raised
 
 
 def test_the_watchdog_is_silent_while_steps_follow_and_while_a_run_saves(tmp_path, caplog):
