@@ -56,7 +56,7 @@ _NAMES = {
     "GeneratorEvaluationOptions": "training.evaluation.options",
     "TokenizerEvaluationOptions": "training.evaluation.options",
 }
-"""Public name -> the package that has it."""
+"""Public name -> the module that has it."""
 
 COMMANDS = {
     "generate": ("inference.commands.generate", "generate",

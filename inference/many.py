@@ -56,7 +56,7 @@ def generate_many(model: BatchModel, requests: Iterable[PromptRequest],
             images_left[number] = request.num_images
             yield job
 
-    for image in scheduler.run(jobs()):
+    for image in scheduler.run(jobs()):  # which calls jobs() as rows become free
         number = image.name
         request, params = open_requests[number]
         result = ManyResult(number, image.index, request.prompt, request.seed + image.index, params,
@@ -69,5 +69,5 @@ def generate_many(model: BatchModel, requests: Iterable[PromptRequest],
             [pixels] = model.decode_tokens(tokens[None])
             yield replace(result, image=pixels, image_tokens=tokens, layout=layout)
         images_left[number] -= 1
-        if not images_left[number]:
+        if not images_left[number]:  # forgotten, since there may be any number of requests
             del open_requests[number], images_left[number]

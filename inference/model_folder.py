@@ -109,6 +109,7 @@ def write_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer,
         text_tokenizer.write_files(aside / "text_tokenizer")
         write_json_atomic(aside / GENERATION_NAME, generation.plain())
         write_text_atomic(aside / "README.md", card)
+        # kinds alone: each part's config is in its own folder
         write_json_atomic(aside / INDEX_NAME, {
             "_class_name": CLASS_NAME, "_tokenloom_version": toolkit_version(),
             "schema_version": SCHEMA_VERSION, "tokenizer_image": image_tokenizer.kind,

@@ -73,7 +73,7 @@ class GenerationResult:
         if not 0 <= picture < len(self.image_tokens):
             last = len(self.image_tokens) - 1
             raise UserError(f"picture {picture}: the result holds pictures 0 to {last}")
-        own = slice(picture, picture + 1)
+        own = slice(picture, picture + 1)  # a batch of one
         layout = None if self.layouts is None else self.layouts[own]
         return self.model.attention_map(self.prompts[picture], word, self.image_tokens[own], layout)
 

@@ -116,6 +116,7 @@ def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # topk does not order ties: let it sort integers that all differ, the logit's bits, then the id
     bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    # the id counts down, so that of equal logits the lower id is the larger number
     largest = ((bits.to(torch.int64) << 32) | (size - 1 - ids)).topk(k, dim=-1).values
     kept = size - 1 - (largest & 0xFFFFFFFF)
     return logits.gather(-1, kept), kept
@@ -151,14 +152,12 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     if min_p <= 0:
         return logits.clone()
     best = logits.amax(dim=-1, keepdim=True)
+    # on logits: the softmax's denominator is the same on both sides of the comparison
     return logits.masked_fill(logits < best + math.log(min_p), -torch.inf)
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Return probabilities [B, K] float32 after temperature and filters.
-
-    One-hot at temperature 0.
-    """
+    """Return probabilities [B, K] float32 after temperature and filters; temperature 0: one-hot."""
     logits = logits.float()
     if params.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
@@ -180,7 +179,7 @@ def sample(logits: Tensor, params: SamplingParams, keys: Tensor, allow_sync: boo
     allow_sync: False inside CUDA graph capture, where Python must not wait for a value; it does
     not change the ids.
     """
-    if params.temperature == 0:
+    if params.temperature == 0:  # no filter drops the likeliest, so none needs to run
         return logits.argmax(dim=-1)
     logits = logits.float()
     if allow_sync:

@@ -47,6 +47,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     _check_options(args)
     layout = None if args.layout is None else _read_layout_file(args.layout)
 
+    # all that can be refused without the model has been, since loading may take long
     model = TextToImage.from_pretrained(args.model, device, args.revision, args.text_encoder,
                                         args.matcher, args.weights)
     params = given_params(args, model.default_params, args.guidance)
@@ -61,6 +62,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
         calibrate_threads(model, min(args.batch_size, drawn), params)
     _check_attention_words(model, args)
 
+    # made last before the work: a refused command leaves no empty folder
     out = output_folder(args.out)
     if args.prompts is not None:
         return _generate_file(model, requests, out, args)

@@ -158,6 +158,7 @@ def estimate(config: TransformerConfig, tokenizer: ImageTokenizerConfig | None,
     sizes = transformer_sizes(config)
     slot = slot_bytes(config, work.number_bytes)
     results_each = 8 * config.num_tokens  # int64 tokens
+    # FIRST_USE is in `working` and in `pictures`, since only the larger of them may count
     tokenizer_weights = decoding = 0
     if tokenizer is not None:
         tokenizer_weights = tokenizer_bytes(tokenizer)
@@ -180,7 +181,7 @@ def _working_bytes(config: TransformerConfig, sizes: TransformerSizes, work: Wor
     number = work.number_bytes
 
     # activations of one slot in one layer: residual, normed and added; queries, keys and values as
-    # projected and as rotated; attention's output; both sides of a feed-forward (three if gated)
+    # projected and as rotated; attention's output; both sides of a feed-forward, twice if gated
     queries = config.heads * config.head_dim
     kv = (config.kv_heads or config.heads) * config.head_dim
     feedforward = round(config.feedforward_multiplier * config.width)

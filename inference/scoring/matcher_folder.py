@@ -77,7 +77,7 @@ class MatcherScorer(ImageTextScorer, Pushable):
 
     def _embed_images(self, images: list[Image.Image]) -> Tensor:
         side = self.matcher.config.image.resolution
-        # [P, S, S, 3]
+        # [P, S, S, 3], prepared as in training: the centre square, resized
         pixels = numpy.stack([image_to_pixels(to_rgb(image), side) for image in images])
         return self.matcher.embed_images(pixels_to_float(pixels).to(self.device))
 

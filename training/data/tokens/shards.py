@@ -261,7 +261,8 @@ class TokenShards:
             local = rows[here] - self._starts[number]
 
             chosen = None if choice is None else choice[here]
-            for place, caption in zip(here, file.one_caption(local, chosen), strict=True):
+            found = file.one_caption(local, chosen)
+            for place, caption in zip(here.tolist(), found, strict=True):
                 captions[place] = caption
 
             for name in names:
