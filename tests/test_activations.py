@@ -51,6 +51,7 @@ def held(activations: Activations, number: int) -> int:
     return sum(activations.worst(lambda done: number * done))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "checkpointing", "precision"), [
     *((name, False, "float32") for name in MODELS), ("encoder_decoder", False, "bfloat16"),
     ("encoder_decoder", True, "bfloat16"), ("decoder_only", True, "float32")])
@@ -68,6 +69,7 @@ def test_a_transformers_activations_are_those_of_a_real_step(name, checkpointing
     assert held(found, number) == pytest.approx(held(expected, number), rel=0.02)
 
 
+@pytest.mark.long
 def test_checkpointing_keeps_less():
     config = tiny.seq2seq(encoder_layers=4, decoder_layers=4, grid=(8, 8)).config
     whole, recomputed = (transformer_activations(config, TokenLossConfig(), 8, "float32", on, cuda=False).worst()[0]
@@ -82,6 +84,7 @@ def test_dropped_attention_keeps_its_scores_on_a_cpu_alone():
     assert cpu - cuda > 2 * 2 * 256 * 256 * 4  # B pictures, H heads, N x N scores
 
 
+@pytest.mark.long
 def test_activations_grow_in_a_straight_line():
     config = tiny.seq2seq().config
     one, two, many = (transformer_activations(config, TokenLossConfig(), count, "float32", False, cuda=False)
@@ -107,6 +110,7 @@ TOKENIZERS = {
     "vit": {"model": {"preset": "vit-debug"}}, "dvae": {"model": {"preset": "dvae-debug"}}}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_an_image_tokenizers_activations_are_those_of_a_real_step(name, monkeypatch):
     config = TokenizerRunConfig.parse({"run_dir": "-", "data": {"path": "-"}, **TOKENIZERS[name]}, "test")
@@ -131,6 +135,7 @@ def real_tokenizer(config):
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("by_gradient", [False, True])
 @pytest.mark.parametrize("kind", [{"kind": "vq"}, {"kind": "residual", "depth": 2}])
 def test_a_learning_codebook_compares_all_positions_with_all_codes(kind, by_gradient):

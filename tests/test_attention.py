@@ -73,6 +73,7 @@ def test_blocks_equal_a_plain_mask_with_gradients(name, case, padded, monkeypatc
     attention._blocks.cache_clear()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("padded", [None, "right", "left"])
 def test_flex_attention_equals_a_plain_mask(name, padded):

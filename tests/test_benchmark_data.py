@@ -12,6 +12,7 @@ from benchmarks.__main__ import main
 from tests.source_files import own_cache  # noqa: F401 (a fixture for all tests here)
 
 
+@pytest.mark.long
 def test_quick_run_ends_with_one_document(capsys, tmp_path):
     out = tmp_path / "data.json"
     assert main(["data", "--quick", "--rows", "300", "--pictures", "12", "--workers", "1", "--out", str(out)]) == 0

@@ -46,6 +46,7 @@ def here(monkeypatch):
     monkeypatch.setattr(harness, "peak_memory", peak)
 
 
+@pytest.mark.long
 def test_the_document_has_every_engine_batch_and_guidance(here, capsys):
     assert command.main([*FEW, "--peers", "x-transformers,x-transformers, no cache", "--jacobi", "4"]) == 0
     document = last_line(capsys)
@@ -124,6 +125,7 @@ def test_eight_bit_matrices_cost_a_quarter_and_their_scales():
     assert rounded.flops == whole.flops
 
 
+@pytest.mark.long
 def test_limits_are_rates_of_this_machine():
     limits = measure_limits("cpu", "float32")
     assert 1e8 < limits.bytes_per_s < 1e13
@@ -141,6 +143,7 @@ def test_our_engine_counts_its_steps_and_draws_the_same_in_every_window():
     assert Mode(True, 8).name == "ours int8 jacobi 8"
 
 
+@pytest.mark.long
 def test_a_trained_folder_is_drawn_from_its_own_captions(tmp_path):
     folder = tiny.model_folder(tmp_path / "m")
     bench = Bench(decode.parse(["--model", str(folder), "--peers", "x-transformers", "--jacobi", "3", "--threads", "1"])[0])
@@ -183,6 +186,7 @@ def document(rows) -> dict:
     return {"results": [dict(zip(keys, row, strict=True)) for row in rows]}
 
 
+@pytest.mark.long
 def test_the_chart_takes_the_fastest_variant_and_shows_every_engine(tmp_path, capsys):
     rows = [("ours", 1, 1.0, 2.0), ("transformers", 1, 1.0, 5.0), ("transformers, static cache", 1, 1.0, 4.0),
             ("ours", 8, 3.0, 9.0), ("ours jacobi 8", 1, 1.0, 1.0)]

@@ -262,6 +262,7 @@ def test_min_dalles_import_leaves_the_process_as_it_was(mini, monkeypatch):
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.long
 def test_min_dalles_loop_has_our_logits(mini):
     work = decode_peers.peer_work(mini, mini.model, 2, 256, 16.0)
     forced = decode_reference.random_tokens(work, 2, 2**14)
@@ -288,6 +289,7 @@ def test_min_dalles_norms_take_our_biases_over(mini):
     assert torch.equal(biased.sample(work, top_k=1), decode_reference.greedy_ids(model, work))
 
 
+@pytest.mark.long
 def test_min_dalle_draws_as_we_do_where_only_the_likeliest_is_left(mini):
     work = decode_peers.peer_work(mini, mini.model, 1, 256, 4.0)
     assert torch.equal(mini.sample(work, top_k=1), decode_reference.greedy_ids(mini.model, work))
@@ -326,6 +328,7 @@ def test_min_dalle_refuses_another_beginning_and_other_work(mini):
 
 # ---- the table
 
+@pytest.mark.long
 def test_every_peer_draws_through_its_case():
     for name in decode_peers.PEERS:
         if decode_peers.missing(name) is not None:

@@ -80,6 +80,7 @@ def allocation(mib: int):
     return lambda: torch.ones(mib * harness.MIB // 4).sum()
 
 
+@pytest.mark.long
 def test_peak_memory_is_the_cases_own_and_not_the_parents_or_the_builders():
     ballast = torch.ones(400 * harness.MIB // 4)
     assert 63 <= harness.peak_memory("tests.test_benchmarks:allocation", {"mib": 64}, "cpu", threads=1) < 72
@@ -90,6 +91,7 @@ def broken():
     raise ValueError("no such thing")
 
 
+@pytest.mark.long
 def test_a_child_that_fails_is_one_line():
     with pytest.raises(RunFailedError, match=r"memory of tests.test_benchmarks:broken \{\}: ValueError: no such thing"):
         harness.peak_memory("tests.test_benchmarks:broken", {}, "cpu", threads=1)
@@ -117,6 +119,7 @@ def test_names_in_diffusers(ours, theirs):
     assert diffusers_name(ours, 5) == theirs
 
 
+@pytest.mark.long
 def test_published_sizes_map_onto_diffusers_names_and_shapes_exactly():
     models = pytest.importorskip("diffusers")
     for name in ("vqgan-f16-1024", "vq-8"):
@@ -179,6 +182,7 @@ def test_latents_spread_as_the_codes_do():
 
 # ---- the command
 
+@pytest.mark.long
 def test_quick_run_measures_everything_and_ends_with_one_json_document(here, capsys, tmp_path):
     pytest.importorskip("diffusers")
     out = tmp_path / "result.json"
@@ -208,6 +212,7 @@ def test_quick_run_measures_everything_and_ends_with_one_json_document(here, cap
     assert "nearest code" in printed.out
 
 
+@pytest.mark.long
 def test_without_diffusers_our_own_rows_are_measured(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert command.main([*TINY, "--batch", "1", "--dtype", "bfloat16"]) == 0
@@ -234,6 +239,7 @@ def test_unequal_work_ends_with_1_and_nothing_is_timed(here, capsys, monkeypatch
     assert "do not do the same work, so nothing was timed: resolution 16, batch 2" in printed.err.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_tokenizer_without_checkpointing_is_noted(here, capsys, monkeypatch):
     monkeypatch.setattr(tokenizer, "has_checkpointing", lambda model: False)
     monkeypatch.setitem(sys.modules, "diffusers", None)

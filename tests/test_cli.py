@@ -72,6 +72,7 @@ def test_every_public_name_is_there():
         _ = tokenloom.TextToimage
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("module", "absent"), [
     ("tokenloom", ("torch", "numpy", "deepspeed", "datasets", "pydantic", "x_transformers")),
     ("training.commands.data", ("torch", "deepspeed", "datasets")),
@@ -85,6 +86,7 @@ def test_importing_brings_in_only_what_is_needed(module, absent):
     assert (result.stderr, result.returncode) == ("\n", 1)  # the empty list of offending modules
 
 
+@pytest.mark.long
 def test_the_front_door_runs_as_a_program(folder, tmp_path):
     result = subprocess.run([sys.executable, "-m", "tokenloom", "info", str(tmp_path / "nowhere")], cwd=launching.REPOSITORY,
                             env=launching.environment(), text=True, capture_output=True, timeout=60, check=False)
@@ -111,6 +113,7 @@ def test_generate_writes_one_picture_and_says_where(run, folder, tmp_path):
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (16, 16))
 
 
+@pytest.mark.long
 def test_several_pictures_get_a_grid_and_seed_plus_i(run, folder, tmp_path):
     shown = run("generate", "octopus", "a red heart", "--num-images", 3, "--seed", 5, "--model", folder, "--out", tmp_path)
     assert [json.loads(Image.open(path).info["tokenloom"])["seed"] for path in shown.out[:-1]] == [5, 6, 7, 5, 6, 7]
@@ -182,6 +185,7 @@ def test_attention_is_saved_beside_each_picture(run, folder, tmp_path):
     assert len(set(pictures)) == 6
 
 
+@pytest.mark.long
 def test_a_layout_is_read_from_a_picture_or_from_numbers(run, tmp_path):
     model = tiny.model_folder(tmp_path / "model", layout_kind="colors", layout_classes=27, layout_grid=(2, 2))
     Image.new("RGB", (8, 8), "white").save(tmp_path / "white.png")

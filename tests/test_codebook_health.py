@@ -21,6 +21,7 @@ def data(tmp_path_factory) -> Path:
 
 # ---- health ----
 
+@pytest.mark.long
 def test_a_poor_codebook_is_warned_of_once_in_words_with_options_that_exist(group, data, tmp_path, caplog):
     quantizer = {"kind": "vq", "l2_normalize": False, "kmeans_init": False, "dead_code_fraction": 0.0}
     run = config(data, tmp_path / "run", model={"embed_dim": 64, "codebook_size": 64, "quantizer": quantizer},
@@ -36,6 +37,7 @@ def test_a_poor_codebook_is_warned_of_once_in_words_with_options_that_exist(grou
     assert row["dead_codes"] == round(64 * (1 - row["codebook_usage"])) > 0
 
 
+@pytest.mark.long
 def test_a_gumbel_tokenizer_cools_down_and_is_warned_of_in_its_own_options(group, data, tmp_path, caplog):
     quantizer = {"kind": "gumbel", "kl_weight": 0.01, "temperature_steps": 4}
     run = config(data, tmp_path / "run", model={"embed_dim": 4, "codebook_size": 64, "quantizer": quantizer},
@@ -56,12 +58,14 @@ def test_a_gumbel_tokenizer_cools_down_and_is_warned_of_in_its_own_options(group
     assert not re.search("kmeans|dead_code", " ".join(training.health._remedies()))
 
 
+@pytest.mark.long
 def test_a_healthy_codebook_is_not_warned_of(group, data, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(config(data, tmp_path / "run", model=VQ, train={"steps": 6}), group)
     assert "codes are in use" not in caplog.text
 
 
+@pytest.mark.long
 def test_restarts_are_counted_and_plots_are_drawn(group, data, tmp_path):
     quantizer = {"kind": "vq", "dead_code_fraction": 0.9, "ema_decay": 0.5}
     run = config(data, tmp_path / "run", model={**VQ, "quantizer": quantizer}, train={"steps": 4, "sample_every": 4})
@@ -70,6 +74,7 @@ def test_restarts_are_counted_and_plots_are_drawn(group, data, tmp_path):
     assert {"curves.png", "codebook.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
+@pytest.mark.long
 def test_the_window_of_the_health_is_an_epoch_or_as_long_as_it_is_told(group, data, tmp_path):
     for window, pictures in ((0, 24), (16, 16)):
         run = config(data, tmp_path / str(window), model=VQ, codebook={"window": window}, train={"steps": 12})

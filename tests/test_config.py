@@ -101,6 +101,7 @@ def test_help_lists_every_key(capsys):
     assert "--caption_dropout" in shown
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [TokenizerRunConfig, EncodeRunConfig, Seq2SeqRunConfig, MatcherRunConfig])
 def test_the_name_of_every_option_is_read_in_code(kind):
     sources = [p for folder in ("training", "inference", "seq2seq", "tokenizer_image")

@@ -93,6 +93,7 @@ def flax(tmp_path_factory, states) -> Path:
     return flax_folder(tmp_path_factory.mktemp("dalle-mini"), states)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_flax_files_give_the_same_with_a_beginning_of_their_own(flax, image_tokenizer, states):
     model: Any = from_checkpoint("dalle-mini", flax, image_tokenizer=image_tokenizer)

@@ -105,6 +105,7 @@ def test_a_transformer_of_text_gives_the_logits_of_plain_functions(parts, tmp_pa
     assert (unguided - expected).abs().max() > 0.1
 
 
+@pytest.mark.long
 def test_guided_pictures_of_text_equal_those_of_plain_functions(parts, tmp_path):
     """In a batch, alone, in a queue; loaded from the folder that convert writes."""
     state = saved(tmp_path / "t2i.pt", TEXT)

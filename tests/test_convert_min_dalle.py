@@ -59,6 +59,7 @@ def model(folder) -> TextToImage:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("caption", "steps"), [(CAPTION, 256), ("an octopus and a heart " * 12, 32)], ids=["short", "cut"])
 def test_min_dalles_loop_gives_our_logits_and_tokens(folder, model, states, caption, steps):

@@ -138,6 +138,7 @@ def test_what_is_assumed_of_deepseeks_janus_is_said(tmp_path, state):
     assert converted.notes == ("resolution 384: no config.json says it (--resolution)",)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", [
     "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)),
     "a: &a [*a]", "a: 2001-99-99", f"a: {'9' * 5000}", "[" * 5000 + "]" * 5000, "!!python/object/apply:os.system [true]"],

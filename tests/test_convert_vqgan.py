@@ -184,6 +184,7 @@ def codes_and_pictures(model) -> tuple[Tensor, Tensor]:
     return codes, model.decode(codes, force_not_quantize=True, shape=shape).sample
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, AMUSED, {"vq_embed_dim": None}], ids=["attention", "amused", "wide codes"])
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_diffusers_codes_and_pixels(tmp_path, changes, safe):

@@ -37,6 +37,7 @@ def scenes(count: int = 300, max_objects: int = 4) -> list[Scene]:
     return [make_scene(random.Random(seed), COMBINATIONS, max_objects) for seed in range(count)]
 
 
+@pytest.mark.long
 def test_relations_in_captions_are_true_of_the_positions():
     kinds = set()
     for scene in scenes():

@@ -113,6 +113,7 @@ def test_what_later_slots_of_the_cache_hold_is_not_seen(shape, strategy):
         assert (decoder.decode_at(previous, positions, groups, cache, end) - fresh).abs().max() < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_model_computes_the_same_after_the_decoder_took_its_weights_over(shape, tmp_path):
     model, text, layout = build(shape)

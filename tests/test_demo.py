@@ -74,6 +74,7 @@ def test_a_killed_training_is_continued_and_another_one_is_not(tmp_path):
     assert not trial._fresh("seq2seq").exists()
 
 
+@pytest.mark.long
 def test_a_script_that_fails_ends_the_demo_with_its_exit_code(tmp_path):
     with pytest.raises(RunFailedError, match=r"train_tokenizer\.py ended with exit code 2"):
         Demo(tmp_path, "quick", 0).launch("train_tokenizer.py", "--nonsense", "1")

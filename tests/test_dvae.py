@@ -217,6 +217,7 @@ def test_logits_are_float32_under_autocast_and_in_bfloat16():
     assert model.bfloat16().latents(make_image().bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.long
 def test_training_lowers_the_loss_of_the_hard_codes_and_uses_them():
     model = make_dvae()
     image = F.interpolate(torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1, size=16)  # flat patches

@@ -30,6 +30,7 @@ from training.engine.deepspeed_json import deepspeed_json
 from training.engine.optim import build_optimizer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_deepspeed_on_one_process_equals_a_plain_loop(group, stage):
     run, module = config(stage), small()
@@ -75,6 +76,7 @@ def test_no_clipping_is_no_clipping(group, clipping):
     assert_same_state(engine.full_state(), plain.state_dict(), 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulation_8x1_equals_2x4(group, stage):
     states, losses = [], []
@@ -100,6 +102,7 @@ def test_weights_change_only_at_the_end_of_an_accumulation_window(group):
     assert changed == [False, True, False, True]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_trains_and_stays_finite(group, stage):
     run = config(stage)
@@ -144,6 +147,7 @@ def test_full_state_is_the_modules_own_state(group, stage):
     small().load_state_dict(state)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_saved_and_loaded_into_a_fresh_engine_continues_to_the_bit(group, stage, tmp_path):
     run = config(stage)
@@ -203,6 +207,7 @@ def test_an_engine_that_starts_later_has_its_own_schedule_and_folder(group, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"deepspeed", "deepspeed-discriminator"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")])
 def test_what_is_kept_in_main_memory_changes_no_number(group, stage, offload):
     plain, run = config(stage), with_deepspeed(stage, deepspeed={"offload": offload})

@@ -40,6 +40,7 @@ def small(**derived) -> Seq2SeqConfig:
         "text_vocab_size": 4000, "text_length": 32, "codebook_size": 16_384, "grid": (16, 16), **derived})
 
 
+@pytest.mark.long
 def test_a_shipped_recipe_needs_no_files(run):
     """parameters: counted by hand of the same preset; memory: 2 bytes of weight, 12 of state over 8 processes at stage 1."""
     found = values(run, "--config", "small_seq2seq", *GPUS)
@@ -57,6 +58,7 @@ def test_a_shipped_recipe_needs_no_files(run):
     assert found["assumed"] == ["grid 16x16 (--grid)", "codebook size 16384 (--codebook-size)"]
 
 
+@pytest.mark.long
 def test_time_is_arithmetic_at_the_utilisation(run):
     found = values(run, "--config", "small_seq2seq", *GPUS, "--mfu", 0.25)
     assert found["flops"]["picture"] == training_flops(forward_flops(small()))
@@ -65,6 +67,7 @@ def test_time_is_arithmetic_at_the_utilisation(run):
     assert values(run, "--config", "small_seq2seq", *GPUS)["hours"] == pytest.approx(found["hours"] * 0.25 / 0.4)
 
 
+@pytest.mark.long
 def test_what_files_say_is_read_from_them(run, made):
     found = values(run, "--config", "debug_seq2seq", "--data.path", made / "tokens", "--image_tokenizer", made / "tokenizer",
                    "--train.steps", 30, "--train.batch_size", 4, "--memory", "8GiB")
@@ -74,6 +77,7 @@ def test_what_files_say_is_read_from_them(run, made):
     assert found["disk"]["token_shards"] == 12 * 16 * 2
 
 
+@pytest.mark.long
 def test_each_text_input_has_its_sizes(run, made, tmp_path, capsys):
     tiny.bert_folder(tmp_path / "bert")
     capsys.readouterr()
@@ -88,6 +92,7 @@ def test_each_text_input_has_its_sizes(run, made, tmp_path, capsys):
     assert "vocab size 1001 (--vocab-size)" in classes["assumed"] and classes["not_counted"] == []
 
 
+@pytest.mark.long
 def test_pictures_are_counted_where_they_are_encoded_on_the_fly(run, made, tmp_path):
     for number, picture in enumerate(tiny.pictures(5)):
         picture.save(tmp_path / f"{number}.png")
@@ -98,6 +103,7 @@ def test_pictures_are_counted_where_they_are_encoded_on_the_fly(run, made, tmp_p
     assert values(run, "--config", "debug_tokenizer", "--data.path", tmp_path, "--gpu", "L4")["rows"] == 5
 
 
+@pytest.mark.long
 def test_disk_is_what_a_run_keeps(run):
     found = values(run, "--config", "small_seq2seq", *GPUS, "--checkpoint.keep_last", 4, "--checkpoint.keep_every_steps", 5000)
     count = found["parameters"]["trainable"]
@@ -107,6 +113,7 @@ def test_disk_is_what_a_run_keeps(run):
     assert found["disk"]["total"] == found["disk"]["checkpoint"] * 9 + found["disk"]["export"]
 
 
+@pytest.mark.long
 def test_the_configs_settings_change_the_estimate(run):
     def total(*changes: object) -> int:
         return values(run, *DEBUG, *changes)["stages"][1]["bytes"]["total"]
@@ -121,6 +128,7 @@ def test_the_configs_settings_change_the_estimate(run):
     assert total("--gpus", 16) < plain
 
 
+@pytest.mark.long
 def test_an_image_tokenizers_training_is_told_by_its_keys(run):
     found = values(run, "--config", "vqgan_f16_1024_tokenizer", "--gpu", "A100", "--rows", 50_000)
     assert found["kind"] == "tokenizer" and found["rows"] == 50_000
@@ -129,6 +137,7 @@ def test_an_image_tokenizers_training_is_told_by_its_keys(run):
     assert found["stages"][0]["bytes"]["other_models"] > 14 << 20  # VGG16's convolutions
 
 
+@pytest.mark.long
 def test_a_tokenizers_arithmetic_is_that_of_its_step():
     from training.config.tokenizer import TokenizerRunConfig
 
@@ -149,6 +158,7 @@ def test_a_matchers_training_is_told_by_its_name(run):
     assert found["kind"] == "matcher" and found["tokens"] == 0
 
 
+@pytest.mark.long
 def test_a_config_that_could_be_several_needs_a_kind(run, tmp_path):
     (tmp_path / "mine.yaml").write_text("train:\n  steps: 10\n")
     code, out, err = run("--config", tmp_path / "mine.yaml")
@@ -157,6 +167,7 @@ def test_a_config_that_could_be_several_needs_a_kind(run, tmp_path):
     assert values(run, "--config", tmp_path / "mine.yaml", "--kind", "tokenizer")["kind"] == "tokenizer"
 
 
+@pytest.mark.long
 def test_advice_names_what_to_change(run):
     whole = values(run, *DEBUG)["stages"][1]["bytes"]["total"]
     narrow = values(run, *DEBUG, "--memory", f"{whole - (1 << 20)}B")["advice"]
@@ -167,6 +178,7 @@ def test_advice_names_what_to_change(run):
     assert values(run, "--config", "small_seq2seq", *GPUS, "--deepspeed.zero_stage", 0)["advice"] == "fits"
 
 
+@pytest.mark.long
 def test_the_table_for_people(run):
     code, out, err = run("--config", "small_seq2seq", *GPUS, "--rows", 64_000)
     assert (code, err) == (0, [])
@@ -180,6 +192,7 @@ def test_the_table_for_people(run):
     assert "assumed: rows 64000 (--rows)" in lines and lines[-1].startswith("stage 1 fits")
 
 
+@pytest.mark.long
 def test_on_a_cpu_time_is_unknown_and_memory_is_shared(run, monkeypatch):
     monkeypatch.setattr("training.commands.estimate.available_memory", lambda device: 8 << 30)
     found = values(run, "--config", "debug_seq2seq", "--gpus", 2)
@@ -229,6 +242,7 @@ def test_every_recipe_is_estimated(run, recipe):
     assert found["stages"][found["stages"][0]["zero_stage"]]["bytes"]["total"] > 1 << 30
 
 
+@pytest.mark.long
 def test_a_checkpoint_has_the_files_of_all_processes():
     from training.config.seq2seq import Seq2SeqRunConfig
     from training.planning.plan import plan_of
@@ -255,6 +269,7 @@ def test_the_pages_table_is_what_the_command_prints(name):
     assert [line for line in found if line.startswith(f"| {name} |")] == [row.line() for row in rows_of_size(name)]
 
 
+@pytest.mark.long
 def test_what_the_table_says_fits_is_what_the_command_says(run):
     """The same plan through the command line."""
     row = rows_of_size(SIZES[0])[2]

@@ -50,6 +50,7 @@ def run(capsys, monkeypatch, folders):
     return call
 
 
+@pytest.mark.long
 def test_the_report_has_what_repeats_it(run, folders, tmp_path):
     options = {"matcher": folders["matcher"], "num-captions": 12, "seed": 4}
     shown = run(out=tmp_path / "a", **options)
@@ -74,6 +75,7 @@ def test_the_report_has_what_repeats_it(run, folders, tmp_path):
     assert other == report
 
 
+@pytest.mark.long
 def test_every_guidance_scale_is_measured_on_the_same_captions(run, folders, tmp_path):
     options = {"num-captions": 6, "diversity-captions": 0, "diversity-images": None}
     shown = run("--guidance", "1", "3", out=tmp_path / "out", **options)
@@ -93,6 +95,7 @@ def test_every_guidance_scale_is_measured_on_the_same_captions(run, folders, tmp
     assert "nothing looks at the pictures" in blind.err[0]
 
 
+@pytest.mark.long
 def test_sampling_options_reach_the_pictures(run, tmp_path):
     options = {"num-captions": 6, "diversity-captions": 0, "diversity-images": None}
     found = {}
@@ -137,6 +140,7 @@ def test_a_reference_takes_the_place_of_the_captions_pictures(run, folders, tmp_
     assert not found["reference_is_these_pictures"]
 
 
+@pytest.mark.long
 def test_composition_is_checked_on_shapes_data_of_its_own_accord(run, folders, tmp_path):
     data = tmp_path / "shapes"
     assert tokenloom.main(["data", "shapes", "--out", str(data), "--size", "16", "--num-scenes", "20"]) == 0

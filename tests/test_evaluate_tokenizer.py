@@ -87,6 +87,7 @@ def inception_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_the_command_measures_with_the_real_networks(run, folders, tmp_path):
     shown = run(lpips="alexnet", features="effnet-lite0", out=tmp_path / "out")
     assert shown.code == 0
@@ -115,6 +116,7 @@ def test_the_command_measures_with_the_real_networks(run, folders, tmp_path):
         assert 10 * 136 < sheet.width < 10 * 136 + 150
 
 
+@pytest.mark.long
 def test_the_commands_of_the_page_run_on_a_whole_model_folder(capsys, folders, tmp_path, monkeypatch):
     page = (launching.REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
     command, generator = re.findall(r"^```bash\n(.*?)\n```$", page, flags=re.MULTILINE | re.DOTALL)
@@ -154,6 +156,7 @@ def test_the_numbers_are_those_of_the_pictures_one_by_one(folders):
     assert found.usage.dead_codes == 64 - len(used)
 
 
+@pytest.mark.long
 def test_batch_size_changes_no_number_and_a_second_run_is_equal(run, tmp_path):
     reports = []
     for name, size in (("a", 3), ("b", 64), ("c", 64)):
@@ -166,6 +169,7 @@ def test_batch_size_changes_no_number_and_a_second_run_is_equal(run, tmp_path):
     assert reports[0]["data"] == reports[1]["data"]
 
 
+@pytest.mark.long
 def test_the_seed_decides_the_sample_and_nothing_else(run, tmp_path):
     found = {}
     for name, more in {"all": {}, "all again": {"seed": 7}, "8 of 0": {"num-images": 8}, "8 of 0 again": {"num-images": 8},
@@ -179,6 +183,7 @@ def test_the_seed_decides_the_sample_and_nothing_else(run, tmp_path):
     assert found["8 of 7"]["options"] | {"num_images": 8, "seed": 7} == found["8 of 7"]["options"]
 
 
+@pytest.mark.long
 def test_a_saved_reference_gives_the_same_number_and_says_whose_it_is(run, tmp_path, monkeypatch):
     first = run(out=tmp_path / "a", **{"save-reference": tmp_path / "r.npz"})
     second = run(out=tmp_path / "b", reference=tmp_path / "r.npz")
@@ -209,6 +214,7 @@ def test_a_number_can_be_left_out(run, tmp_path):
     assert report["lpips"] is None
 
 
+@pytest.mark.long
 def test_inception_by_path_and_the_name_of_its_number(run, tmp_path, inception_file):
     shown = run(features="inception", out=tmp_path / "a", **{"inception-weights": inception_file, "num-images": 2})
     assert shown.code == 0

@@ -206,6 +206,7 @@ def test_side_by_side_shows_original_reconstruction_and_the_difference_amplified
     assert (sheet[44:, :60] < 100).any()  # names of the rows beside them
 
 
+@pytest.mark.long
 def test_curves_are_written_as_a_picture(tmp_path):
     rows = [{"step": 1, "loss": 2.0, "usage": None}, {"step": 2, "loss": 1.0, "usage": 0.5}, {"step": 3, "loss": None}]
     plot_curves([("one", rows, ["loss"]), ("two", rows, ["loss", "usage"]), ("none", [], ["loss"])], tmp_path / "c.png")

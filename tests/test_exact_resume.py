@@ -168,6 +168,7 @@ FEW = [Case("seq2seq", 1, 0, "float32", 4, 2), Case("seq2seq", 1, 1, "bfloat16",
 """Every value of every option, in pairs with many of the others'."""
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_to_the_bit(made, tmp_path):
     check_all(FEW, made, tmp_path)
 

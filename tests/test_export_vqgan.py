@@ -41,6 +41,7 @@ def written(kind: str, source: Path, out: Path, resolution: int | None = None) -
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [Shape(), GUMBEL], ids=["vq", "gumbel"])
 @pytest.mark.parametrize("ending", [".ckpt", ".safetensors"])

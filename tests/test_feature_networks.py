@@ -42,6 +42,7 @@ def between(one: Moments, other: Moments) -> float:
     return frechet_distance(one.mean, one.covariance(), other.mean, other.covariance())
 
 
+@pytest.mark.long
 def test_effnet_features_tell_kinds_of_pictures_apart(effnet):
     assert (effnet.metric_name, effnet.dimensions, len(effnet.weights_hash)) == ("EffNet-FD", 1280, 64)
     found = effnet(stack([disc(i) for i in range(6)] + [stripes(i) for i in range(6)]))
@@ -56,6 +57,7 @@ def test_effnet_features_tell_kinds_of_pictures_apart(effnet):
     assert [int(n) // 6 for n in nearest] == [0] * 6 + [1] * 6
 
 
+@pytest.mark.long
 def test_two_halves_of_a_set_are_far_nearer_than_noise(effnet):
     first, second = (moments_of(effnet, [disc(i) for i in range(start, start + 12)]) for start in (0, 12))
     halves = between(first, second)
@@ -134,6 +136,7 @@ def test_inceptions_maps_have_the_published_sizes_and_its_pools_are_those_of_fid
             numpy.testing.assert_allclose(found[0, :, y, x].numpy(), expected, rtol=1e-4, atol=1e-5 * given.max(), err_msg=name)
 
 
+@pytest.mark.long
 def test_only_the_published_inception_weights_are_called_rfid(inception_file, monkeypatch):
     extractor = load_extractor("inception", inception_file)
     assert (extractor.metric_name, extractor.dimensions, extractor.side) == ("Inception-FD", 2048, 299)
@@ -147,6 +150,7 @@ class Evil:
         return (Path.touch, (Path("evil-was-here"),))
 
 
+@pytest.mark.long
 def test_weights_that_are_damaged_pickled_or_of_another_network_are_one_line(tmp_path, monkeypatch, inception_file,
                                                                              inception_state):
     monkeypatch.chdir(tmp_path)

@@ -55,6 +55,7 @@ def test_a_plan_with_room_passes_and_unknown_memory_passes(monkeypatch):
         refuse_what_cannot_fit(plan, ALONE)
 
 
+@pytest.mark.long
 def test_only_what_is_certain_is_refused(monkeypatch):
     """Between the least and the most that it may take, a training starts."""
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -69,6 +70,7 @@ def test_only_what_is_certain_is_refused(monkeypatch):
         refuse_what_cannot_fit(plan, ALONE)
 
 
+@pytest.mark.long
 def test_what_it_says_to_change_does_fit(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     plan = seq2seq()
@@ -83,6 +85,7 @@ def test_what_it_says_to_change_does_fit(monkeypatch):
     assert "see `tokenloom estimate --config`" in message and f"{plan.parameters:,} parameters" in message
 
 
+@pytest.mark.long
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
     plan = seq2seq()
     limited(monkeypatch, int(1.5 * needed(plan)))
@@ -102,6 +105,7 @@ def with_much_state(**train: Any) -> Plan:
     return plan_of(config, "float32", model=model)
 
 
+@pytest.mark.long
 def test_a_larger_stage_is_the_first_remedy():
     """Gradients that add up over micro-batches are whole at stage 1 and shared out at stage 2."""
     fit = MemoryFit(with_much_state(accumulation=2), 8, True)
@@ -111,12 +115,14 @@ def test_a_larger_stage_is_the_first_remedy():
     assert fit.remedy(10 * MIB).startswith("no ZeRO stage")
 
 
+@pytest.mark.long
 def test_more_processes_are_a_remedy():
     fit = MemoryFit(with_much_state(), 1, False)
     least = min(fit.memory(MemoryOptions(stage, 16, on, "none")).total for on in (False, True) for stage in (1, 2, 3))
     assert re.match(r"it would fit on 2 processes", fit.remedy(int(0.95 * least)))
 
 
+@pytest.mark.long
 def test_a_matchers_batch_is_not_divided():
     """Fewer pictures at a time are fewer captions to tell one from: another training."""
     config = MatcherRunConfig.parse({"run_dir": "-", "data": {"path": "-"}, "train": {"batch_size": 64}}, "test")
@@ -138,6 +144,7 @@ def test_combinations_that_the_config_refuses_are_not_proposed():
         {"text_vocab_size": 300, "text_length": 12, "codebook_size": 512, "grid": (4, 4)}))) is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["seq2seq", "tokenizer", "matcher"])
 def test_the_trainings_refuse_before_they_write_anything(script, group, tmp_path, monkeypatch):
     limited(monkeypatch, MIB)

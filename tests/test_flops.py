@@ -60,6 +60,7 @@ def test_a_decoder_only_model_by_hand():
     assert forward_flops(DecoderOnlyConfig(**SHAPE, layers=1)) == layer + 2 * 16 * 32 * 32 == 796_672
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [
     tiny.seq2seq, tiny.decoder_only, lambda: tiny.seq2seq(kv_heads=1),
     lambda: tiny.decoder_only(attention=("convolution", "column"), convolution_size=3, predict_text=True)])
@@ -109,6 +110,7 @@ def test_a_matcher_counts_both_towers():
     assert matcher_forward_flops(model.config) == counted_for_real(model, torch.zeros(1, 3, 16, 16), *text())
 
 
+@pytest.mark.long
 def test_the_largest_preset_is_counted_without_its_memory():
     """20.5 billion numbers. Of a layer, projections and feed-forward see 1,024 image slots, keys and values of the caption 128
     text slots, as the text encoder does; attention in blocks of 128 queries adds little to these."""

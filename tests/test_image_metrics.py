@@ -107,6 +107,7 @@ def test_one_picture_has_no_covariance_and_a_feature_that_is_not_finite_stops():
 
 # ---- LPIPS with its real weights ----
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", sorted(NETWORKS))
 def test_lpips_is_0_for_equal_pictures_and_grows_with_blur_and_noise(network):
     model = LPIPS.load(network)

@@ -114,6 +114,7 @@ PLAIN = ("--use_layout", "false")
 
 # ---- the transformer ----
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only", "predicts_text", "float16"])
 def test_the_first_loss_is_the_sources_evaluation_loss(made, tmp_path, group, name):
     parts = ("--loss.image_weight", 0.875, "--loss.text_weight", 0.125) if name == "predicts_text" else ()
@@ -128,6 +129,7 @@ def test_without_init_from_the_first_loss_is_another(made, tmp_path, group):
     assert all(abs(loss - other) > 0.05 for other in others)
 
 
+@pytest.mark.long
 def test_sharded_weights_and_the_average_begin_with_the_sources(made, tmp_path, group):
     expected = {name: tensor.float() for name, tensor in load_file(made / "float16/seq2seq/model.safetensors").items()}
     more = (*PLAIN, "--init_from", made / "float16", "--train.gradient_checkpointing", "true", "--model.dropout", 0.1)
@@ -155,6 +157,7 @@ def test_two_processes_begin_alike(made, tmp_path):
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_without_the_folder_that_it_began_from(made, tmp_path, group):
     source = shutil.copytree(made / "decoder_only", tmp_path / "source")
     more = (*PLAIN, "--init_from", source, "--checkpoint.every_steps", 2, "--optim.schedule", "constant")
@@ -185,6 +188,7 @@ def test_a_transformer_alone_takes_the_tokenizers_that_are_named(made, tmp_path,
     assert loss == pytest.approx(evaluation_loss(load_model_folder(made / "encoder_decoder"), rows), abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["classes", "bpe", "frozen"])
 def test_every_text_input_comes_with_its_model(made, tmp_path, group, kind):
     if kind == "classes":
@@ -282,6 +286,7 @@ def test_an_image_tokenizer_is_asked_for_where_nothing_brings_one(made, tmp_path
         recipe(made / "tokens", tmp_path / "run")
 
 
+@pytest.mark.long
 def test_an_estimate_reads_the_sizes_of_the_folder(run, made, tmp_path):
     text = f"init_from: {made / 'decoder_only'}\ntrain: {{batch_size: 4, steps: 30}}\n"
     (tmp_path / "finetune_seq2seq.yaml").write_text(text)
@@ -326,6 +331,7 @@ def test_a_tokenizers_first_losses_are_the_sources_reconstruction(made, pictures
     assert row["l2"] == pytest.approx(float(difference.square().mean()), abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_tokenizers_run_goes_on_without_the_folder_that_it_began_from(made, pictures, tmp_path, group):
     source = shutil.copytree(made / "tokenizer", tmp_path / "source")
     more = ("--init_from", source, "--checkpoint.every_steps", 1, "--optim.schedule", "constant")

@@ -103,6 +103,7 @@ def enumerated(model, captions: TextBatch, null: TextBatch, params: SamplingPara
     return table
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window", [1, 3])
 def test_samples_follow_the_enumerated_distribution(window):
     model = tiny.seq2seq(codebook_size=3, grid=(2, 2))

@@ -15,6 +15,7 @@ STEPS_A_KILL = 20
 TIMING = {"samples_per_s", "tokens_per_s", "data_wait", "memory_bytes", "elapsed_s"}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path, kills):
     tiny.token_shards(tmp_path, rows=40)

@@ -11,6 +11,7 @@ from inference.decoder import large_pages
 from inference.decoder.large_pages import CHUNK, LEAST, PAGE, LargePages
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(large_pages.mmap, "MADV_HUGEPAGE"), reason="Linux alone has them")
 def test_tensors_share_chunks_that_begin_at_a_page():
     pages = LargePages()

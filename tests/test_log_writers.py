@@ -82,6 +82,7 @@ def logged(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 # ---- TensorBoard ----
 
+@pytest.mark.long
 def test_tensorboard_has_the_numbers_and_grids_of_a_stopped_and_resumed_run_once(made, tmp_path, group):
     stopped_and_gone_on(made, tmp_path, group, {"tensorboard": True})
     first, _ = sorted((tmp_path / "tensorboard").iterdir())
@@ -143,6 +144,7 @@ def test_no_number_is_in_two_folders():
     assert len(names) == len(set(names))
 
 
+@pytest.mark.long
 def test_a_run_that_starts_over_leaves_its_curves_behind(made, tmp_path, group):
     run = {"log": {"tensorboard": True}, "train": {"steps": 1, "sample_every": 0, "validate_every": 0}}
     train(config(made, tmp_path, **run), group)
@@ -199,6 +201,7 @@ def told(rows: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, str, float]]
             for step, data in rows for name, value in data.items()]
 
 
+@pytest.mark.long
 def test_wandb_is_told_everything_offline_and_a_resumed_part_is_whole_by_itself(made, tmp_path, group, wandb):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -328,6 +331,7 @@ def test_places_are_told_of_finite_numbers_and_of_grids_that_are_there(tmp_path)
     assert place.told == [(1, {"lr": 0.5}), (2, "samples", sample_path(tmp_path, 2))]
 
 
+@pytest.mark.long
 def test_only_the_first_process_opens_places(made, tmp_path, group, monkeypatch):
     class Second(Processes):
         def first_does(self, action: Any) -> Any:

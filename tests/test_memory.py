@@ -140,6 +140,7 @@ def test_decoding_to_pixels_is_predicted_without_numbers_or_chance(config):
 LARGE_CODEBOOK, LARGE_GRID = {"codebook_size": 20_000}, {"grid": (8, 12)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("captions", [1, 8])
 @pytest.mark.parametrize(("make", "changes", "nearest"), [
     (tiny.seq2seq, {}, 2.5), (tiny.seq2seq, LARGE_CODEBOOK, 1.25), (tiny.seq2seq, LARGE_GRID, 1.4),
@@ -157,6 +158,7 @@ def test_drawing_holds_what_is_predicted(make, changes, nearest, captions):
     assert alive.peak <= predicted <= nearest * alive.peak
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_estimated_at_once(name):
     config = preset(name)

@@ -118,6 +118,7 @@ def test_a_card_without_metadata_has_none(text):
     assert read_metadata(text) == {}
 
 
+@pytest.mark.long
 def test_a_loaded_model_keeps_its_card(data, tmp_path):
     text = tokenizer_card(tokenizer_run(data), tiny.vqgan(), 1, REPORT)
     folder = tiny.vqgan().save_pretrained(tmp_path / "a", card=text)

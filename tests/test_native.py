@@ -33,6 +33,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 13])
 def test_products_equal_matrix_products_and_rows_do_not_depend_on_each_other(rows, outputs, inputs, two_threads):
@@ -44,6 +45,7 @@ def test_products_equal_matrix_products_and_rows_do_not_depend_on_each_other(row
         assert torch.equal(products([matrix], x[row: row + 1].clone())()[0], found[row])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_products_of_bytes_are_exact(rows, outputs, inputs, two_threads):

@@ -21,6 +21,7 @@ from tests.small_engine import (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("stage", "precision"), [*((stage, "float32") for stage in STAGES), (0, "bfloat16"), (1, "bfloat16"),
                                                   (2, "bfloat16")])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -54,6 +55,7 @@ def test_a_loss_without_terms_is_named_loss(group, caplog):
     assert "not finite: loss" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("stage", "precision"), [*((stage, "float32") for stage in STAGES), (0, "bfloat16"), (1, "bfloat16")])
 def test_a_gradient_that_is_not_finite_is_a_counted_skipped_step(group, caplog, stage, precision):
     run = config(stage)
@@ -71,6 +73,7 @@ needs_float16 = pytest.mark.skipif(not torch.cuda.is_available() and not torch.o
                                    reason="this machine has no float16")
 
 
+@pytest.mark.long
 @needs_float16
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_float16_finds_its_scale_trains_and_counts_no_incident(group, stage):

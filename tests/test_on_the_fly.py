@@ -41,6 +41,7 @@ def trained(made: Path, run_dir: Path, group: Processes, data: dict[str, Any], *
     return training
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tokens_made_on_the_fly_train_as_stored_ones_do(workers, made, tmp_path, group):
     encode(made, tmp_path / "tokens", group, splits=["train", "validation"])
@@ -60,6 +61,7 @@ def test_tokens_made_on_the_fly_train_as_stored_ones_do(workers, made, tmp_path,
     assert (tmp_path / "made/model").is_dir() and list((tmp_path / "made/samples").glob("*.png"))
 
 
+@pytest.mark.long
 def test_unusable_pictures_are_counted_and_augmentation_is_drawn_anew(made, tmp_path, group, caplog):
     training = trained(made, tmp_path / "run", group, {"path": str(made / "data"), "on_the_fly": True, "horizontal_flip": 0.5},
                        train={"steps": 8})
@@ -71,6 +73,7 @@ def test_unusable_pictures_are_counted_and_augmentation_is_drawn_anew(made, tmp_
     assert not torch.is_grad_enabled() or all(p.grad is None for p in training.image_tokenizer.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", [{"vocab_size": 300, "text_length": 12}, {"kind": "classes"}])
 def test_streams_are_trained_on_and_rows_without_a_caption_passed_over(text, made, tmp_path, group):
     pictures = [(made / f"data/train/{row:02d}.png").read_bytes() for row in range(ROWS) if row != 7]

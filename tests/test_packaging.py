@@ -47,6 +47,7 @@ def test_every_source_file_and_recipe_is_in_the_wheel(installed):
     assert list(installed.glob("*.dist-info/licenses/LICENSE"))
 
 
+@pytest.mark.long
 def test_the_wheel_generates_pictures_without_the_source(installed, tmp_path):
     tiny.model_folder(tmp_path / "model")
     code = ("import sys, inference, tokenloom\n"

@@ -19,6 +19,7 @@ def parameters(name: str, derived: dict) -> int:
         return sum(p.numel() for p in TRANSFORMER_KINDS[config.kind](config).parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "millions"), [
     ("parti-350m", 385), ("parti-750m", 788), ("parti-3b", 3086), ("parti-20b", 20_534)])
 def test_parti_has_the_published_sizes(name, millions):
@@ -39,6 +40,7 @@ def test_captioned_llamagen_xl_has_the_published_size():
                                       "text_length": 120}) == 777_678_080
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "derived", "low", "high"), [
     ("dalle", {"text_vocab_size": 16_384, "text_length": 256, "codebook_size": 8192, "grid": (32, 32)}, 12.0e9, 12.4e9),
     ("rudalle-malevich", {"text_vocab_size": 16_384, "text_length": 128, "codebook_size": 8192, "grid": (32, 32)},
@@ -51,6 +53,7 @@ def test_other_published_models_have_about_their_published_sizes(name, derived, 
     assert low < parameters(name, derived) < high
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "count"), [
     ("debug", 282_492), ("debug-decoder", 249_276), ("emoji-demo", 6_184_184), ("small", 70_112_756),
     ("small-decoder", 63_811_912), ("parti-350m-modern", 328_921_088), ("parti-750m-modern", 656_162_816),

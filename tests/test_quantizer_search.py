@@ -100,6 +100,7 @@ def test_raw_search_compares_lengths_and_decodes_directions():
     assert torch.equal(quantizer.codebook, without.codebook)
 
 
+@pytest.mark.long
 def test_raw_search_is_that_of_janus_in_transformers():
     transformers = pytest.importorskip("transformers")
     from transformers.models.janus.modeling_janus import JanusVQVAEVectorQuantizer

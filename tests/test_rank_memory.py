@@ -49,6 +49,7 @@ def run_and_watch(run: Seq2SeqRunConfig, group: Processes) -> tuple[Seq2SeqTrain
     return training, alive.peak
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("stage", "changes"), [
     (0, {}), (1, {}), (2, {"accumulation": 2}), (3, {}), (1, {"precision": "bfloat16"}), (0, {"weight_ema": 0.9})])
 def test_predicted_bytes_are_those_alive_in_a_run(made, tmp_path, group, stage, changes):

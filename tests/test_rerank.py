@@ -68,6 +68,7 @@ def test_reranking_all_candidates_only_orders_them_and_equal_scores_keep_theirs(
     assert model.generate("octopus", num_images=2, rerank_from=4, matcher=Indifferent()).seeds == [0, 1]
 
 
+@pytest.mark.long
 def test_layouts_follow_their_pictures():
     text = tiny.text_tokenizer()
     parts = tiny.seq2seq(text_vocab_size=text.vocab_size, layout_kind="colors", layout_classes=27, layout_grid=(2, 2))

@@ -93,6 +93,7 @@ def test_runs_that_know_more_have_more_columns(tmp_path, capsys):
     assert (found[0]["tokens/s"], found[0]["MFU"], found[0]["memory"]) == (12345.6, 0.412, 3 << 29)
 
 
+@pytest.mark.long
 def test_the_page_of_a_run_that_knows_more(tmp_path):
     text = page(read_run(measured_run(tmp_path / "run")))
     for words in ("best on the held-out split</th><td>2.5 (loss), step 20<", "image tokens a second</th><td>12,346<",
@@ -124,6 +125,7 @@ def test_time_and_starts_are_counted_over_stops(tmp_path):
     assert (run.seconds, run.steps, run.incidents) == (29.0, 4, ["started again 1 times after a stop"])
 
 
+@pytest.mark.long
 def test_a_page_holds_everything_and_needs_nothing_else(tmp_path, capsys):
     folder = make_run(tmp_path / "run")
     for step in range(1, 7):

@@ -185,6 +185,7 @@ def test_planted_count_and_size_are_caught(size):
 
 # ---- pictures that were drawn ----
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [32, 64])
 def test_drawn_scenes_satisfy_their_captions(size):
     drawn = scenes(300, "drawn")
@@ -209,6 +210,7 @@ def test_positions_and_sizes_are_those_of_the_things(size):
             assert nearest.size == pytest.approx(thing.size, rel=0.1) and 0.96 < nearest.likeness <= 1
 
 
+@pytest.mark.long
 def test_shuffled_captions_are_right_as_often_as_chance_makes_them():
     """Each caption against each other scene: by the scene itself, which gives chance, and by what is read of its picture."""
     drawn = scenes(60, "shuffled")
@@ -241,6 +243,7 @@ def corrupted(pixels: np.ndarray, blur: float, noise: float, quality: int, tint:
     return np.asarray(Image.open(out).convert("RGB"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("blur, noise, quality, tint, least", [
     (0.9, 0, 95, 0, 0.97), (0, 30, 95, 0, 0.97), (0, 45, 95, 0, 0.95), (0, 0, 40, 0, 0.97), (0, 0, 95, 25, 0.97),
@@ -262,6 +265,7 @@ def test_squeezed_outlines_are_read(width, height):
     assert np.mean(right) >= 0.97
 
 
+@pytest.mark.long
 def test_touching_things_are_told_apart():
     generator = random.Random(0)
     right = {"same": 0, "other": 0}
@@ -276,6 +280,7 @@ def test_touching_things_are_told_apart():
     assert min(right.values()) >= 37, right
 
 
+@pytest.mark.long
 def test_small_thing_that_touches_a_large_one_is_told_apart_by_color():
     right = 0
     for number, (color, shape) in enumerate(COMBINATIONS):
@@ -303,6 +308,7 @@ def on_white(color: tuple[int, int, int], *corners: tuple[int, int]) -> np.ndarr
     return np.asarray(image)
 
 
+@pytest.mark.long
 def test_pictures_without_a_scene_satisfy_no_caption():
     generator = np.random.default_rng(0)
     white = np.full((32, 32, 3), 255, dtype=np.uint8)

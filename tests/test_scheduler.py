@@ -37,6 +37,7 @@ def decoder():
     return CachedDecoder(tiny.seq2seq())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pictures_equal_those_drawn_alone_whatever_shares_the_batch(shape):
     model, text, layout = build(shape)
@@ -56,6 +57,7 @@ def test_pictures_equal_those_drawn_alone_whatever_shares_the_batch(shape):
     assert len({tuple(picture.image_tokens.tolist()) for picture in ended}) == len(ended)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", ["encoder-decoder layout", "decoder-only layout", "decoder-only dalle-masked"])
 def test_every_kind_of_sampling_at_every_moment_of_admission(shape, kind):
@@ -69,6 +71,7 @@ def test_every_kind_of_sampling_at_every_moment_of_admission(shape, kind):
     check_equal(decoder, jobs, ended + list(scheduler.run()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", ["encoder-decoder default", "decoder-only dalle-masked", "decoder-only layout"])
 def test_any_order_of_calls_keeps_the_promise(shape):
     model, text, _ = build(shape)
@@ -208,6 +211,7 @@ def test_each_text_is_worked_through_once(decoder, text, monkeypatch):
     assert len(worked) == 8  # no second branch, no unconditional text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", ["encoder-decoder default", "decoder-only default"])
 def test_nothing_is_allocated_after_construction(shape, monkeypatch):
     model, text, _ = build(shape)

@@ -73,6 +73,7 @@ def test_batches_are_padded_to_few_sizes():
     assert [padded(count) for count in (1, 2, 3, 5, 8, 9, 16, 17, 33)] == [1, 2, 4, 8, 8, 16, 16, 24, 40]
 
 
+@pytest.mark.long
 def test_recorded_steps_end_with_their_decoder():
     decoder, asked = request("encoder-decoder default", PARAMS["guided"])
     drawn(decoder, asked)

@@ -92,6 +92,7 @@ def checkpoint_of(folder: Path) -> int:
     return step
 
 
+@pytest.mark.long
 def test_sigterm_to_the_launcher_saves_and_leaves_nothing_running(made, tmp_path):
     with running(made, tmp_path / "run") as run:
         assert len(run.ranks()) == 2
@@ -102,6 +103,7 @@ def test_sigterm_to_the_launcher_saves_and_leaves_nothing_running(made, tmp_path
     assert checkpoint_of(tmp_path / "run") > 0
 
 
+@pytest.mark.long
 def test_sigterm_to_any_rank_saves_on_all(made, tmp_path):
     with running(made, tmp_path / "run") as run:
         os.kill(run.ranks()[1], signal.SIGTERM)
@@ -111,6 +113,7 @@ def test_sigterm_to_any_rank_saves_on_all(made, tmp_path):
     assert checkpoint_of(tmp_path / "run") > 0
 
 
+@pytest.mark.long
 def test_a_lost_rank_ends_the_run_with_a_reason(made, tmp_path):
     with running(made, tmp_path / "run") as run:
         os.kill(run.ranks()[1], signal.SIGKILL)
@@ -120,6 +123,7 @@ def test_a_lost_rank_ends_the_run_with_a_reason(made, tmp_path):
     assert "Traceback" not in run.message
 
 
+@pytest.mark.long
 def test_a_rank_that_stands_still_is_named_and_ends_the_run(made, tmp_path):
     with running(made, tmp_path / "run", "--train.stall_seconds", 3) as run:
         stopped = run.ranks()[1]
@@ -170,6 +174,7 @@ def test_the_launchers_signal_right_behind_ctrl_c_asks_the_same(monkeypatch):
     assert flag.signal and not raised
 
 
+@pytest.mark.long
 def test_the_watchdog_is_silent_while_steps_follow_and_while_a_run_saves(tmp_path, caplog):
     dog = Watchdog(tmp_path, ONE, 0.3)
     with dog.watching():
@@ -182,6 +187,7 @@ def test_the_watchdog_is_silent_while_steps_follow_and_while_a_run_saves(tmp_pat
     assert list((tmp_path / "incidents").iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_step_that_takes_too_long_is_said_once_with_its_place_and_its_stack(tmp_path, caplog):
     dog = Watchdog(tmp_path, ONE, 0.4)
     with dog.watching():

@@ -71,6 +71,7 @@ def visited(source, ranks: int, workers: int) -> list[tuple]:
     return [visit for step in range(7) for rank in range(ranks) for visit in loaders[rank][step]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 def test_every_key_once_an_epoch_whatever_the_ranks_and_workers(kind, request):
     source = open_dataset(request.getfixturevalue(kind), streamed_rows=12)

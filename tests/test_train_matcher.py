@@ -85,6 +85,7 @@ def test_words_are_hidden_from_sentencepiece_alone(data, tmp_path, group):
         MatcherTraining(config(data, tmp_path / "b", **changes, loss={"mlm_weight": 0.5}), group)
 
 
+@pytest.mark.long
 def test_a_short_training_finds_captions_far_above_chance_and_exports(data, tmp_path, group):
     run = config(data, tmp_path / "run", data={"validation_split": "train"}, loss={"mlm_weight": 0.2},
                  train={"steps": 60, "batch_size": 32, "log_every": 20, "weight_ema": 0.8})
@@ -144,6 +145,7 @@ def test_an_unusable_picture_gives_way_to_the_next_one_with_its_own_caption(tmp_
     assert batch.same_caption.tolist() == [[True, False, False], [False, True, True], [False, True, True]]
 
 
+@pytest.mark.long
 def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, group):
     values = {"train": {"steps": 4, "weight_ema": 0.5}, "optim": {"schedule": "constant"}, "checkpoint": {"every_steps": 2},
               "loss": {"mlm_weight": 0.5}, "model": {"text": {**TEXT, "dropout": 0.1}}}
@@ -160,6 +162,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, group):
         MatcherTraining(config(data, tmp_path / "b", **merge(values, {"loss": {"mlm_weight": 0.0}})), group)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("then", "now"), [("adamw", "adafactor"), ("adafactor", "adamw")])
 def test_a_resume_with_another_optimizer_is_refused_before_the_run_is_touched(data, tmp_path, group, then, now):
     def with_optimizer(name: str) -> MatcherRunConfig:
@@ -191,6 +194,7 @@ def test_the_temperature_stays_bounded_in_the_optimizers_copy_too(data, tmp_path
     assert max(found) == found[-1] == pytest.approx(MAX_SCALE)
 
 
+@pytest.mark.long
 def test_a_frozen_text_encoder_feeds_the_text_tower(data, tmp_path, group):
     text = {"kind": "frozen", "encoder": str(tiny.bert_folder(tmp_path / "bert")), "text_length": 8}
     small = {"text": {**TEXT, "layers": 0, "learned_positions": False}}

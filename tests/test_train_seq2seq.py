@@ -81,6 +81,7 @@ def variant(name: str, made: Path, run_dir: Path) -> Seq2SeqRunConfig:
     return config(made, run_dir, **json.loads(text))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains_exports_and_samples(name, made, tmp_path, group):
     run = variant(name, made, tmp_path / "run")
@@ -127,6 +128,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(name, made, tmp_path, group):
     assert float(logged["loss"]) == pytest.approx(float(expected), abs=1e-5)
 
 
+@pytest.mark.long
 def test_the_weight_average_is_exported_and_survives_a_stop(made, tmp_path, group):
     whole = train(config(made, tmp_path / "whole", train={"weight_ema": 0.5, "steps": 4}), group)
     state, live = whole.full_model().state_dict(), whole.engine.full_state()
@@ -138,6 +140,7 @@ def test_the_weight_average_is_exported_and_survives_a_stop(made, tmp_path, grou
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)
 
 
+@pytest.mark.long
 def test_a_run_is_not_continued_as_another_family(made, tmp_path, group):
     train(config(made, tmp_path / "run"), group)
     with pytest.raises(ResumeError, match="model"):
@@ -147,6 +150,7 @@ def test_a_run_is_not_continued_as_another_family(made, tmp_path, group):
         Seq2SeqTraining(config(made, tmp_path / "run", optim=adafactor, deepspeed={"zero_stage": 0}), group)
 
 
+@pytest.mark.long
 def test_cached_features_give_the_same_first_loss(made, tmp_path, group):
     text = {"kind": "frozen", "encoder": str(made / "bert"), "text_length": 8}
     losses = []
@@ -192,6 +196,7 @@ def test_what_does_not_fit_the_data_is_refused(changes, words, made, tmp_path, g
 
 # ---- starting from a matcher's text encoder ----
 
+@pytest.mark.long
 def test_a_run_starts_from_a_matchers_text_encoder_and_its_vocabulary(made, tmp_path, group):
     matcher = tiny.matcher_folder(tmp_path / "matcher")
     start = {"text": {"start_from": str(matcher)}, "model": {**ENCODER_DECODER, "encoder_layers": 1}}
@@ -208,6 +213,7 @@ def test_a_run_starts_from_a_matchers_text_encoder_and_its_vocabulary(made, tmp_
     assert run_training(again.task(), longer, group, again.run_state)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("changes", "words"), [
     ({"model": {**ENCODER_DECODER, "encoder_layers": 2}}, r"encoder_layers \(1 there, 2 here\)"),
     ({"model": DECODER_ONLY}, "kind decoder_only has no text encoder")])
@@ -250,6 +256,7 @@ def test_a_skipped_step_and_a_spike_are_noted_with_the_keys_of_their_rows(made, 
 
 # ---- speed ----
 
+@pytest.mark.long
 def test_a_line_says_tokens_a_second_memory_and_mfu_where_the_peak_is_known(made, tmp_path, group, monkeypatch):
     asked = []
     for name, peak in (("cpu", None), ("gpu", 1e9)):

@@ -66,6 +66,7 @@ def _apply(module: nn.Module, optimizer: torch.optim.Optimizer, optim: Any, loss
     optimizer.step()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_engines_equal_a_plain_loop_with_two_optimizers(group, data, tmp_path, stage):
     run = config(data, tmp_path / "run", adversarial=ADVERSARIAL, deepspeed={"zero_stage": stage})
@@ -85,6 +86,7 @@ def digest(module: nn.Module) -> str:
     return hashlib.sha256(b"".join(part.detach().numpy().tobytes() for part in parts)).hexdigest()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_the_generators_step_leaves_the_discriminator_as_it_is(group, data, tmp_path, stage, monkeypatch):
     run = config(data, tmp_path / "run", adversarial=ADVERSARIAL, deepspeed={"zero_stage": stage})
@@ -110,6 +112,7 @@ def test_the_generators_step_leaves_the_discriminator_as_it_is(group, data, tmp_
     assert sum(between != after for _, between, after in seen) == run.train.steps - run.adversarial.start_step
 
 
+@pytest.mark.long
 def test_accumulation_is_right_for_both_networks(group, data, tmp_path):
     """Without what depends on the micro-batch: adaptive weight and LeCAM (and FSQ learns nothing from a batch)."""
     states = []
@@ -141,6 +144,7 @@ def test_terms_are_logged_by_name_before_and_after_weighting(group, data, tmp_pa
     assert training.adversary.lecam.initialized
 
 
+@pytest.mark.long
 def test_resumed_adversarial_training_equals_uninterrupted_to_the_bit(group, data, tmp_path):
     """Both engines, LeCAM's averages, the average of the weights and the codebook's health are in the checkpoint."""
     changes = {"adversarial": {**ADVERSARIAL, "lecam_weight": 0.1}, "model": VQ, "train": {"weight_ema": 0.5, "steps": 6},
@@ -175,6 +179,7 @@ def poison(monkeypatch, steps: set[int]) -> None:
     monkeypatch.setattr(ImageTokenizer, "forward", forward)
 
 
+@pytest.mark.long
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(group, data, tmp_path, monkeypatch, caplog):
     poison(monkeypatch, {2})
     run = config(data, tmp_path / "run", model=VQ, adversarial=ADVERSARIAL)
@@ -192,6 +197,7 @@ def load_state(run_dir: Path, group: Processes, run: TokenizerRunConfig) -> dict
     return training.engine.full_state()
 
 
+@pytest.mark.long
 def test_too_many_skipped_steps_end_the_run_with_a_whole_checkpoint(group, data, tmp_path, monkeypatch):
     run = config(data, tmp_path / "run", model=VQ, train={"steps": 50, "max_skipped_steps": 2})
     poison(monkeypatch, set(range(3, 60)))
@@ -202,6 +208,7 @@ def test_too_many_skipped_steps_end_the_run_with_a_whole_checkpoint(group, data,
     assert all(torch.isfinite(value).all() for value in load_state(tmp_path / "run", group, run).values())
 
 
+@pytest.mark.long
 def test_after_a_stop_for_skipped_steps_the_count_goes_on_and_the_limit_starts_anew(group, data, tmp_path, monkeypatch):
     run = config(data, tmp_path / "run", model=VQ, train={"steps": 8, "max_skipped_steps": 2})
     with monkeypatch.context() as patched:

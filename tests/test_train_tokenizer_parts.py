@@ -32,6 +32,7 @@ def trained(group, data, tmp_path_factory) -> Path:
     return folder / "run/model"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("decoder", [{}, {"decoder_channels": 16, "decoder_res_blocks": 2}], ids=["same", "larger"])
 def test_decoder_fine_tuning_leaves_codes_bit_identical(group, data, tmp_path, trained, precision, decoder):
@@ -76,6 +77,7 @@ def test_a_start_that_does_not_fit_is_refused(group, data, tmp_path, trained, ch
 
 # ---- average of the weights, learned codebook, checkpointing ----
 
+@pytest.mark.long
 def test_the_average_of_the_weights_is_what_is_exported(group, data, tmp_path):
     states = []
 
@@ -106,6 +108,7 @@ def test_kmeans_of_a_learned_codebook_outlives_the_first_step(group, data, tmp_p
     assert codebook.unique(dim=0).shape[0] > 8
 
 
+@pytest.mark.long
 def test_gradient_checkpointing_trains_to_the_same_weights(group, data, tmp_path):
     states = []
     for on in (False, True):
@@ -126,6 +129,7 @@ def test_the_average_leaves_frozen_weights_as_they_are(group, data, tmp_path, tr
     assert all(torch.equal(value, expected[name]) for name, value in training.average.module.state_dict().items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("then", "now", "words"), [
     ({}, {"adversarial": ADVERSARIAL}, "discriminator.* then"),
     ({}, {"train": {"weight_ema": 0.9}}, "weight_ema None then, True now"),
@@ -139,6 +143,7 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused_with_exit_code_3(gr
         TokenizerTraining(config(data, tmp_path / "run", **{**now, "train": {"steps": 4, **now.get("train", {})}}), group)
 
 
+@pytest.mark.long
 def test_an_adversarial_phase_can_be_turned_off_from_a_checkpoint_on(group, data, tmp_path):
     train(config(data, tmp_path / "run", adversarial=ADVERSARIAL, train={"steps": 2}), group)
     training = train(config(data, tmp_path / "run", train={"steps": 4}), group)
@@ -155,6 +160,7 @@ def test_a_refused_start_leaves_an_earlier_run_where_it_is(group, data, tmp_path
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["vit_vqgan", "dvae"])
 def test_every_family_trains(group, data, tmp_path, kind):
     sizes = {"vit_vqgan": {"patch_size": 4, "embed_dim": 4, "codebook_size": 16, **{

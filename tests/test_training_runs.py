@@ -22,6 +22,8 @@ from training.data.builders.shapes import build_shapes
 from training.data.tokens.shards import TokenShards
 from training.runs.metrics import read_metrics
 
+pytestmark = pytest.mark.long  # its fixtures start processes or train
+
 TOKENIZER, ENCODE, SEQ2SEQ = (f"training/{name}.py" for name in ("train_tokenizer", "encode_dataset", "train_seq2seq"))
 
 

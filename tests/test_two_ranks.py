@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests import launching
 
 
+@pytest.mark.long
 def test_what_is_not_finite_on_one_rank_changes_no_weight_on_any(tmp_path):
     port = str(launching.free_port())
     ranks = [subprocess.Popen(

@@ -227,6 +227,7 @@ def changed_tensors(state: dict[str, Tensor], draw: random.Random) -> dict[str, 
     return {key: tensor for key, tensor in {**state, name: other}.items() if tensor is not None}
 
 
+@pytest.mark.long
 def test_mutated_files_are_errors_in_one_line(tmp_path, state, request):
     """`--mutations 10000` for more of them. A flipped bit of a weight is no error, anything else must be a UserError."""
     from safetensors.torch import save_file

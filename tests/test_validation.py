@@ -68,6 +68,7 @@ def learned(run_dir: Path) -> list[tuple[int, str, str]]:
 
 # ---- what is logged, and what it leaves as it was ----
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"train": {"weight_ema": 0.5}}, {"deepspeed": {"zero_stage": 3}}], ids=str)
 def test_measuring_changes_nothing_of_the_training(made, tmp_path, group, changes):
     states = []
@@ -81,6 +82,7 @@ def test_measuring_changes_nothing_of_the_training(made, tmp_path, group, change
     assert list(measured(tmp_path / "1")) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("work", ["validate", "save", "sample"])
 def test_the_time_of_other_work_is_not_the_trainings(made, tmp_path, group, monkeypatch, work):
     """A clock that goes a second at each look, and a thousand while the work is done."""
@@ -96,6 +98,7 @@ def test_the_time_of_other_work_is_not_the_trainings(made, tmp_path, group, monk
     assert all(row["samples_per_s"] >= 4 / 10 for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row)
 
 
+@pytest.mark.long
 def test_the_last_measurement_is_the_one_that_is_exported_and_is_not_made_again(made, tmp_path, group, monkeypatch):
     calls = []
     real = train_seq2seq.validation_loss
@@ -113,6 +116,7 @@ def test_the_last_measurement_is_the_one_that_is_exported_and_is_not_made_again(
     assert json.loads((tmp_path / "fresh/validation.json").read_text())["loss"] == measured(tmp_path)[5]
 
 
+@pytest.mark.long
 def test_a_resumed_run_measures_the_same(made, tmp_path, group):
     train(config(made, tmp_path / "whole", model={"dropout": 0.2}), group)
     train(config(made, tmp_path / "parts", train={"steps": 5}), group)
@@ -128,6 +132,7 @@ def pictures(made: Path, run_dir: Path, **more: Any) -> dict[str, Any]:
                             "validate_every": 2}, "checkpoint": {"every_steps": 0}}, more)
 
 
+@pytest.mark.long
 def test_a_tokenizer_measures_psnr(made, tmp_path, group):
     model = {"resolution": 16, "channels": 8, "channel_multipliers": [1, 2], "num_res_blocks": 1, "norm_groups": 4,
              "attention_resolutions": [], "mid_attention": False, "z_channels": 8, "embed_dim": 4, "codebook_size": 16}
@@ -142,6 +147,7 @@ def test_a_tokenizer_measures_psnr(made, tmp_path, group):
     assert (tmp_path / "codebook.png").is_file()  # lines of the held-out split have no codebook
 
 
+@pytest.mark.long
 def test_a_matcher_measures_how_many_captions_it_finds(made, tmp_path, group):
     run = MatcherRunConfig.parse(pictures(
         made, tmp_path, text={"vocab_size": 300, "text_length": 16}, model={
@@ -168,6 +174,7 @@ def kept(run_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").iterdir())
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_outlives_the_last_ones_and_a_stop(made, tmp_path, group, monkeypatch):
     losses = {2: 3.0, 4: 2.0, 5: 2.5, 6: 2.5, 8: math.nan, 10: 2.0}
     keep_best(made, tmp_path, group, monkeypatch, losses, train={"steps": 6})
@@ -192,6 +199,7 @@ def test_without_the_key_the_best_goes_like_any_other(made, tmp_path, group, mon
     assert not (tmp_path / "best.json").exists()
 
 
+@pytest.mark.long
 def test_a_kept_best_can_be_gone_on_from(made, tmp_path, group):
     """It is a whole checkpoint like any other: a run folder that has it alone goes on from it, to the same weights."""
     training = train(config(made, tmp_path / "run", checkpoint={"keep_last": 1, "keep_best": True, "every_steps": 2}), group)

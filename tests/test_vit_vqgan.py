@@ -140,6 +140,7 @@ def test_positions_are_not_saved_and_follow_the_module_to_bfloat16():
     assert model.bfloat16().encoder.positions.dtype == torch.bfloat16
 
 
+@pytest.mark.long
 def test_training_lowers_the_loss_and_uses_codes():
     model = make_vit()
     image = make_image()

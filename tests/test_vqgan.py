@@ -174,6 +174,7 @@ def test_quantizer_stays_float32_in_bfloat16_and_under_autocast():
     assert model.eval().decode(result.codes).dtype == torch.bfloat16
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", [
     {"mid_attention": False}, {"dropout": 0.5}, {"attention_resolutions": [8]}, {"num_res_blocks": 2},
     {"norm_groups": 4}, {"channels": 32}, {"z_channels": 8}, {"embed_dim": 4}, {"codebook_size": 32},
