@@ -159,7 +159,7 @@ def check_whole(aside: Path, files: list[ShardFile]) -> None:
     """RunFailedError if a file is gone or has another size than when it was written."""
     for file in files:
         path = aside / file.name
-        if not _has_size(path, file):
+        if not _has_size(path, file):  # not its hash, which would read every shard again
             raise RunFailedError(f"{path}: changed after it was written; is another run encoding "
                                  "into the same folder?")
 
