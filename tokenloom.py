@@ -91,9 +91,7 @@ TRAINING = """training (also without `deepspeed`, on one process):
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name on first use, so that `tokenloom --help` and the data commands need no
-    torch.
-    """
+    """Load a public name on first use: `tokenloom --help` and the data commands need no torch."""
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'tokenloom' has no attribute '{name}'")

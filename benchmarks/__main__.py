@@ -48,7 +48,7 @@ def _help(arguments: Sequence[str] | None) -> int:
     print("\n".join([USAGE, "", "benchmarks (each has --help):", *rows, "",
                      "The last line of stdout is one JSON document, described in "
                      "benchmarks/README.md."]))
-    return 0 if arguments else 2
+    return 0 if arguments else 2  # help that was asked for, or a missing name
 
 
 if __name__ == "__main__":

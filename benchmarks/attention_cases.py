@@ -53,6 +53,7 @@ class Heads(NamedTuple):
 
 def make_heads(problem: Problem) -> Heads:
     """Draw seeded noise, strided as a layer's projections leave it: [B, n, H, d] transposed."""
+    # drawn on the CPU: the same numbers for every device
     generator = torch.Generator().manual_seed(SEED)
     shape = (problem.batch, problem.slots, problem.heads, problem.head_dim)
 
@@ -68,7 +69,7 @@ def make_attend(side: str, problem: Problem) -> Attend:
     """Make the call of `ours` or the `peer`; the peer's mask is made here and not in each call."""
     if side == "ours":
         block = PatternAttend(problem.rule(), dropout=0.0)
-        return lambda query, key, value: block(query, key, value)[0]
+        return lambda query, key, value: block(query, key, value)[0]  # [1]: intermediates
     mask = problem.rule().mask(problem.slots).to(problem.device)
     return lambda query, key, value: F.scaled_dot_product_attention(query, key, value,
                                                                     attn_mask=mask)
@@ -78,7 +79,7 @@ def run_step(step: str, attend: Attend, heads: Heads) -> tuple[Tensor, ...]:
     """Return the output of `forward`; the output and gradients of q, k, v of `forward+backward`."""
     inputs = (heads.query, heads.key, heads.value)
     if step == "forward":
-        with torch.no_grad():
+        with torch.no_grad():  # or the output would keep activations, which the memory would show
             return (attend(*inputs),)
     out = attend(*inputs)
     # autograd.grad adds nothing to .grad, so that rounds do not depend on one another

@@ -23,6 +23,7 @@ def command_parser(name: str, doc: str | None) -> OneLineParser:
     (examples, method) the end of the help.
     """
     first, *rest = (doc or "").split("\n\n")
+    # no abbreviations: a later option could make one of today's ambiguous; raw: examples are lines
     return OneLineParser(prog=f"python -m benchmarks {name}", description=first,
                          epilog="\n\n".join(rest[:2]), allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,7 +62,7 @@ def whole_numbers(text: str, option: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"{option} '{text}': expected whole numbers of at least 1, separated by "
                         "commas, for example 1,8")
-    return list(dict.fromkeys(int(part) for part in parts))
+    return list(dict.fromkeys(int(part) for part in parts))  # a dict keeps the order, a set not
 
 
 # ---- results
@@ -76,6 +77,7 @@ def run_benchmark(measure: Callable[[], dict[str, Any]], show: Callable[[dict[st
     path = check_output(out)
     document = measure()
     show(document)
+    # the document is written first: it says what differed
     finish(document, path)
     require_same_work(document, peer)
     return 0
@@ -94,6 +96,7 @@ def check_output(name: str | None) -> Path | None:
     if not name or path.is_dir():
         raise UserError(f"--out {name or '(empty)'}: is not a file's name; give one such as "
                         "results.json")
+    # a file in the folder, not at the path: an older document stays until there is a new one
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -107,7 +110,7 @@ def finish(document: dict[str, Any], out: Path | None) -> None:
     """Write the document to --out and, on one line, as the last line of stdout."""
     if out is not None:
         write_json_atomic(out, document)
-    print(json.dumps(document), flush=True)
+    print(json.dumps(document), flush=True)  # one line, so that `tail -n 1` gives the document
 
 
 def require_same_work(document: dict[str, Any], peer: str) -> None:

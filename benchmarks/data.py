@@ -32,7 +32,7 @@ from training.data.tokens.shards import SplitIndex, TokenIndex, write_index, wri
 GRID = (16, 16)
 TOKENS = GRID[0] * GRID[1]
 CODES = 1024
-SHARD_ROWS = 50_000
+SHARD_ROWS = 50_000  # several shards at the default size, as a real set has
 TAR_IMAGES = 1000
 
 
@@ -58,7 +58,7 @@ def make_tokens(folder: Path, rows: int, with_tars: bool) -> None:
     files = []
     for number, start in enumerate(range(0, rows, SHARD_ROWS)):
         count = min(SHARD_ROWS, rows - start)
-        tokens = generator.integers(0, CODES, (count, TOKENS)).astype(numpy.uint16)
+        tokens = generator.integers(0, CODES, (count, TOKENS)).astype(numpy.uint16)  # as shards are
         captions = [[f"a picture of thing number {start + row}"] for row in range(count)]
         keys = [f"{start + row:09d}" for row in range(count)]
         name = f"tokens/train-{number:05d}-of-{shards:05d}.arrow"
@@ -99,6 +99,7 @@ def _draw_images(count: int) -> list[dict[str, Any]]:
     generator = numpy.random.default_rng(harness.SEED)
     rows: list[dict[str, Any]] = []
     for number in range(count):
+        # smooth, as photographs are: a JPEG of noise would be several times larger
         noise = generator.integers(0, 256, (8, 8, 3)).astype(numpy.uint8)
         image = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         saved = io.BytesIO()
@@ -113,10 +114,11 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True)
+    # as `datasets` stores an image column
     image_type = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    columns = {name: [row[name] for row in rows] for name in ("image", "text", "key")}
-    table = pyarrow.table({"image": pyarrow.array(columns["image"], image_type),
-                           "text": columns["text"], "key": columns["key"]})
+    images = pyarrow.array([row["image"] for row in rows], image_type)
+    table = pyarrow.table({"image": images, "text": [row["text"] for row in rows],
+                           "key": [row["key"] for row in rows]})
     pyarrow.parquet.write_table(table, path, row_group_size=100)
 
 
@@ -138,7 +140,7 @@ def digest(batches: Batches) -> tuple[int, str]:
         for array, caption in zip(arrays, captions, strict=True):
             content = caption.encode() + numpy.ascontiguousarray(array).tobytes()
             row_hash = hashlib.blake2b(content, digest_size=8).digest()
-            total += int.from_bytes(row_hash, "big")
+            total += int.from_bytes(row_hash, "big")  # a sum: an XOR would cancel repeated rows
             rows += 1
     return rows, f"{total % (1 << 64):016x}"
 
@@ -171,7 +173,7 @@ def measure_readers(readers: list[Reader],
 
 
 def _row(reader: Reader, open_s: list[float], read_s: list[float], rows: int) -> dict[str, Any]:
-    low, middle, high = harness.quartiles(read_s)
+    low, middle, high = harness.quartiles(read_s)  # of seconds: the low one gives the high rate
     open_median = harness.quartiles(open_s)[1]
     return {"reader": reader.name, "order": reader.order, "open_s": round(open_median, 4),
             "rows_per_s": round(rows / middle, 1),
@@ -189,6 +191,7 @@ def measure(options: Options) -> dict[str, Any]:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # a new cache: opening would be free with one of an earlier run
         datasets.config.HF_DATASETS_CACHE = folder / "cache"
         make_tokens(folder, options.rows, with_tars=not options.alone)
         tokens_ok, tokens = measure_readers(chosen(token_readers(folder, options.workers)),
@@ -232,11 +235,12 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     if args.quick:
         defaults = {"rows": 2048, "pictures": 256, "repeats": 1}
     command_line.fill_in(args, defaults, {"rows": 1, "pictures": 1, "repeats": 1, "workers": 0})
+    # before data is written, which takes long
     for package in ("datasets", "webdataset"):
         require_extra(package, "this benchmark", "train,bench")
 
     harness.start("cpu", args.threads)
-    rows = -(-args.rows // BATCH) * BATCH
+    rows = -(-args.rows // BATCH) * BATCH  # ours reads whole batches alone, as a run does
     options = Options(args.quick, rows, args.pictures, args.workers, args.repeats,
                       torch.get_num_threads(), args.alone)
     return options, args.out

@@ -1,4 +1,4 @@
-"""Measure: alternating timings, peak memory, facts about the machine. For every benchmark.
+"""Measuring for every benchmark: alternating timings, peak memory, facts about the machine.
 
 Timing. Candidates take turns (A, B, then B, A, ...), so that a machine that slows down slows all of
 them. Figures are medians and quartiles over the rounds; a ratio is the median of the rounds'
@@ -65,6 +65,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Return (first quartile, median, third quartile), interpolated; all equal for one value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
+    # inclusive: with few rounds, the exclusive method extrapolates beyond them
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 
@@ -91,12 +92,12 @@ def in_turns(candidates: Iterable[T], rounds: int) -> Iterator[T]:
 def time_alternating(candidates: Mapping[str, Case], repeats: int, device: str = "cpu",
                      warmup: int = 1) -> dict[str, Timing]:
     """Run each candidate `warmup` times, then all of them in turns for `repeats` rounds."""
-    for name in list(candidates) * warmup:
+    for name in list(candidates) * warmup:  # caches fill, kernels compile, thread pools start
         candidates[name]()
 
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for name in in_turns(candidates, repeats):
-        synchronize(device)
+        synchronize(device)  # or the clock would include what the last candidate queued
         start = time.perf_counter()
         candidates[name]()
         synchronize(device)
@@ -115,8 +116,10 @@ def peak_memory(build: str, arguments: dict[str, Any], device: str, threads: int
     if device == "cuda":
         return round(_cuda_peak(build_case(build, arguments)) / MIB, 2)
 
+    # a new process and not a fork, which would have this one's memory and thread pools
     request = json.dumps({"build": build, "arguments": arguments, "threads": threads})
     root = str(Path(__file__).resolve().parents[1])
+    # the child must find `benchmarks` whatever the working directory is
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environ = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "",
                "MALLOC_MMAP_THRESHOLD_": str(MIB)}
@@ -125,7 +128,7 @@ def peak_memory(build: str, arguments: dict[str, Any], device: str, threads: int
     if child.returncode:
         reason = _why_it_failed(child)
         raise RunFailedError(f"memory of {build} {json.dumps(arguments)}: {reason}")
-    answer = json.loads(child.stdout.splitlines()[-1])
+    answer = json.loads(child.stdout.splitlines()[-1])  # a case may print before
     return round(answer["peak_bytes"] / MIB, 2)
 
 
@@ -146,7 +149,7 @@ def _cuda_peak(case: Case) -> int:
     """Peak bytes on CUDA, also of a case that resets the statistics, as a run's log lines do."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    peaks = []
+    peaks = []  # one per reset within the case
     reset = torch.cuda.reset_peak_memory_stats
     reset()
 
@@ -164,7 +167,7 @@ def _cuda_peak(case: Case) -> int:
 
 
 def _cpu_peak(case: Case) -> int:
-    gc.collect()
+    gc.collect()  # or the case would free and reuse what building left behind
     # glibc only: memory that building freed would be reused, and its reuse not seen
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -175,6 +178,7 @@ def _cpu_peak(case: Case) -> int:
 
     before = process_bytes("VmRSS")
     case()
+    # the kernel's counters lag a little, so that a case without tensors may come out below 0
     return max(0, process_bytes("VmHWM") - before)
 
 
@@ -182,7 +186,7 @@ def _cpu_peak_since_start(case: Case) -> int:
     """Rise of the high-water mark since the process began: for systems without clear_refs."""
     import resource  # not on Windows
 
-    scale = 1 if sys.platform == "darwin" else 1024
+    scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     case()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * scale
@@ -192,7 +196,7 @@ def process_bytes(name: str) -> int:
     """Read a line of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024  # "VmHWM:   123456 kB"
     raise RunFailedError(f"/proc/self/status has no {name}")
 
 
@@ -216,14 +220,16 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if device == "cuda":
         facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+                  # torch allows TF32 in convolutions by default, in matrix products not
                   "tf32_convolutions": torch.backends.cudnn.allow_tf32}
-    if hasattr(os, "getloadavg"):
+    if hasattr(os, "getloadavg"):  # not on Windows
         # other processes on the machine make figures noisy
         facts["load_average_1min_at_start"] = round(os.getloadavg()[0], 2)
     return facts
 
 
 def _cpu_model() -> str:
+    # Linux's processor() is empty or the architecture alone
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -234,6 +240,7 @@ def _cpu_model() -> str:
 
 def start(device: str, threads: int | None) -> None:
     """Set threads and seed of the process. UserError for less than 1 thread or a missing GPU."""
+    # before threads and seed are set: a mistake leaves the process as it was
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; leave --device out, or say "
                         "--device cpu")

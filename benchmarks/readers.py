@@ -22,7 +22,8 @@ from training.data.visits.tokens import TokenRows, TokenVisits
 BATCH = 256
 SIDE = 64
 """Pixels of a side of each image."""
-TOKEN_BUFFER, IMAGE_BUFFER = 1 << 20, 500
+TOKEN_BUFFER = 1 << 20  # a training run's default (training.data.run_data)
+IMAGE_BUFFER = 500
 """Rows within which token shards and streamed images are shuffled."""
 
 Batches = Iterator[tuple[numpy.ndarray, Sequence[str]]]
@@ -63,14 +64,15 @@ def token_readers(folder: Path, workers: int) -> list[Reader]:
 def _our_tokens(shards: TokenShards, workers: int) -> Batches:
     """Read as a training run does: shuffled, with one of each row's captions drawn."""
     order = DataOrder(len(shards), harness.SEED, TOKEN_BUFFER)
-    batches = MicroBatches(order, BATCH, 1, 0, 1, 0, len(shards) // BATCH)
-    visits = TokenVisits(shards, harness.SEED, 0.0)
+    batches = MicroBatches(order, BATCH, accumulation=1, rank=0, world_size=1, first_step=0,
+                           last_step=len(shards) // BATCH)
+    visits = TokenVisits(shards, harness.SEED, 0.0)  # no caption is dropped: digests must be equal
     for rows in batch_loader(visits, batches, workers, _as_it_is):
         yield rows.image_tokens, rows.captions
 
 
 def _as_it_is(rows: TokenRows) -> TokenRows:
-    return rows
+    return rows  # a module's function, since loader processes get it pickled
 
 
 def _datasets_tokens(folder: Path) -> Any:
@@ -79,11 +81,12 @@ def _datasets_tokens(folder: Path) -> Any:
     paths = sorted((folder / "tokens").glob("*.arrow"))
     parts = [datasets.Dataset.from_file(str(path)) for path in paths]
     rows = datasets.concatenate_datasets(parts)
+    # uint16 as stored; without it `datasets` gives int64
     return rows.with_format("numpy", columns=["tokens", "captions"], dtype=numpy.uint16)
 
 
 def _datasets_shuffled(rows: Any) -> Batches:
-    # in the order that ours has
+    # in the order that ours has: what is compared is the reading, not the order
     order = DataOrder(len(rows), harness.SEED, TOKEN_BUFFER)
     indices = order.items(0, len(rows) // BATCH * BATCH).indices
     for batch in indices.reshape(-1, BATCH):
@@ -111,6 +114,7 @@ def _matrix(rows: Any) -> numpy.ndarray:
 def _webdataset(tars: list[str], *keys: str, decode: str | None = None) -> Any:
     import webdataset
 
+    # in order: its shuffling is a buffer of rows, which would only cost it time
     samples = webdataset.WebDataset(tars, shardshuffle=False)
     decoded = samples.decode(decode) if decode else samples.decode()
     return decoded.to_tuple(*keys)
@@ -128,22 +132,24 @@ def image_readers(folder: Path) -> list[Reader]:
     """List every reader of images."""
     parquet = folder / "parquet"
     tars = [str(path) for path in sorted((folder / "tar").glob("*.tar"))]
-    streamed = partial(open_dataset, streamed_rows=IMAGE_BUFFER)
+    cached = partial(open_dataset, parquet)
+    streamed_parquet = partial(open_dataset, parquet, streamed_rows=IMAGE_BUFFER)
+    streamed_tar = partial(open_dataset, folder / "tar", streamed_rows=IMAGE_BUFFER)
+    datasets = partial(_datasets_images, folder)
+    webdataset = partial(_webdataset, tars, "jpg", "txt", decode="rgb8")  # uint8, as ours
     return [
-        Reader("ours, parquet, cached", "shuffled", partial(open_dataset, parquet), _our_images),
-        Reader("ours, parquet, streaming", "shuffled", partial(streamed, parquet), _our_images),
-        Reader("ours, tar, streaming", "shuffled", partial(streamed, folder / "tar"), _our_images),
-        Reader("datasets, parquet", "in order", partial(_datasets_images, folder),
-               _datasets_pixels),
-        Reader("webdataset, tar", "in order",
-               partial(_webdataset, tars, "jpg", "txt", decode="rgb8"), _batched)]
+        Reader("ours, parquet, cached", "shuffled", cached, _our_images),
+        Reader("ours, parquet, streaming", "shuffled", streamed_parquet, _our_images),
+        Reader("ours, tar, streaming", "shuffled", streamed_tar, _our_images),
+        Reader("datasets, parquet", "in order", datasets, _datasets_pixels),
+        Reader("webdataset, tar", "in order", webdataset, _batched)]
 
 
 def _our_images(source: CaptionedImages) -> Batches:
     """Read as a training run does: in its order, at SIDE pixels."""
     visits = ImageVisits(source, SIDE, harness.SEED, 0.0)
-    streamed = source.runs is not None
-    order = DataOrder(len(source), harness.SEED, IMAGE_BUFFER if streamed else 0, source.runs)
+    shuffle_rows = 0 if source.chunk_bounds is None else IMAGE_BUFFER
+    order = DataOrder(len(source), harness.SEED, shuffle_rows, source.chunk_bounds)
     for start in range(0, len(source), BATCH):
         pixels, captions = [], []
         for item in order.items(start, min(BATCH, len(source) - start)):

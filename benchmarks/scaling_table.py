@@ -20,8 +20,9 @@ from training.planning.rank_memory import checkpoint_bytes
 
 SIZES = ("parti-350m", "parti-750m", "parti-3b", "parti-20b")
 PROCESSES = (8, 64, 256)
-GPU, MFU = "H100", 0.4
+GPU, MFU = "H100", 0.4  # MFU: share of the GPU's peak FLOP/s that a step uses, an assumption
 BATCH, STEPS = 8192, 450_000  # Yu et al. 2022, section 3
+# Yu et al. 2022: SentencePiece of 16,000, 128 ids; 32 x 32 tokens of 8192 codes
 DERIVED = {"text_vocab_size": 16_000, "text_length": 128, "codebook_size": 8192, "grid": (32, 32)}
 HEADER = ("| model | GPUs | ZeRO stage | micro-batch x accumulation | checkpointing | GB a GPU "
           "| main memory, GB a GPU | hours | checkpoint, GB |\n"
@@ -75,11 +76,12 @@ def plan_of_size(name: str) -> Plan:
     return replace(plan, activations=activations)
 
 
+# kept, since a test reads the rows of a size more than once
 @lru_cache(maxsize=len(SIZES))
 def rows_of_size(name: str) -> list[Row]:
     """Return a row for each number of GPUs, with the fewest changes that make the plan fit."""
     plan = plan_of_size(name)
-    memory = GPU_MEMORY[GPU] * 10**9
+    memory = GPU_MEMORY[GPU] * 10**9  # bytes
     flops_per_s = MFU * (peak_flops(GPU, plan.precision) or 0)
     seconds = plan.flops() * BATCH * STEPS / flops_per_s
 

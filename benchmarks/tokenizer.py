@@ -149,7 +149,7 @@ def tiling(options: Options) -> list[dict[str, Any]]:
     """Measure a large image whole and in tiles."""
     tile = max(options.resolutions)
     side = tile * (3 if options.quick else 4)
-    repeats = options.repeats if options.quick else 1
+    repeats = options.repeats if options.quick else 1  # a full-size round is long
     rows = []
     for step in STEPS:
         say(f"{step} of {side} px, whole and in tiles of {tile}")
@@ -182,7 +182,7 @@ def nearest(options: Options) -> list[dict[str, Any]]:
         scores = latents * size * 4 / harness.MIB  # float32, if all were held at once
         peak = options.peak("nearest_case", values)
         growth = None
-        if rows:
+        if rows:  # differences to the first row: what does not depend on K cancels
             more_memory = peak - rows[0]["peak_memory_mib"]
             growth = round(more_memory / (scores - rows[0]["all_scores_mib"]), 3)
         rows.append({"codebook_size": size, "latents": latents, **timed[str(size)].summary(),
@@ -221,14 +221,15 @@ def measure(options: Options) -> dict[str, Any]:
     version = peer_version()
     document: dict[str, Any] = {
         "benchmark": "tokenizer", "schema_version": 1, "ok": True, "options": options._asdict(),
-        "environment": harness.environment(options.device, options.dtype), "peer": None,
-        "notes": []}
+        "environment": harness.environment(options.device, options.dtype),
+        "peer": None, "notes": []}
     if version is None:
         document["peer_missing"] = "pip install diffusers"
         document["notes"].append("no peer: diffusers cannot be imported; our own rows only")
     else:
         document["peer"] = {"name": PEER_NAME, "version": version}
 
+    # no peer: nothing to verify against, so that `ok` is true and ours alone is measured
     document["verification"] = verification(options) if version else []
     document["ok"] = all(row["ok"] for row in document["verification"])
     if not document["ok"]:
@@ -269,8 +270,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
     parser = command_line.command_parser("tokenizer", __doc__)
     parser.add_argument("--quick", action="store_true",
                         help="other defaults: debug preset, batch 2, 32 px")
-    parser.add_argument("--preset",
-                        help=f"one of {', '.join(VQGAN_PRESETS)} (default vqgan-f16-1024)")
+    names = ", ".join(VQGAN_PRESETS)
+    parser.add_argument("--preset", help=f"one of {names} (default vqgan-f16-1024)")
     parser.add_argument("--batch", help="batch sizes (default 1,8)")
     parser.add_argument("--resolution", help="pixels of a side (default 128,256)")
     command_line.add_common_options(parser, "default 5; quick 9")

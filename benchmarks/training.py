@@ -1,6 +1,6 @@
 """A training step: ours, with all a run does, beside loops in plain PyTorch and x-transformers.
 
-    python -m benchmarks training --quick                            (a minute on one core)
+    python -m benchmarks training --quick                           (ten seconds on two cores)
     python -m benchmarks training --threads 2 --json training.json   (CPU, a step of half a second)
     python -m benchmarks training --stages 0,1,2,3                   (ZeRO stages in one process)
 
@@ -47,6 +47,7 @@ WORDS = ("red", "green", "blue", "large", "small", "heart", "circle", "square", 
 def make_data(folder: Path, options: Options) -> None:
     """Write `tokenizer` and `tokens`: random codes and captions, new ones for every step."""
     torch.manual_seed(SEED)
+    # as small as it may be: without samples, a run does not decode with it
     config = VQGANConfig(resolution=options.grid * 4, channels=8, channel_multipliers=(1, 1, 1),
                          num_res_blocks=1, norm_groups=4, attention_resolutions=(),
                          mid_attention=False, z_channels=8, embed_dim=4,
@@ -56,7 +57,7 @@ def make_data(folder: Path, options: Options) -> None:
 
     (folder / "tokens").mkdir()
     generator = numpy.random.default_rng(SEED)
-    rows = options.batch * options.steps
+    rows = options.batch * options.steps  # one epoch
     shape = (rows, options.grid**2)
     tokens = generator.integers(0, CODEBOOK_SIZE, shape).astype(numpy.uint16)
     captions = [[" ".join(generator.choice(WORDS, 6))] for _ in range(rows)]
@@ -75,7 +76,7 @@ def measure(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, processes(options.threads) as group:
         folder = Path(name)
         make_data(folder, options)
-        given = Batches.of(folder, options, group)
+        given = Batches.of(folder, options, group)  # before `ours` runs: a fresh model
         loops: dict[str, Callable[[], Run]] = {
             "ours": lambda: ours(folder, options, group),
             "plain": lambda: hand_written(given, group, peer=False),
@@ -156,7 +157,7 @@ def _peak(options: Options, stage: int) -> float:
 
 def stage_case(options: dict[str, Any], stage: int) -> Case:
     """Three steps of ours at a ZeRO stage, model and optimizer included. Takes JSON values."""
-    chosen = Options(**options)._replace(steps=3)
+    chosen = Options(**options)._replace(steps=3)  # AdamW's moments exist from the first one on
     folder = Path(tempfile.mkdtemp())
     make_data(folder, chosen)
 
@@ -198,7 +199,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, str | None]:
                     "repeats": 2}
     least = {"width": 64, "layers": 1, "grid": 2, "batch": 1, "steps": 3, "repeats": 1}
     command_line.fill_in(args, defaults, least)
-    if args.width % 64:
+    if args.width % 64:  # run_config makes heads of 64
         raise UserError(f"--width {args.width} must be a multiple of 64, the width of a head")
 
     wanted = [part.strip() for part in args.stages.split(",") if part.strip()]

@@ -46,6 +46,7 @@ class Options(NamedTuple):
 
 def run_config(folder: Path, options: Options, stage: int = 0) -> Seq2SeqRunConfig:
     """Return the config of one run of ours, in a new run folder."""
+    # positions in one table: x-transformers' wrapper has no 2d rotary and no row and column tables
     model = {"preset": "debug", "width": options.width, "heads": options.width // 64,
              "head_dim": 64, "encoder_layers": 2, "decoder_layers": options.layers,
              "rotary": "none", "image_positions": "flat"}
@@ -71,6 +72,7 @@ class Run(NamedTuple):
 def step_times() -> Iterator[list[float]]:
     """Collect the time after every step of our loop, which tells its watchdog of each."""
     times: list[float] = []
+    # the loop has no hook for it; a patch leaves the measured code as it is
     beat = Watchdog.beat
 
     def beat_and_keep(self: Watchdog, step: int) -> None:
@@ -128,7 +130,7 @@ def hand_written(given: Batches, group: Processes, peer: bool) -> Run:
     peer: x-transformers' wrapper computes the loss.
     """
     config, device = given.config, group.device
-    model = copy.deepcopy(given.model).to(device).train()
+    model = copy.deepcopy(given.model).to(device).train()  # each round starts from the same weights
     loss_of = _peer_loss(model) if peer else _loss(model)
     optimizer = build_optimizer(model, config.optim)
     losses, times = [], []
@@ -142,7 +144,7 @@ def hand_written(given: Batches, group: Processes, peer: bool) -> Run:
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_clipping)
         optimizer.step()
         losses.append(loss.detach())
-        harness.synchronize(device.type)
+        harness.synchronize(device.type)  # a step's time ends when the device is done with it
         times.append(time.perf_counter())
     return Run([float(loss) for loss in losses], _durations(times))
 
@@ -160,6 +162,7 @@ def _peer_loss(model: Any) -> Loss:
     wrapper = XTransformersPeer(model).wrapper.requires_grad_(True).train()
     net = wrapper.net
     del model.image_embedding, model.begin_of_image, model.decoder, model.to_logits
+    # the rest is our position table, which net.pos_emb replaces
     left = [name for name, _ in model.named_parameters() if not name.startswith("text_encoder.")]
     for name in left:
         delattr(model, name)

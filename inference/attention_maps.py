@@ -1,8 +1,8 @@
 """Attention maps: how much each image token attended to each word of its caption.
 
 Cross-attention (encoder-decoder) or the image slots' attention to the text slots (decoder-only),
-averaged over layers and heads, as Hertz et al. 2022 (https://arxiv.org/abs/2208.01626) show it for
-diffusion.
+averaged over layers and heads. After Hertz et al. 2022 (https://arxiv.org/abs/2208.01626), who do
+it for diffusion models.
 """
 
 # Axes: B images, H heads, n slots, N image tokens, T text positions, P prefix slots, h w code grid,
@@ -30,13 +30,13 @@ CLIP's BPE ends words in </w>, WordPiece continues them with ##.
 
 def attention_map(model: ImageTransformer, text: TextBatch, positions: list[int],
                   image_tokens: Tensor, layout: Tensor | None = None) -> Tensor:
-    """Return the attention [h, w] float32 of image_tokens [1, N] to some positions of their
-    caption.
+    """Return the attention [h, w] float32 of image_tokens [1, N] to positions of their caption.
 
     positions: numbers among the caption's real positions, as word_positions returns them.
     """
     real = text.text_mask[0].nonzero().flatten()  # a caption may be padded on its left
     weights = attention_to_text(model, text, image_tokens, layout)
+    # summed, not averaged: the share of attention that a word of several pieces gets
     to_word = weights[0, :, real[positions]].sum(dim=-1)  # [N]
     return to_word.reshape(model.config.grid).cpu()
 
@@ -44,11 +44,10 @@ def attention_map(model: ImageTransformer, text: TextBatch, positions: list[int]
 @torch.inference_mode()
 def attention_to_text(model: ImageTransformer, text: TextBatch, image_tokens: Tensor,
                       layout: Tensor | None = None) -> Tensor:
-    """Return the weights [B, N, T] float32 of text positions for the slots that predict
-    image_tokens [B, N].
+    """Return the weights [B, N, T] float32 of text positions for image_tokens [B, N].
 
-    From one forward pass. Encoder-decoder: they sum to 1 over the real positions. Decoder-only: to
-    what is left beside image and layout.
+    Of the slots that predict them, from one forward pass. Encoder-decoder: they sum to 1 over the
+    real positions. Decoder-only: to what is left beside image and layout.
     """
     crosses = isinstance(model, EncoderDecoder)
     layers = layer_blocks(model.decoder, cross_attend=crosses)
@@ -116,8 +115,7 @@ def _softmax(query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
 def word_positions(source: TextSource, caption: str, word: str) -> list[int]:
     """Return the positions of a caption's text input that hold `word`, every time that it occurs.
 
-    `word` may be several words in a row. UserError, with the caption's pieces, if it does not
-    occur.
+    `word` may be several words in a row. UserError with the caption's pieces if it is not there.
     """
     pieces = source.words(caption)
     bare = [_bare(piece) for piece in pieces]
@@ -134,6 +132,7 @@ def word_positions(source: TextSource, caption: str, word: str) -> list[int]:
             joined += bare[last]
             following = last + 1
             ends = following == len(pieces) or starts[following] or _is_special(pieces[following])
+            # a whole word: "cat" is not found at the start of "cats"
             if joined == wanted and ends:
                 found |= set(range(first, following))
             if not wanted.startswith(joined):
@@ -183,8 +182,10 @@ def _bare(piece: str) -> str:
 
 
 def overlay(image: Image.Image, weights: Tensor) -> Image.Image:
-    """Return the image, at its size, under its attention [h, w]: reddish where high, dark grey
-    where low."""
+    """Return the image, at its size, under its attention [h, w].
+
+    Reddish where it is high, dark grey where it is low.
+    """
     values = weights.float().cpu().numpy()
     spread = max(float(values.max() - values.min()), 1e-12)  # not 0 where attention is even
     values = (values - values.min()) / spread

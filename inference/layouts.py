@@ -28,9 +28,11 @@ def color_layout(image: Image.Image, grid: tuple[int, int]) -> numpy.ndarray:
     Each cell has its mean colour, each channel rounded to the nearest of 0, 128, 255.
     """
     rows, columns = grid
+    # BOX averages all pixels of a cell; other filters also look at its neighbours
     cells = image.convert("RGB").resize((columns, rows), Image.Resampling.BOX)
     means = numpy.asarray(cells, dtype=numpy.float64)
     levels = numpy.rint(means / 255 * (COLOR_LEVELS - 1)).astype(numpy.int64)  # [rows, columns, 3]
+    # red, green and blue are the digits of a number in base COLOR_LEVELS
     place_values = numpy.array([COLOR_LEVELS**2, COLOR_LEVELS, 1])
     return (levels @ place_values).reshape(-1)
 

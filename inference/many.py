@@ -1,5 +1,4 @@
-"""Many prompts, each with its own parameters and seed, in one batch that never waits for its
-slowest image."""
+"""Many prompts, each with its own parameters and seed, in one shared batch."""
 
 # Axes: N image tokens, n images of a request
 
@@ -43,8 +42,7 @@ def generate_many(model: BatchModel, requests: Iterable[PromptRequest],
     be any number of them. UserError for a wrong request, when it is read.
     """
     scheduler = Scheduler(model.decoder, batch_size)
-    # requests whose images have not all ended: the request, its parameters as used, and the images
-    # left
+    # requests with images that have not ended; the parameters as used, defaults included
     open_requests: dict[int, tuple[PromptRequest, SamplingParams]] = {}
     images_left: dict[int, int] = {}
 

@@ -1,7 +1,8 @@
-"""The model folder: model_index.json, generation_config.json, tokenizer_image/, seq2seq/,
-text_tokenizer/.
+"""The model folder: reading and writing it whole.
 
-The one module that knows its structure. It is written atomically; no pickle is ever read from it.
+It holds model_index.json, generation_config.json, tokenizer_image/, seq2seq/, text_tokenizer/ and
+README.md. This is the one module that knows its structure. It is written atomically; no pickle is
+ever read from it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def toolkit_version() -> str:
     """Return the installed version of Tokenloom."""
     try:
         return version("tokenloom")
-    except PackageNotFoundError:
+    except PackageNotFoundError:  # run from a checkout that is not installed
         return "unknown (not installed)"
 
 
@@ -92,6 +93,7 @@ def write_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer,
                        generation: SamplingParams, card: str) -> Path:
     """Do what save_model_folder does, also for a transformer that may be too large to hold."""
     check_pair(image_tokenizer, seq2seq, text_tokenizer, "the model folder to write")
+    # a folder that holds anything else is not ours, and is not replaced
     names = (*PARTS, INDEX_NAME, GENERATION_NAME, "README.md")
     with atomic_folder(Path(folder), names) as aside:
         for name in PARTS:
@@ -177,6 +179,7 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu",
     folder = resolve_folder(name, revision)
     index = read_model_index(folder)
     path = folder / INDEX_NAME
+    # both kinds before any weights are read, which takes long
     tokenizer_class = choose(IMAGE_TOKENIZERS, str(index.get("tokenizer_image")),
                              f"{path}: kind of image tokenizer")
     seq2seq_class = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")),
@@ -185,7 +188,7 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu",
     image_tokenizer = tokenizer_class.from_pretrained(folder / "tokenizer_image", device)
     seq2seq = seq2seq_class.from_pretrained(folder / "seq2seq", device)
     text_tokenizer = load_text_source(folder / "text_tokenizer", text_encoder)
-    if isinstance(text_tokenizer, FrozenTextEncoder):
+    if isinstance(text_tokenizer, FrozenTextEncoder):  # the only text source with weights
         text_tokenizer.to(device)
     generation_file = folder / GENERATION_NAME
     generation = SamplingParams.parse(read_mapping(generation_file), str(generation_file))
@@ -202,6 +205,7 @@ def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | Writ
         ("codebook size", image_tokenizer.codebook_size, config.codebook_size),
         ("code grid", tuple(image_tokenizer.grid), tuple(config.grid))])
     check_text_source(text_tokenizer, config, where, "transformer")
+    # last, since it hashes the tokenizer's weights; only where the transformer knows its tokenizer
     if config.tokenizer_fingerprint:
         found = code_fingerprint(image_tokenizer)
         check_trained_with(where, "image tokenizer", "transformer", [
@@ -209,8 +213,7 @@ def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | Writ
 
 
 def check_text_source(source: TextSource, config: LayersConfig, where: str, model: str) -> None:
-    """Raise UserError unless `source` gives the text that the `model` of this config was trained
-    with."""
+    """Raise UserError unless `source` gives the text that this `model` was trained with."""
     check_trained_with(where, "text tokenizer", model, [
         ("vocabulary", source.vocab_size, config.text_vocab_size),
         ("width of features", source.feature_width, config.text_feature_width),

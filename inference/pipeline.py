@@ -84,8 +84,8 @@ class TextToImage(Pushable):
         if it has moved.
         matcher: chooses among candidates for `rerank_from`, see
         `inference.scoring.matcher_folder.load_matcher`.
-        weights: float32 (default on the CPU), bfloat16 (default on CUDA) or int8. UserError for
-        another name.
+        weights: float32 (default on the CPU, where bfloat16 is mostly much slower), bfloat16
+        (default on CUDA) or int8. UserError for another name.
         """
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_precision(weights)
@@ -123,8 +123,7 @@ class TextToImage(Pushable):
 
         params: the model folder's defaults when None.
         batch_size: images decoded at a time.
-        negative_prompt: unconditional text for classifier-free guidance, instead of the null
-        caption.
+        negative_prompt: text of the unconditional branch of guidance, instead of the null caption.
         layout: for models with one, see `inference.layouts.read_layout`; sampled when None.
         rerank_from: draw this many candidates per prompt, with seed + 0, seed + 1, ..., and keep
         the num_images that `matcher` (default: that of from_pretrained) scores highest, best first,
@@ -143,6 +142,7 @@ class TextToImage(Pushable):
         drawn = rerank_from or num_images
         tokens, layouts = self._sample(prompts, drawn, options, seeds, batch_size)
         images: list[Image.Image] = []
+        # in batches, as _check_memory counted: the image tokenizer takes memory per image
         for part in tokens.split(batch_size):
             images += self.decode_tokens(part)
         result = GenerationResult(
@@ -166,13 +166,13 @@ class TextToImage(Pushable):
 
     def _sample(self, prompts: list[str], num_images: int, options: SamplingOptions,
                 seeds: list[int], batch_size: int) -> tuple[Tensor, Tensor | None]:
-        """Draw image_tokens [B, N] of all prompts, and layouts [B, L] of models with one; on the
-        CPU."""
+        """Draw image_tokens [B, N], and layouts [B, L] if the model has them, both on the CPU."""
         largest = Workload.of_request(len(prompts), num_images, batch_size)
         self._check_memory(
             largest.pictures, largest.captions, guided=options.params.guidance_scale != 1,
             kept=largest.kept, decoded=largest.decoded, window=options.jacobi,
             unguided_each=options.negative_prompt is None and self.text_tokenizer.null_each)
+        # again, since with rerank_from there are more seeds than were asked for
         for seed in seeds:
             check_counts(num_images, batch_size, seed)
         layouts = read_layout(options.layout, self.seq2seq.config, len(prompts) * num_images)
@@ -219,15 +219,15 @@ class TextToImage(Pushable):
 
     def generate_many(self, requests: Iterable[PromptRequest],
                       batch_size: int = 32) -> Iterator[ManyResult]:
-        """Draw requests that have their own parameters and seeds; yield images in the order they
-        end.
+        """Draw requests with parameters and seeds of their own; yield images as they end.
 
         The batch has `batch_size` rows (an image under guidance takes two), and a row that becomes
         free goes to the next image at once. The tokens are those of `generate`. UserError for a
         batch size below 1, and for a wrong request when it is read.
         """
         check_counts(1, batch_size, 0)
-        # the captions of the rows, the next one, and kept unconditional texts
+        # the captions of the rows, the next one, and kept unconditional texts; guided=False, since
+        # batch_size counts rows, two for a guided image; 1, since each is handed over as it ends
         captions = batch_size + 1 + KEPT_UNCONDITIONAL
         self._check_memory(batch_size, captions, guided=False, kept=1, decoded=1, streamed=True)
         return generate_many(self, requests, batch_size)
@@ -240,7 +240,7 @@ class TextToImage(Pushable):
                                 request.layout)
         layout = read_layout(request.layout, self.seq2seq.config, request.num_images)
         seeds = [request.seed + i for i in range(request.num_images)]
-        encoded = self._request(texts, 1, options, seeds, layout)
+        encoded = self._request(texts, 1, options, seeds, layout)  # 1: the scheduler repeats it
         return ImageJob(encoded.captions, encoded.unconditional, encoded.params, encoded.seeds,
                         encoded.layout, name)
 
@@ -276,13 +276,12 @@ class TextToImage(Pushable):
         """
         if not isinstance(image_tokens, Tensor):
             raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
-        # [B, h, w]
-        codes = tokens_to_codes(image_tokens.to(self.device), self.image_tokenizer.grid)
+        image_tokens = image_tokens.to(self.device)
+        codes = tokens_to_codes(image_tokens, self.image_tokenizer.grid)  # [B, h, w]
         return pixels_to_images(float_to_pixels(self.image_tokenizer.decode(codes)))
 
     def decode_step(self, image_tokens: Tensor) -> list[Image.Image]:
-        """Do what decode_tokens does, and remember its time for the preview budget of the next
-        stream."""
+        """Do what decode_tokens does, and remember its time for the next stream's budget."""
         start = time.perf_counter()
         images = self.decode_tokens(image_tokens)
         self._preview_seconds[len(images)] = time.perf_counter() - start

@@ -17,7 +17,7 @@ from tokenloom_common.errors import UserError, nearest_name, one_line
 REQUEST_FIELDS = ("prompt", "num_images", "seed", "negative_prompt", "layout")
 """Fields of a line of a prompts file, beside those of SamplingParams."""
 MAX_PROMPT_CHARACTERS = 10_000
-MAX_SEED = (1 << 63) - 1  # of the last image; the largest that a torch generator takes
+MAX_SEED = (1 << 63) - 1  # of the last image; noise keys are int64
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def first_seeds(seed: int | Sequence[int], prompts: int, num_images: int,
 
     UserError for another number of seeds, or for what check_counts refuses.
     """
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if isinstance(seed, Sequence) and not isinstance(seed, str):  # check_counts names a str
         seeds = list(seed)
     else:
         seeds = [seed] * prompts
@@ -114,11 +114,13 @@ def check_counts(num_images: int, batch_size: int, seed: int) -> None:
 
 def is_count(value: object, least: int = 1) -> bool:
     """Whether a value is a whole number of at least `least`."""
+    # True is an int in Python, but no count
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def batches(prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[range, range]]:
     """Split num_images per prompt into batches: yield which prompts, and which images of each."""
+    # all images of a prompt in one batch where they fit: they share one memory of the caption
     prompts_at_once = max(1, batch_size // num_images)
     for first in range(0, prompts, prompts_at_once):
         which = range(first, min(first + prompts_at_once, prompts))
@@ -128,9 +130,9 @@ def batches(prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[ra
 
 
 def text_like(text: TextBatch, weights: Tensor) -> TextBatch:
-    """Move a text to the device of the model's weights, features of a text encoder also to their
-    type."""
+    """Move a text to the device of the model's weights, and features also to their type."""
     text_input = text.text_input.to(weights.device)
+    # features of a frozen text encoder; text ids stay int64
     if text_input.is_floating_point():
         text_input = text_input.to(weights.dtype)
     return TextBatch(text_input, text.text_mask.to(weights.device))
@@ -160,7 +162,7 @@ def read_prompts(path: Path, defaults: PromptRequest, base: SamplingParams) -> l
         try:
             values = _json_object(line) if is_json else {"prompt": line.strip()}
             requests.append(_request(values, defaults, base))
-        except UserError as error:
+        except UserError as error:  # the checks below know the line's values, not its number
             raise UserError(f"{path}, line {number}: {error}") from None
     if not requests:
         raise UserError(f"--prompts {path}: holds no prompt")

@@ -58,14 +58,14 @@ class GenerationResult:
     seeds: list[int]
     params: SamplingParams
     layouts: Tensor | None = None
+    # for `attention` alone: which object drew the images is no part of the result
     model: AttentionSource | None = field(default=None, repr=False, compare=False)
     scores: list[float] | None = None
 
     def attention(self, word: str, picture: int = 0) -> Tensor:
         """Return how much each token of an image attended to `word` of its prompt, [h, w] float32.
 
-        The mean over layers and heads. UserError if the prompt has no such word, or there is no
-        such image.
+        The mean over layers and heads. UserError for a word or an image that is not there.
         """
         if self.model is None:
             raise UserError("this result does not know its model; "
@@ -78,6 +78,5 @@ class GenerationResult:
         return self.model.attention_map(self.prompts[picture], word, self.image_tokens[own], layout)
 
     def attention_overlay(self, word: str, picture: int = 0) -> Image.Image:
-        """Return the image under its `attention`: bright and reddish where it attended to the
-        word most."""
+        """Return the image under its `attention` to a word: reddish where that is high."""
         return overlay(self.images[picture], self.attention(word, picture))

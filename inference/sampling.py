@@ -5,9 +5,9 @@ logit or sets it to -inf, always keeps the likeliest token, and never makes NaN.
 
 A token is drawn by the Gumbel-max trick: the kept token whose logit plus noise is largest. The
 noise is a function of (seed, position, token id) and of nothing else. So an image's tokens do not
-depend on what shares its batch, a position can be drawn again with the same noise, and two nearly
-equal distributions nearly always draw the same token, which `inference/generation/jacobi.py` relies
-on.
+depend on what shares its batch, and a position can be drawn again with the same noise. Two nearly
+equal distributions nearly always draw the same token, as Jacobi decoding needs it
+(`inference/generation/jacobi.py`).
 """
 
 # Axes: B rows (one image each), K codebook size, k tokens that top-k leaves, N positions
@@ -26,11 +26,9 @@ from tokenloom_common.errors import UserError
 
 
 class SamplingParams(StrictConfig):
-    """Options of sampling. The filters apply in the order of the fields, each on what the last one
-    left.
+    """Options of sampling. Filters apply in the order of the fields, each on what the last left.
 
-    UserError, one line, for an unknown name (with the nearest one), another type, or a value out of
-    range.
+    UserError, one line, for an unknown name (with the nearest one), a wrong type or value.
     """
 
     model_config = ConfigDict(strict=True)
@@ -99,24 +97,23 @@ def guided_steps(params: SamplingParams, total: int) -> int:
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Return unconditional + scale * (conditional - unconditional), of logits [B, K].
 
-    scale: one for all, or a tensor [B, 1]. Classifier-free guidance: Ho & Salimans 2022, arXiv
-    2207.12598.
+    scale: one for all, or a tensor [B, 1].
+    Classifier-free guidance: Ho & Salimans 2022, arXiv 2207.12598.
     """
     return unconditional + scale * (conditional - unconditional)
 
 
 def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of logits [B, K], largest first, and their ids, both [B, k]; ties: lower
-    id first.
+    """Return the k largest of logits [B, K], largest first, and their ids, both [B, k].
 
+    Ties: the lower id first.
     k = 0 or k >= K: all of them in their own order, with ids 0 .. K - 1.
     """
     size = logits.shape[-1]
     ids = torch.arange(size, device=logits.device)
     if k <= 0 or k >= size:
         return logits, ids.expand_as(logits)
-    # topk does not order ties, so let it sort integers that all differ: the logit's bits, then the
-    # id
+    # topk does not order ties: let it sort integers that all differ, the logit's bits, then the id
     bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     largest = ((bits.to(torch.int64) << 32) | (size - 1 - ids)).topk(k, dim=-1).values
@@ -147,8 +144,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Drop tokens less likely than min_p times the likeliest (Nguyen et al. 2024, arXiv
-    2407.01082)."""
+    """Drop tokens less likely than min_p times the likeliest.
+
+    Nguyen et al. 2024, arXiv 2407.01082.
+    """
     if min_p <= 0:
         return logits.clone()
     best = logits.amax(dim=-1, keepdim=True)
@@ -156,8 +155,7 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Return probabilities [B, K] float32 after temperature, top-k, top-p and min-p; temperature
-    0: one-hot."""
+    """Return probabilities [B, K] float32 after temperature and filters; one-hot at temperature 0."""
     logits = logits.float()
     if params.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
@@ -174,10 +172,10 @@ def sample(logits: Tensor, params: SamplingParams, keys: Tensor, allow_sync: boo
     """Draw ids [B] int64 from guided logits [B, K] under noise keys [B] (`noise_keys`).
 
     Draws from `filtered_probabilities`: the kept id with the largest logit / temperature + Gumbel
-    noise (Maddison et al. 2014, A* sampling, https://arxiv.org/abs/1411.0030). Temperature 0: the
-    likeliest.
-    allow_sync: False inside CUDA graph capture, where Python must not wait for a value; the ids are
-    the same.
+    noise (Maddison et al. 2014, A* sampling, https://arxiv.org/abs/1411.0030). At temperature 0,
+    the likeliest.
+    allow_sync: False inside CUDA graph capture, where Python must not wait for a value; it does
+    not change the ids.
     """
     if params.temperature == 0:
         return logits.argmax(dim=-1)
@@ -234,11 +232,10 @@ def noise_keys(seeds: list[int], count: int) -> Tensor:
 def gumbel_noise(keys: Tensor, ids: Tensor) -> Tensor:
     """Return standard Gumbel noise [B, k] float64 of token ids [B, k] under keys [B].
 
-    The noise of an id is -log(-log(u)), with u in (0, 1) from number `id` of the key's SplitMix64
-    stream.
+    The noise of an id is -log(-log(u)), where u in (0, 1) is number `id` of the key's SplitMix64
+    stream. float64, since in float32 u could round to 1, whose noise is infinite.
     """
     bits = _mixed(keys[:, None] + (ids + 1) * _GOLDEN)
-    # the upper 53 bits; + 0.5: never 0. One expression, since a named part would add to the peak
-    # memory
+    # the upper 53 bits; + 0.5: never 0. One expression: a named part would add to the peak memory
     uniform = (((bits >> 11) & 0x1FFFFFFFFFFFFF).double() + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform))

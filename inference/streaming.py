@@ -28,8 +28,7 @@ that is not on its clock.
 
 
 class GenerationStep:
-    """One position of a stream: `position` (0 .. N-1), `image_tokens` [B, position+1] so far,
-    `preview`."""
+    """One position (0 .. N-1) of a stream: `image_tokens` [B, position+1] so far, `preview`."""
 
     def __init__(self, decode: Decode, image_tokens: Tensor, total: int,
                  budget: PreviewBudget | None = None) -> None:
@@ -47,6 +46,7 @@ class GenerationStep:
     @property
     def previews(self) -> list[Image.Image]:
         """The images so far, decoded on access; positions not yet drawn repeat the last token."""
+        # any token would do: the image tokenizer only decodes whole grids
         missing = self.total - self.image_tokens.shape[1]
         last = self.image_tokens[:, -1:]
         filled = torch.cat([self.image_tokens, last.expand(-1, missing)], dim=1)
@@ -61,8 +61,7 @@ class GenerationStep:
 
 
 class PreviewBudget:
-    """Measure the time of decoding and of previews, and decide whether another preview is
-    affordable.
+    """Measure the time of decoding and of previews; decide whether another preview is affordable.
 
     longest: seconds of a preview, if known from an earlier stream; if not, the first preview waits
     for half the tokens.
@@ -84,7 +83,7 @@ class PreviewBudget:
 
     def allows(self, done: int, total: int) -> bool:
         """Whether one more preview, as long as the longest so far, stays within the share."""
-        if not self.longest:
+        if not self.longest:  # the cost is unknown: one preview, halfway, finds it out
             return 2 * done >= total
         return self.preview_seconds + self.longest <= self.share * self.decoding_seconds
 
@@ -111,8 +110,8 @@ def stream_steps(generation: Generation, every: int | None, decode: Decode,
                  known_seconds: float) -> Iterator[GenerationStep]:
     """Draw all tokens, yielding a step after every `every` of them and after the last one.
 
-    every: None to yield whenever the budget allows a preview. known_seconds: time of a preview, 0
-    if unknown.
+    every: None to yield whenever the budget allows a preview.
+    known_seconds: time of a preview, 0 if unknown.
     """
     total = generation.total
     budget = PreviewBudget(known_seconds)
@@ -125,4 +124,5 @@ def stream_steps(generation: Generation, every: int | None, decode: Decode,
         if is_last or is_due:
             tokens = torch.stack(drawn, dim=1).cpu()
             with budget.outside():  # the caller's time between two steps is not the stream's
+                # the last image is the result, not a preview: it is not on the budget
                 yield GenerationStep(decode, tokens, total, None if is_last else budget)

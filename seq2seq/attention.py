@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_QUERIES = 128
+BLOCK_QUERIES = 128  # flex attention's default too
 """Queries per block of `attend`, rounded down to whole rows or columns (at least one)."""
 
 
@@ -50,6 +50,7 @@ class Pattern:
         causal = key <= query
         if self.name == "full":
             return causal
+        # the pattern is for pairs within the image; others are causal only
         both_in_image = (query >= self.prefix) & (key >= self.prefix)
         visible = self.visible(query - self.prefix, key - self.prefix)
         return causal & (~both_in_image | visible)
@@ -61,7 +62,7 @@ class Pattern:
 
 
 def _full(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
-    return torch.ones((), dtype=torch.bool, device=query.device)
+    return torch.ones((), dtype=torch.bool, device=query.device)  # `visible` adds causality
 
 
 def _row(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
@@ -104,6 +105,7 @@ class QueryBlock(NamedTuple):
     seen: Tensor | None
 
 
+# built once: every layer and step asks for the same few patterns and lengths
 @lru_cache(maxsize=64)
 def _blocks(pattern: Pattern, slots: int) -> list[QueryBlock]:
     """Blocks with every slot once as a query: the prefix, then groups of image slots."""
@@ -117,7 +119,7 @@ def _blocks(pattern: Pattern, slots: int) -> list[QueryBlock]:
     groups = _column_groups if pattern.name == "column" else _raster_groups
     for queries, keys in groups(pattern, image_slots):
         seen = pattern.visible(queries[:, None], keys[None, :])  # [q, k of the image]
-        mask = None
+        mask = None  # the kernel then reads none
         if not bool(seen.all()):
             seen_prefix = torch.ones(len(queries), len(prefix), dtype=torch.bool)
             mask = torch.cat([seen_prefix, seen], dim=1)
@@ -130,7 +132,7 @@ def _column_groups(pattern: Pattern, image_slots: int) -> Iterator[tuple[Tensor,
     """(queries, keys) of whole columns: those of a column see nothing outside it."""
     columns = pattern.columns
     rows = -(-image_slots // columns)  # the last one may be incomplete
-    columns_per_block = max(1, BLOCK_QUERIES // max(1, rows))
+    columns_per_block = max(1, BLOCK_QUERIES // max(1, rows))  # no rows: no groups either
 
     slots = torch.arange(image_slots)
     column = slots % columns
@@ -144,6 +146,7 @@ def _raster_groups(pattern: Pattern, image_slots: int) -> Iterator[tuple[Tensor,
     """(queries, keys) of whole rows; the keys go back to the first one any query may see."""
     columns = pattern.columns
     reach = pattern.convolution // 2
+    # in raster order; a convolution reaches `reach` rows up and `reach` columns to the left
     lookback = {"row": columns, "convolution": reach * (columns + 1)}.get(pattern.name, image_slots)
 
     slots = torch.arange(image_slots)
@@ -162,9 +165,11 @@ def attend(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor,
     slots = query.shape[-2]
     grouped = key.shape[1] != query.shape[1]
     if pattern.name == "full" and key_mask is None:
+        # the kernel's own causal mask: no mask tensor, and half of the work skipped
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout,
                                               enable_gqa=grouped)
 
+    # blocks are joined at the end, not written into one tensor, so that autograd follows
     outputs, order = [], []
     for block in _blocks(pattern, slots):
         mask = _block_mask(pattern, block, query, key_mask)
@@ -194,7 +199,7 @@ def _block_mask(pattern: Pattern, block: QueryBlock, query: Tensor,
     shown = shown[:, None, None, : len(block.keys)]  # [B, 1, 1, k]
     mask = shown.expand(-1, 1, len(block.queries), -1) if mask is None else shown & mask
 
-    # only the prefix can hold hidden slots, and it is a block of its own
+    # a slot that sees no key can only be padding of the prefix, which is a block of its own
     if int(block.queries[0]) < pattern.prefix:
         itself = torch.eye(len(block.queries), dtype=torch.bool, device=query.device)
         mask = mask | itself & alone(key_mask)[:, None, :, None]
@@ -215,6 +220,7 @@ def _select(heads: Tensor, slots: Tensor) -> Tensor:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # not compiled it computes all scores; one compiled function for all layers shares its kernels
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -230,9 +236,10 @@ def _flex_block_mask(pattern: Pattern, slots: int, device: str):
 
 def attend_flex(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor,
                 key_mask: Tensor | None = None, compiled: bool = True) -> Tensor:
-    """`attend` without dropout, by flex attention (Dong et al. 2024, arxiv.org/abs/2412.05496).
+    """`attend` without dropout, by flex attention.
 
-    Compiled it needs CUDA; `compiled=False` is its slow reference, which runs anywhere.
+    Dong et al. 2024, https://arxiv.org/abs/2412.05496. Compiled it needs CUDA; `compiled=False` is
+    its slow reference, which runs anywhere.
     """
     from torch.nn.attention.flex_attention import flex_attention
 

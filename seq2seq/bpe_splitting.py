@@ -16,7 +16,7 @@ from tokenloom_common.extras import require_extra
 
 Merges = list[tuple[str, str]]
 """Pairs of pieces to merge, the first pair first."""
-SPACE = chr(ord(" ") + 256)
+SPACE = chr(ord(" ") + 256)  # GPT-2 moves bytes that cannot be printed up by 256
 """How a byte-level vocabulary writes a space."""
 
 
@@ -32,6 +32,7 @@ class ByteLevelSplitter:
         needed = set(pre_tokenizers.ByteLevel.alphabet())
         for left, right in merges:
             needed |= {left, right, left + right}
+        # `tokenizers` would panic at such a merge, and drop such a byte without a word
         missing = sorted(needed - set(vocab))
         if missing:
             raise UserError(f"vocab.json lacks {len(missing)} pieces that merges.txt or single "
@@ -44,7 +45,7 @@ class ByteLevelSplitter:
             self._tokenizer.normalizer = tokenizers.normalizers.Lowercase()
 
     def ids(self, caption: str, enough: int) -> list[int]:
-        """Return the ids of a whole caption."""
+        """Return the ids of a whole caption; `enough` is SpaceSplitter's."""
         # lone surrogates have no UTF-8; names of special pieces in a caption are plain text
         clean = caption.encode("utf-8", "replace").decode()
         return self._tokenizer.encode(clean, add_special_tokens=False).ids
@@ -63,9 +64,10 @@ class SpaceSplitter:
 
     def ids(self, caption: str, enough: int) -> list[int]:
         """Return the first `enough` ids of a caption of any length, or a few more."""
+        # stops at `enough`: Python's merging of a text without end would take long
         ids: list[int] = []
         for word in _as_ascii(caption).split(" "):
-            if word:
+            if word:  # two spaces in a row have nothing between them
                 pieces = merge_pairs([SPACE, *word], self._ranks)
                 ids += [self._vocab.get(piece, self._unknown) for piece in pieces]
             if len(ids) >= enough:
@@ -75,7 +77,7 @@ class SpaceSplitter:
 
 def _as_ascii(caption: str) -> str:
     """Lower case, emoji by their names, other characters beyond ASCII left out."""
-    if not caption.isascii():
+    if not caption.isascii():  # imported only for captions that need it
         purpose = "a caption with characters beyond ASCII, which may be emoji,"
         emoji = require_extra("emoji", purpose, "text")
         caption = emoji.demojize(caption, delimiters=("", ""))
@@ -107,6 +109,7 @@ def merge_pairs(pieces: Sequence[str], ranks: dict[tuple[str, str], int]) -> lis
     while heap:
         _, left, first, second = heapq.heappop(heap)
         right = following[left]
+        # entries are never removed from the heap: skip pairs that another merge has changed
         outdated = merged[left] != first or right < 0 or merged[right] != second
         if outdated:
             continue

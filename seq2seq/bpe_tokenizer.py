@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 VOCAB_NAME, MERGES_NAME = "vocab.json", "merges.txt"
 KIND = "bpe"
-MAX_FILE_BYTES = 64 << 20
+MAX_FILE_BYTES = 64 << 20  # BART's are below 1 MB
 MAX_ID = 1 << 24
 BEGIN, PAD, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
 HEADER = "#version"
@@ -66,7 +66,7 @@ class BPETokenizer:
     def __init__(self, vocab_text: str, merges_text: str, config: BPETokenizerConfig) -> None:
         """vocab_text, merges_text: the contents of the two files. UserError for any damage."""
         self.config = config
-        self.vocab_text, self.merges_text = vocab_text, merges_text
+        self.vocab_text, self.merges_text = vocab_text, merges_text  # saved as they were read
         vocab, merges = read_vocab(vocab_text), read_merges(merges_text)
         _check_ids(vocab, merges, config.vocab_size)
         self._begin, self._pad, self._end = vocab[BEGIN], vocab[PAD], vocab[END]
@@ -97,7 +97,7 @@ class BPETokenizer:
             if not isinstance(caption, str):
                 raise UserError(f"caption {row} is {type(caption).__name__}, expected text")
             ids = [self._begin, *self._splitter.ids(caption, length), self._end]
-            if len(ids) > length:
+            if len(ids) > length:  # a splitter may stop early, but never below `length` ids
                 self._warn_once(caption)
                 ids = ids[:length]
                 if self.config.splitting == "bytes":
@@ -123,7 +123,7 @@ class BPETokenizer:
         if not self.null_each:
             return self.null_caption()
         text_ids, mask = captions
-        last = mask.sum(dim=1, keepdim=True) - 1  # [B, 1]
+        last = mask.sum(dim=1, keepdim=True) - 1  # [B, 1]: padding is on the right
         null_ids = torch.full_like(text_ids, self._pad)
         null_ids[:, 0] = text_ids[:, 0]
         null_ids[:, 1] = text_ids.gather(1, last)[:, 0]
@@ -148,6 +148,7 @@ class BPETokenizer:
 
     def write_files(self, folder: Path) -> None:
         """Write the three files into an existing folder."""
+        # newline="": line ends stay as they were read, on every system
         (folder / VOCAB_NAME).write_text(self.vocab_text, encoding="utf-8", newline="")
         (folder / MERGES_NAME).write_text(self.merges_text, encoding="utf-8", newline="")
         write_config(KIND, self.config, folder)
@@ -187,7 +188,7 @@ def read_vocab(text: str) -> dict[str, int]:
     """Parse vocab.json: piece -> id, every id once, with <s>, <pad>, </s> and <unk>."""
     try:
         vocab = json.loads(text)
-        "".join(vocab).encode()  # refuses lone surrogates
+        "".join(vocab).encode()  # refuses lone surrogates, which could not be saved
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{VOCAB_NAME} cannot be read: {one_line(error)[:200]}") from None
     if not isinstance(vocab, dict) or not all(map(_is_id, vocab.values())):
@@ -211,11 +212,11 @@ def read_merges(text: str) -> Merges:
     if not first.startswith(HEADER):
         raise UserError(f"{MERGES_NAME} does not begin with a line '{HEADER}: ...', so it is not a "
                         "list of merges")
-    while lines and not lines[-1].strip():
+    while lines and not lines[-1].strip():  # empty lines at the end are no damage
         lines.pop()
 
     merges = []
-    for number, line in enumerate(lines, start=2):
+    for number, line in enumerate(lines, start=2):  # line 1 is the header
         pair = line.split()
         if len(pair) != 2:
             raise UserError(f"{MERGES_NAME}, line {number}: expected two pieces, found "
@@ -229,9 +230,11 @@ def _check_ids(vocab: dict[str, int], merges: Merges, vocab_size: int) -> None:
 
     Ids that no caption can have, such as <mask>'s, may be beyond.
     """
+    # an unmerged piece is one character; merging makes all others
     special = {BEGIN, PAD, END, UNKNOWN}
     single = {piece for piece in vocab if len(piece) == 1}
     merged = {left + right for left, right in merges}
+    # a merge that the vocabulary lacks has no id: `spaces` gives UNKNOWN, `bytes` refuses the files
     highest = max(vocab.get(piece, 0) for piece in special | single | merged)
     if highest >= vocab_size:
         raise UserError(f"{VOCAB_NAME} has ids up to {highest}, the model reads {vocab_size} of "

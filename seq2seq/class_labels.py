@@ -16,7 +16,7 @@ from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import UserError, nearest_name
 from tokenloom_common.pretrained import SavedAsConfig, read_config
 
-MAX_CLASSES = 1 << 16
+MAX_CLASSES = 1 << 16  # more different names are captions, not classes
 
 
 class ClassLabelsConfig(StrictConfig):
@@ -59,8 +59,9 @@ class ClassLabels(SavedAsConfig):
         """Collect the classes that occur, sorted. UserError for none or too many."""
         by_key: dict[str, str] = {}
         for name in names:
+            # "Cat" and "cat" are one class, named as it was spelt first
             by_key.setdefault(_key(name), name.strip())
-        by_key.pop("", None)
+        by_key.pop("", None)  # the null caption, which has an id anyway
 
         if not 1 <= len(by_key) <= MAX_CLASSES:
             raise UserError(f"{len(by_key):,} different class names; text.kind classes takes 1 to "
@@ -76,7 +77,7 @@ class ClassLabels(SavedAsConfig):
     def encode(self, captions: Sequence[str]) -> TextBatch:
         """Class names -> ids [B, 1] and a mask that is all True. UserError for an unknown class."""
         numbers = [self._id(caption) for caption in captions]
-        ids = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 1)
+        ids = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 1)  # [0, 1] for no captions
         return TextBatch(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def _id(self, caption: str) -> int:

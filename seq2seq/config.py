@@ -10,7 +10,7 @@ from seq2seq.attention import PATTERNS
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import nearest_name
 
-MAX_TOKENS = 1 << 16
+MAX_TOKENS = 1 << 16  # a grid of 256 x 256
 DERIVED = ("text_vocab_size", "text_feature_width", "text_length", "codebook_size", "grid",
            "layout_kind", "layout_classes", "layout_grid", "tokenizer_fingerprint")
 """Fields that follow from the tokenizers and the data; everything else is the user's to choose."""
@@ -70,6 +70,7 @@ class LayersConfig(StrictConfig):
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
 
+        # each axis rotates pairs of numbers
         if self.rotary == "2d" and self.head_dim % 4:
             raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4 for rotary: 2d "
                              "(two axes, two parts each)")
@@ -90,9 +91,9 @@ class TransformerConfig(LayersConfig):
     The output layer has `codebook_size` entries: begin of image is an input, never a prediction.
     """
 
-    kind: ClassVar[str] = ""
+    kind: ClassVar[str] = ""  # not a field: config.json has it beside the fields
 
-    # K and the grid come from the image tokenizer, the layout from the data
+    # K and the grid come from the image tokenizer, the layout from the data (DERIVED)
     codebook_size: int = Field(
         ge=2, le=1 << 24, description="K: entries of the image tokenizer's codebook")
     grid: tuple[int, int] = Field(description="(h, w): rows and columns of the code grid")
@@ -136,6 +137,7 @@ class TransformerConfig(LayersConfig):
                 raise ValueError(f"{name} {grid} must have at least one row and column and at most "
                                  f"{MAX_TOKENS:,} codes")
 
+        # no valid value of the three is false, so that `any` finds those that are given
         layout = (self.layout_kind, self.layout_classes, self.layout_grid)
         if None in layout and any(layout):
             raise ValueError("layout_kind, layout_classes and layout_grid belong together; give "

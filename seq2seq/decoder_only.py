@@ -31,6 +31,7 @@ class DecoderOnly(ImageTransformer):
         super().__init__()
         self.config = config
         self.begin_of_image_slot = config.begin_of_image
+        # text id 0 can be predicted only from a slot before it
         self.text_slots = config.text_length + config.predict_text
         self.blind_slots = self.text_slots if config.text_positions == "blind" else 0
 
@@ -67,7 +68,6 @@ class DecoderOnly(ImageTransformer):
         if self.config.text_feature_width is None:
             text_input = self.text_targets(text_input, text_mask)
         parts = [self.normed(self.text_input(text_input))]
-
         if self.config.predict_text:
             begin = self.begin_of_text.expand(len(text_input), 1, -1)
             parts.insert(0, self.normed(begin))
@@ -79,6 +79,7 @@ class DecoderOnly(ImageTransformer):
         """text_mask [B, T] -> prefix slots that may be seen [B, P]; None if all may."""
         if self.config.text_padding == "learned":
             return None
+        # begin of text before the caption, the layout after it
         return F.pad(text_mask, (int(self.config.predict_text), self.layout_slots), value=True)
 
     def decode(self, text_input: Tensor, text_mask: Tensor, image_tokens: Tensor,

@@ -79,7 +79,7 @@ class FrozenTextEncoder(SavedAsConfig):
         """
         loaded = load_encoder(name, revision)
         settings = loaded.model.config
-        longest = getattr(settings, "max_position_embeddings", None)
+        longest = getattr(settings, "max_position_embeddings", None)  # T5 has no limit
         if longest is not None and text_length > longest:
             raise UserError(f"text_length {text_length}: {name} reads at most {longest} positions; "
                             "lower it")
@@ -89,6 +89,7 @@ class FrozenTextEncoder(SavedAsConfig):
         config = FrozenTextConfig(
             name=name, revision=commit,
             fingerprint=encoder_fingerprint(loaded.folder),
+            # T5's config names its width d_model
             feature_width=getattr(settings, "hidden_size", None) or settings.d_model,
             text_length=text_length, padding=padding, null_features=null_features is not None)
         return cls(loaded.tokenizer, loaded.model.to(device), config, null_features)
@@ -115,16 +116,19 @@ class FrozenTextEncoder(SavedAsConfig):
                 raise UserError(f"caption {row} is {type(caption).__name__}, expected text")
 
         length = self.config.text_length
+        # lone surrogates, which JSON may hold, have no UTF-8
         clean = [caption.encode("utf-8", "replace").decode() for caption in captions]
         tokens = self._tokenizer(clean, padding="max_length", truncation=True, max_length=length,
                                  return_tensors="pt", return_attention_mask=True)
         device = next(self._model.parameters()).device
         ids = tokens["input_ids"].to(device)
         mask = tokens["attention_mask"].to(device).bool()
+        # only a caption that fills the last position can have been cut
         if not self._warned and bool(mask[:, -1].any()):
             self._warn_if_cut(clean)
 
         features = self._features(ids, mask)
+        # moved after encoding, as LlamaGen does: T5 itself is padded on the right
         if self.config.padding == "left":
             features, mask = to_the_right_end(features, mask), to_the_right_end(mask, mask)
         if self.null_features is not None:
@@ -201,6 +205,7 @@ class FrozenTextEncoder(SavedAsConfig):
         """
         wanted = read_config(Path(folder), cls.kind, FrozenTextConfig)
         name = encoder or wanted.name
+        # a revision is a commit of the named repository; another copy is told by its fingerprint
         revision = wanted.revision if name == wanted.name else None
         try:
             loaded = cls.load(name, wanted.text_length, revision=revision)
@@ -216,12 +221,14 @@ class FrozenTextEncoder(SavedAsConfig):
                             f"({wanted.name}, fingerprint {wanted.fingerprint}; this one has "
                             f"{found}); give that one")
         null = read_null_features(Path(folder), wanted) if wanted.null_features else None
+        # with `wanted`, so that saving again writes the same config
         return cls(loaded._tokenizer, loaded._model, wanted, null)
 
     def write_files(self, folder: Path) -> None:
         """Write config.json, and the null features if there are any, into an existing folder."""
         super().write_files(folder)
         if self.null_features is not None:
+            # safetensors refuses tensors that are not contiguous
             save_file({"null": self.null_features.contiguous().cpu()}, folder / NULL_NAME)
 
 

@@ -16,7 +16,9 @@ from tokenloom_common.hub import resolve_folder
 TEXT_TOWERS = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
 """model_type of an image-text model -> name of its text tower's class in transformers."""
 READ = ("*.json", "*.safetensors", "*.model", "*.txt")
+"""Files that are downloaded; no weights in pickles."""
 HASHED = ("*.safetensors", "tokenizer.json", "spiece.model", "vocab.txt", "config.json")
+"""Files that the fingerprint covers."""
 
 
 class LoadedEncoder(NamedTuple):
@@ -33,10 +35,12 @@ def load_encoder(name: str, revision: str | None) -> LoadedEncoder:
     folder = resolve_folder(name, revision, patterns=READ)
     if not (folder / "config.json").is_file():
         raise MissingFileError(f"{folder}: no config.json, so not a folder of a text encoder")
+    # other weights are pickles, which can run code
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no .safetensors weights; others are not loaded")
 
     try:
+        # trust_remote_code: never run Python from a model's repository
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model, report = _load_weights(transformers, folder, config.model_type)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -80,7 +84,7 @@ def encoder_fingerprint(folder: Path) -> str:
     """Return 16 hex digits of the weights, the vocabulary and the config."""
     digest = hashlib.sha256()
     for pattern in HASHED:
-        for path in sorted(folder.glob(pattern)):
+        for path in sorted(folder.glob(pattern)):  # file systems list in any order
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

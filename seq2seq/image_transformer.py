@@ -54,7 +54,7 @@ class ImageTransformer(PretrainedModule):
             self._make_positions("", config.grid, config.image_positions)
 
         if config.layout_grid:
-            classes = config.layout_classes or 0
+            classes = config.layout_classes or 0  # never 0 with a layout; for the type checker
             self.layout_embedding = nn.Embedding(classes, width)
             self.begin_of_layout = nn.Parameter(torch.empty(width))
             self._make_positions("layout_", config.layout_grid, "row_column")
@@ -68,7 +68,7 @@ class ImageTransformer(PretrainedModule):
         """Register learned positions: `position`, or `row_position` and `column_position`."""
         rows, columns = grid
         lengths = {"position": rows * columns}
-        if kind == "row_column":
+        if kind == "row_column":  # rows + columns vectors in place of rows * columns
             lengths = {"row_position": rows, "column_position": columns}
         for name, length in lengths.items():
             parameter = nn.Parameter(torch.empty(length, self.config.width))
@@ -113,7 +113,7 @@ class ImageTransformer(PretrainedModule):
             return flat
         rows = getattr(self, f"{prefix}row_position")
         columns = getattr(self, f"{prefix}column_position")
-        return (rows[:, None, :] + columns[None, :, :]).flatten(0, 1)
+        return (rows[:, None, :] + columns[None, :, :]).flatten(0, 1)  # [h * w, D]
 
     def embed_image(self, image_tokens: Tensor) -> Tensor:
         """Tokens [B, n] -> inputs of the image slots [B, n (+1 with a begin slot), D]."""
@@ -124,13 +124,14 @@ class ImageTransformer(PretrainedModule):
 
         positions = self.learned_image_positions()
         if positions is not None:
-            hidden = hidden + positions[: hidden.shape[1]]
+            hidden = hidden + positions[: hidden.shape[1]]  # of a sequence that may end early
         return self.normed(hidden)
 
     def embed_layout(self, layout_tokens: Tensor) -> Tensor:
         """Layout [B, L] (or its first tokens) -> inputs of the layout slots [B, L + 1, D]."""
         positions = self._learned_positions("layout_")[: layout_tokens.shape[1]]
         hidden = self.layout_embedding(layout_tokens) + positions
+        # begin of layout is before the grid: it has no position on it
         begin = self.begin_of_layout.expand(len(layout_tokens), 1, -1)
         return self.normed(torch.cat([begin, hidden], dim=1))
 
@@ -174,6 +175,7 @@ class ImageTransformer(PretrainedModule):
         first = self.prefix_slots - (0 if self.begin_of_image_slot else 1)
         layout = None
         if self.config.layout_grid:
+            # begin of layout predicts layout token 0; the last layout token predicts none
             layout = self.to_layout_logits(hidden[:, self.text_slots: self.prefix_slots - 1])
         return self.to_logits(hidden[:, first:]), layout
 

@@ -21,7 +21,7 @@ from x_transformers.x_transformers import FeedForward, LayerNorm, RMSNorm
 from seq2seq.attention import Pattern, attend, attend_flex
 from seq2seq.config import LayersConfig, TransformerConfig
 
-LAYER_NORM_EPS = 1e-5
+LAYER_NORM_EPS = 1e-5  # x-transformers' and torch's default
 
 
 class PatternAttend(nn.Module):
@@ -37,23 +37,27 @@ class PatternAttend(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
                 **unused: Any) -> tuple[Tensor, Intermediates]:
-        """query, key, value [B, H, n, d]; mask [B, 1, 1, P] bool, True = real prefix slot."""
+        """query, key, value [B, H, n, d]; mask [B, 1, 1, P] bool, True = real prefix slot.
+
+        unused: x-transformers' arguments for features that these models do not have.
+        """
         if self.blind_slots:
             query, key = blinded(query, self.blind_slots), blinded(key, self.blind_slots)
-        key_mask = None if mask is None else mask[:, 0, 0]
+        key_mask = None if mask is None else mask[:, 0, 0]  # [B, P]
         dropout = self.dropout if self.training else 0.0
 
-        # flex attention has no dropout
+        # flex attention has no dropout; for full attention the causal kernel skips as much
         sparse = self.pattern.name != "full"
         if query.device.type == "cuda" and sparse and not dropout:
             out = attend_flex(self.pattern, query, key, value, key_mask)
         else:
             out = attend(self.pattern, query, key, value, key_mask, dropout)
-        return out, Intermediates()
+        return out, Intermediates()  # x-transformers expects one, to put its cache into
 
 
 def blinded(heads: Tensor, slots: int) -> Tensor:
     """heads [B, H, n, d] with the first `slots` slots set to zero."""
+    # not in place: autograd may have kept the heads for the backward pass
     return torch.cat([torch.zeros_like(heads[:, :, :slots]), heads[:, :, slots:]], dim=2)
 
 
@@ -99,6 +103,7 @@ class _Recomputed:
         return call(*inputs, **options)
 
 
+# one class per kind of block, with its name, so that a printed model reads as before
 @lru_cache(maxsize=8)
 def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_Recomputed, kind), {})
@@ -139,9 +144,9 @@ def _layer_options(config: LayersConfig) -> dict[str, Any]:
     """Options of x-transformers' encoder and decoder alike."""
     return {
         "use_rmsnorm": config.norm == "rmsnorm",
-        "sandwich_norm": config.norm_placement != "pre",
+        "sandwich_norm": config.norm_placement != "pre",  # `_adjusted` makes normformer of it
         "attn_dim_head": config.head_dim,
-        "attn_kv_heads": config.kv_heads,
+        "attn_kv_heads": config.kv_heads,  # None: as many as heads
         "attn_qk_rmsnorm": config.qk_norm,
         "attn_flash": True,  # scaled_dot_product_attention
         "attn_project_out": True,  # also with one head, so that every size has the same parameters
@@ -158,6 +163,7 @@ def _layer_options(config: LayersConfig) -> dict[str, Any]:
 
 def _adjusted(stack: nn.Module, config: LayersConfig) -> nn.Module:
     """Apply the parts of the config that x-transformers has no option for."""
+    # the class is swapped, not the block wrapped: names of parameters stay
     for _, block, _ in stack.layers:  # type: ignore[union-attr]
         kind: Any = type(block)
         block.__class__ = _recomputed(kind)
@@ -167,7 +173,7 @@ def _adjusted(stack: nn.Module, config: LayersConfig) -> nn.Module:
         if config.attention_bias and hasattr(module, "to_q"):
             _add_projection_biases(module)
         if isinstance(module, FeedForward) and glu and not config.feedforward_bias:
-            # a GLU's projection keeps its bias under ff_no_bias
+            # x-transformers' ff_no_bias does not reach the projection of a GLU
             module.ff[0].proj.register_parameter("bias", None)
 
     if config.norm_placement == "normformer":
@@ -180,6 +186,7 @@ def _adjusted(stack: nn.Module, config: LayersConfig) -> nn.Module:
 
 
 def _add_projection_biases(attention: nn.Module) -> None:
+    # x-transformers has no biases here; GPT-2's begin at zero
     for name in ("to_q", "to_k", "to_v", "to_out"):
         old: Any = getattr(attention, name)
         new = nn.Linear(old.in_features, old.out_features)
@@ -193,6 +200,7 @@ def _put_plain_norms(stack: nn.Module, config: LayersConfig) -> None:
     x-transformers stores the gain less 1; PyTorch's store the gain, as published checkpoints do.
     """
     eps = config.norm_eps
+    # lists: the loops replace what they go over
     for module in list(stack.modules()):
         for name, norm in list(module.named_children()):
             if isinstance(norm, RMSNorm):

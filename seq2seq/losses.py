@@ -45,6 +45,7 @@ def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None,
     With label smoothing e the target is 1 - e on the right class plus e / V on every class (Szegedy
     et al. 2016, section 7, https://arxiv.org/abs/1512.00567).
     """
+    # float32 whatever the model is: 8 bits are too few for a sum of exponentials over V classes
     flat_logits = logits.float().flatten(0, 1)  # [B * S, V]
     flat_targets = targets.flatten()
     if weights is None:
@@ -53,6 +54,7 @@ def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None,
     losses = F.cross_entropy(flat_logits, flat_targets, label_smoothing=label_smoothing,
                              reduction="none")
     flat_weights = weights.flatten().float()
+    # the clamp makes 0 / 0 a 0, without a branch on a value of the device
     return (losses * flat_weights).sum() / flat_weights.sum().clamp(min=1e-9)
 
 
@@ -139,12 +141,13 @@ def mask_text(text_ids: Tensor, vocab_size: int, generator: torch.Generator) -> 
     UNKNOWN, which no caption contains because unknown characters are spelt in bytes. Padding, end
     and the null caption are neither predicted nor drawn.
     """
+    # drawn for every id, predicted or not: how many are drawn does not depend on the captions
     choice, fate = torch.rand((2, *text_ids.shape), generator=generator)
     random_ids = torch.randint(NULL + 1, vocab_size, text_ids.shape, generator=generator)
 
-    predicted = (text_ids > NULL) & (choice < PREDICTED)
+    predicted = (text_ids > NULL) & (choice < PREDICTED)  # control symbols are 0 to NULL
     masked = predicted & (fate < REPLACED)
-    randomised = predicted & (fate >= 1 - RANDOM)
+    randomised = predicted & (fate >= 1 - RANDOM)  # the other end of [0, 1): never both
     hidden = torch.where(masked, UNKNOWN, text_ids)
     return MaskedText(torch.where(randomised, random_ids, hidden), predicted)
 
@@ -154,4 +157,5 @@ def masked_text_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits [M, V], targets [M] int64 -> scalar float32.
     """
+    # a sum, since the mean over no ids is NaN
     return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))

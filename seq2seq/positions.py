@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ROTARY_BASE = 10_000.0
+ROTARY_BASE = 10_000.0  # Su et al. 2021, section 3.2.2
 
 
 def flat_positions(length: int) -> Tensor:
@@ -29,7 +29,8 @@ def grid_positions(grid: tuple[int, int], scale: tuple[float, float] = (1.0, 1.0
     """
     rows = _axis_positions(grid[0], scale[0])
     columns = _axis_positions(grid[1], scale[1])
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
+    axes = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack(axes, dim=-1).reshape(-1, 2)
 
 
 def _axis_positions(count: int, scale: float) -> Tensor:
@@ -43,10 +44,11 @@ def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
 
     Each angle is repeated for the two halves of its pair.
     """
-    part = head_dim // positions.shape[-1]
+    part = head_dim // positions.shape[-1]  # numbers of a head for each axis
     exponents = -torch.arange(0, part, 2, dtype=torch.float32) / part
     frequencies = ROTARY_BASE ** exponents  # [part / 2]
     angles = positions[:, :, None] * frequencies  # [n, a, part / 2]
+    # pairs are neighbours (0, 1), (2, 3), ..., as in x-transformers
     return angles.repeat_interleave(2, dim=-1).flatten(1)[None]  # [1, n, d]
 
 

@@ -20,7 +20,7 @@ class TextInput(nn.Module):
         super().__init__()
         self.text_length = config.text_length
         self.embedding = _text_embedding(config, padding_ids)
-        shape = (config.text_length, config.width)
+        shape = (config.text_length, config.width)  # filled by the model around it
         self.position = nn.Parameter(torch.empty(shape)) if config.learned_positions else None
 
     def forward(self, text_input: Tensor) -> Tensor:
@@ -42,9 +42,11 @@ def _text_embedding(config: LayersConfig, padding_ids: int) -> nn.Module:
     if config.text_vocab_size is not None:
         return nn.Embedding(config.text_vocab_size + padding_ids, width)
 
+    # the config has one of the two; `or 0` is for the type checker
     projection = nn.Linear(config.text_feature_width or 0, width, bias=False)
     if config.text_projection == "linear":
         return projection
+    # LlamaGen's caption MLP, whose published weights need its GELU
     return nn.Sequential(projection, nn.GELU(approximate="tanh"),
                          nn.Linear(width, width, bias=False))
 
@@ -57,6 +59,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.text_input = TextInput(config)
         self.embedding_norm = embedding_norm(config)
+        # none over a frozen encoder's features, which have their context already
         self.layers = text_stack(config, layers) if layers else None
         self._angles = AnglesByDevice()
 
@@ -68,8 +71,7 @@ class TextEncoder(nn.Module):
         if self.layers is None:
             return hidden
 
-        # given as `mask`, x-transformers would also fill padded outputs, which turns bfloat16 into
-        # float32
+        # as `mask`, x-transformers would also zero padded outputs, and turn bfloat16 into float32
         attention_mask = text_mask[:, None, None, :]  # [B, 1, 1, T]
         return self.layers(hidden, attn_mask=attention_mask,
                            rotary_pos_emb=self._rotary_angles(hidden.device))

@@ -37,6 +37,7 @@ def load_text_source(folder: str | Path, text_encoder: str | None = None) -> Tex
     source = choose(TEXT_SOURCES, kind, f"{path}: kind of text tokenizer")
     if source is FrozenTextEncoder:
         return FrozenTextEncoder.from_pretrained(folder, text_encoder)
+    # an option that nothing reads would be a silent mistake
     if text_encoder is not None:
         raise UserError(f"{folder}: this model has a text tokenizer of its own; leave the text "
                         "encoder out")

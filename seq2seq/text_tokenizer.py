@@ -79,22 +79,25 @@ class TextTokenizer:
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, text_length: int) -> TextTokenizer:
         """Train on captions. A small set may give fewer than `vocab_size` entries."""
+        # the model depends on neither the order of the captions nor on repeats
         unique = sorted(set(captions))
         if not unique:
             raise UserError("no captions to train a text tokenizer on")
-        # every n-th of a very large set
+        # every n-th of a very large set, which SentencePiece would hold in memory whole
         stride = -(-len(unique) // MAX_TRAINING_SENTENCES)
         unique = unique[::stride]
 
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(unique), model_writer=model, model_type="bpe",
-                vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True,
-                character_coverage=0.9995,
+                sentence_iterator=iter(unique), model_writer=model,
+                model_type="bpe",  # unigram has no piece for a word that no other contains
+                vocab_size=vocab_size, hard_vocab_limit=False,  # fewer captions give fewer pieces
+                byte_fallback=True, character_coverage=0.9995,  # rare characters are bytes
                 normalization_rule_name="nmt_nfkc_cf",  # "Heart" and "heart" are one word
-                pad_id=PAD, unk_id=UNKNOWN, bos_id=-1, eos_id=END, control_symbols=["<null>"],
-                max_sentence_length=1 << 16,
+                pad_id=PAD, unk_id=UNKNOWN, bos_id=-1, eos_id=END,  # -1: models have begin slots
+                control_symbols=["<null>"],  # gets the next id, NULL; no caption can spell it
+                max_sentence_length=1 << 16,  # bytes; longer captions would be left out silently
                 num_threads=1, minloglevel=2)
         except RuntimeError as error:
             raise UserError("SentencePiece could not be trained with text.vocab_size "
@@ -127,7 +130,7 @@ class TextTokenizer:
                 self._warn_once(caption, len(ids))
                 ids = ids[: length - 1]
             text_ids[row, : len(ids) + 1] = torch.tensor([*ids, END])
-        return TextBatch(text_ids, text_ids != PAD)
+        return TextBatch(text_ids, text_ids != PAD)  # no caption can spell PAD
 
     def null_caption(self, count: int = 1) -> TextBatch:
         """Encode the empty caption `count` times, for caption dropout and guidance."""
@@ -177,6 +180,7 @@ class TextTokenizer:
         if not model.is_file():
             raise MissingFileError(f"{model}: missing; copy or train the text tokenizer again")
 
+        # the file may be anybody's: look at its size before it is read
         size = model.stat().st_size
         if size > MAX_MODEL_BYTES:
             raise UserError(f"{model}: {size:,} bytes is too large for a SentencePiece model")

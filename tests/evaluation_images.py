@@ -14,8 +14,8 @@ from torch import nn
 from tests import tiny
 from tests.bad_images import corrupt_png
 from tokenizer_image import VQGAN, VQGANConfig
-from training.evaluation import inception
-from training.evaluation.features import FeatureExtractor
+from training.evaluation.image_metrics import inception
+from training.evaluation.image_metrics.features import FeatureExtractor
 
 SIDE = 32  # the smallest whole number of code cells that AlexNet's 31 pixels fit in
 TINY_FEATURES = 12

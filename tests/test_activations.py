@@ -178,7 +178,8 @@ def test_attention_is_torchs_own_again():
 
 
 @pytest.mark.parametrize(("function", "measure"), [
-    ("seq2seq.loss_parts", lambda: transformer_activations(tiny.seq2seq().config, TokenLossConfig(), 2, "float32", False, False)),
+    ("seq2seq.loss_parts", lambda: transformer_activations(
+        tiny.seq2seq().config, TokenLossConfig(), 2, "float32", False, False)),
     ("matcher.contrastive_loss",
      lambda: matcher_activations(tiny.matcher().config, MatcherLossConfig(), 2, "float32", False, False)),
     ("tokenizer.tokenizer_loss", lambda: tokenizer_activations(

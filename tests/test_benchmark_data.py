@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import data
 from benchmarks.__main__ import main
-from tests.test_data_sources import own_cache  # noqa: F401 (a fixture for all tests here)
+from tests.source_files import own_cache  # noqa: F401 (a fixture for all tests here)
 
 
 def test_quick_run_ends_with_one_document(capsys, tmp_path):

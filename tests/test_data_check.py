@@ -8,17 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.bad_images import ACCEPTED, REFUSED, encode, photo
+from tests.source_files import own_cache  # noqa: F401 (a fixture for all tests here)
 from tokenloom_common.errors import UserError, run_command
 from training.commands.data import main
 from training.data.check import check_data, format_report
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Keep what `datasets` caches out of the user's folder."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def write_folder(root: Path, pictures: dict[str, bytes], captions: dict[str, object]) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from tokenloom_common.errors import RunFailedError, UserError
 from training.data.builders import emoji as emoji_module
 from training.data.builders import emoji_packages
-from training.data.builders.emoji import attribution, build_emoji, split_rows
+from training.data.builders.emoji import build_emoji, split_rows
 from training.data.builders.emoji_art import (
     match_names,
     read_iconify,
@@ -21,11 +21,12 @@ from training.data.builders.emoji_art import (
     render,
     render_png,
 )
+from training.data.builders.emoji_card import attribution
 from training.data.builders.emoji_names import (
     Emoji,
-    captions_of,
     choose_concepts,
     choose_tones,
+    emoji_captions,
     family,
     plain_code,
     read_emojibase,
@@ -86,13 +87,13 @@ def rows_of(out: Path, split: str) -> list[dict]:
 
 
 def test_captions_are_several_true_and_with_and_without_the_style():
-    captions = captions_of(OCTOPUS, "noto")
+    captions = emoji_captions(OCTOPUS, "noto")
     assert captions[:3] == ["octopus", "an octopus emoji", "octopus, noto style"]
     assert len(set(captions)) == len(captions) >= 6
     assert {"noto" in caption for caption in captions} == {True, False}
     assert "octopus, animal, creature, ocean" in captions
     assert sum("octopus" in caption for caption in captions) == len(captions) - 1  # the other name stands alone
-    plain = captions_of(Emoji("1F600", "1F600", "grinning face", "smileys-emotion", "face-smiling", 1), "noto")
+    plain = emoji_captions(Emoji("1F600", "1F600", "grinning face", "smileys-emotion", "face-smiling", 1), "noto")
     assert plain[1] == "a grinning face emoji" and not any(":" in caption or ", ," in caption for caption in plain)
 
 
@@ -303,7 +304,7 @@ def test_package_that_differs_from_the_pinned_one_is_refused(monkeypatch):
         (folder / "node_modules" / EMOJIBASE.name).mkdir(parents=True)
         (folder / "package-lock.json").write_text(json.dumps(
             {"packages": {f"node_modules/{EMOJIBASE.name}": {"integrity": "sha512-other"}}}))
-    monkeypatch.setattr(emoji_packages, "_run", install)
+    monkeypatch.setattr(emoji_packages, "run_installer", install)
     with pytest.raises(RunFailedError, match="differs from the one pinned here"):
         emoji_packages.npm_folders([EMOJIBASE])
     assert not list(emoji_packages.cache_folder().rglob("*"))
@@ -311,9 +312,9 @@ def test_package_that_differs_from_the_pinned_one_is_refused(monkeypatch):
 
 def test_failing_installer_is_one_line():
     with pytest.raises(RunFailedError, match="no-such-tool is not installed"):
-        emoji_packages._run(["no-such-tool"])
+        emoji_packages.run_installer(["no-such-tool"])
     with pytest.raises(RunFailedError, match=r"^python.* install failed: broken thing$"):
-        emoji_packages._run([__import__("sys").executable, "-c", "import sys; sys.exit('broken\\nthing')"])
+        emoji_packages.run_installer([__import__("sys").executable, "-c", "import sys; sys.exit('broken\\nthing')"])
 
 
 @pytest.mark.slow

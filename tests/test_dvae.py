@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tokenizer_image import DVAE, DVAEConfig, TokenizerLossConfig, preset, tokenizer_loss
 from tokenizer_image.dvae import BottleneckBlock
-from tokenizer_image.logit_laplace import logit_laplace_loss, logit_laplace_mean
+from tokenizer_image.losses import logit_laplace_loss, logit_laplace_mean
 from tokenizer_image.quantizers.gumbel import gumbel_softmax, half_cosine, kl_to_uniform
 from tokenloom_common.errors import UserError
 

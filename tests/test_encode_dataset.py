@@ -23,10 +23,10 @@ from training.data.origin import data_origin
 from training.data.sources.drops import BadItem, DropCounter
 from training.data.sources.open_dataset import open_dataset
 from training.data.tokens import shard_encoder
-from training.data.tokens.encoding_plan import prepare
+from training.data.tokens.encoding_progress import prepare_folder
 from training.data.tokens.shard_encoder import RowViewsDataset
 from training.data.tokens.shards import TokenShards
-from training.data.tokens.views import picture_views, view_names
+from training.data.tokens.views import image_views, view_names
 from training.encode_dataset import DatasetEncoder
 from training.engine.processes import Processes
 
@@ -159,7 +159,7 @@ def test_a_kill_while_it_publishes_loses_nothing(made, tmp_path, group, monkeypa
     assert len(encode(made, tmp_path / "tokens", group)) == 20
     assert wrote == []
     with monkeypatch.context() as patch:
-        patch.setattr(encode_dataset, "remove_notes", lambda out: (_ for _ in ()).throw(Stopped))
+        patch.setattr(encode_dataset, "remove_records", lambda out: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             encode(made, tmp_path / "tokens", group)
     assert len(TokenShards(tmp_path / "tokens", "train")) == 20
@@ -239,12 +239,12 @@ def test_every_process_knows_how_many_rows_there_are(made):
 
 
 def test_another_number_of_processes_keeps_to_the_shards_of_the_first_run(tmp_path):
-    assert prepare(tmp_path / "aside", {"rows": [21], "shard_rows": 6}) == 6
+    assert prepare_folder(tmp_path / "aside", {"rows": [21], "shard_rows": 6}) == 6
     (tmp_path / "aside/train-00000-of-00004.json").write_text("{}")
-    assert prepare(tmp_path / "aside", {"rows": [21], "shard_rows": 11}) == 6
+    assert prepare_folder(tmp_path / "aside", {"rows": [21], "shard_rows": 11}) == 6
     assert len(list((tmp_path / "aside").iterdir())) == 2
     with pytest.raises(ResumeError, match=r"rows \[21\] then, \[22\] now"):
-        prepare(tmp_path / "aside", {"rows": [22], "shard_rows": 11})
+        prepare_folder(tmp_path / "aside", {"rows": [22], "shard_rows": 11})
 
 
 def test_views_are_the_corners_and_mirrors_of_a_picture():
@@ -252,7 +252,7 @@ def test_views_are_the_corners_and_mirrors_of_a_picture():
     ramp[..., 0] = numpy.arange(60) * 4
     ramp[..., 1] = numpy.arange(40)[:, None] * 6
     config = ViewsConfig(flip=True, corners=True, enlarged=1.25)
-    names, views = view_names(config), picture_views(Image.fromarray(ramp), 32, config)
+    names, views = view_names(config), image_views(Image.fromarray(ramp), 32, config)
     assert names[:5] == ["plain", "top-left", "top-right", "bottom-left", "bottom-right"]
     assert names[5:] == [f"{name} mirrored" for name in names[:5]]
     assert views.shape == (10, 32, 32, 3)
@@ -261,7 +261,7 @@ def test_views_are_the_corners_and_mirrors_of_a_picture():
     # the square is columns 10 to 50; a corner's cut is 32 wide, so its pixels are the picture's own
     for number, (top, left) in enumerate(((0, 10), (0, 18), (8, 10), (8, 18)), 1):
         assert (views[number] == ramp[top:top + 32, left:left + 32]).all()
-    assert len(picture_views(Image.fromarray(ramp), 32, ViewsConfig())) == 1 == len(view_names(ViewsConfig()))
+    assert len(image_views(Image.fromarray(ramp), 32, ViewsConfig())) == 1 == len(view_names(ViewsConfig()))
 
 
 def test_several_encodings_are_kept_and_the_first_is_the_plain_one(made, tmp_path, group):
@@ -271,7 +271,7 @@ def test_several_encodings_are_kept_and_the_first_is_the_plain_one(made, tmp_pat
     assert shards.index.views == view_names(ViewsConfig(flip=True, corners=True))
     assert content(shards) == content(plain)
     source, tokenizer = open_dataset(made / "data", split="train"), load_tokenizer(made / "tokenizer")
-    views = picture_views(source[3].image, 16, ViewsConfig(flip=True, corners=True))
+    views = image_views(source[3].image, 16, ViewsConfig(flip=True, corners=True))
     expected = tokenizer.encode(pixels_to_float(views)).flatten(1).tolist()
     assert [shards.image_tokens(3, view).tolist() for view in range(10)] == expected
     grids = [shards.layout(3, view).reshape(2, 2).tolist() for view in range(10)]

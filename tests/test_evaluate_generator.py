@@ -16,7 +16,7 @@ from seq2seq import ClassLabels
 from tests import tiny
 from tests.evaluation_images import ROWS, colour_extractor, generator_folders, report_in
 from tokenizer_image.fingerprint import code_fingerprint
-from training.evaluation.features import EXTRACTORS
+from training.evaluation.image_metrics.features import EXTRACTORS
 from training.evaluation.observations import Observations
 
 NO_DIVERSITY = {"diversity-captions": None, "diversity-images": None}

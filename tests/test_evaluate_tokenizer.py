@@ -30,11 +30,11 @@ from tests.evaluation_images import (
 )
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from training.data.sources.open_dataset import open_dataset
-from training.evaluation.features import EXTRACTORS
-from training.evaluation.frechet import CROP, RESIZE
-from training.evaluation.metrics import ssim
+from training.evaluation.image_metrics.features import EXTRACTORS
+from training.evaluation.image_metrics.frechet import CROP, RESIZE
+from training.evaluation.image_metrics.pixel_metrics import ssim
+from training.evaluation.image_metrics.reference import load_reference
 from training.evaluation.reconstruction import ReconstructionOptions, measure_reconstruction
-from training.evaluation.reference import load_reference
 
 BAR = re.compile(r"measure reconstruction: +\d+%\|")  # tqdm's lines on stderr
 

@@ -24,7 +24,7 @@ from training.evaluation.caption_accuracy import (
     picture_features,
     sample_questions,
 )
-from training.evaluation.metrics import PERFECT_DB, psnr
+from training.evaluation.image_metrics.pixel_metrics import PERFECT_DB, psnr
 from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.evaluation.sheets import labelled_grid, side_by_side

@@ -17,9 +17,13 @@ from torch import nn
 from tests.evaluation_images import disc, noise, stack, stripes
 from tests.evaluation_images import inception_state as random_inception_state
 from tokenloom_common.errors import UserError
-from training.evaluation import features, inception
-from training.evaluation.features import EFFNET_INSTALL_HINT, FeatureExtractor, load_extractor
-from training.evaluation.metrics import Moments, frechet_distance
+from training.evaluation.image_metrics import features, inception
+from training.evaluation.image_metrics.features import (
+    EFFNET_INSTALL_HINT,
+    FeatureExtractor,
+    load_extractor,
+)
+from training.evaluation.image_metrics.pixel_metrics import Moments, frechet_distance
 
 # ---- EfficientNet with its real weights ----
 

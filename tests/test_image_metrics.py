@@ -15,8 +15,8 @@ from tokenizer_image import LPIPS
 from tokenizer_image.images import pixels_to_float
 from tokenizer_image.perceptual import NETWORKS
 from tokenloom_common.errors import DataError, RunFailedError, UserError
-from training.evaluation import metrics
-from training.evaluation.metrics import Moments, frechet_distance, psnr, ssim
+from training.evaluation.image_metrics import pixel_metrics
+from training.evaluation.image_metrics.pixel_metrics import Moments, frechet_distance, psnr, ssim
 
 # ---- PSNR and SSIM ----
 
@@ -28,7 +28,7 @@ def test_psnr_is_that_of_scikit_image():
 
 @pytest.mark.parametrize("at_once", [1, 3 * 64 * 64, 1 << 16])
 def test_ssim_is_that_of_scikit_image(monkeypatch, at_once):
-    monkeypatch.setattr(metrics, "WINDOWS_AT_ONCE", at_once)
+    monkeypatch.setattr(pixel_metrics, "WINDOWS_AT_ONCE", at_once)
     originals, others = pairs()
     expected = [structural_similarity(a.numpy(), b.numpy(), gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
                                       data_range=255, channel_axis=-1) for a, b in zip(originals, others, strict=True)]

@@ -15,7 +15,7 @@ from inference.sampling import SamplingParams
 from seq2seq.losses import region_token_weights
 from tests import tiny
 from tokenloom_common.errors import DataError, UserError
-from training.data.tokens.layouts import coarser
+from training.data.tokens.layouts import downsample_classes
 from training.data.tokens.shards import (
     LayoutIndex,
     SplitIndex,
@@ -54,8 +54,8 @@ def test_a_pictures_colors_are_its_layout_and_the_layout_is_a_picture():
 
 def test_a_coarser_layout_takes_the_class_in_the_middle():
     fine = numpy.arange(16)
-    assert coarser(fine, (2, 2), 16, "k").tolist() == [5, 7, 13, 15]
-    assert coarser(fine, (4, 4), 16, "k").tolist() == fine.tolist()
+    assert downsample_classes(fine, (2, 2), 16, "k").tolist() == [5, 7, 13, 15]
+    assert downsample_classes(fine, (4, 4), 16, "k").tolist() == fine.tolist()
 
 
 @pytest.mark.parametrize(("values", "words"), [
@@ -63,7 +63,7 @@ def test_a_coarser_layout_takes_the_class_in_the_middle():
     (numpy.arange(0), "square grid")])
 def test_impossible_layouts_of_the_data_are_named(values, words):
     with pytest.raises(DataError, match=words):
-        coarser(values, (2, 2), 16, "row 7")
+        downsample_classes(values, (2, 2), 16, "row 7")
 
 
 def test_a_given_layout_is_kept_and_changes_the_picture(model):

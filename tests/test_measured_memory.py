@@ -70,7 +70,8 @@ def test_the_script_refuses_before_it_touches_anything(made, tmp_path):
 @pytest.mark.slow
 def test_a_limit_of_the_process_is_seen(made, tmp_path):
     """ulimit -v: the memory that there is need not be the machine's."""
-    code = ("import resource, runpy, sys; from inference.memory.available import kernel_numbers; from pathlib import Path; import torch; "
+    code = ("import resource, runpy, sys; from inference.memory.available import kernel_numbers; "
+            "from pathlib import Path; import torch; "
             "import deepspeed; used = kernel_numbers(Path('/proc/self/status'))['VmSize:']; "
             "resource.setrlimit(resource.RLIMIT_AS, (used + (900 << 20),) * 2); sys.argv = sys.argv[1:]; "
             "runpy.run_path(sys.argv[0], run_name='__main__')")

@@ -118,7 +118,8 @@ def test_offloaded_state_is_in_main_memory():
                    for offload in ("none", "optimizer"))
     assert here.offloaded == 0 and here.optimizer == 12 * 1024 * 128
     assert there.optimizer == 0 and there.offloaded == 12 * 1024 * 128 + 4 * 1024 * 128 + 2 * 1024 * 128
-    parameters = engine_memory(module(((1024, 512),), precision="bfloat16"), Sharding(3, 4, 1, "parameters", cuda=True), NOTHING)
+    parameters = engine_memory(module(((1024, 512),), precision="bfloat16"), Sharding(3, 4, 1, "parameters", cuda=True),
+                               NOTHING)
     assert parameters.parameters == 0
 
 

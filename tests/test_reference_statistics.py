@@ -15,14 +15,14 @@ from PIL import Image
 from tests.evaluation_images import SIDE, TINY_FEATURES, gaussian, tiny_extractor, tokenizer
 from tokenizer_image.images import image_to_pixels
 from tokenloom_common.errors import UserError
-from training.evaluation.frechet import CROP, RESIZE, preparation
-from training.evaluation.reconstruction import choose_rows
-from training.evaluation.reference import (
+from training.evaluation.image_metrics.frechet import CROP, RESIZE, preparation
+from training.evaluation.image_metrics.reference import (
     ReferenceStatistics,
     check_reference,
     load_reference,
     save_reference,
 )
+from training.evaluation.reconstruction import choose_rows
 
 # ---- which pictures ----
 

@@ -128,6 +128,7 @@ def test_a_page_holds_everything_and_needs_nothing_else(tmp_path, capsys):
     folder = make_run(tmp_path / "run")
     for step in range(1, 7):
         Image.new("RGB", (4, 4), (step, 0, 0)).save(folder / f"samples/step-{step:08d}.png")
+    Image.new("RGB", (4, 4)).save(folder / "samples/step-00000006 copy.png")  # a user's, no grid
     (folder / "samples/captions.json").write_text('["<script>alert(1)</script>"]')
     (folder / "incidents").mkdir()
     (folder / "incidents/rank1.stacks.txt").write_text("stack")
@@ -157,7 +158,7 @@ def test_a_page_of_a_run_that_has_only_begun(tmp_path):
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"need matplotlib .* pip install 'tokenloom\[train\]'"):
+    with pytest.raises(UserError, match=r"a page with curves needs matplotlib.* pip install 'tokenloom\[train\]'"):
         page(read_run(make_run(tmp_path / "run")))
 
 

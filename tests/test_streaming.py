@@ -11,9 +11,15 @@ import pytest
 import torch
 
 from tests.bad_images import encode, photo
-from tests.test_data_sources import PNG, SAMPLES, as_bytes, own_cache, write_tar  # noqa: F401 (a fixture for all tests here)
+from tests.source_files import (
+    PNG,
+    SAMPLES,
+    as_bytes,
+    own_cache,  # noqa: F401 (a fixture for all tests here)
+    write_tar,
+)
 from tokenloom_common.errors import DataError, RunFailedError, UserError
-from training.data.sources import in_place
+from training.data.sources import row_groups, tar_index
 from training.data.sources.drops import BadItemError
 from training.data.sources.open_dataset import load_source, open_dataset
 from training.data.visits.images import ImageVisits
@@ -59,7 +65,7 @@ class Keys(torch.utils.data.Dataset):
 
 def visited(source, ranks: int, workers: int) -> list[tuple]:
     """The visits of seven steps of six, in the order of the global batches."""
-    order = DataOrder(len(source), 5, 12, source.runs)
+    order = DataOrder(len(source), 5, 12, source.chunk_bounds)
     loaders = [list(batch_loader(Keys(source), MicroBatches(order, 6, 1, rank, ranks, 0, 7), workers, list))
                for rank in range(ranks)]
     return [visit for step in range(7) for rank in range(ranks) for visit in loaders[rank][step]]
@@ -81,7 +87,8 @@ def test_read_in_place_is_what_the_cache_gives(kind, request):
     path = request.getfixturevalue(kind)
     cached, streamed = open_dataset(path), open_dataset(path, streamed_rows=1)
     assert len(streamed) == len(cached) == ROWS
-    assert streamed.runs[0] == 0 and streamed.runs[-1] == ROWS and cached.runs is None
+    assert streamed.chunk_bounds[0] == 0 and streamed.chunk_bounds[-1] == ROWS
+    assert cached.chunk_bounds is None
     for row in (0, 19, 20, 40, -1):
         ours, theirs = streamed[row], cached[row]
         assert (ours.captions, ours.image.tobytes()) == (theirs.captions, theirs.image.tobytes())
@@ -99,7 +106,7 @@ def test_a_row_group_is_decoded_once_a_bucket_and_few_are_kept(parquet, monkeypa
     monkeypatch.setattr(pq.ParquetFile, "read_row_group",
                         lambda self, group, **options: decoded.append(group) or read(self, group, **options))
     kept = []
-    for item in DataOrder(ROWS, 5, 12, source.runs).items(0, ROWS):
+    for item in DataOrder(ROWS, 5, 12, source.chunk_bounds).items(0, ROWS):
         assert source[item.index].captions[0] == f"picture {item.index}"
         kept.append(sum(len(table) for table in source.dataset._kept.values()))
     assert len(decoded) == 9  # as many as there are
@@ -134,8 +141,8 @@ def test_a_file_that_is_damaged_after_opening_costs_its_row_groups(parquet):
 
 def test_a_tars_headers_are_read_once(tars, monkeypatch):
     read = []
-    reader = in_place.read_tars
-    monkeypatch.setattr(in_place, "read_tars", lambda shards, *more: read.extend(shards) or reader(shards, *more))
+    reader = tar_index.read_tars
+    monkeypatch.setattr(tar_index, "read_tars", lambda shards, *more: read.extend(shards) or reader(shards, *more))
     first = open_dataset(tars, streamed_rows=1)
     assert len(read) == 5
     assert open_dataset(tars, streamed_rows=1).all_captions() == first.all_captions()
@@ -180,7 +187,7 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
     for row in range(9):
         pq.write_table(pa.table({"image": pa.array([as_bytes(PNG)], kind), "text": [f"picture {row}"]}),
                        tmp_path / f"train-{row}.parquet")
-    monkeypatch.setattr(in_place, "MAX_OPEN", 3)
+    monkeypatch.setattr(row_groups, "MAX_OPEN", 3)
     source = open_dataset(tmp_path, streamed_rows=1)
     for row in (*range(9), 2, 0):
         assert source[row].captions == [f"picture {row}"]

@@ -14,7 +14,8 @@ from seq2seq.class_labels import ClassLabelsConfig
 from tests import tiny
 from tokenloom_common.errors import MissingFileError, UserError
 from training.config.text import TextConfig
-from training.data.text_input import CachedFeatures, cached, choose_text_source, write_features
+from training.data.text_features import CachedFeatures, open_features, write_features
+from training.data.text_input import choose_text_source
 
 CAPTIONS = ["a red heart", "a large blue apple tree", "octopus"]
 LENGTH = 10
@@ -232,11 +233,11 @@ def test_cached_features_lie_where_the_encoders_own_tokenizer_puts_them(tmp_path
 
 def test_a_cache_is_made_once_and_again_for_new_captions(tmp_path, encoder, monkeypatch):
     folder, calls = tmp_path / "cache", []
-    monkeypatch.setattr("training.data.text_input.write_features", lambda *a: (calls.append(1), write_features(*a)))
-    cached(encoder, folder, CAPTIONS[:1], may_write=True)
-    cached(encoder, folder, CAPTIONS[:1], may_write=True)
+    monkeypatch.setattr("training.data.text_features.write_features", lambda *a: (calls.append(1), write_features(*a)))
+    open_features(encoder, folder, CAPTIONS[:1], may_write=True)
+    open_features(encoder, folder, CAPTIONS[:1], may_write=True)
     assert len(calls) == 1
-    grown = cached(encoder, folder, CAPTIONS[1:], may_write=True)
+    grown = open_features(encoder, folder, CAPTIONS[1:], may_write=True)
     assert len(calls) == 2
     assert all(caption in grown for caption in ["", *CAPTIONS])
 

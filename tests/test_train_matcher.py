@@ -138,9 +138,9 @@ def test_an_unusable_picture_gives_way_to_the_next_one_with_its_own_caption(tmp_
     visits = CaptionedVisits(open_dataset(tmp_path), 16, seed=0, horizontal_flip=0.0)
     visit = visits[ItemId(0, 1)]
     assert visit.caption == "three"
-    assert int(visit.picture.pixels[0, 0, 0]) == 200
+    assert int(visit.image.pixels[0, 0, 0]) == 200
     batch = CollateCaptioned(tiny.text_tokenizer(), 0)([visits[ItemId(0, row)] for row in range(3)])
-    assert [one.reason for one in batch.dropped] == [visit.picture.dropped[0].reason]
+    assert [one.reason for one in batch.dropped] == [visit.image.dropped[0].reason]
     assert batch.same_caption.tolist() == [[True, False, False], [False, True, True], [False, True, True]]
 
 
@@ -158,6 +158,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, group):
                for name, tensor in whole.model.matcher.state_dict().items())  # the average is what is exported
     with pytest.raises(ResumeError, match="hidden words"):
         MatcherTraining(config(data, tmp_path / "b", **merge(values, {"loss": {"mlm_weight": 0.0}})), group)
+
+
+@pytest.mark.parametrize(("then", "now"), [("adamw", "adafactor"), ("adafactor", "adamw")])
+def test_a_resume_with_another_optimizer_is_refused_before_the_run_is_touched(data, tmp_path, group, then, now):
+    def with_optimizer(name: str) -> MatcherRunConfig:
+        return config(data, tmp_path / "run", deepspeed={"zero_stage": 0}, optim={"name": name})
+
+    train(with_optimizer(then), group)
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    with pytest.raises(ResumeError, match=r"another kind of run \(optim\.name"):
+        MatcherTraining(with_optimizer(now), group)
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -206,7 +218,8 @@ def test_a_frozen_text_encoder_feeds_the_text_tower(data, tmp_path, group):
     ({"deepspeed": {"zero_stage": 3}}, "zero_stage 3"), ({"loss": {"contrastive_weight": 0}}, "contrastive_weight"),
     ({"model": {"text": {"preset": "smal"}}}, "did you mean 'small'"),
     ({"model": {"text": {"preset": "dalle"}}}, "unknown preset of a text encoder 'dalle'"),
-    ({"model": {"text": {"widht": 8}}}, "did you mean 'model.text.width'"), ({"model": {"text": {"text_length": 8}}}, "text_length"),
+    ({"model": {"text": {"widht": 8}}}, "did you mean 'model.text.width'"),
+    ({"model": {"text": {"text_length": 8}}}, "text_length"),
     ({"model": {"text": {"layers": 0}}}, "layers 0 leaves"), ({"model": {"embed_dim": 1}}, "embed_dim"),
     ({"model": {"image": {"resolution": 18}}}, "cannot be halved")])
 def test_impossible_options_are_refused_before_anything_is_read(changes, words, data, tmp_path):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tokenizer_image.config import ImageTokenizerConfig, nearest_multiple
 from tokenizer_image.image_tokenizer import ImageTokenizer, Reconstruction
 from tokenizer_image.layers import Checkpointed
-from tokenizer_image.logit_laplace import logit_laplace_loss, logit_laplace_mean
+from tokenizer_image.losses import logit_laplace_loss, logit_laplace_mean
 from tokenizer_image.quantizer_config import Positive
 from tokenizer_image.quantizers import LossPart
 from tokenizer_image.quantizers.gumbel import gumbel_softmax, half_cosine, kl_to_uniform

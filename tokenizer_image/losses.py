@@ -1,13 +1,14 @@
-"""Reconstruction loss of a tokenizer: the weighted sum of its terms.
+"""Reconstruction losses of tokenizers: the weighted sum of terms, and the dVAE's likelihood.
 
 The adversarial term is in adversarial.py: it needs a discriminator with its own optimizer and step,
 so the trainer adds it.
 
-Axes: B batch, H W pixels.
+Axes: B batch, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -20,6 +21,8 @@ from tokenizer_image.image_tokenizer import Reconstruction
 from tokenizer_image.quantizers import LossPart
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import UserError
+
+LOGIT_MARGIN = 0.1  # dVAE: pixels are moved into [0.1, 0.9], where their logits are small
 
 
 class TokenizerLossConfig(StrictConfig):
@@ -81,3 +84,30 @@ def weighted_loss(parts: dict[str, LossPart]) -> TokenizerLoss:
 
     total = torch.stack(list(weighted.values())).sum()
     return TokenizerLoss(total, terms, {name: term.detach() for name, term in weighted.items()})
+
+
+def logit_laplace_loss(parameters: Tensor, image: Tensor) -> Tensor:
+    """-log density of an image [B, C, H, W] in [-1, 1] under `parameters` -> mean [] in nats.
+
+    DALL-E's logit-Laplace likelihood (Ramesh et al. 2021, arXiv 2102.12092, appendix A.3).
+
+    parameters [B, 2C, H, W]: means and log-scales. The density of y = sigmoid(x), x ~ Laplace(mean,
+    b), is exp(-|logit(y) - mean| / b) / (2 b y (1 - y)); y is the image in [margin, 1 - margin]
+    (eq. 2). It may be negative, as a density may exceed 1. In float32.
+    """
+    mean, log_scale = parameters.float().chunk(2, dim=1)
+    from_zero = image.float().clamp(-1, 1) + 1  # in [0, 2]
+    value = LOGIT_MARGIN + (1 - 2 * LOGIT_MARGIN) * from_zero / 2  # y
+
+    distance = (value.logit() - mean).abs() * (-log_scale).exp()
+    log_slope = (value * (1 - value)).log()  # of the sigmoid: the change of variables from x to y
+    return (distance + log_scale + math.log(2) + log_slope).mean()
+
+
+def logit_laplace_mean(parameters: Tensor) -> Tensor:
+    """Means and log-scales [B, 2C, H, W] -> the image of the means [B, C, H, W].
+
+    Within [-1.25, 1.25] before clamping.
+    """
+    mean, _ = parameters.chunk(2, dim=1)
+    return (mean.sigmoid() - LOGIT_MARGIN) / (0.5 - LOGIT_MARGIN) - 1

@@ -21,6 +21,7 @@ class StrictConfig(BaseModel):
 
     # protected_namespaces: pydantic would warn of fields that begin with model_
     # use_attribute_docstrings: the help shows the text below a field
+    # allow_inf_nan: YAML's .nan and .inf are floats too
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(),
                               allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -48,7 +49,7 @@ def dotted_names(config_class: type[BaseModel], prefix: str = "") -> list[str]:
             names.append(f"{prefix}{name}.preset")
         for family in families:
             names += dotted_names(family, f"{prefix}{name}.")
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(names))  # families share keys; the order stays for the help
 
 
 def nearest_key(config_class: type[BaseModel], key: str) -> str:
@@ -61,7 +62,7 @@ def sections(annotation: Any) -> list[type[BaseModel]]:
 
     Empty for a plain value.
     """
-    choices = get_args(annotation) or (annotation,)
+    choices = get_args(annotation) or (annotation,)  # the members of a union; a class has none
     return [one for one in choices if isinstance(one, type) and issubclass(one, BaseModel)]
 
 
@@ -88,6 +89,7 @@ def _same_section(old: Any, new: Any) -> bool:
 def explain(config_class: type[BaseModel], error: ValidationError) -> str:
     """A ValidationError in one line: the key, the nearest valid one, what is wrong."""
     # a misspelt key is often missed elsewhere too: the misspelling is what helps
+    # (False sorts before True, and min takes the first of equals)
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     outer, inner, valid = _locate(config_class, first["loc"])
     key = f"{outer}{inner}".removesuffix(".")
@@ -97,9 +99,10 @@ def explain(config_class: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"missing key '{key}'{more}"
 
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")  # pydantic's, before our validators' text
     if not key:  # a rule about several keys
         return f"{message}{more}"
+    # our validators name the value themselves
     shown = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     return f"{key}: {message}{shown}{more}"
 
@@ -114,7 +117,7 @@ def _locate(config_class: type[BaseModel],
     outer = ""
     inner = ""
     valid = dotted_names(config_class)
-    families = [config_class]
+    families = [config_class]  # what the part that comes next is a key or a family of
     for part in location:
         kinds = {}
         if len(families) > 1:
@@ -136,11 +139,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file that holds one mapping. UserError with the file's name otherwise."""
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file")
+    # asked before it is read: a path of weights given by mistake is gigabytes
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes is too large for a config (limit "
                         f"{MAX_CONFIG_BYTES:,})")
     try:
         text = path.read_text(encoding="utf-8")
+        # YAML would take JSON's 1e-06 for a string
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         count = _count_expanded(values, {})
     except UnicodeDecodeError as error:
@@ -151,7 +156,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if count > MAX_VALUES:
         raise UserError(f"{path}: cannot be read: its aliases stand for more than {MAX_VALUES:,} "
                         "values, or for themselves")
-    if values is None:
+    if values is None:  # an empty YAML file, or comments only
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, found "
@@ -163,7 +168,7 @@ def _count_expanded(value: Any, known: dict[int, int]) -> int:
     """Number of values with every alias expanded; more than MAX_VALUES for one inside itself."""
     if not isinstance(value, (dict, list)):
         return 1
-    if id(value) not in known:
+    if id(value) not in known:  # PyYAML gives an alias as the same object
         known[id(value)] = MAX_VALUES + 1  # while it is counted: met again inside itself
         items = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_count_expanded(item, known) for item in items)

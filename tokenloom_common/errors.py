@@ -72,7 +72,7 @@ def choose(table: dict, name: str, what: str):
     """Return the entry of a table by its name; UserError that lists the names otherwise."""
     if name in table:
         return table[name]
-    near = nearest_name(name, table)
+    near = nearest_name(name, table)  # the nearest one, or all of them
     valid = "" if "valid names" in near else f" (valid: {', '.join(table)})"
     raise UserError(f"unknown {what} '{name}'{near}{valid}")
 
@@ -80,6 +80,7 @@ def choose(table: dict, name: str, what: str):
 def one_line(error: BaseException) -> str:
     """An exception's message folded to one line, with its type unless the error is ours."""
     text = " ".join(str(error).split())
+    # shorter than "[Errno 2] No such file or directory: 'x'", and in the form of our own errors
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror.lower()}"
     if isinstance(error, (UserError, RunFailedError, StoppedBySignalError)):
@@ -109,7 +110,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
 
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        return 130  # 128 + SIGINT, as shells have it
     except StoppedBySignalError as stop:
         if os.environ.get("RANK", "0") == "0":  # all ranks stop together
             print(f"{prog}: {stop}", file=sys.stderr)
@@ -122,6 +123,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         if os.environ.get("TOKENLOOM_DEBUG"):
             raise
         _print_error(error, prog)
+        # a wrong path is the user's mistake even if no code of ours foresaw it
         wrong_path = isinstance(error, OSError) and error.errno in WRONG_PATH
         return int(getattr(error, "exit_code", 2 if wrong_path else 1))
 

@@ -18,7 +18,7 @@ from tokenloom_common.errors import UserError
 
 def sync_path(path: Path) -> None:
     """fsync a file, or a folder's own entries."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)  # a folder can only be opened for reading
     try:
         os.fsync(descriptor)
     finally:
@@ -29,7 +29,7 @@ def file_hash(path: Path) -> str:
     """blake2b of a file's bytes, 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 20):  # files may be larger than memory
             digest.update(block)
     return digest.hexdigest()
 
@@ -37,6 +37,7 @@ def file_hash(path: Path) -> str:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder: a rename across file systems would be a copy, which a crash can cut
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with aside.open("w", encoding="utf-8") as file:
@@ -58,14 +59,13 @@ def refuse_others(path: Path, own: Sequence[str]) -> None:
     """UserError if `path` is a file, or a folder with an entry that matches no pattern in `own`."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; give a folder")
-    entries = sorted(path.iterdir()) if path.is_dir() else []
-    others = [entry.name for entry in entries
-              if not any(fnmatch(entry.name, pattern) for pattern in own)]
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    others = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(f"{path}: holds other files ({', '.join(others[:3])}{more}), which would "
                         "be lost; give another folder")
-    if path.name in ("", ".."):
+    if path.name in ("", ".."):  # Path(".").name is ""
         raise UserError(f"{path}: is replaced as a whole, which the folder that a command runs in "
                         "cannot be; give a name")
 
@@ -78,6 +78,7 @@ def naming_path(path: Path) -> Iterator[None]:
     except OSError as error:
         aside = f".{path.name}."
         names_other = error.filename is not None and aside not in str(error.filename)
+        # our own MissingFileError is an OSError without errno, and names its file already
         if error.errno is not None and not names_other:
             error.filename = str(path)
         raise
@@ -90,7 +91,7 @@ def atomic_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
     An existing `path` is replaced as a whole, and stays as it was if the block fails. UserError if
     it holds an entry that matches no pattern in `own`.
     """
-    refuse_others(path, own)
+    refuse_others(path, own)  # before the work of the block
     with naming_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -114,10 +115,10 @@ def publish_folder(aside: Path, path: Path) -> None:
         os.rename(path, old)
     try:
         os.rename(aside, path)
-    except OSError:
+    except OSError:  # put the old folder back
         if old is not None:
             os.rename(old, path)
         raise
     sync_path(path.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)  # the new folder is in place: rests do no harm

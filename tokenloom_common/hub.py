@@ -39,13 +39,12 @@ def resolve_folder(name: str | Path, revision: str | None = None,
 
     revision: a branch, tag or commit of the hub id (default: main). With HF_HUB_OFFLINE=1, or
     without a connection, the snapshot comes from the local cache. MissingFileError if there is no
-    such folder, model or revision, or it cannot be fetched; UserError for a revision of a local
-    folder.
+    such model or revision, or it cannot be fetched; UserError for a local folder's revision.
     """
     if not str(name):
         raise UserError("the model's folder is an empty name")
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir():  # a folder wins over a hub id of the same form
         if revision is not None:
             raise UserError(f"{path}: a local folder has no revision '{revision}'; leave the "
                             "revision out, or give a hub id")
@@ -55,6 +54,7 @@ def resolve_folder(name: str | Path, revision: str | None = None,
     if not _HUB_ID.fullmatch(str(name)):
         raise MissingFileError(f"{name}: no such model folder; {_FOLDER_HINT}, or a hub id")
 
+    # imported here, as below: a local folder is loaded without the time that this takes
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -139,10 +139,10 @@ def _check_push(repo_id: str, token: str | None, branch: str | None, create_pr: 
     from huggingface_hub import constants, get_token
     from huggingface_hub.utils import validate_repo_id
 
-    if not _HUB_ID.fullmatch(repo_id):
+    if not _HUB_ID.fullmatch(repo_id):  # the hub's own check also takes a name without an owner
         raise UserError(f"'{repo_id}': not a hub id; give owner/name")
     with _hub_errors(repo_id):
-        validate_repo_id(repo_id)
+        validate_repo_id(repo_id)  # further rules of the hub: length, no "--" or ".."
     if create_pr and branch is not None:
         raise UserError(f"{repo_id}: a pull request has a branch of its own; leave create_pr or "
                         f"branch '{branch}' out")
@@ -158,6 +158,7 @@ def _make_repo(repo_id: str, private: bool, token: str | None, branch: str | Non
 
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
+    # an existing repository keeps its visibility, without an error
     if private and not api.repo_info(repo_id).private:
         raise UserError(f"{repo_id}: is there already and is public; make it private in its "
                         "settings, or leave private out")
@@ -204,11 +205,12 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
 
 
 def _raise_refusal(repo_id: str, status: int, server_message: str) -> NoReturn:
-    reason = " ".join(server_message.split())[:200]
+    reason = " ".join(server_message.split())[:200]  # may be a page of HTML
     answer = f"{status}: {reason}" if reason else f"{status}"
     if status in (401, 403):
-        raise UserError(f"{repo_id}: the hub refuses the token ({answer}); use one that may write "
-                        "there") from None
+        raise UserError(f"{repo_id}: the hub refuses the token ({answer}); use "
+                        "one that may write there") from None
+    # bad request, not found, conflict, unprocessable: trying again would give the same
     if status in (400, 404, 409, 422):
         raise UserError(f"{repo_id}: the hub refuses this ({answer})") from None
     raise RunFailedError(f"{repo_id}: the hub failed ({answer}); try again later") from None

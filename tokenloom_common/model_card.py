@@ -12,7 +12,7 @@ import yaml
 CARD_NAME = "README.md"
 LIBRARY = "tokenloom"
 UNKNOWN_LICENSE = "unknown"
-MAX_CARD_BYTES = 1 << 20
+MAX_CARD_BYTES = 1 << 20  # a card is a page of text; a folder's README.md may be anything
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The facts for a card; None or empty: unknown, which is left out, or said where it matters.
+    """The facts for a card. None or empty is unknown: left out, or stated where it matters.
 
     usage: Python code. pipeline_tag: the Hub's task of such models; task: what was measured, if
     that has another name. license: an identifier of the Hub (apache-2.0, cc-by-4.0, other).
@@ -66,6 +66,7 @@ def model_card(facts: CardFacts) -> str:
         parts.append(f"## Who made the data\n\n{_demoted(facts.attribution)}")
     if facts.config is not None:
         text = yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True).strip()
+        # folded, and last: pages long
         parts.append("<details>\n<summary>The whole config</summary>\n\n"
                      f"```yaml\n{text}\n```\n\n</details>")
     return "\n\n".join(parts) + "\n"
@@ -76,7 +77,7 @@ def _table(facts: CardFacts) -> str:
     for measurement in facts.measured:
         data = measurement.split or measurement.dataset
         rows.append((f"{measurement.name}, on `{data}`", f"{measurement.value:.4f}"))
-    if not facts.measured:
+    if not facts.measured:  # stated, so that nobody takes silence for quality
         rows.append(("quality", "not measured"))
     lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
@@ -92,6 +93,7 @@ def read_card(folder: Path) -> str | None:
 
 def read_metadata(card: str) -> dict[str, Any]:
     """The metadata that opens a card; {} if there is none, or it is no YAML mapping."""
+    # \r: a card edited on the Hub or on Windows may have such line ends
     block = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|$)", card, re.DOTALL)
     if block is None:
         return {}
@@ -113,7 +115,7 @@ def _metadata(facts: CardFacts) -> str:
     return ModelCardData(
         library_name=LIBRARY, pipeline_tag=facts.pipeline_tag,
         license=facts.license or UNKNOWN_LICENSE, tags=[LIBRARY, *facts.tags],
-        datasets=list(facts.datasets) or None,
+        datasets=list(facts.datasets) or None,  # None is left out, an empty list is not
         model_name=facts.title if results else None,  # required by eval_results
         eval_results=results or None, ignore_metadata_errors=False).to_yaml()
 
@@ -136,7 +138,7 @@ def _licence(facts: CardFacts) -> str:
 def _demoted(markdown: str) -> str:
     """Markdown without its title and with every other heading one level deeper."""
     lines = markdown.strip().splitlines()
-    if lines and lines[0].startswith("# "):
+    if lines and lines[0].startswith("# "):  # the card's own heading takes its place
         lines = lines[1:]
     return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines).strip()
 

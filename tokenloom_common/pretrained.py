@@ -25,14 +25,16 @@ from tokenloom_common.weights import WEIGHTS_NAME as WEIGHTS_NAME
 from tokenloom_common.weights import check_numbers, check_tensors, read_tensors, shapes_of
 
 SCHEMA_VERSION = 1
+# patterns: a folder that holds nothing else may be replaced
 OWN_FILES = ("config.json", "model*.safetensors", INDEX_NAME, CARD_NAME)
 Config = TypeVar("Config", bound=StrictConfig)
 
 
 class PretrainedModule(nn.Module, Pushable):
-    """An nn.Module built from one config, which names its `kind` and is a `config_class`.
+    """An nn.Module built from one config.
 
-    card: the text of README.md in the folder that it was loaded from, if there is one.
+    kind: its name in config.json. config_class: the class that validates config.json. card: text of
+    README.md in the folder that it was loaded from, if there is one.
     """
 
     kind: ClassVar[str]
@@ -79,6 +81,7 @@ def _with_tensors(kind: type[Any], config: StrictConfig, tensors: dict[str, Tens
         raise UserError(f"{path}: the weights do not fit config.json: no model can be built from "
                         f"it ({one_line(error)[:120]})") from None
 
+    # the model's dtypes and not the file's: float16 weights are computed with in float32
     own = model.state_dict()
     dtypes = {name: tensor.dtype for name, tensor in own.items()}
     check_tensors(shapes_of(own), shapes_of(tensors), path)
@@ -97,6 +100,7 @@ def has_unsaved_tensors(model: nn.Module) -> bool:
     """Whether a model keeps tensors outside its state_dict, which no file can fill."""
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     for module in model.modules():
+        # parameters, buffers (non-persistent ones too) and plain attributes, in lists and dicts
         attributes = [value for name, value in vars(module).items() if name != "_modules"]
         for leaf in tree_leaves(attributes):
             if isinstance(leaf, Tensor) and id(leaf) not in saved:
@@ -118,12 +122,14 @@ class SkipParameterInit(TorchFunctionMode):
         """Intercept torch.nn.init's functions (first argument `tensor`) and tensors' methods."""
         kwargs = kwargs or {}
         target = args[0] if args else kwargs.get("tensor")
+        # parameters only: a random buffer may be one that no file has
         if isinstance(target, nn.Parameter) and getattr(func, "__name__", "") in self._INITIALISERS:
             return target
         return func(*args, **kwargs)
 
 
 def _plain_card(model: PretrainedModule) -> str:
+    # the package, such as seq2seq, exports all of its models
     name, package = type(model).__name__, type(model).__module__.split(".")[0]
     return model_card(CardFacts(
         title=name, summary=f"A model of kind `{model.kind}`, saved with Tokenloom. Nothing is "
@@ -177,6 +183,7 @@ def read_config(folder: Path, kind: str, config_class: type[Config]) -> Config:
         raise MissingFileError(f"{folder}: config.json is missing, so the folder is not a (whole) "
                                f"{kind} model")
     values = read_mapping(path)
+    # popped: the rest are the fields of the config, of which it knows every one
     found = values.pop("kind", None)
     version = values.pop("schema_version", None)
     if found != kind:

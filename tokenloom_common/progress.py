@@ -15,6 +15,7 @@ class _LineWriter:
     """stderr for a log: every redraw of the bar becomes a line of its own."""
 
     def write(self, text: str) -> None:
+        # tqdm begins each redraw with \r, which a log would join to one endless line
         line = text.strip("\r\n")
         if line:
             sys.stderr.write(line + "\n")
@@ -26,6 +27,7 @@ class _LineWriter:
 def progress(items: Iterable[Item] | None, what: str, *, total: int | None = None, initial: int = 0,
              unit: str = "it", quiet: bool = False) -> tqdm:
     """A tqdm bar with ETA. Into a log it prints about six lines a minute instead of redrawing."""
+    # intervals between redraws in seconds
     if sys.stderr.isatty():
         display: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "ascii": False,
                                    "mininterval": 0.2, "maxinterval": 1.0}

@@ -35,6 +35,7 @@ def write_shards(folder: Path, shapes: Mapping[str, Tensor], make: Callable[[str
     shapes: every tensor on the meta device, in its dtype. make: returns a tensor by name; one is in
     memory at a time.
     """
+    # the Hub's own splitting, so that names and index are as every loader knows them
     from huggingface_hub import split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(
@@ -57,11 +58,11 @@ def write_tensors(path: Path, shapes: Mapping[str, Tensor], make: Callable[[str]
         return uneven, -shapes[name].element_size(), name
 
     names = sorted(shapes, key=place)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses others
     end = 0
     for name in names:
         tensor = shapes[name]
-        start, end = end, end + _bytes(tensor)
+        start, end = end, end + _bytes(tensor)  # counted from the end of the header
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [start, end]}
 
@@ -73,8 +74,8 @@ def write_tensors(path: Path, shapes: Mapping[str, Tensor], make: Callable[[str]
         for name in names:
             tensor = make(name).detach().cpu().contiguous()
             assert (tensor.shape, tensor.dtype) == (shapes[name].shape, shapes[name].dtype), name
-            if tensor.numel():  # an empty tensor cannot be viewed as bytes
-                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            # as bytes: NumPy has no bfloat16
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -41,6 +41,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         _check_there(folder / file)  # before gigabytes of the first shard are read
     tensors: dict[str, Tensor] = {}
     for file, indexed in shards.items():
+        # the whole file, and not the names of the index, to find tensors that it does not name
         found = dict(_tensors_of(folder / file))
         _check_shard(folder / INDEX_NAME, file, indexed, set(found))
         tensors |= found
@@ -66,8 +67,8 @@ def _first(names: set[str]) -> str:
 
 def _check_there(path: Path) -> None:
     if not path.is_file():
-        raise MissingFileError(f"{path}: weights are missing; copy or download the model folder "
-                               "again")
+        raise MissingFileError(f"{path}: weights are missing; copy or "
+                               "download the model folder again")
 
 
 def _tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -94,7 +95,7 @@ def _shards(folder: Path) -> dict[str, set[str]] | None:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = list(weight_map.items())
-    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):  # any other JSON
         raise UserError(f"{index}: not a safetensors index") from None
 
     shards: dict[str, set[str]] = {}
@@ -111,10 +112,14 @@ def _shards(folder: Path) -> dict[str, set[str]] | None:
 
 def check_numbers(expected: Mapping[str, torch.dtype], found: Mapping[str, Tensor], folder: Path
                   ) -> None:
-    """UserError for an integer or complex tensor in the place of floats, or the reverse."""
+    """UserError for an integer or complex tensor in the place of floats, or the reverse.
+
+    A cast would load it without an error, as wrong weights.
+    """
     for name, tensor in found.items():
-        if tensor.is_complex() or tensor.is_floating_point() != expected[name].is_floating_point:
-            in_file = str(tensor.dtype).removeprefix("torch.")
+        is_float = expected[name].is_floating_point
+        if tensor.is_complex() or tensor.is_floating_point() != is_float:
+            in_file = str(tensor.dtype).removeprefix("torch.")  # torch.int8 -> int8
             in_model = str(expected[name]).removeprefix("torch.")
             raise UserError(f"{folder}: the weights do not fit config.json: {name} holds "
                             f"{in_file}, the model {in_model}")
@@ -128,6 +133,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def check_tensors(expected: Mapping[str, tuple], found: Mapping[str, tuple], folder: Path) -> None:
     """UserError that lists up to five missing, unexpected and mis-shaped tensors and the folder."""
     missing = sorted(expected.keys() - found.keys())
+    # folded and cut: a hostile file's names may be pages long
     unexpected = sorted(" ".join(name.split())[:100] for name in found.keys() - expected.keys())
     mis_shaped = []
     for name in sorted(expected.keys() & found.keys()):

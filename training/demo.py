@@ -52,6 +52,7 @@ SEQ2SEQ_RECIPE = RECIPES / "demo_seq2seq.yaml"
 QUESTIONS = 100  # captions per split that are sampled and measured
 SHOWN = 24  # of these, in samples.png
 
+# the emoji sets: four from npm, and the one that a pip package brings
 ALL_STYLES = ("noto", "twemoji", "fluent-flat", "fluent-3d")
 CAPTION_STYLES = ("noto", "fluent-3d")
 PIP_STYLES = ("twemoji",)
@@ -66,8 +67,7 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class DemoSize:
-    """Concepts of the two data sets (None = all of the emoji set), and overrides for both recipes.
-    """
+    """Concepts of both data sets (None = all of the emoji set), overrides for both recipes."""
 
     tokenizer_concepts: int | None
     caption_concepts: int
@@ -78,13 +78,13 @@ SIZES = {"full": DemoSize(None, 240), "quick": DemoSize(60, 40, ("--train.steps"
 
 
 class Demo:
-    """Phases that each leave a note of their inputs, so that the next run knows which results still
-    hold."""
+    """Phases that each note their inputs, so that the next run knows which results still hold."""
 
     def __init__(self, out: Path, size: str, seed: int) -> None:
         self.out, self.size, self.seed = out, choose(SIZES, size, "--size"), seed
         self.phases: dict[str, dict[str, Any]] = {}
         self.pictures, self.captioned = out / "data" / "pictures", out / "data" / "captioned"
+        # with a GPU, precision and number of processes differ, and so do the results
         self._chain = f"{size}/{seed}/{torch.cuda.is_available()}"
         """Hash of the inputs of all phases so far: one that changes makes all later ones again."""
 
@@ -93,6 +93,7 @@ class Demo:
         chained = f"{self._chain}|{name}|{inputs}"
         self._chain = hashlib.blake2b(chained.encode(), digest_size=8).hexdigest()
         path = self.out / "phases" / f"{name}.json"
+        # written last, so that a phase which was killed has none
         note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if note.get("made_from") == self._chain and result.exists():
             log.info("%s: done before (%.0f s), reused: %s", name, note["seconds"], result)
@@ -108,8 +109,7 @@ class Demo:
         self.phases[name] = {"seconds": seconds, "reused": False}
 
     def launch(self, script: str, *arguments: object) -> None:
-        """Run a training script through the `deepspeed` launcher: on up to 8 GPUs, or with 2
-        processes on the CPU."""
+        """Run a script through the `deepspeed` launcher, on up to 8 GPUs or 2 CPU processes."""
         # of this environment, which need not be on PATH
         launcher = Path(sys.executable).with_name("deepspeed")
         command = [str(launcher) if launcher.is_file() else "deepspeed", "--log_level", "warning",
@@ -125,6 +125,7 @@ class Demo:
         """Run all phases. UserError if OUT holds files that are not a demo's."""
         refuse_others(self.out, OWN_NAMES)
         self.out.mkdir(parents=True, exist_ok=True)
+        # whole recipes as inputs: whatever changes in one, its phase and all later ones run again
         tokenizer_recipe = TOKENIZER_RECIPE.read_text(encoding="utf-8")
         seq2seq_recipe = SEQ2SEQ_RECIPE.read_text(encoding="utf-8")
         # a phase that reads only earlier results has no inputs of its own: the chain has theirs
@@ -139,8 +140,7 @@ class Demo:
     # ---- data and training
 
     def data_arguments(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Two sets of real emoji: many images for the tokenizer, fewer concepts for the transformer
-        to learn by name."""
+        """Two sets of emoji: many images for the tokenizer, fewer concepts to learn by name."""
         recipe = yaml.safe_load(TOKENIZER_RECIPE.read_text(encoding="utf-8"))
         has_npm = shutil.which("npm") is not None
         shared = {"size": recipe["model"]["resolution"], "source": "npm" if has_npm else "pip",
@@ -158,6 +158,7 @@ class Demo:
             log.warning("npm is not on PATH: the demo uses the emoji of the pip packages, in one "
                         "style only")
         for folder, arguments in self.data_arguments():
+            # of a phase that was killed
             shutil.rmtree(folder, ignore_errors=True)
             build_emoji(folder, **arguments)
 
@@ -182,8 +183,7 @@ class Demo:
         shutil.copytree(self.out / "seq2seq" / "model", self.out / "model")
 
     def _fresh(self, name: str) -> Path:
-        """Return a run folder: kept when a killed demo left checkpoints of the same phase, else
-        made anew."""
+        """Return a run folder, with the checkpoints that a killed demo left of the same phase."""
         folder, note = self.out / name, self.out / "phases" / f"{name}.started"
         is_same_phase = note.is_file() and note.read_text(encoding="utf-8") == self._chain
         if not is_same_phase:
@@ -244,6 +244,7 @@ class Demo:
     def _finish_report(self) -> None:
         """Add the seconds of each phase and the environment, and print where everything is."""
         path = self.out / "report.json"
+        # also where the report is reused: these are of this call
         report = json.loads(path.read_text(encoding="utf-8"))
         seconds = {name: phase["seconds"] for name, phase in self.phases.items()}
         report["seconds"] = {**seconds, "all": round(sum(seconds.values()), 1)}
@@ -269,7 +270,7 @@ def _process_count() -> int:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", 0))  # 0: the system chooses, so that two demos do not meet
         return probe.getsockname()[1]
 
 

@@ -29,22 +29,22 @@ from training.config.encoding import EncodeRunConfig
 from training.config.loading import load_config
 from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
-from training.data.run_data import open_pictures
+from training.data.run_data import open_images
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, in_words
+from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, format_reasons
 from training.data.sources.open_dataset import list_splits
-from training.data.tokens.encoding_plan import (
-    FAILED,
-    NOTES,
-    PLAN,
-    DoneShard,
+from training.data.tokens.encoding_progress import (
+    FAILURE_MARK,
+    RECORDS,
+    SETTINGS_NAME,
+    FinishedShard,
     Shard,
     check_whole,
-    cut,
+    count_drop_reasons,
+    cut_into_shards,
     find_done,
-    prepare,
-    reasons,
-    remove_notes,
+    prepare_folder,
+    remove_records,
 )
 from training.data.tokens.layouts import Layouts
 from training.data.tokens.shard_encoder import OthersFailedError, ShardEncoder
@@ -65,7 +65,8 @@ from training.loop.log import setup_console
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
-OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, PLAN, NOTES, f"*-?????-of-?????{SUFFIX}")
+# what a folder may hold that publishing replaces
+OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, SETTINGS_NAME, RECORDS, f"*-?????-of-?????{SUFFIX}")
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one another: one may have hours of shards before it when the others
 are done."""
@@ -87,6 +88,7 @@ class DatasetEncoder:
             raise UserError(f"--out {config.out}: give the path of a folder of its own, such as "
                             "runs/tokens")
         self.out = out.resolve() if out.is_symlink() else out  # a rename would replace the link
+        # beside it, since a rename is atomic on one file system only; a stopped run continues there
         self.aside = self.out.with_name(f".{self.out.name}.tmp")
         self.shards = ShardEncoder(self.tokenizer, config, self.aside, self.drops, group.device)
         self._lock: IO[str] | None = None
@@ -99,14 +101,18 @@ class DatasetEncoder:
             self._run()
         finally:
             if self._lock is not None:
+                # while it is locked, or the file of the next run could be deleted
                 Path(self._lock.name).unlink(missing_ok=True)
                 self._lock.close()
 
     def _run(self) -> None:
         splits = self.group.first_does(self._splits)
         sources = {split: self._open(split) for split in splits}
-        shard_rows: int = self.group.first_does(lambda: prepare(self.aside, self._facts(sources)))
-        shards = {split: cut(split, len(source), shard_rows) for split, source in sources.items()}
+        # an earlier run's, if there is one: its shards are cut that way, whatever ran it
+        shard_rows: int = self.group.first_does(
+            lambda: prepare_folder(self.aside, self._facts(sources)))
+        shards = {split: cut_into_shards(split, len(source), shard_rows)
+                  for split, source in sources.items()}
 
         done = self.group.first_does(lambda: self._find_done(shards))
         for split, of_split in shards.items():
@@ -141,7 +147,7 @@ class DatasetEncoder:
         return list_splits(self.config.data.path)
 
     def _open(self, split: str) -> CaptionedImages:
-        source = self.group.first_then_others(lambda: open_pictures(self.config.data, split))
+        source = self.group.first_then_others(lambda: open_images(self.config.data, split))
         count_opened(self.drops, source, self.group)
         return source
 
@@ -152,15 +158,15 @@ class DatasetEncoder:
                 "caption_column": config.data.caption_column,
                 "image_column": config.data.image_column}
         rows = {split: [len(source), source.identity()] for split, source in sources.items()}
+        # so that every process has a shard of the longest split to write
         longest = max(len(source) for source in sources.values())
-        # so that every process has a shard to write
-        rows_per_process = -(-longest // self.group.world_size)
+        rows_per_process = -(-longest // self.group.world_size)  # rounded up
         return {"image tokenizer": self.fingerprint, "data": data, "layout": config.layout.plain(),
                 "views": config.views.plain(), "rows": rows,
                 "shard_rows asked for": config.shard_rows,
                 "shard_rows": min(config.shard_rows, rows_per_process)}
 
-    def _find_done(self, shards: dict[str, list[Shard]]) -> dict[str, DoneShard]:
+    def _find_done(self, shards: dict[str, list[Shard]]) -> dict[str, FinishedShard]:
         """Return the whole shards that an earlier run left, by name."""
         done = {}
         for of_split in shards.values():
@@ -173,7 +179,7 @@ class DatasetEncoder:
     # ---- encode
 
     def _encode_split(self, source: CaptionedImages, shards: list[Shard],
-                      done: dict[str, DoneShard]) -> dict[str, DoneShard]:
+                      done: dict[str, FinishedShard]) -> dict[str, FinishedShard]:
         """Encode the shards that are not done -> those that every process wrote, by name."""
         missing = [shard for shard in shards if shard.name not in done]
         own = missing[self.group.rank:: self.group.world_size]
@@ -183,7 +189,7 @@ class DatasetEncoder:
                     self.shards.count(done[shard.name].dropped)
 
         problem: Exception | None = None
-        written: dict[str, DoneShard] = {}
+        written: dict[str, FinishedShard] = {}
         total = sum(len(shard.rows) for shard in own)
         with progress(None, f"encode {shards[0].split}", total=total, unit="picture",
                       quiet=not self.group.is_first) as bar:
@@ -191,14 +197,14 @@ class DatasetEncoder:
                 for shard in own:
                     written[shard.name] = self.shards.encode(source, shard, bar)
             except OthersFailedError:
-                pass
+                pass  # they raise the reason below, together with this process
             except Exception as error:
                 problem = self._explained(error)
                 # stops the others at their next batch
-                (self.aside / f"{FAILED}{self.group.rank}").touch()
+                (self.aside / f"{FAILURE_MARK}{self.group.rank}").touch()
         self.group.raise_together(problem)
 
-        everyone: dict[str, DoneShard] = {}
+        everyone: dict[str, FinishedShard] = {}
         for of_process in self.group.gather(written):
             everyone |= of_process
         return everyone
@@ -211,7 +217,7 @@ class DatasetEncoder:
 
     # ---- publish
 
-    def _publish(self, shards: dict[str, list[Shard]], done: dict[str, DoneShard]) -> None:
+    def _publish(self, shards: dict[str, list[Shard]], done: dict[str, FinishedShard]) -> None:
         """Check all shards together, write their index, and rename the folder to `out`."""
         files: dict[str, list[ShardFile]] = {}
         for split, of_split in shards.items():
@@ -220,11 +226,13 @@ class DatasetEncoder:
         rows = {split: sum(file.rows for file in of_split) for split, of_split in files.items()}
         total = sum(rows.values())
 
-        dropped: Counter[str] = reasons(list(done.values())) + self.drops.opened
-        self._check_dropped(total, dropped)
+        dropped: Counter[str] = count_drop_reasons(list(done.values())) + self.drops.opened
+        self._check_dropped(total, dropped)  # before anything appears in `out`
         check_whole(self.aside, [file for of_split in files.values() for file in of_split])
 
-        layouts = Layouts(self.config.layout).index() if self.config.layout.kind != "none" else None
+        layouts = None
+        if self.config.layout.kind != "none":
+            layouts = Layouts(self.config.layout).index()
         splits = {split: SplitIndex(rows=rows[split], files=of_split)
                   for split, of_split in files.items()}
         write_index(self.aside, TokenIndex(
@@ -234,22 +242,23 @@ class DatasetEncoder:
         write_origin(data_origin(self.config.data.path), self.aside,
                      "Image tokens and captions of this data, made by Tokenloom's encode_dataset; "
                      "tokens.json says with what.")
+        # the records are removed last: a run that is killed before continues from them
         publish_folder(self.aside, self.out)
-        remove_notes(self.out)
+        remove_records(self.out)
         if dropped:
-            log.warning("passed over %d unusable pictures (%s)", dropped.total(), in_words(dropped))
+            log.warning("passed over %d unusable pictures (%s)", dropped.total(),
+                        format_reasons(dropped))
         log.info("token shards: %s (%s rows)", self.out, f"{total:,}")
 
     def _check_dropped(self, rows: int, dropped: Counter[str]) -> None:
-        """Raise DataError when nothing is left or too much was dropped: each process saw only its
-        own share of that."""
+        """Raise DataError when nothing is left, or all processes together dropped too much."""
         path, fraction = self.config.data.path, self.config.data.max_bad_fraction
-        seen = self.drops.seen
+        seen = self.drops.seen  # all rows: every process opened every split
         if not rows:
-            raise DataError(f"{path}: not one picture could be encoded ({in_words(dropped)})")
+            raise DataError(f"{path}: not one picture could be encoded ({format_reasons(dropped)})")
         if dropped.total() > max(ALWAYS_TOLERATED, fraction * seen):
             raise DataError(f"{path}: {dropped.total():,} of {seen:,} are unusable "
-                            f"({in_words(dropped)}), more than max_bad_fraction {fraction:g} "
+                            f"({format_reasons(dropped)}), more than max_bad_fraction {fraction:g} "
                             "allows")
 
 
@@ -259,6 +268,7 @@ def run(argv: Sequence[str] | None) -> int:
                          "encode_dataset.py", __doc__ or "")
     with processes(config.threads, PATIENCE) as group, peers_may_go(group):
         setup_console(group.is_first)
+        # each process writes shards of its own, which must be made in the same way
         check_same(group, config.plain(), "the config")
         DatasetEncoder(config, group).run()
     return 0

@@ -30,7 +30,7 @@ from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.files import write_json_atomic
 from training.config.matcher import MatcherRunConfig
 from training.config.start_folders import TEXT_FOLDER
-from training.data.run_data import open_training_pictures, picture_order
+from training.data.run_data import image_order, open_training_images
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.text_input import choose_text_source
 from training.data.visits.captioned import CaptionedBatch, CaptionedVisits, CollateCaptioned
@@ -41,12 +41,7 @@ from training.evaluation.retrieval import evaluate_retrieval
 from training.loop.drops import PictureDrops
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
-from training.loop.trained import (
-    Training,
-    batch_captions,
-    open_held_out_pictures,
-    with_prefix,
-)
+from training.loop.trained import Training, batch_captions, open_held_out_pictures, with_prefix
 from training.objectives.matcher import (
     MatcherOutputs,
     MatcherWithTextHead,
@@ -77,10 +72,10 @@ class MatcherTraining(Training):
         group.first_does(self._check_batch)
 
         self.source = group.first_then_others(
-            lambda: open_training_pictures(config.data, config.data.split))
+            lambda: open_training_images(config.data, config.data.split))
         self.held_out: CaptionedImages | None = open_held_out_pictures(config.data, group)
         self.drops: PictureDrops = PictureDrops(config.data, self.source, group)
-        self.order = picture_order(config.data, self.source, config.seed)
+        self.order = image_order(config.data, self.source, config.seed)
         self.text_source = self._open_text_source()
         model_config = self._model_config()
         group.first_does(lambda: refuse_what_cannot_fit(
@@ -88,7 +83,7 @@ class MatcherTraining(Training):
 
         self.run_state = RunState(config, group, self._facts(model_config))
         self.run_state.prepare()
-        group.first_does(self._keep_text_source)
+        group.first_does(self._keep_text_source)  # after prepare, which may put an old one aside
 
         self._open_visits(model_config)
         self._build(model_config)
@@ -111,6 +106,7 @@ class MatcherTraining(Training):
 
     def _choose_text_source(self) -> TextSource:
         config, run_dir = self.config, Path(self.config.run_dir)
+        # enough to know where the text source lies: RunState checks the checkpoints later
         is_continued = config.checkpoint.resume != "never" and (run_dir / "latest.json").is_file()
         source = choose_text_source(config.text, self.source,
                                     run_dir / TEXT_FOLDER if is_continued else None)
@@ -133,6 +129,8 @@ class MatcherTraining(Training):
                                  "hidden words": bool(self.config.loss.mlm_weight)}
         if self.config.train.weight_ema:
             facts["weight_ema"] = True
+        if self.config.optim.name != "adamw":
+            facts["optim.name"] = self.config.optim.name
         return facts | self.order.facts()
 
     def _keep_text_source(self) -> None:
@@ -146,6 +144,7 @@ class MatcherTraining(Training):
         self.visits = CaptionedVisits(self.source, model.image.resolution, config.seed,
                                       config.data.horizontal_flip)
         captions = batch_captions(self.text_source, config.text, [self.source], self.group)
+        # random words in place of hidden ones are drawn from all ids
         masked_vocab_size = self.text_source.vocab_size if config.loss.mlm_weight else None
         self.collate = CollateCaptioned(captions, config.seed, masked_vocab_size)
 
@@ -166,16 +165,14 @@ class MatcherTraining(Training):
                     forward_flops=self._forward_flops())
 
     def _forward_flops(self) -> Callable[[], int] | None:
-        """FLOPs of one image and its caption; None where hidden words are predicted too, which are
-        not counted."""
+        """FLOPs of one image and its caption; None with hidden words, whose pass is not counted."""
         if self.config.loss.mlm_weight:
             return None
         config = self.model.matcher.config
         return lambda: matcher_forward_flops(config)
 
     def train(self, batch: CaptionedBatch, step: int) -> dict[str, Tensor]:
-        """Learn from one micro-batch: gradients, and an optimizer step at the end of a window ->
-        loss, parts, accuracy."""
+        """Learn from one micro-batch; a step at the end of a window -> terms to log."""
         self.drops.count(batch.dropped)
         outputs, hidden_words = self._forward(batch)
         same_caption = batch.same_caption.to(self.group.device)
@@ -196,6 +193,7 @@ class MatcherTraining(Training):
         device, dtype = self.group.device, DTYPES[self.precision]
         image = batch.image.to(device, dtype, memory_format=torch.channels_last)  # [B, 3, S, S]
         text, mask = (part.to(device) for part in batch.text)  # [B, T] each, or features [B, T, F]
+        # features follow the weights' precision; ids stay int64 for the embedding
         inputs = [image, text.to(dtype) if text.is_floating_point() else text, mask]
         if batch.masked is None:
             return self.engine(*inputs), None
@@ -224,8 +222,7 @@ class MatcherTraining(Training):
         plot_curves(panels, run_dir / "curves.png")
 
     def validate(self, step: int) -> Measured:
-        """Measure the share of held-out images whose caption is found, after a step. All processes
-        must call it."""
+        """Measure the share of held-out images whose caption is found, after a step."""
         model = self.full_model()
         report = self.group.first_does(lambda: self.held_out_report(model, step))
         return Measured("validation_top1", report["top1"])
@@ -243,7 +240,7 @@ class MatcherTraining(Training):
         self.drops.say()
         if not self.group.is_first:
             return
-        self.sample(self.config.train.steps)
+        self.sample(self.config.train.steps)  # the last curves, whatever train.sample_every is
 
         run_dir, report = self.run_state.run_dir, None
         if self.held_out is not None:

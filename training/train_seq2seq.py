@@ -24,11 +24,11 @@ from tokenloom_common.files import write_json_atomic
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.start_folders import IMAGE_FOLDER, TEXT_FOLDER
 from training.data.visits.on_the_fly import (
-    CollatePictures,
-    PictureBatch,
-    PictureTokens,
-    PictureTokenVisits,
-    with_tokens,
+    CollateOnTheFly,
+    OnTheFlyBatch,
+    OnTheFlyTokens,
+    OnTheFlyVisits,
+    tokenize_batch,
 )
 from training.data.visits.tokens import CollateTokens, TokenBatch, TokenVisits
 from training.engine.processes import Processes
@@ -52,7 +52,7 @@ from training.warm_start.transformer import model_of_start
 
 log = logging.getLogger("training.train_seq2seq")  # under a launcher __name__ is "__main__"
 
-SAMPLE_PICTURES = 8
+SAMPLE_PICTURES = 8  # captions of a sample grid
 
 
 class Seq2SeqTraining(Training):
@@ -71,8 +71,7 @@ class Seq2SeqTraining(Training):
         self.order, self.drops = self.inputs.order, self.inputs.drops
         self._check_memory_and_text_start()
 
-        # the weights are read before the run folder is touched, since a damaged file refuses the
-        # run
+        # before the run folder is touched, since a damaged file refuses the run
         warm_model = self._warm_start()
         self.run_state = RunState(config, group, self._facts())
         self.run_state.prepare()
@@ -130,13 +129,13 @@ class Seq2SeqTraining(Training):
         config, data = self.config, self.inputs.data
         held_out = [] if self.held_out is None else [self.held_out]
         captions = batch_captions(self.text_source, config.text, [data, *held_out], self.group)
-        if isinstance(data, PictureTokens):
-            # it encodes every batch
+        if isinstance(data, OnTheFlyTokens):
+            # it encodes every batch there, after the loader's workers have read the images
             self.image_tokenizer = self.image_tokenizer.to(self.group.device)
-            self.visits = PictureTokenVisits(data.source, self.image_tokenizer.config.resolution,
-                                             config.seed, config.data.horizontal_flip,
-                                             config.caption_dropout, self._reads_classes())
-            self.collate = CollatePictures(captions)
+            self.visits = OnTheFlyVisits(data.source, self.image_tokenizer.config.resolution,
+                                         config.seed, config.data.horizontal_flip,
+                                         config.caption_dropout, self._reads_classes())
+            self.collate = CollateOnTheFly(captions)
         else:
             self.visits = TokenVisits(data, config.seed, config.caption_dropout,
                                       config.token_corruption, self._reads_classes(),
@@ -149,8 +148,9 @@ class Seq2SeqTraining(Training):
     def _build(self, warm_model: ImageTransformer | None) -> None:
         config, model_config = self.config, self.inputs.model_config
         seed_everything(config.seed, 0)  # the same weights on every process
-        self.model: ImageTransformer = TRANSFORMER_KINDS[
-            model_config.kind](model_config) if warm_model is None else warm_model
+        if warm_model is None:
+            warm_model = TRANSFORMER_KINDS[model_config.kind](model_config)
+        self.model: ImageTransformer = warm_model
         recompute_activations(self.model, config.train.gradient_checkpointing)
         self._take_text_encoder()
         self.start_engine(self.model)
@@ -166,10 +166,8 @@ class Seq2SeqTraining(Training):
                             "text tokenizer need not be that of text.start_from; give another "
                             "run_dir")
 
-        def take() -> None:
-            take_text_encoder(self.model, start_from, encoder)
-
-        self.group.first_then_others(take)
+        self.group.first_then_others(
+            lambda: take_text_encoder(self.model, start_from, encoder))
 
     # ---- training
 
@@ -183,7 +181,7 @@ class Seq2SeqTraining(Training):
                     validate=self.validate, tokens_per_item=self.model.config.num_tokens,
                     forward_flops=flops)
 
-    def train(self, visits: TokenBatch | PictureBatch, step: int) -> dict[str, Tensor]:
+    def train(self, visits: TokenBatch | OnTheFlyBatch, step: int) -> dict[str, Tensor]:
         """Learn from one micro-batch; a step at the end of a window -> the loss and its parts."""
         batch = self._on_device(self._with_tokens(visits))
         total, terms = seq2seq_loss(self.engine, self.model, self.config.loss, batch)
@@ -192,15 +190,16 @@ class Seq2SeqTraining(Training):
         self.update_average()
 
         loss = {"loss": total.detach()}
+        # a single term of weight 1 would only repeat the loss in every log line
         is_the_loss = len(terms) == 1 and self.config.loss.image_weight == 1
         return loss if is_the_loss else loss | terms
 
-    def _with_tokens(self, batch: TokenBatch | PictureBatch) -> TokenBatch:
+    def _with_tokens(self, batch: TokenBatch | OnTheFlyBatch) -> TokenBatch:
         if isinstance(batch, TokenBatch):
             return batch
         assert self.drops is not None
         self.drops.count(batch.dropped)
-        return with_tokens(batch, self.image_tokenizer, self.config.seed,
+        return tokenize_batch(batch, self.image_tokenizer, self.config.seed,
                            self.config.token_corruption)
 
     def _on_device(self, batch: TokenBatch) -> TokenBatch:
@@ -238,6 +237,7 @@ class Seq2SeqTraining(Training):
             return
 
         data = self.inputs.data
+        # spread over the data, and the same captions in every grid
         stride = max(1, len(data) // SAMPLE_PICTURES)
         of_rows = [data.captions(row) for row in range(0, len(data), stride)][:SAMPLE_PICTURES]
         # a row of a stream may have none that can be used

@@ -25,7 +25,7 @@ from tokenloom_common.errors import run_command
 from tokenloom_common.files import write_json_atomic
 from training.config.start_folders import facts_of_run
 from training.config.tokenizer import TokenizerRunConfig
-from training.data.run_data import open_training_pictures, picture_order
+from training.data.run_data import image_order, open_training_images
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.visits.images import ImageVisits, PixelBatch, collate_pixels
 from training.data.visits.order import ItemId
@@ -36,12 +36,7 @@ from training.evaluation.reconstruction import evaluate_reconstruction
 from training.loop.drops import PictureDrops
 from training.loop.loop import Task
 from training.loop.script import train_from_command_line
-from training.loop.trained import (
-    Training,
-    add_prefix,
-    open_held_out_pictures,
-    with_prefix,
-)
+from training.loop.trained import Training, add_prefix, open_held_out_pictures, with_prefix
 from training.objectives.adversary import Adversary
 from training.objectives.codebook_health import CodebookHealth
 from training.objectives.tokenizer import TokenizerObjective
@@ -57,7 +52,7 @@ from training.warm_start.tokenizer import take_tokenizer
 
 log = logging.getLogger("training.train_tokenizer")  # under a launcher __name__ is "__main__"
 
-SAMPLE_PICTURES = 8
+SAMPLE_PICTURES = 8  # columns of a sample grid
 
 
 class TokenizerTraining(Training):
@@ -71,13 +66,13 @@ class TokenizerTraining(Training):
         self._check()
 
         source = group.first_then_others(
-            lambda: open_training_pictures(config.data, config.data.split))
+            lambda: open_training_images(config.data, config.data.split))
         self.held_out: CaptionedImages | None = open_held_out_pictures(config.data, group)
         self.drops: PictureDrops = PictureDrops(config.data, source, group)
         self.visits = ImageVisits(source, config.model.resolution, config.seed,
                                   config.data.horizontal_flip)
         self.collate = collate_pixels
-        self.order = picture_order(config.data, source, config.seed)
+        self.order = image_order(config.data, source, config.seed)
 
         seed_everything(config.seed, 0)  # the same weights on every process
         self.tokenizer = self._warm_start()
@@ -103,7 +98,7 @@ class TokenizerTraining(Training):
     def _check_discriminator(self) -> None:
         """Refuse images that are too small for the discriminator's layers."""
         if self.config.adversarial.weight:
-            with torch.device("meta"):
+            with torch.device("meta"):  # no memory, no random numbers
                 build_discriminator(self.config.adversarial.discriminator,
                                     self.config.model.resolution)
 
@@ -169,6 +164,7 @@ class TokenizerTraining(Training):
     def _forward_flops(self) -> Callable[[], int] | None:
         """FLOPs of one image; None with other networks or frozen parts, which have no count."""
         config = self.config
+        # the discriminator and LPIPS, whose FLOPs nobody counts here
         has_other_networks = config.adversarial.weight or config.loss.perceptual_weight
         if has_other_networks or config.train.trained_part != "all":
             return None
@@ -183,10 +179,12 @@ class TokenizerTraining(Training):
         schedules = self.tokenizer.set_step(step, self.config.train.steps)
         # not through the engine, whose forward allows no gradient inside a step
         result = self.tokenizer(image.to(DTYPES[self.precision]))
+        # codes that an average or a restart rewrote, or the optimizer's copies would undo it
         self.engine.take_over(self.tokenizer.take_rewritten())
         self.health.update(result.codes, self.tokenizer.take_restarts())
 
         total, terms = self.objective(result, image, self.tokenizer.last_layer, step)
+        # so that a message about a term that is not finite names it once
         unweighted = {name: term for name, term in terms.items()
                       if not name.startswith("weighted.")}
         self.engine.backward(total, step + 1, unweighted)
@@ -195,12 +193,12 @@ class TokenizerTraining(Training):
             terms |= self.adversary.train(image, result.reconstruction, step)
         self.update_average()
 
+        # as tensors, like all terms that the log averages
         scheduled = {name: torch.tensor(value) for name, value in schedules.items()}
         return {"loss": total.detach(), **terms, **scheduled}
 
     def metrics(self) -> dict[str, float]:
-        """Return windowed codebook usage and perplexity, and unusable images. All processes must
-        call it."""
+        """Return windowed codebook usage and perplexity, and unusable images."""
         return self.health.report() | super().metrics()
 
     def parts(self) -> dict[str, nn.Module]:
@@ -227,15 +225,15 @@ class TokenizerTraining(Training):
         return model.eval()
 
     def sample(self, step: int) -> None:
-        """Write originals above their reconstructions, curves.png and codebook.png. All processes
-        must call it."""
+        """Write originals above their reconstructions, curves.png and codebook.png."""
         model = self.full_model()
-        counts = self.health.counts()
+        counts = self.health.counts()  # before the return: it sums over all processes
         if not self.group.is_first:
             return
         self._draw_curves(counts)
 
         count = min(SAMPLE_PICTURES, len(self.visits))
+        # spread over the data, and the same images in every grid
         indices = [number * len(self.visits) // count for number in range(count)]
         image = collate_pixels([self.visits[ItemId(0, index)] for index in indices]).image
         rows = torch.cat([image, model.decode(model.encode(image))])

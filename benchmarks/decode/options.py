@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> tuple[O
     parser.add_argument("--quick", action="store_true",
                         help="a small model, batch 1 and 2, 64 tokens, 3 rounds")
     parser.add_argument("--model", default="reference",
-                        help="a model folder, a preset's name, or reference: 57M decoder, 12 "
+                        help="a model folder, a preset's name, or reference: 54.5M decoder, 12 "
                              "layers of width 512, 16x16 tokens of 8,192 codes (default)")
     parser.add_argument("--batch", help="pictures at a time (default 1,2,4,8,16,32)")
     parser.add_argument("--tokens", type=int,

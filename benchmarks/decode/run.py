@@ -1,7 +1,7 @@
 """Image token sampling: ours, x-transformers, transformers and min-dalle, and the machine's limit.
 
-    python -m benchmarks decode --quick                             (about a minute on one core)
-    python -m benchmarks decode --threads 2 --json decode.json      (CPU, 57M decoder; half an hour)
+    python -m benchmarks decode --quick                          (half a minute on two cores)
+    python -m benchmarks decode --threads 2 --json decode.json   (CPU, 54.5M decoder; half an hour)
     python -m benchmarks decode --model demo/model --jacobi 8,16 --batch 1       (a trained model)
     python -m benchmarks decode --model dalle-mini --peers min-dalle --tokens 64 --guidance on
     python -m benchmarks decode --device cuda --dtype bfloat16 --model parti-750m --batch 1,8,32

@@ -22,7 +22,7 @@ REFERENCE: dict[str, Any] = {
     "feedforward": "swiglu", "feedforward_multiplier": 8 / 3, "feedforward_bias": False,
     "norm": "rmsnorm", "qk_norm": False, "rotary": "none", "learned_positions": True,
     "image_positions": "flat"}
-"""57M parameters in decoder and output layer; x-transformers' wrapper can express it too."""
+"""54.5M parameters in decoder and output layer; x-transformers' wrapper can express it too."""
 QUICK = REFERENCE | {
     "text_vocab_size": 256, "codebook_size": 1024, "grid": (8, 8), "width": 128, "heads": 4,
     "head_dim": 32, "encoder_layers": 1, "decoder_layers": 3}

@@ -32,24 +32,25 @@ def convert(kind: str | None, source: str | Path, options: ConvertOptions | None
     kind: a name in CHECKPOINT_KINDS; None finds it from the source's files and tensor names.
     """
     path = Path(source)
-    if not str(source):
+    if not str(source):  # Path("") is the current folder
         raise MissingFileError("the source is an empty name")
     if not path.exists():
         raise MissingFileError(f"{source}: no such file or folder")
     if kind is not None:
         choose(CHECKPOINT_KINDS, kind, "kind of checkpoint")
     options = options or ConvertOptions()
-    options.check()
+    options.check()  # here and not in the command: from_checkpoint gets them from Python callers
 
     if kind is None:
-        from inference.checkpoints.detect import detect
+        from inference.checkpoints.detect import detect  # needs readers of several kinds
 
         kind = detect(path)
 
     # imported by name: no user of one kind waits for the imports of the others
-    converter = importlib.import_module(f"inference.checkpoints.formats.{kind.replace('-', '_')}")
+    module = kind.replace("-", "_")
+    converter = importlib.import_module(f"inference.checkpoints.formats.{module}")
     converted: ConvertedPart | ConvertedModel = converter.convert(path, options)
-    converted.check()
+    converted.check()  # a mismatch is found before a folder is made
     return converted
 
 

@@ -28,7 +28,7 @@ class ConvertedModel:
     def check(self) -> None:
         """UserError as in ConvertedPart.check, for either part."""
         for part in (self.image_tokenizer, self.seq2seq):
-            if isinstance(part, ConvertedPart):
+            if isinstance(part, ConvertedPart):  # else it was checked when it was loaded
                 part.check()
 
     def write(self, folder: Path, card: str) -> None:
@@ -42,7 +42,7 @@ class ConvertedModel:
         """The model in memory, ready to sample."""
         tokenizer = self.load_tokenizer()
         transformer: Any = self._with_fingerprint(tokenizer).load()
-        assert isinstance(transformer, ImageTransformer)
+        assert isinstance(transformer, ImageTransformer)  # for mypy: load() returns any model
         return TextToImage(LoadedModel(tokenizer, transformer, self.text_tokenizer, self.generation,
                                        folder=self.seq2seq.where))
 
@@ -55,6 +55,7 @@ class ConvertedModel:
 
     def _with_fingerprint(self, tokenizer: ImageTokenizer) -> ConvertedPart:
         """The transformer, bound to its image tokenizer: a model folder refuses any other."""
+        # of our loaded weights: no source states one
         fingerprint = code_fingerprint(tokenizer)
         config = self.seq2seq.config.model_copy(update={"tokenizer_fingerprint": fingerprint})
         return replace(self.seq2seq, config=config)

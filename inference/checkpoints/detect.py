@@ -15,7 +15,7 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
 
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "last", "consolidated")
-_CONTAINERS = ("ema", "state_dict", "model", "module")
+_CONTAINERS = ("ema", "state_dict", "model", "module")  # those of all kinds together
 
 
 def detect(source: Path) -> str:
@@ -27,7 +27,7 @@ def detect(source: Path) -> str:
     kinds = _kinds_of_folder(source) if source.is_dir() else _kinds_of_file(source)
     if len(kinds) == 1:
         return kinds.pop()
-    if kinds:
+    if kinds:  # a folder may hold several models: asking is safer than an order of preference
         problem = f"could be {' or '.join(sorted(kinds))}"
     else:
         problem = "is no checkpoint whose kind can be told from its names"
@@ -46,6 +46,7 @@ def _kinds_of_folder(folder: Path) -> set[str]:
     if kinds:
         return kinds
 
+    # a run of taming holds several checkpoints, of which its converter takes the last
     if any((folder / "checkpoints").glob("*.ckpt")):
         return {"taming"}
     weights = [path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()]
@@ -58,6 +59,7 @@ def _kinds_of_folder(folder: Path) -> set[str]:
 
 def _kinds_by_configs(folder: Path) -> set[str]:
     kinds = set()
+    # a pipeline of diffusers keeps its VQModel in a subfolder; vae/ is mostly another class
     for place in (folder, folder / "vqvae", folder / "movq"):
         if (place / "config.json").is_file():
             config = read_mapping(place / "config.json")
@@ -77,7 +79,7 @@ def _has_min_dalle(folder: Path) -> bool:
 
 def _kinds_of_flax(path: Path) -> set[str]:
     names = read_msgpack(path)
-    if any(".decoder.layers." in name for name in names):
+    if any(".decoder.layers." in name for name in names):  # a VQGAN's decoder has mid and up
         return {"dalle-mini"}
     if any("quantize.embedding" in name for name in names):
         return {"vqgan-jax"}
@@ -102,6 +104,7 @@ def _kinds_by_tensors(names: Iterable[str]) -> set[str]:
     if has("layers.0.attention.wqkv.weight") and has("cls_embedding."):
         kinds.add("llamagen-gpt")
 
+    # first: below these prefixes a whole Janus has the names of LlamaGen or of taming
     if has("gen_vision_model.") or has("vqmodel."):
         kinds.add("janus-vq")
     elif has("encoder.conv_blocks.0.", "res.0.conv1"):
@@ -109,7 +112,7 @@ def _kinds_by_tensors(names: Iterable[str]) -> set[str]:
     elif has("encoder.down_blocks.0.resnets.0.conv1") and has("quantize.embedding"):
         kinds.add("diffusers-vq")
     elif has("encoder.down.0.block.0.conv1") and (
-            has("quantize.embedding") or has("quantize.embed.")):
+            has("quantize.embedding") or has("quantize.embed.")):  # the latter is GumbelVQ's
         # the decoder's finest level never has an upsampling: taming numbers it 0, transformers'
         # Janus last
         kinds.add("janus-vq" if has("decoder.up.0.upsample.") else "taming")

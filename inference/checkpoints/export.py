@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from inference.checkpoints.export_llamagen_gpt import llamagen_state
 from inference.checkpoints.formats.diffusers_vq import as_linear, diffusers_config
 from inference.checkpoints.formats.vqgan_names import (
     CODEBOOK,
@@ -91,6 +92,7 @@ def _refuse(stored: _StoredVQGAN, project: str, wanted: Mapping[str, Any]) -> No
     if not config.has_encoder:
         raise UserError(f"{stored.folder}: has no encoder (has_encoder False), and {project}'s "
                         "files have one; it cannot be exported")
+    # constants of the code of all these projects; None stands for the encoder's value
     common: dict[str, Any] = {
         "norm_groups": NORM_GROUPS, "norm_eps": 1e-6,
         "input_range": "signed", "output_range": "signed",
@@ -103,7 +105,7 @@ def _refuse(stored: _StoredVQGAN, project: str, wanted: Mapping[str, Any]) -> No
         allowed = value if isinstance(value, set) else {value}
         if found not in allowed:
             shown = value
-            if isinstance(value, set):
+            if isinstance(value, set):  # sorted: the order of a set differs from run to run
                 shown = " or ".join(sorted(map(str, value - {None})))
             raise UserError(f"{stored.folder}: {project} cannot express {name} {found!r}, only "
                             f"{shown!r}; try another kind")
@@ -122,8 +124,9 @@ def _to_taming(folder: Path, out: Path) -> Path:
     stored = _read_vqgan(folder)
     quantizer, tensors = stored.config.quantizer, stored.tensors
     gumbel = quantizer.kind == "gumbel"
+    # its middle block has attention whatever the config says
     wanted: dict[str, Any] = {"mid_attention": True, "quantizer.kind": {"vq", "gumbel"}}
-    if not gumbel:
+    if not gumbel:  # GumbelVQ compares no vectors
         wanted["quantizer.l2_normalize"] = False
     _refuse(stored, "taming-transformers", wanted)
 
@@ -151,7 +154,7 @@ def _taming_yaml(config: VQGANConfig) -> dict[str, Any]:
     """The model section of taming's yaml, with a loss that does nothing."""
     if config.quantizer.kind == "gumbel":
         target = "GumbelVQ"
-    else:
+    else:  # the class decides how the codebook would be trained further
         target = "VQModel" if config.quantizer.learn_codebook_by_gradient else "EMAVQ"
     return {"model": {"target": f"taming.models.vqgan.{target}", "params": {
         "embed_dim": config.embed_dim, "n_embed": config.codebook_size, "ddconfig": {
@@ -165,6 +168,7 @@ def _taming_yaml(config: VQGANConfig) -> dict[str, Any]:
 def _to_llamagen(folder: Path, out: Path) -> Path:
     """A `.pt` file that LlamaGen's VQ models load."""
     stored = _read_vqgan(folder)
+    # its code puts attention on the last level, whatever the resolution
     coarsest = stored.config.level_resolutions[-1]
     _refuse(stored, "LlamaGen", {
         "mid_attention": True, "attention_resolutions": (coarsest,), "quantizer.kind": "vq",
@@ -181,9 +185,10 @@ def _to_diffusers(folder: Path, out: Path) -> Path:
     """The folder that `VQModel.from_pretrained` loads; unit-length codes are written normalised."""
     stored = _read_vqgan(folder)
     config = stored.config
+    # any number of groups: its config states it. raw_search: transformers' Janus alone searches so
     _refuse(stored, "diffusers", {
         "norm_groups": config.norm_groups, "quantizer.kind": "vq", "quantizer.raw_search": False})
-    if config.channel_multipliers[0] != 1:
+    if config.channel_multipliers[0] != 1:  # its first convolution has the first level's width
         raise UserError(f"{stored.folder}: diffusers cannot express channel_multipliers "
                         f"{config.channel_multipliers}, only ones that begin with 1; export it as "
                         "another kind")
@@ -193,8 +198,7 @@ def _to_diffusers(folder: Path, out: Path) -> Path:
              for name in tensor_names(VQGAN, config) if not name.startswith("quantizer.")}
     book = stored.tensors[_BOOK][0]  # [K, D]
     if config.quantizer.l2_normalize:
-        # diffusers searches by distance, which agrees with a search by angle if all codes have
-        # length 1
+        # diffusers searches by distance: the same as by angle among codes of length 1
         book = F.normalize(book.float(), dim=1).to(book.dtype)
     state[CODEBOOK] = book
 
@@ -202,7 +206,7 @@ def _to_diffusers(folder: Path, out: Path) -> Path:
         "_class_name": "VQModel", "_diffusers_version": DIFFUSERS_VERSION, "act_fn": "silu",
         **diffusers_config(config),
         "norm_type": "group", "lookup_from_codebook": True, "sample_size": config.resolution}
-    with atomic_folder(out, ()) as aside:
+    with atomic_folder(out, ()) as aside:  # (): no file of an older export is replaced
         write_shards(aside, _on_meta(state), state.__getitem__, stem=DIFFUSERS_STEM)
         write_json_atomic(aside / "config.json", settings)
     return out
@@ -210,8 +214,6 @@ def _to_diffusers(folder: Path, out: Path) -> Path:
 
 def _to_llamagen_gpt(folder: Path, out: Path) -> Path:
     """A `.pt` file that LlamaGen's transformers load."""
-    from inference.checkpoints.export_llamagen_gpt import llamagen_state
-
     _write_file(out, "model", llamagen_state(folder), TORCH_ENDINGS)
     return out
 
@@ -250,6 +252,6 @@ def _torch_save(payload: Mapping[str, Any], aside: Path, out: Path) -> None:
     aside.touch()
     try:
         torch.save(payload, aside)
-    except RuntimeError as error:
+    except RuntimeError as error:  # its zip writer reports a failed write so
         raise RunFailedError(f"{out}: cannot be written; is the disk full? "
                              f"({one_line(error)[:120]})") from None

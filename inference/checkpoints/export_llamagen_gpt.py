@@ -23,7 +23,7 @@ from tokenloom_common.errors import UserError
 from tokenloom_common.pretrained import read_config
 
 _, _TRANSFORMER, _TEXT = PARTS
-_FREE = ("kind", "dropout", "text_projection")
+_FREE = ("kind", "dropout", "text_projection")  # compared elsewhere, or of training only
 _FIXED: dict[str, Any] = {
     **{name: value for name, value in LLAMAGEN.items() if name not in _FREE},
     "norm_placement": "pre", "norm_bias": False, "embedding_norm": False, "attention_bias": False,
@@ -38,9 +38,10 @@ def llamagen_state(folder: Path) -> dict[str, Tensor]:
     """
     is_model = (folder / MODEL_INDEX).is_file()
     place = folder / _TRANSFORMER if is_model else folder
-    _refuse_kind(place)
+    _refuse_kind(place)  # before read_config, whose message does not speak of LlamaGen
     config = read_config(place, DecoderOnly.kind, DecoderOnlyConfig)
     _refuse_fields(config, place)
+    # all refusals come before gigabytes of weights
     null_features = _null_features(folder if is_model else None, config, place)
     return {**_renamed(read_checked(DecoderOnly, config, place), config), **null_features}
 
@@ -50,7 +51,7 @@ def _renamed(tensors: dict[str, Tensor], config: DecoderOnlyConfig) -> dict[str,
     state: dict[str, Tensor] = {}
     joined: dict[str, list[Tensor]] = {}
     for name in tensor_names(DecoderOnly, config):
-        sources = rule_of(name, config).sources
+        sources = rule_of(name, config).sources  # the conversion's own table, read backwards
         if len(sources) == 2:
             halves = tensors[name].chunk(2)  # [2 I, D] -> two of [I, D]
             state |= dict(zip(sources, halves, strict=True))
@@ -90,7 +91,7 @@ def _refuse_fields(config: DecoderOnlyConfig, place: Path) -> None:
         raise UserError(f"{place}: LlamaGen cannot express attention {patterns}, only 'full'")
     if config.grid[0] != config.grid[1]:
         raise UserError(f"{place}: LlamaGen cannot express grid {config.grid}, only a square one")
-    if config.heads * config.head_dim != config.width:
+    if config.heads * config.head_dim != config.width:  # its code divides the width by the heads
         raise UserError(f"{place}: LlamaGen cannot express head_dim {config.head_dim}, only width "
                         f"/ heads = {config.width / config.heads:g}")
 
@@ -118,6 +119,7 @@ def _null_features(folder: Path | None, config: DecoderOnlyConfig, place: Path
         return {}
 
     encoder = read_config(text, kind, FrozenTextConfig)
+    # its loader pads captions on the left
     for name, value in (("padding", "left"), ("null_features", True)):
         found = getattr(encoder, name)
         if found != value:

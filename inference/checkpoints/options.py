@@ -16,8 +16,7 @@ class ConvertOptions:
 
     config: Path | None = None
     """taming: its yaml. llamagen-gpt: n_head, for an unpublished size. min-dalle:
-    attention_head_count, for heads that are not 64 wide. Others: their own config, if it lies
-    elsewhere."""
+    attention_head_count, for heads that are not 64 wide. Others: their config, if elsewhere."""
     resolution: int | None = None
     """Image side in pixels."""
     image_tokenizer: Path | None = None
@@ -39,11 +38,13 @@ class ConvertOptions:
                 reason = "is a folder; give the file" if path.is_dir() else "no such file"
                 raise MissingFileError(f"{flag} {path}: {reason}")
 
+        # text_encoder may be a hub id, so it is looked up when it is loaded
         if self.image_tokenizer is not None and not self.image_tokenizer.exists():
             raise MissingFileError(f"--image-tokenizer {self.image_tokenizer}: no such folder")
 
     def refuse_unread(self, kind: str, *read: str) -> None:
         """UserError if another option is given than those that the converter of `kind` reads."""
+        # an option without effect would look as if it had been applied
         for name, field in self.__dataclass_fields__.items():
             if name not in read and getattr(self, name) != field.default:
                 choices = f" (it reads {', '.join(map(_flag, read))})" if read else ""
@@ -72,6 +73,6 @@ def agreed_resolution(in_config: object, given: int | None, config_path: Path | 
     if type(in_config) is not int or not 1 <= in_config <= MAX_RESOLUTION:
         raise UserError(f"{config_path}: resolution {in_config!r}: expected pixels of a side")
     if given is not None and given != in_config:
-        raise UserError(f"--resolution {given}: {config_path} says {in_config}; leave --resolution "
-                        "out")
+        raise UserError(f"--resolution {given}: {config_path} says {in_config}; "
+                        "leave --resolution out")
     return in_config

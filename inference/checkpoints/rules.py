@@ -23,6 +23,7 @@ from tokenloom_common.tensor_writer import write_shards
 from tokenloom_common.weights import list_problems
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Types that our models compute in after a cast; a cast of quantised integers gives no weights."""
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class ConvertedPart:
         """A line per group of source tensors that does not give one of our `shapes`."""
         found = []
         for name, rule in self.rules.items():
-            if not all(source in self.weights for source in rule.sources):
+            if any(source not in self.weights for source in rule.sources):
                 continue  # listed as missing
             problem = self._problem(rule, shapes[name])
             if problem is not None and problem not in found:  # q, k and v may share one matrix
@@ -97,12 +98,12 @@ class ConvertedPart:
         if not all(dtype in FLOAT_DTYPES for dtype in dtypes):
             names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
             return f"{shown} of {', '.join(names)} instead of floats"
-        if len(set(dtypes)) > 1:
+        if len(set(dtypes)) > 1:  # torch.cat would promote them silently
             return f"{shown} of different types"
 
         try:
             made = rule.make(*(tensor.to("meta") for tensor in sources))
-        except (RuntimeError, IndexError, ValueError):
+        except (RuntimeError, IndexError, ValueError):  # torch.cat, an index, our own _stacked
             return f"{shown}, which do not go together"
         if tuple(made.shape) != expected:
             return f"{shown}, which give {list(made.shape)} instead of {list(expected)}"
@@ -121,12 +122,14 @@ class ConvertedPart:
         return made
 
     def _make(self, rule: Rule, device: str) -> Tensor:
+        # the last .to is for rules without sources, which make their tensor on the CPU
         return rule.make(*(self.weights[source].to(device) for source in rule.sources)).to(device)
 
     def write(self, folder: Path) -> None:
         """Write config.json and safetensors, one tensor at a time. UserError as in `check`."""
         self.check()
         write_config(self.model_class.kind, self.config, folder)
+        # made on the meta device: they have the source's dtypes, which the file keeps
         shapes = {name: self._make(rule, "meta") for name, rule in self.rules.items()}
         write_shards(folder, shapes, self.tensor)
 
@@ -135,6 +138,7 @@ class ConvertedPart:
         self.check()
         with SkipParameterInit():
             model = self.model_class(self.config)
+        # copies into float32; a file's mapped pages in the source's dtype are left alone
         model.load_state_dict({name: self.tensor(name) for name in self.rules})
         return model.eval()
 

@@ -53,6 +53,7 @@ def write_converted(converted: ConvertedPart | ConvertedModel, source: str | Pat
     if isinstance(converted, ConvertedModel):
         converted.write(folder, card)
     else:
+        # a part alone; a whole model's folder has an index and generation settings too
         with atomic_folder(folder, OWN_FILES) as aside:
             converted.write(aside)
             write_text_atomic(aside / CARD_NAME, card)
@@ -61,10 +62,11 @@ def write_converted(converted: ConvertedPart | ConvertedModel, source: str | Pat
 
 def refuse_loss(source: str | Path, out: str | Path) -> None:
     """UserError if writing the folder `out` would replace the source or another project's model."""
+    # resolved: a link or a relative path may lead to the same folder
     folder, source_path = Path(out).resolve(), Path(source).resolve()
     if folder == source_path or folder in source_path.parents:
-        raise UserError(f"{out}: holds the source {source}, which would be lost; give another "
-                        "folder")
+        raise UserError(f"{out}: holds the source {source}, which would "
+                        "be lost; give another folder")
     # most projects call it so: atomic_folder would take it for the file of an older conversion
     if (folder / "config.json").is_file() and not is_ours(folder):
         raise UserError(f"{out}: holds another project's config.json, which would be lost; give "
@@ -78,17 +80,18 @@ def is_ours(folder: Path) -> bool:
         return False
     try:
         return {"kind", "schema_version"} <= read_mapping(path).keys()
-    except UserError:
+    except UserError:  # another project's file may hold anything
         return False
 
 
 def count_parameters(converted: ConvertedPart | ConvertedModel) -> int:
-    """The number of learned numbers in all parts."""
+    """Number of parameters in all parts."""
     if isinstance(converted, ConvertedModel):
         tokenizer = converted.image_tokenizer
         of_transformer = count_parameters(converted.seq2seq)
         if isinstance(tokenizer, ConvertedPart):
             return of_transformer + count_parameters(tokenizer)
+        # loaded from a folder of ours, as --image-tokenizer
         return of_transformer + sum(parameter.numel() for parameter in tokenizer.parameters())
     return sum(parameter.numel() for parameter in converted.built_on_meta().parameters())
 
@@ -133,7 +136,7 @@ def _source_name(source: str | Path) -> str:
 
 def _title(source: str | Path) -> str:
     name = _source_name(source)
-    stem = name if Path(source).is_dir() else Path(name).stem
+    stem = name if Path(source).is_dir() else Path(name).stem  # dots in a folder's name stay
     return stem.replace("_", " ")
 
 

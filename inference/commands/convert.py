@@ -31,7 +31,7 @@ def convert_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom convert`: print the folder's name on stdout, notes and the next step on stderr."""
     args = _convert_parser().parse_args(argv)
     kind, source, out = _split_names(args.names)
-    refuse_loss(source, out)
+    refuse_loss(source, out)  # before the reading, which takes minutes for a large model
     options = ConvertOptions(
         config=args.config, resolution=args.resolution, image_tokenizer=args.image_tokenizer,
         text_encoder=args.text_encoder, classes=args.classes,
@@ -44,7 +44,7 @@ def convert_command(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {name}, {parameters:,} parameters", file=sys.stderr)
     print(_next_step(converted, out), file=sys.stderr)
-    print(out)
+    print(out)  # alone on stdout, for scripts
     return 0
 
 
@@ -69,10 +69,10 @@ def _convert_parser() -> argparse.ArgumentParser:
         help="kind of checkpoint (default: found from its contents), its file or folder, folder "
              "to write")
     add("--config", type=Path, metavar="FILE",
-        help="the source's own config (YAML or JSON), if it is not beside the source or lacks "
-             "something")
-    add("--resolution", type=int, metavar="PIXELS", help="image side, if the source does not "
-                                                         "state it")
+        help="the source's own config (YAML or JSON), if it is not beside "
+             "the source or lacks something")
+    add("--resolution", type=int, metavar="PIXELS",
+        help="image side, if the source does not state it")
     add("--image-tokenizer", type=Path, metavar="DIR",
         help="folder of the converted image tokenizer, for a transformer that comes without one")
     add("--text-encoder", metavar="DIR",
@@ -81,16 +81,16 @@ def _convert_parser() -> argparse.ArgumentParser:
     add("--classes", type=Path, metavar="FILE",
         help="class names, one per line in the order of their numbers (default: the numbers)")
     add("--like-transformers", action="store_true",
-        help="janus-vq: search codes as transformers does (raw lengths), not as the model was "
-             "trained")
-    add("--license", help="licence of the weights, for the model card (default: the card refers "
-                          "to the source)")
+        help="janus-vq: search codes as transformers does (raw lengths), not "
+             "as the model was trained")
+    add("--license",
+        help="licence of the weights, for the model card (default: the card refers to the source)")
     return parser
 
 
 def _next_step(converted: ConvertedPart | ConvertedModel, out: str) -> str:
     """A command to try with the result."""
-    out = shlex.quote(out)
+    out = shlex.quote(out)  # the line is to be pasted into a shell
     if isinstance(converted, ConvertedModel):
         return f'try: tokenloom generate "..." --model {out} --out pictures'
     if hasattr(converted.model_class, "encode"):
@@ -102,14 +102,14 @@ def _next_step(converted: ConvertedPart | ConvertedModel, out: str) -> str:
 def export_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom export`: print the file's name on stdout."""
     parser = OneLineParser(
-        prog="tokenloom export", description="Write a Tokenloom folder as another project's "
-                                             "checkpoint, bit-exact.",
+        prog="tokenloom export",
+        description="Write a Tokenloom folder as another project's checkpoint, bit-exact.",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EXPORT_EXAMPLES)
     parser.add_argument("kind", metavar="KIND", help=", ".join(EXPORTERS))
-    parser.add_argument("folder", metavar="DIR", help="a model folder, or the folder of one of "
-                                                      "its parts")
-    parser.add_argument("out", metavar="OUT", help="file to write (diffusers-vq: folder); never "
-                                                   "overwritten")
+    parser.add_argument("folder", metavar="DIR",
+                        help="a model folder, or the folder of one of its parts")
+    parser.add_argument("out", metavar="OUT",
+                        help="file to write (diffusers-vq: folder); never overwritten")
     args = parser.parse_args(argv)
     print(export_checkpoint(args.kind, args.folder, args.out))
     return 0

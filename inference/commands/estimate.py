@@ -1,5 +1,4 @@
-"""`tokenloom estimate`: the memory of sampling from a model folder or a preset, before anything
-is loaded."""
+"""`tokenloom estimate`: predict the memory of sampling, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.commands.options import add_revision, choose_device
+from inference.commands.options import add_revision
 from inference.memory.available import available_memory
 from inference.memory.estimate import MemoryEstimate, Workload, estimate, largest_batch
 from inference.memory.parts import WEIGHT_BYTES
@@ -28,6 +27,7 @@ from seq2seq import (
 from tokenizer_image.config import ImageTokenizerConfig
 from tokenizer_image.kinds import IMAGE_TOKENIZERS
 from tokenloom_common.config import read_mapping
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import OneLineParser, UserError, choose
 from tokenloom_common.pretrained import read_config, resolve_folder
 
@@ -37,8 +37,7 @@ PARTS = ("weights", "image_tokenizer", "self_cache", "caption_memory", "working"
 
 @dataclass(frozen=True)
 class _Configs:
-    """The configs to estimate from; `not_counted`: a sentence for each part that the estimate
-    leaves out."""
+    """The configs to estimate from; `not_counted` names each part that the estimate leaves out."""
 
     transformer: TransformerConfig
     tokenizer: ImageTokenizerConfig | None
@@ -51,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     check_counts(args.num_images, args.batch_size, 0)
     memory, source = _memory_to_fit(args.memory, args.device)
+    # a folder of the same name is the user's own and goes first
     is_preset = args.model in PRESETS and not Path(args.model).is_dir()
     configs = _preset_configs(args) if is_preset else _folder_configs(args)
     params = configs.generation
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         changed = {**params.plain(), "guidance_scale": args.guidance}
         params = SamplingParams.parse(changed, "--guidance")
 
+    # 1 prompt: `generate` samples one caption at a time
     work = Workload.of_request(1, args.num_images, args.batch_size,
                                guided=params.guidance_scale != 1, weights=args.dtype)
     needs = estimate(configs.transformer, configs.tokenizer, work)
@@ -141,6 +142,7 @@ def _preset_configs(args: argparse.Namespace) -> _Configs:
     if args.revision is not None:
         raise UserError(
             f"--revision {args.revision}: {args.model} is a preset, which has none; leave it out")
+    # no default in the parser: _folder_configs must see which options were given
     sizes = dict(PRESET_SIZES)
     for name in PRESET_SIZES:
         if getattr(args, name) is not None:
@@ -163,6 +165,7 @@ def _folder_configs(args: argparse.Namespace) -> _Configs:
             raise UserError(
                 f"--{option.replace('_', '-')} is for presets; a model folder says it itself")
 
+    # configs alone: of a hub id no weights are downloaded
     folder = resolve_folder(name, args.revision, patterns=("*.json",))
     index = read_model_index(folder)
     transformer = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")),
@@ -170,6 +173,7 @@ def _folder_configs(args: argparse.Namespace) -> _Configs:
     tokenizer = choose(IMAGE_TOKENIZERS, str(index.get("tokenizer_image")),
                        f"{folder}: kind of image tokenizer")
     not_counted = []
+    # its size is in a folder of its own, which may not be on this machine
     if index["text_tokenizer"] == FrozenTextEncoder.kind:
         encoder = read_config(folder / "text_tokenizer", FrozenTextEncoder.kind, FrozenTextConfig)
         not_counted.append(f"the frozen text encoder {encoder.name}")

@@ -19,7 +19,6 @@ from inference.commands.options import (
     add_speed_options,
     calibrate_threads,
     check_speed_options,
-    choose_device,
     command_parser,
     given_params,
 )
@@ -31,6 +30,7 @@ from inference.results import GenerationResult
 from inference.sampling import SamplingParams
 from inference.scoring.rerank import check_candidates
 from tokenizer_image.images import BadImageError, image_grid, open_image
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import OneLineParser, UserError, one_line
 from tokenloom_common.progress import progress
 
@@ -54,6 +54,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     if args.prompts is not None:
         defaults = PromptRequest("", args.num_images, args.seed, None, args.negative_prompt, layout)
         requests = read_prompts(Path(args.prompts), defaults, params)
+    # on the CPU the fastest number of threads depends on the rows of a step: measure it
     if device == "cpu" and args.threads is None:
         drawn_of_file = sum(request.num_images for request in requests)
         drawn = drawn_of_file or args.rerank_from or args.num_images
@@ -98,7 +99,7 @@ def _parser() -> OneLineParser:
         "--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
     add_sampling_options(parser)
     parser.add_argument(
-        "--negative-prompt", help="what guidance leads away from (default: no caption)")
+        "--negative-prompt", help="text that guidance leads away from (default: no caption)")
     parser.add_argument(
         "--layout", help="for models with a layout: a picture (colours), or a .json file of class "
         "numbers, row after row (default: sampled)")
@@ -135,7 +136,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UserError("captions and --prompts: give one of them")
     else:
         for name in ("attention", "rerank_from", "jacobi"):
-            if getattr(args, name) not in (None, 1):
+            if getattr(args, name) not in (None, 1):  # 1: --jacobi's default
                 raise UserError(f"--{name.replace('_', '-')} does not go with --prompts; "
                                 "give captions on the command line")
     if (args.rerank_from is None) != (args.matcher is None):
@@ -146,8 +147,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _check_attention_words(model: TextToImage, args: argparse.Namespace) -> None:
-    """Raise UserError, before anything is sampled, for a word of --attention that a caption does
-    not have."""
+    """Raise UserError, before sampling, for a word of --attention that a caption does not have."""
     for prompt in args.prompt:
         for word in args.attention or []:
             word_positions(model.text_tokenizer, prompt, word)
@@ -175,7 +175,7 @@ def _generate_file(model: TextToImage, requests: list[PromptRequest], out: Path,
     failed = False
     images = model.generate_many(requests, args.batch_size)
     for result in progress(images, "generate", total=total, unit="picture"):
-        if result.image is None:
+        if result.image is None:  # the others of the file are drawn all the same
             which = f"'{result.prompt[:60]}', seed {result.seed}"
             print(f"tokenloom generate: {which}: {result.reason}", file=sys.stderr)
             failed = True
@@ -200,7 +200,7 @@ def _metadata(args: argparse.Namespace, prompt: str, seed: int, params: Sampling
     if negative_prompt is not None:
         values["negative_prompt"] = negative_prompt
     if score is not None:
-        values["score"] = score
+        values["score"] = score  # a score means nothing without its matcher
         values["matcher"] = str(args.matcher)
     values["tokenloom"] = toolkit_version()
     values["digitalSourceType"] = "trainedAlgorithmicMedia"  # IPTC's term for generated images
@@ -230,6 +230,7 @@ def _save_results(results: list[GenerationResult], out: Path,
                 save(result.attention_overlay(word, number), f"{stem}-attention-{slug(word)}")
 
     if len(images) > 1:
+        # a row of the grid per caption, or all in a row if each has one image
         per_row = args.num_images if args.num_images > 1 else len(images)
         save(image_grid(images, columns=min(per_row, GRID_COLUMNS)), "grid")
     return paths

@@ -22,6 +22,7 @@ def info(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     args = parser.parse_args(argv)
 
+    # loaded, not only read: so the command also tells whether the weights are whole
     report = _report(load_model_folder(args.folder, revision=args.revision))
     if args.json:
         print(json.dumps(report, indent=2))

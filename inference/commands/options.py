@@ -16,7 +16,7 @@ from inference.requests import text_like
 from inference.sampling import SamplingParams
 from tokenloom_common.errors import OneLineParser, UserError
 
-MAX_THREADS = 4096  # also of the Jacobi window
+MAX_THREADS = 4096  # also the largest Jacobi window
 
 
 def command_parser(name: str, description: str, examples: str) -> OneLineParser:
@@ -31,32 +31,11 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
 
 
-def choose_device(name: str | None) -> str:
-    """Return the device of --device, or the GPU if there is one.
-
-    UserError for one that is not usable.
-    """
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"--device {name}: this machine has no usable GPU; "
-                            "leave --device out, or say --device cpu")
-        # torch knows devices that this machine or this build does not have
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(
-            f"--device {name}: not a device of this machine; use cpu, cuda or cuda:0") from None
-    return name
-
-
 # ---- speed
 
 
 def add_speed_options(parser: OneLineParser) -> None:
-    """Add options that change how fast images are drawn, not which (up to the rounding of
-    --weights)."""
+    """Add options for speed; the images stay the same, up to the rounding of --weights."""
     parser.add_argument(
         "--weights", choices=get_args(Precision), help="of the generator (default: float32 on the "
         "CPU, bfloat16 on CUDA); int8 is smaller and faster, and rounds")
@@ -93,6 +72,7 @@ def _decoder_step(model: TextToImage, rows: int) -> Callable[[], object]:
     groups = [decoder.prefill(text, rows)]
     cache = decoder.new_cache(groups)
     previous = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
+    # halfway: attention over a growing cache makes this step about the average one
     position = max(1, decoder.config.num_tokens // 2)
     return partial(decoder.decode_one, previous, position, groups, cache)
 
@@ -134,6 +114,7 @@ def given_params(args: argparse.Namespace, defaults: SamplingParams,
                  guidance: float | None) -> SamplingParams:
     """Return `defaults` with what the command line changes. UserError for a value out of range."""
     values = defaults.plain()
+    # guidance is an argument, since --guidance may be a list (several_scales)
     if guidance is not None:
         values["guidance_scale"] = guidance
     for name in ("guidance_schedule", "guidance_power", "guidance_end", "top_k", "temperature",

@@ -46,7 +46,7 @@ def output_folder(name: str) -> Path:
 
 def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
     """Write a PNG file atomically. RunFailedError with the path and the reason."""
-    aside = path.with_name(f".{path.name[:100]}.tmp")
+    aside = path.with_name(f".{path.name[:100]}.tmp")  # cut, so that the name is not too long
     try:
         image.save(aside, format="PNG", pnginfo=info)
         os.replace(aside, path)

@@ -12,7 +12,7 @@ import numpy
 import torch
 from PIL import Image
 
-from inference.commands.options import add_revision, choose_device, command_parser
+from inference.commands.options import add_revision, command_parser
 from inference.commands.picture_files import free_path, output_folder, save_png
 from inference.model_folder import load_image_tokenizer
 from tokenizer_image import ImageTokenizer
@@ -26,6 +26,7 @@ from tokenizer_image.images import (
     pixels_to_images,
 )
 from tokenizer_image.tiling import decode_tiled, encode_tiled
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import OneLineParser, UserError
 from tokenloom_common.progress import progress
 
@@ -49,7 +50,7 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
             pixels = _read_pixels(name, tokenizer, args.tiles)
         except BadImageError as error:
             if len(args.image) == 1:
-                raise
+                raise  # the only one: its error is the command's
             print(f"tokenloom reconstruct: skipped: {error}", file=sys.stderr)
             failed += 1
             continue
@@ -120,6 +121,7 @@ def _reconstruct(tokenizer: ImageTokenizer, pixels: numpy.ndarray, tiled: bool,
         decoded = tokenizer.decode(tokenizer.encode(image))
     rebuilt = float_to_pixels(decoded).cpu()
 
+    # of uint8 pixels, as they are saved: peak 255
     error = float((original.double() - rebuilt.double()).square().mean())
     psnr = MAX_PSNR
     if error > 0:

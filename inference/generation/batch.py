@@ -1,5 +1,4 @@
-"""One batch of captions that is generated together: the request, and the state while its tokens
-are drawn."""
+"""One batch of captions: the request, and the state while its tokens are drawn."""
 
 # Axes: B images, C captions, T text ids, R rows (B, or 2B under guidance), N image tokens, L layout
 #       tokens, K codebook size
@@ -59,8 +58,7 @@ class Generation:
         self.forwards = 0
         self.guided_steps = guided_steps(request.params, self.total)
         self._layout_tokens = decoder.config.layout_tokens
-        # the layout's keys come first even if it is given, so that an image's noise does not depend
-        # on that
+        # the layout's keys come first even if it is given, so that the image's noise is the same
         keys = noise_keys(request.seeds, self._layout_tokens + self.total)  # [B, L + N]
         self._keys = keys.to(decoder.device)
 
@@ -79,7 +77,7 @@ class Generation:
         groups, cache = self.prefill()
         previous = None
         for position in range(self.total):
-            if position == self.guided_steps:
+            if position == self.guided_steps:  # from here on half the rows, half the work
                 groups, cache = self.without_guidance(groups, cache)
             if previous is not None and len(groups) == 2:
                 previous = previous.repeat(2)  # both branches read the same token
@@ -89,8 +87,7 @@ class Generation:
             yield previous
 
     def prefill(self) -> tuple[list[CaptionMemory], SelfCache]:
-        """Return the captions' memory, one group per branch, and a cache that holds all that
-        precedes the image tokens."""
+        """Return the captions' memory, one group per branch, and a cache up to token 0."""
         request = self.request
         groups = [self.decoder.prefill(request.captions, request.images)]
         if self.branches == 2:

@@ -55,9 +55,9 @@ class StaticStep:
 
     def load(self, groups: list[CaptionMemory], cache: SelfCache, keys: Tensor, previous: Tensor,
              position: int) -> None:
-        """Copy the state of a request in; rows are ordered by branch, and padding repeats the last
-        of the B images.
+        """Copy the state of a request in; padding repeats the last of its B images.
 
+        Rows are ordered by branch.
         previous [B]: the tokens before `position`. keys [B, N].
         """
         count = len(keys)
@@ -96,8 +96,7 @@ class StaticStep:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # libraries choose kernels and allocate workspaces on first use, which a graph must not
-            # hold
+            # libraries choose kernels and allocate workspaces on first use: not inside a graph
             for _ in range(3):
                 self.positions.fill_(self.decoder.first_position)
                 self._step()
@@ -110,8 +109,7 @@ class StaticStep:
         self._run = graph.replay
 
     def request_cache(self, count: int) -> SelfCache:
-        """Return the cache of a request's B = `count` images without the padding, as it is after
-        the steps so far."""
+        """Return the cache of a request's B = `count` images, without the padding."""
         images = torch.arange(count)
         branch_rows = [images + branch * self.images for branch in range(self.branches)]
         rows = torch.cat(branch_rows).to(self.cache.keys.device)
@@ -120,8 +118,7 @@ class StaticStep:
 
 
 def _copy_memory(source: CaptionMemory, target: CaptionMemory, captions: Tensor) -> None:
-    """Copy captions [P] of one memory into a static one, and hide the text slots beyond the
-    source's."""
+    """Copy captions [P] of one memory into a static one, and hide the slots beyond its text."""
     if not target.keys:
         return  # decoder-only: the text is part of the self-attention cache
     length = source.keys[0].shape[2]
@@ -135,11 +132,11 @@ def _copy_memory(source: CaptionMemory, target: CaptionMemory, captions: Tensor)
 
 def kept_step(decoder: CachedDecoder, images: int, branches: int,
               params: SamplingParams) -> StaticStep:
-    """Return a step of these sizes, captured if there is CUDA; the decoder keeps the most
-    recently used ones."""
+    """Return a step of these sizes, captured on CUDA; the decoder keeps the last ones used."""
     kept = decoder.recorded_steps
+    # params too: filters and their constants are part of a captured graph
     key = (images, branches, params)
-    step = kept.pop(key, None)
+    step = kept.pop(key, None)  # and put back below, as the most recently used
     if step is None:
         step = StaticStep(decoder, images, branches, params)
         if decoder.device.type == "cuda":
@@ -151,8 +148,7 @@ def kept_step(decoder: CachedDecoder, images: int, branches: int,
 
 
 def static_steps(generation: Generation) -> Iterator[Tensor]:
-    """Do what `Generation.steps` does with static steps: yield the next ids [B] int64 for each
-    of the N positions."""
+    """Do what `Generation.steps` does, with static steps: yield ids [B] int64, N times."""
     decoder, request = generation.decoder, generation.request
     groups, cache = generation.prefill()
     count = request.rows
@@ -165,7 +161,7 @@ def static_steps(generation: Generation) -> Iterator[Tensor]:
     step: StaticStep | None = None
     for position in range(first, generation.total):
         if step is None or position == generation.guided_steps:
-            if step is not None:
+            if step is not None:  # guidance ends: the step's own cache is the newer one
                 cache = step.request_cache(count)
             if position >= generation.guided_steps:
                 groups, cache = generation.without_guidance(groups, cache)

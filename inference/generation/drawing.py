@@ -40,10 +40,10 @@ def draw_tokens(logits: Tensor, scale: float | Tensor, params: SamplingParams, k
     """Draw ids [B] int64 from logits [R, K] under the noise keys [B]
     (`inference.sampling.noise_keys`).
 
-    With R = 2B logits they are guided: `scale` is one for all images, or a tensor [B, 1]. With R =
-    B it is not read.
-    allow_sync: False inside CUDA graph capture, where Python must not wait for a value; the ids are
-    the same.
+    With R = 2B logits they are guided: `scale` is one for all images, or a tensor [B, 1].
+    With R = B it is not read.
+    allow_sync: False inside CUDA graph capture, where Python must not wait for a value; it does
+    not change the ids.
     """
     images = len(keys)
     logits = logits.float()
@@ -54,8 +54,7 @@ def draw_tokens(logits: Tensor, scale: float | Tensor, params: SamplingParams, k
 
 def draw_at(logits: Tensor, position: int, total: int, params: SamplingParams,
             keys: Tensor) -> Tensor:
-    """Draw ids [B] at `position` of `total`, where all images are at the same position; logits
-    and keys as in draw_tokens."""
+    """Draw ids [B], all at the same `position` of `total`; logits and keys as in draw_tokens."""
     scale = guidance_at(params, position, total)
     if scale == 1.0:
         logits = logits[: len(keys)]  # the conditional ones, which guiding by 1 would round
@@ -64,9 +63,9 @@ def draw_at(logits: Tensor, position: int, total: int, params: SamplingParams,
 
 def put_layout(decoder: CachedDecoder, groups: list[CaptionMemory], cache: SelfCache,
                layout: Tensor | None, params: SamplingParams, keys: Tensor) -> Tensor:
-    """Put a layout into the cache of R rows and return it, [B, L]: `layout` if it is given, else
-    drawn token after token.
+    """Put a layout into the cache of R rows and return it, [B, L].
 
+    layout: None to draw it, token after token.
     groups: one memory per branch. keys [B, at least L]: the noise keys, the layout's first.
     """
     branches = len(groups)
@@ -81,7 +80,6 @@ def put_layout(decoder: CachedDecoder, groups: list[CaptionMemory], cache: SelfC
     for position in range(total):
         ids = draw_at(logits, position, total, params, keys[:, position])
         drawn.append(ids)
-        # also after the last token, whose logits are not used: its keys and values must be in the
-        # cache
+        # also after the last token, for its keys and values: its logits are not used
         logits = decoder.decode_layout(ids.repeat(branches)[:, None], position, groups, cache)
     return torch.stack(drawn, dim=1)

@@ -17,7 +17,7 @@ from inference.sampling import SamplingParams
 from seq2seq import TextBatch, TransformerConfig
 from tokenloom_common.errors import UserError
 
-MAX_SEED = (1 << 63) - 1
+MAX_SEED = (1 << 63) - 1  # noise keys are int64
 
 
 @dataclass(frozen=True)

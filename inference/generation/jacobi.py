@@ -9,8 +9,7 @@ before them has.
 
 This is speculative Jacobi decoding (Teng et al. 2024, https://arxiv.org/abs/2410.01699) with
 Gumbel-coupled drafts (So et al. 2025, https://arxiv.org/abs/2510.24211), accepted where equal: not
-only the distribution but every token is that of plain decoding (up to rounding: docs/sampling.md,
-Seeds).
+only the distribution but every token is that of plain decoding (up to rounding: docs/sampling.md).
 """
 
 # Axes: B images, w positions of the window, N image tokens, K codebook size
@@ -59,8 +58,7 @@ def jacobi_steps(generation: Generation) -> Iterator[Tensor]:
 
 def _draw_window(generation: Generation, tokens: Tensor, known: Tensor, window: int,
                  groups: list[CaptionMemory], cache: SelfCache) -> Tensor:
-    """Draw the next `window` tokens of each image into `tokens`, and return the number of known
-    tokens [B]."""
+    """Draw the next `window` tokens of each image into `tokens`; return how many are known, [B]."""
     # near the end a window reaches back over known tokens
     start = known.clamp(max=generation.total - window)
     positions = start[:, None] + torch.arange(window, device=known.device)  # [B, w]
@@ -77,16 +75,14 @@ def _draw_window(generation: Generation, tokens: Tensor, known: Tensor, window: 
     keys = generation.token_keys.gather(1, positions).flatten()
     drawn = draw_tokens(logits.flatten(0, 1), scales, params, keys).view(positions.shape)  # [B, w]
 
-    # a drawn token is right if everything before it in the window was known, or guessed as it was
-    # then drawn
+    # a drawn token is right if all before it in the window was known, or guessed as then drawn
     is_new = positions >= known[:, None]
     guess_held = (drawn[:, :-1] == previous[:, 1:]) | ~is_new[:, :-1]
     first_held = torch.ones_like(is_new[:, :1])
     all_held = torch.cat([first_held, guess_held], dim=1).long().cumprod(dim=1).bool()
     accepted = all_held & is_new
 
-    # known tokens stay, whatever rounding would make of drawing them again: some were already
-    # yielded
+    # known tokens stay, whatever rounding makes of drawing them again: some were yielded already
     kept = torch.where(is_new, drawn, tokens.gather(1, positions + 1))
     tokens.scatter_(1, positions + 1, kept)
     return known + accepted.sum(dim=1)
@@ -94,8 +90,10 @@ def _draw_window(generation: Generation, tokens: Tensor, known: Tensor, window: 
 
 def _guess_previous(tokens: Tensor, known: Tensor, positions: Tensor,
                     generation: Generation) -> Tensor:
-    """Return the token before each of `positions` [B, w]: known, or guessed by the last step, or
-    copied from a neighbour."""
+    """Return the token before each of `positions` [B, w], which may be a guess.
+
+    It is known, or guessed by the last step, or else copied from a neighbour.
+    """
     begin = generation.decoder.begin
     columns = generation.decoder.config.grid[1]
     previous = tokens.gather(1, positions)

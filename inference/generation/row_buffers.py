@@ -1,5 +1,4 @@
-"""Per-row state of a continuous batch, in buffers allocated once: a row is given to the next
-image when its image ends."""
+"""Per-row state of a continuous batch, in buffers that are allocated once."""
 
 # Axes: R rows, N image tokens, T text slots, G key/value heads, d head width
 
@@ -63,8 +62,7 @@ class RowBuffers:
             buffer[target] = buffer[source]
 
     def put_text(self, decoder: CachedDecoder, groups: list[CaptionMemory], first: int) -> None:
-        """Write the text of `groups` into the rows from `first` on, and clear the rest of their
-        caches.
+        """Write the text of `groups` into the rows from `first` on, whose caches are cleared.
 
         Cleared, because attention multiplies hidden slots by zero, and what an earlier image left
         there might not be finite.
@@ -95,8 +93,7 @@ class RowBuffers:
 
 
 def _put_memory(group: CaptionMemory, rows: SelfCache) -> None:
-    """Copy a caption's cross-attention keys and values into its rows, and hide the text slots
-    after them."""
+    """Copy a caption's cross-attention keys and values into its rows, and hide all slots after."""
     assert rows.seen is not None
     length = group.keys[0].shape[2]
     for buffer, layers in ((rows.keys, group.keys), (rows.values, group.values)):
@@ -113,8 +110,7 @@ def text_to(text: TextBatch, device: torch.device) -> TextBatch:
 
 
 class UnconditionalTexts:
-    """Prefill unconditional texts, and keep the memory of the last KEPT_UNCONDITIONAL of them,
-    which jobs share."""
+    """Prefill unconditional texts; keep the last KEPT_UNCONDITIONAL memories for later jobs."""
 
     def __init__(self, decoder: CachedDecoder) -> None:
         self.decoder = decoder
@@ -124,7 +120,7 @@ class UnconditionalTexts:
         """Return the memory of a text [1, T], prefilled if it is not kept."""
         text = text_to(text, self.decoder.device)
         known: tuple[TextBatch, CaptionMemory] | None = None
-        for entry in self._kept:
+        for entry in self._kept:  # by value: each job brings tensors of its own
             if all(map(torch.equal, entry[0], text)):
                 known = entry
         if known is None:

@@ -1,8 +1,8 @@
 """Continuous batching: a queue of captions whose images share one batch, each with its own
 parameters and seed.
 
-    scheduler = Scheduler(decoder, rows=16) for image in scheduler.run(ImageJob(captions,
-    unconditional, params, seeds=[0, 1, 2, 3]) for ...):
+    scheduler = Scheduler(decoder, rows=16)
+    for image in scheduler.run(ImageJob(captions, unconditional, params, seeds=[0, 1]) for ...):
         ...  # FinishedImage or FailedImage, in the order in which they end
 
 An image takes one row of the batch, and a second one while guidance acts on it. A decoder step
@@ -48,12 +48,11 @@ FAILURES = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 class Scheduler:
-    """Draw the images of all submitted jobs, first come first served, in `rows` rows. UserError for
-    rows below 1.
+    """Draw the images of all submitted jobs, first come first served, in `rows` rows.
 
     `forwards` counts the decoder's steps. The rows' buffers are allocated once, here; beside them
     live the memory of the caption whose images are being admitted and of up to KEPT_UNCONDITIONAL
-    unconditional texts.
+    unconditional texts. UserError for rows below 1.
     """
 
     def __init__(self, decoder: CachedDecoder, rows: int) -> None:
@@ -138,8 +137,7 @@ class Scheduler:
                 yield self._ended.popleft()
 
     def step(self) -> list[FinishedImage | FailedImage]:
-        """Admit what fits, draw one token of every image in the batch, and return the images that
-        ended.
+        """Admit what fits, draw one token of every image in the batch; return those that ended.
 
         If the decoder raises (out of memory), no image has moved: the step may be repeated, or a
         job cancelled first.
@@ -170,8 +168,7 @@ class Scheduler:
             if queued.waiting == 0:
                 self._queue.popleft()
                 queued.memory = None
-            # an image of one token may be complete already, and guidance may have acted on the
-            # layout alone
+            # an image of one token may be complete, and guidance may have acted on the layout alone
             self._remove_finished()
 
     def _fail(self, queued: QueuedJob, reason: str) -> None:
@@ -181,8 +178,7 @@ class Scheduler:
         queued.admitted = len(queued.job.seeds)
 
     def _start(self, queued: QueuedJob, images: int) -> None:
-        """Put the job's next images after the active rows, up to where a decoder step continues
-        them."""
+        """Put the job's next images after the active rows, ready for the next decoder step."""
         decoder, buffers, job = self.decoder, self._buffers, queued.job
         layout_tokens = decoder.config.layout_tokens
         if queued.memory is None:

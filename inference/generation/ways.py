@@ -19,15 +19,14 @@ from inference.generation.jacobi import jacobi_steps
 
 
 def generate_tokens(decoder: CachedDecoder, request: Request) -> tuple[Tensor, Tensor | None]:
-    """Run all steps -> image_tokens [B, N] int64 in raster order, and the layout [B, L] of
-    models that have one."""
+    """Run all steps -> image_tokens [B, N] int64 in raster order, layout [B, L] if there is one."""
     generation = Generation(decoder, request)
+    # the list before `layout`, which is known only once the steps have run
     return torch.stack(list(token_steps(generation)), dim=1), generation.layout
 
 
 def token_steps(generation: Generation) -> Iterator[Tensor]:
-    """Yield the next ids [B] for each of the N positions, decoded as suits request and device;
-    the tokens are the same."""
+    """Yield the next ids [B] for each of the N positions, the same however they are decoded."""
     if generation.request.window > 1:
         return jacobi_steps(generation)
     if generation.decoder.device.type == "cuda":

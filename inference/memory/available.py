@@ -15,6 +15,7 @@ def available_memory(device: str | torch.device, root: Path = Path("/")) -> int 
     holds without using it. root: of the file system, for tests.
     """
     device = torch.device(device)
+    # reserved - allocated: torch's allocator keeps freed blocks, which the driver counts as used
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -34,7 +35,7 @@ def _control_groups(root: Path) -> list[int]:
         return []
     left = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = line.split(":", 2)  # "hierarchy:controllers:path", man 7 cgroups
         if controllers not in ("", "memory"):
             continue
         mount = root / "sys/fs/cgroup"
@@ -79,8 +80,7 @@ def _number(path: Path) -> int | None:
 
 
 def kernel_numbers(path: Path, unit: int = 1024) -> dict[str, int]:
-    """Read lines `name number [kB]` of a file of the kernel's as bytes by name; empty without
-    the file."""
+    """Read lines `name number [kB]` of a kernel file as bytes by name; empty without the file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

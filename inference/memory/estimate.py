@@ -1,14 +1,12 @@
-"""Predict the memory of sampling from the configs, before anything is allocated, and compare it
-with what is available.
+"""Predict the memory of sampling from configs, and compare it with what is available.
 
 Weights are counted on models built without memory (torch's meta device), caches from their shapes,
 and the image tokenizer's decoder by running it on the meta device, where tensors have shapes and no
 numbers, and adding up what is alive at once.
 """
 
-# Axes: B images, C captions, R rows (an image, or one of its branches under guidance), N image
-#       tokens, S slots of the sequence, T text slots, G key/value heads, d head width, D width, K
-#       codebook size
+# Axes: R rows (an image, or one of its branches under guidance), S slots of the sequence,
+#       T text slots, N image tokens, B images, K codebook size
 
 from __future__ import annotations
 
@@ -47,8 +45,7 @@ class Workload:
     """The sampling to predict: `pictures` images at a time of `captions` different captions.
 
     weights: precision of the decoder's matrices.
-    dtype: of everything else and of the caches; None = that of the weights, float32 with int8
-    weights.
+    dtype: of everything else and of the caches; None = that of the weights (of int8: float32).
     decoded: images that become pixels at a time (None = `pictures`).
     kept: images of the whole request (None = `pictures`).
     streamed: images are decoded while others are still drawn.
@@ -78,8 +75,7 @@ class Workload:
 
     @classmethod
     def of_request(cls, prompts: int, num_images: int, batch_size: int, **others: Any) -> Workload:
-        """Return the largest batch of num_images images of each prompt, as TextToImage batches
-        them."""
+        """Return the largest batch that TextToImage makes of num_images images per prompt."""
         captions = min(prompts, max(1, batch_size // num_images))
         pictures = captions * min(num_images, batch_size)
         total = prompts * num_images
@@ -118,8 +114,7 @@ class MemoryEstimate:
     pictures: decoding to pixels.
     results: the finished images, in main memory on any device.
 
-    Drawing tokens and decoding them to pixels follow one another, so only the larger counts, unless
-    streamed.
+    Unless streamed, drawing tokens and decoding them follow one another: only the larger counts.
     """
 
     weights: int
@@ -219,11 +214,9 @@ def _working_bytes(config: TransformerConfig, sizes: TransformerSizes, work: Wor
 
 def largest_batch(config: TransformerConfig, tokenizer: ImageTokenizerConfig | None, work: Workload,
                   memory: int, loaded: bool = False) -> int:
-    """Return how many images at a time fit into `memory` bytes, all else as in `work`; 0 if not
-    even one.
+    """Return how many images at a time fit into `memory` bytes, all else as in `work`; may be 0.
 
-    loaded: the weights are there already and finished images lie elsewhere, so `memory` is for
-    sampling alone.
+    loaded: `memory` is for sampling alone, without the weights and the finished images.
     """
     def fits(pictures: int) -> bool:
         captions = min(work.captions, pictures)

@@ -1,5 +1,7 @@
-"""Models on torch's meta device, where tensors have shapes and no numbers: count memory before
-it is allocated."""
+"""Count the memory of models before it is allocated, on torch's meta device.
+
+Tensors there have shapes, but no numbers.
+"""
 
 # Axes: B batch, H heads, G key/value heads, n slots, d head width
 
@@ -50,8 +52,7 @@ def autocast_on_meta() -> Iterator[None]:
 
 
 def peak_on_meta(run: Callable[[], object], model: nn.Module) -> int:
-    """Return the peak bytes of the tensors that `run` allocates on the meta device, without the
-    model's own."""
+    """Return the peak bytes that `run` allocates on the meta device, beside the model's own."""
     with torch.no_grad(), fused_attention(), Alive(model) as alive:
         run()
     return alive.peak
@@ -63,8 +64,7 @@ def fused_attention(with_dropout: bool = False) -> Iterator[None]:
 
     CPU and CUDA have such kernels for heads that are contiguous in memory; the meta device has
     none, and would always allocate the scores.
-    with_dropout: also with dropout of attention weights, which CUDA's kernels do and the CPU's does
-    not.
+    with_dropout: also with dropout of attention weights, which only CUDA's kernels have.
     """
     original = F.scaled_dot_product_attention
 
@@ -75,8 +75,7 @@ def fused_attention(with_dropout: bool = False) -> Iterator[None]:
             return _Fused.apply(query, key, value, attn_mask)
         return original(query, key, value, attn_mask, dropout_p, **options)
 
-    # not a torch function mode: it would not reach activations that are recomputed in a backward
-    # pass
+    # not a torch function mode, which would not reach what a backward pass recomputes
     F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:
         yield

@@ -31,10 +31,8 @@ class TransformerSizes:
     text_slots: int  # those of them that are text; 0 with cross-attention
 
     def weight_bytes(self, weights: str, number: int) -> int:
-        """Return the bytes of all weights in this precision; `number`: bytes of a number that is
-        not int8."""
-        # int8: one byte per number of a matrix and one scale per output row; the rest stays as it
-        # was
+        """Return the bytes of all weights in this precision; `number`: of one that is not int8."""
+        # int8: one byte per number of a matrix and one scale per output row; the rest is not int8
         if weights == "int8":
             return self.matrices + (self.matrix_rows + self.others) * number
         return (self.matrices + self.others) * WEIGHT_BYTES[weights]
@@ -55,16 +53,20 @@ def transformer_sizes(config: TransformerConfig) -> TransformerSizes:
 
 
 def slot_bytes(config: TransformerConfig, number: int) -> int:
-    """Return the bytes of one slot's keys and values in all decoder layers; `number`: bytes per
-    number."""
+    """Return the bytes of one slot's keys and values in all decoder layers.
+
+    number: bytes per number.
+    """
     layers: int = config.decoder_layers  # type: ignore[attr-defined]
     return 2 * layers * (config.kv_heads or config.heads) * config.head_dim * number
 
 
 @lru_cache(maxsize=32)
 def tokenizer_bytes(config: ImageTokenizerConfig) -> int:
-    """Return the bytes of parameters and buffers of both halves, float32 whatever the
-    transformer is."""
+    """Return the bytes of both halves' parameters and buffers.
+
+    Always float32, whatever the transformer's type.
+    """
     model = build_on_meta(build_tokenizer, config)
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
@@ -84,6 +86,7 @@ def picture_bytes(config: ImageTokenizerConfig) -> tuple[int, int]:
             float_to_pixels(model.decode_vectors(vectors).clamp(-1.0, 1.0))
         return peak_on_meta(decode, model)
 
+    # the peak is linear in the number of images: two points give both terms
     one, two = peak(1), peak(2)
     per_image = two - one
     # the codebook is normalised or projected anew for each look-up, in float32

@@ -36,12 +36,13 @@ def exact_and_human(count: int) -> str:
 
 def bytes_of(text: str) -> int:
     """Parse --memory: "8GiB" -> 8,589,934,592. UserError for anything else."""
+    # at most 18 digits: a mistake is refused here, instead of computed with
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([A-Za-z]*)", text.strip())
     if not found or found[2] not in UNITS:
         units = ", ".join(filter(None, UNITS))
         raise UserError(
             f"--memory '{text}': expected a number and a unit ({units}), such as 8GiB")
-    return int(Fraction(found[1]) * UNITS[found[2]])
+    return int(Fraction(found[1]) * UNITS[found[2]])  # exact, where a float would round
 
 
 def grid_of(text: str) -> tuple[int, int]:

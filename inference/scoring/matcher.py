@@ -2,8 +2,8 @@
 
 A CNN embeds the image, the caption encoder of our transformers embeds the caption, and their cosine
 similarity is the score. Trained with `training/train_matcher.py` on the contrastive objective of
-Radford et al. 2021 (https://arxiv.org/abs/2103.00020), but in size, data and reach nothing like the
-published models.
+Radford et al. 2021 (https://arxiv.org/abs/2103.00020), but far smaller than the published models in
+size, data and reach.
 """
 
 # Axes: B batch, S side in pixels, C channels, T text positions, D width of the text tower, E width
@@ -56,8 +56,7 @@ class ImageTowerConfig(StrictConfig):
 
 
 class TextTowerConfig(LayersConfig):
-    """The caption encoder: the same as in an encoder-decoder transformer, so that one can start
-    from it."""
+    """The caption encoder: as in an encoder-decoder transformer, so that it can start from one."""
 
     layers: int = Field(
         4, ge=0, le=512, description="of the text tower; 0 only with text features")
@@ -112,8 +111,7 @@ class Embeddings(NamedTuple):
 
 
 class Matcher(PretrainedModule):
-    """Embed images and captions as vectors of length 1, whose dot product is their cosine
-    similarity."""
+    """Embed images and captions as unit vectors, whose dot product is their cosine similarity."""
 
     kind = "matcher"
     config_class = MatcherConfig
@@ -131,8 +129,10 @@ class Matcher(PretrainedModule):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Initialise embeddings and positions with std 0.02, as in the transformers; all else by
-        torch's default."""
+        """Initialise embeddings and positions with std 0.02, as in the transformers.
+
+        All else keeps torch's default.
+        """
         text_input = self.text_encoder.text_input
         for module in text_input.modules():
             if isinstance(module, nn.Embedding):
@@ -152,8 +152,10 @@ class Matcher(PretrainedModule):
         return F.normalize(self.image_projection(self.image_tower(image)).float(), dim=-1)
 
     def embed_captions(self, text_input: Tensor, text_mask: Tensor) -> Tensor:
-        """Text ids [B, T] int64 (or features [B, T, F]), text_mask [B, T] bool (True = real) ->
-        [B, E] float32 of length 1."""
+        """Text ids [B, T] int64 (or features [B, T, F]) -> [B, E] float32 of length 1.
+
+        text_mask [B, T] bool, True = real.
+        """
         memory = self.text_encoder(text_input, text_mask)
         real = text_mask[..., None].to(memory.dtype)
         # mean over what is not padding; clamped, since an empty caption has no real position

@@ -1,7 +1,7 @@
-"""The folder of a matcher: matcher_index.json, matcher/, text_tokenizer/, README.md; loading of any
-scorer.
+"""The folder of a matcher, and loading of any scorer.
 
-The one module that knows its structure. It is written atomically; no pickle is ever read from it.
+It holds matcher_index.json, matcher/, text_tokenizer/ and README.md. This is the one module that
+knows its structure. It is written atomically; no pickle is ever read from it.
 """
 
 # Axes: P images, M captions, E width of the shared space
@@ -51,8 +51,7 @@ model.generate("a red heart", num_images=1, rerank_from=8)"""
 
 
 class MatcherScorer(ImageTextScorer, Pushable):
-    """A matcher with the text tokenizer (or frozen text encoder) that it was trained with, and
-    its card."""
+    """A matcher with its card and the text tokenizer (or encoder) that it was trained with."""
 
     def __init__(self, matcher: Matcher, text_source: TextSource, card: str | None = None) -> None:
         """Raise UserError if the two do not belong together."""
@@ -157,6 +156,7 @@ def load_matcher(path: str | Path, device: str | torch.device | None = None,
     """
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = resolve_folder(path, revision, SCORER_FILES)
+    # a folder of neither kind: load_matcher_folder says what is missing
     if (folder / INDEX_NAME).is_file() or not TransformersScorer.is_one(folder):
         return load_matcher_folder(folder, chosen, text_encoder=text_encoder)
     if text_encoder is not None:

@@ -36,6 +36,7 @@ def check_rerank(rerank_from: int | None, num_images: int, given: Scorer | None,
                             "or leave the matcher out")
         return None
     scorer = given if given is not None else loaded
+    # by its method, since a Scorer may be any object of the caller's
     if not hasattr(scorer, "scores"):
         found = "" if scorer is None else f", got {type(scorer).__name__}"
         raise UserError(
@@ -46,8 +47,7 @@ def check_rerank(rerank_from: int | None, num_images: int, given: Scorer | None,
 
 def keep_best(result: GenerationResult, candidates: int, num_images: int,
               scorer: Scorer) -> GenerationResult:
-    """Keep the num_images highest-scoring of each prompt's `candidates`, best first, with their
-    scores.
+    """Keep the num_images best of each prompt's `candidates`, best first, with their scores.
 
     result: the candidates of a prompt follow one another. Equal scores keep their order. UserError
     if the scorer does not return one finite number per image.
@@ -57,6 +57,7 @@ def keep_best(result: GenerationResult, candidates: int, num_images: int,
     for first in range(0, len(result.images), candidates):
         images = result.images[first: first + candidates]
         scores = torch.as_tensor(scorer.scores(images, [result.prompts[first]])).float().cpu()
+        # a NaN would sort anywhere, and nobody would notice
         if scores.shape != (candidates, 1) or not bool(scores.isfinite().all()):
             raise UserError(
                 f"the matcher gave scores {list(scores.shape)} for {candidates} pictures and one "
@@ -64,7 +65,9 @@ def keep_best(result: GenerationResult, candidates: int, num_images: int,
         best = scores[:, 0].argsort(descending=True, stable=True)[:num_images]
         rows += (best + first).tolist()
         kept += scores[best, 0].tolist()
+
+    layouts = None if result.layouts is None else result.layouts[rows]
     return replace(
         result, images=[result.images[row] for row in rows], image_tokens=result.image_tokens[rows],
         prompts=[result.prompts[row] for row in rows], seeds=[result.seeds[row] for row in rows],
-        layouts=None if result.layouts is None else result.layouts[rows], scores=kept)
+        layouts=layouts, scores=kept)

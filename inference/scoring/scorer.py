@@ -30,10 +30,9 @@ class ImageTextScorer:
     batch_size = 64
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed P images of any size (by their centre squares) -> [P, E] float32 of length 1, on
-        the CPU.
+        """Embed P images of any size -> [P, E] float32 of length 1, on the CPU.
 
-        UserError for anything but a list of PIL images.
+        Their centre squares count. UserError for anything but a list of PIL images.
         """
         checked = _checked(images, Image.Image, "picture", "a PIL image")
         return self._in_batches(checked, self._embed_images)
@@ -47,8 +46,7 @@ class ImageTextScorer:
         return self._in_batches(checked, self._embed_captions)
 
     def scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """Return the cosine similarity [P, M] float32 in [-1, 1] of P images and M captions, on
-        the CPU."""
+        """Return cosine similarities [P, M] float32 in [-1, 1], on the CPU."""
         return self.embed_images(images) @ self.embed_captions(captions).T
 
     @torch.inference_mode()
@@ -56,7 +54,7 @@ class ImageTextScorer:
         parts = []
         for start in range(0, len(items), self.batch_size):
             parts.append(embed(items[start: start + self.batch_size]))
-        return torch.cat(parts).float().cpu().clone()
+        return torch.cat(parts).float().cpu()
 
     def _embed_images(self, images: list[Image.Image]) -> Tensor:
         raise NotImplementedError
@@ -67,6 +65,7 @@ class ImageTextScorer:
 
 def _checked(items: Sequence[Any], wanted: type, what: str, words: str) -> list[Any]:
     """Return items as a list. UserError, naming the row, unless it is a list of `wanted`."""
+    # a str is a sequence too: a single caption would be scored letter by letter
     if isinstance(items, (str, bytes, Image.Image)) or not isinstance(items, Sequence):
         raise UserError(f"give a list of {what}s, got {type(items).__name__}")
     for row, item in enumerate(items):

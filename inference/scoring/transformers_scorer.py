@@ -59,6 +59,7 @@ class TransformersScorer(ImageTextScorer):
             raise UserError(f"{folder}: no .safetensors weights; others are not loaded")
         try:
             with _silent(transformers):
+                # output_loading_info: a missing tensor would be drawn at random, with a warning
                 model, report = getattr(transformers, name).from_pretrained(
                     folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -79,10 +80,12 @@ class TransformersScorer(ImageTextScorer):
         rgb = [to_rgb(image) for image in images]
         inputs = self._image_processor(images=rgb, return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.model.device)
+        # the tower itself: what get_image_features returns changed from transformers 4 to 5
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return F.normalize(self._projected("visual_projection", pooled), dim=-1)
 
     def _embed_captions(self, captions: list[str]) -> Tensor:
+        # lone surrogates, which the tokenizers refuse, become "?"
         texts = [caption.encode("utf-8", "replace").decode() for caption in captions]
         padding: bool | str = True
         # SigLIP was trained on lower case, padded to full length, without a mask; the tokenizer of

@@ -35,6 +35,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="tokenloom data", description=__doc__, epilog=EXAMPLES,
                            allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    # argparse's own metavar would be {emoji,shapes,check}
     commands = parser.add_subparsers(required=True, metavar="emoji|shapes|check")
     _add_emoji(commands)
     _add_shapes(commands)
@@ -53,6 +54,7 @@ def _add_emoji(commands: Any) -> None:
     parser.add_argument("--source", default="auto", metavar="auto|npm|pip",
                         help="where the pictures come from (default auto: npm, else pip with the "
                         "twemoji style only)")
+    # both spellings: configs have underscores, other commands have dashes
     parser.add_argument("--num_concepts", "--num-concepts", type=int, metavar="N",
                         help="only N distinctive emoji, the same ones every time (default: all)")
     parser.add_argument("--with_tones", "--with-tones", action="store_true",
@@ -106,7 +108,7 @@ def _emoji(arguments: argparse.Namespace) -> int:
 
     styles = None
     if arguments.styles:
-        words = ",".join(arguments.styles).split(",")
+        words = ",".join(arguments.styles).split(",")  # "a,b c" and "a b c" alike
         styles = [word for word in words if word]
     report = build_emoji(arguments.out, arguments.size, styles, arguments.source,
                          arguments.num_concepts, arguments.with_tones, arguments.seed)
@@ -125,10 +127,10 @@ def _shapes(arguments: argparse.Namespace) -> int:
 
 def _print_build(out: Path, report: dict[str, Any]) -> None:
     done = f"built in {report['seconds']:g} s"
-    if report["reused"]:
+    if report["reused"]:  # `seconds` is then that of the earlier build
         done = "already built with these arguments"
     splits = _counts(report["pairs"])
-    dropped = _counts(report.get("dropped", {}))
+    dropped = _counts(report.get("dropped", {}))  # by reason; shapes drop nothing
     print(f"{out}: {done}: {splits}" + (f" (dropped {dropped})" if dropped else ""))
 
 
@@ -141,6 +143,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from training.data.tokens.check import format_token_report
 
     out = arguments.json
+    # before the check, which may take minutes
     if out and out.exists() and not _is_report(out):
         raise UserError(f"--json {out}: exists and is not a report of this command; give another "
                         "file")

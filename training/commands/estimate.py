@@ -50,7 +50,7 @@ SIZE_OPTIONS = {
     "feature_width": "width of a frozen text encoder",
     "rows": "rows of the data",
 }
-SHORT_MOMENTS = {  # column heads of at most 14 characters
+SHORT_PHASES = {  # column heads of at most 14 characters
     "forward and backward": "backward",
     "reducing gradients": "reducing",
     "optimizer step": "step",
@@ -61,16 +61,17 @@ SHORT_MOMENTS = {  # column heads of at most 14 characters
 def main(argv: Sequence[str] | None = None) -> int:
     """`tokenloom estimate`: of sampling, or with --config of a training run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # one command for users, two programs: --config tells which
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         return estimate_cli.main(arguments)
-    options, rest = _parser().parse_known_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)  # rest: --config and keys of the config
     config, kind = _read_config(options.kind, rest)
     machine, precision = _machine(options, config)
     given = GivenSizes(options.grid, options.codebook_size, options.text_length, options.vocab_size,
                        options.feature_width, options.rows)
     sizes = Sizes(given)
     found = sizes_of_run(config, sizes)
-    sizes.check_all_read()
+    sizes.check_all_read()  # a size that this run has no use for is an error, not ignored
 
     plan = plan_of(config, precision, found.model, found.tokenizer)
     report = report_of(plan, machine, found.rows)
@@ -120,6 +121,7 @@ def _read_config(kind: str | None, argv: list[str]) -> tuple[RunConfig, str]:
     given = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
     errors: dict[str, UserError] = {}
     configs: dict[str, RunConfig] = {}
+    # a config of one kind is refused by the others, whose keys differ
     for one in [kind] if kind else RUN_CONFIGS:
         config_class = RUN_CONFIGS[one]
         arguments = [*_stand_ins(config_class, given, values), *argv]
@@ -141,6 +143,7 @@ def _read_config(kind: str | None, argv: list[str]) -> tuple[RunConfig, str]:
 
 def _config_name(argv: list[str]) -> str:
     """Return the value of --config; "" without one."""
+    # not argparse's work: the name is needed before it is known which config class to parse with
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         if flag == "--config":
             return value
@@ -180,7 +183,7 @@ def _machine(options: argparse.Namespace, config: RunConfig) -> tuple[Machine, s
         raise UserError(f"--mfu {options.mfu}: expected a share above 0 and at most 1; 0.3 to 0.5 "
                         "is usual")
     gpu_here = torch.cuda.is_available()
-    cuda = gpu_here or options.gpu is not None
+    cuda = gpu_here or options.gpu is not None  # a run on --gpu can be planned on a laptop
     name = options.gpu or (torch.cuda.get_device_name() if gpu_here else "cpu")
     entry = known_gpu(name) if cuda else None
     if options.gpu is not None and entry is None:
@@ -199,9 +202,9 @@ def _memory(options: argparse.Namespace, entry: str | None, cuda: bool) -> int |
     if options.memory is not None:
         return bytes_of(options.memory)
     if options.gpu is not None:
-        return GPU_MEMORY[entry or ""] * 10**9
+        return GPU_MEMORY[entry or ""] * 10**9  # makers' GB, not GiB
     memory = available_memory("cuda" if cuda else "cpu")
-    if memory is None or cuda:
+    if memory is None or cuda:  # each process has a GPU of its own
         return memory
     return memory // options.gpus  # processes of one machine share its memory
 
@@ -209,12 +212,12 @@ def _memory(options: argparse.Namespace, entry: str | None, cuda: bool) -> int |
 # ---- output ----
 
 def _print(values: dict[str, Any], report: Report) -> None:
-    batch = values["pictures"] // values["steps"]
+    batch = values["pictures"] // values["steps"]  # of all processes
     plan = (f"{values['processes']} x {values['device']}, {values['precision']}, batch {batch:,} "
             f"({values['micro_batch']} a process and micro-batch)")
     print(f"{values['kind']}: {values['parameters']['trainable']:,} parameters; {plan}\n")
     _print_stages(values, report)
-    own = values["stages"][values["zero_stage"]]
+    own = values["stages"][values["zero_stage"]]  # the stage that the config asks for
     if own["main_memory"]:
         print(f"main memory of a process beside: {human(own['main_memory'])} (float32 copies, "
               "offloaded state)")
@@ -235,9 +238,9 @@ def _print_stages(values: dict[str, Any], report: Report) -> None:
         cells = ["-" if memory is None else f"{getattr(memory, part) / MIB:,.1f}"
                  for memory in memories]
         _print_row(part.replace("_", " "), cells)
-    _print_row("largest in", [_moment(memory) for memory in memories])
+    _print_row("largest in", [_largest_phase(memory) for memory in memories])
 
-    words = {None: "unknown", True: "fits", False: "does not"}
+    words = {None: "unknown", True: "fits", False: "does not"}  # None: this memory is not known
     fits = []
     for stage in values["stages"]:
         fits.append(words[stage.get("fits")] if stage["possible"] else "refused")
@@ -246,6 +249,7 @@ def _print_stages(values: dict[str, Any], report: Report) -> None:
 
 
 def _print_row(name: str, cells: Sequence[Any]) -> None:
+    # cells as wide as the longest phase, see SHORT_PHASES
     print(f"{name:<34}" + "".join(f"{cell:>14}" for cell in cells))
 
 
@@ -275,8 +279,8 @@ def _print_disk(disk: dict[str, Any]) -> None:
           f"{human(disk['checkpoint'])}, export {human(disk['export'])}{shards}")
 
 
-def _moment(memory: Any) -> str:
+def _largest_phase(memory: Any) -> str:
     """Name the part of a step in which most memory is in use."""
     if memory is None:
         return "-"
-    return SHORT_MOMENTS.get(memory.phase, memory.phase)
+    return SHORT_PHASES.get(memory.phase, memory.phase)

@@ -45,9 +45,10 @@ GENERATOR_EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns 0. Raises UserError and its kin."""
+    # not argparse's subparsers: building the generator's parser imports torch, and takes seconds
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
-        _parser().parse_args([])
+        _parser().parse_args([])  # exits: an argument is missing
     if arguments[0] in ("-h", "--help"):
         _parser().parse_args(["--help"])
     name = arguments[0]
@@ -132,6 +133,7 @@ def _generator_parser() -> OneLineParser:
 
 
 def _add_features(parser: OneLineParser) -> None:
+    # no choices: the table of extractors imports torch
     parser.add_argument("--features", default="effnet-lite0", metavar="effnet-lite0|inception|none",
                         help="features of the Frechet distance (default effnet-lite0)")
     parser.add_argument("--inception-weights", type=Path, metavar="FILE",
@@ -189,6 +191,7 @@ def _print_metrics(metrics: dict[str, dict[str, Any]], before: str = "") -> None
 
 def _print_notes(command: str, frechet_sections: Sequence[dict[str, Any] | None]) -> None:
     """Print each note of a Frechet distance once, to stderr."""
+    # stdout has only `name: value unit` lines
     notes = [section["note"] for section in frechet_sections if section]
     for note in dict.fromkeys(notes):
         if note:
@@ -196,8 +199,8 @@ def _print_notes(command: str, frechet_sections: Sequence[dict[str, Any] | None]
 
 
 def _shown(value: float) -> str:
-    """Four digits after the point, or four digits of a small number."""
-    if isinstance(value, int):
+    """Format a value: four digits after the point, or four digits of a small number."""
+    if isinstance(value, int):  # a count of images
         return f"{value:,}"
     if 0 < abs(value) < 0.01:
         return f"{value:.4g}"

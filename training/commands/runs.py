@@ -13,6 +13,7 @@ from tokenloom_common.files import write_text_atomic
 from training.runs.facts import RunFacts, find_runs, read_run
 from training.runs.page import duration, gibibytes, page, percent, whole
 
+# also the keys of a line in --json
 COLUMNS = ("run", "kind", "status", "steps", "loss", "held-out", "best", "samples/s", "tokens/s",
            "MFU", "memory", "skipped", "time")
 OPTIONAL_COLUMNS = ("best", "tokens/s", "MFU", "memory")
@@ -53,7 +54,7 @@ def _print_table(lines: list[dict[str, Any]]) -> None:
     for name in COLUMNS:
         if name not in OPTIONAL_COLUMNS or any(line[name] is not None for line in lines):
             columns.append(name)
-    rows = [columns]
+    rows = [columns]  # of text; the first is the head
     for line in lines:
         rows.append([_shown(name, line) for name in columns])
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
@@ -67,7 +68,7 @@ def _line(run: RunFacts, folder: Path) -> dict[str, Any]:
         name = run.path.resolve().name  # `.` would say nothing
     else:
         name = str(run.path.relative_to(folder))
-    best = best_name = best_step = None
+    best = best_name = best_step = None  # not every run measures a held-out split as it goes
     if run.best:
         metric, best_step = run.best
         best, best_name = metric.value, metric.name
@@ -82,6 +83,7 @@ def _line(run: RunFacts, folder: Path) -> dict[str, Any]:
         "best": best,
         "best of": best_name,
         "best step": best_step,
+        # medians, in which the slow first line hardly counts
         "samples/s": run.median("samples_per_s"),
         "tokens/s": run.median("tokens_per_s"),
         "MFU": run.median("mfu"),
@@ -97,12 +99,13 @@ def _sort_key(value: Any) -> tuple[bool, Any]:
 
 
 def _shown(name: str, line: dict[str, Any]) -> str:
+    """Format a cell of the table, which --json has as a number."""
     value = line[name]
     if name == "steps":
         return f"{value:,}/{line['of']:,}"
     if name == "best" and value is not None:
         return f"{value:.4g} @ {line['best step']:,}"
-    if name in UNITS:
+    if name in UNITS:  # these show None too
         return UNITS[name](value)
     if value is None:
         return "-"

@@ -1,1 +1,1 @@
-"""Captioned images: readers of every source, builders of real and synthetic sets, and a check before training."""
+"""Captioned images: sources, builders of real and synthetic sets, token shards, a run's visits."""

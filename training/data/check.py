@@ -1,4 +1,4 @@
-"""Look at captioned images before training: how many, what sizes, which captions, what is doubled, what is unusable."""
+"""Check captioned images before training: number, sizes, captions, duplicates, unusable items."""
 
 from __future__ import annotations
 
@@ -10,55 +10,91 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.progress import progress
-from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.sources.captioned_images import (
+    BAD_ITEM_ERRORS,
+    CaptionedImage,
+    CaptionedImages,
+)
 from training.data.sources.drops import BadItem
 from training.data.sources.open_dataset import load_source
 
-SHOWN = 20  # unusable items listed by name
+LISTED_ITEMS = 20  # unusable items that the report for a person names
+FREQUENT_CAPTIONS = 5
+
+
+class Totals:
+    """Counts over the usable items of a source."""
+
+    def __init__(self) -> None:
+        self.widths: list[int] = []
+        self.heights: list[int] = []
+        self.caption_lengths: list[int] = []
+        self.captions_per_image: list[int] = []
+        self.captions: Counter[str] = Counter()
+        self.keys_by_content: dict[str, list[str]] = {}
+
+    def add(self, item: CaptionedImage) -> None:
+        """Count one item."""
+        width, height = item.image.size
+        self.widths.append(width)
+        self.heights.append(height)
+        self.captions_per_image.append(len(item.captions))
+        self.caption_lengths += [len(caption) for caption in item.captions]
+        self.captions.update(item.captions)
+
+        # a hash of each image, not its pixels: all images together would not fit into memory
+        # the size too: images of 2 x 8 and 4 x 4 pixels may have equal bytes
+        content = f"{item.image.size}".encode() + item.image.tobytes()
+        digest = hashlib.sha256(content).hexdigest()
+        self.keys_by_content.setdefault(digest, []).append(item.key)
 
 
 def check_data(path: str | Path, *, split: str | None = None, caption_column: str | None = None,
                image_column: str | None = None, streaming: bool = False) -> dict[str, Any]:
-    """Decode every picture once and report; `usable` 0 means that nothing can be trained on.
+    """Decode every image once and report; `usable` 0 means that nothing can be trained on.
 
-    UserError, MissingFileError and DataError as from `open_dataset`, except that unusable items are reported.
+    Errors as from `open_dataset`, but unusable items are reported.
     """
+    # a stream keeps 1 row, which is int(True): each is read once, in order
     data = load_source(path, split=split, caption_column=caption_column, image_column=image_column,
                        streamed_rows=int(streaming))
     bad = list(data.bad_items)
-    sizes: list[tuple[int, int]] = []
-    lengths: list[int] = []
-    per_image: list[int] = []
-    captions: Counter = Counter()
-    pictures: dict[str, list[str]] = {}
+    totals = Totals()
     for index in progress(range(len(data)), "checking", unit="image"):
-        item = _get(data, index, bad)
-        if item is None:
+        try:
+            item = data[index]
+        except BAD_ITEM_ERRORS as error:
+            # no DropCounter, which would stop at a limit: the report names them all
+            bad.append(BadItem(data.key(index), error.reason))
             continue
-        sizes.append(item.image.size)
-        per_image.append(len(item.captions))
-        lengths += map(len, item.captions)
-        captions.update(item.captions)
-        content = f"{item.image.size}".encode() + item.image.tobytes()
-        pictures.setdefault(hashlib.sha256(content).hexdigest(), []).append(item.key)
-    groups = [keys for keys in pictures.values() if len(keys) > 1]
-    return {"path": str(path), "split": split, "items": len(sizes) + len(bad), "usable": len(sizes),
-            "width": _range([width for width, _ in sizes]), "height": _range([height for _, height in sizes]),
-            "captions": len(lengths), "captions_per_image": _range(per_image), "caption_characters": _range(lengths),
-            "caption_repairs": dict(data.caption_repairs), "columns": data.columns,
-            "duplicate_pictures": sum(len(keys) - 1 for keys in groups), "duplicate_picture_groups": groups,
-            "duplicate_captions": sum(captions.values()) - len(captions),
-            "most_frequent_captions": [[text, count] for text, count in captions.most_common(5) if count > 1],
-            "unusable_by_reason": dict(Counter(item.reason for item in bad).most_common()),
-            "unusable": [item._asdict() for item in bad]}
+        totals.add(item)
+    return {"path": str(path), "split": split, **_report(totals, data, bad)}
 
 
-def _get(data: CaptionedImages, index: int, bad: list[BadItem]) -> Any:
-    try:
-        return data[index]
-    except BAD_ITEM_ERRORS as error:
-        bad.append(BadItem(data.key(index), error.reason))
-        return None
+def _report(totals: Totals, data: CaptionedImages, bad: list[BadItem]) -> dict[str, Any]:
+    usable = len(totals.widths)
+    captions = totals.captions
+    duplicates = [keys for keys in totals.keys_by_content.values() if len(keys) > 1]
+    frequent = [[caption, count] for caption, count in captions.most_common(FREQUENT_CAPTIONS)
+                if count > 1]
+    reasons = Counter(item.reason for item in bad)
+    return {
+        "items": usable + len(bad),
+        "usable": usable,
+        "width": _range(totals.widths),
+        "height": _range(totals.heights),
+        "captions": len(totals.caption_lengths),
+        "captions_per_image": _range(totals.captions_per_image),
+        "caption_characters": _range(totals.caption_lengths),
+        "caption_repairs": dict(data.caption_repairs),
+        "columns": data.columns,
+        "duplicate_pictures": sum(len(keys) - 1 for keys in duplicates),
+        "duplicate_picture_groups": duplicates,
+        "duplicate_captions": captions.total() - len(captions),
+        "most_frequent_captions": frequent,
+        "unusable_by_reason": dict(reasons.most_common()),
+        "unusable": [item._asdict() for item in bad],
+    }
 
 
 def _range(values: Sequence[int]) -> dict[str, float] | None:
@@ -68,47 +104,57 @@ def _range(values: Sequence[int]) -> dict[str, float] | None:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as lines for a person."""
-    lines = [f"{report['path']}" + (f" (split {report['split']})" if report["split"] else ""),
+    """Format the report as lines for a person."""
+    split = f" (split {report['split']})" if report["split"] else ""
+    lines = [f"{report['path']}{split}",
              f"usable images      {report['usable']:,} of {report['items']:,}"]
     if report["usable"]:
-        lines += [f"width              {_words(report['width'])} pixels",
-                  f"height             {_words(report['height'])} pixels",
-                  f"captions           {report['captions']:,}, per image {_words(report['captions_per_image'])}",
-                  f"caption length     {_words(report['caption_characters'])} characters",
-                  f"duplicate pictures {_duplicates(report)}",
-                  f"duplicate captions {report['duplicate_captions']:,}" + _frequent(report)]
+        lines += _usable_lines(report)
     if report["columns"]:
         lines.append(f"other columns      {', '.join(report['columns'])}")
     if report["caption_repairs"]:
-        lines.append(f"captions repaired  {_reasons(report['caption_repairs'])}")
+        lines.append(f"captions repaired  {_format_counts(report['caption_repairs'])}")
+    return "\n".join([*lines, *_unusable_lines(report)])
+
+
+def _usable_lines(report: dict[str, Any]) -> list[str]:
+    captions = f"{report['captions']:,}, per image {_format_range(report['captions_per_image'])}"
+    duplicate_images = f"{report['duplicate_pictures']:,}"
+    if report["duplicate_picture_groups"]:
+        # a group has two keys or more
+        first, second = report["duplicate_picture_groups"][0][:2]
+        duplicate_images += f" (such as {first} = {second})"
+    duplicate_captions = f"{report['duplicate_captions']:,}"
+    if report["most_frequent_captions"]:
+        caption, count = report["most_frequent_captions"][0]
+        duplicate_captions += f" (most frequent: '{caption[:60]}', {count:,} times)"
+    return [f"width              {_format_range(report['width'])} pixels",
+            f"height             {_format_range(report['height'])} pixels",
+            f"captions           {captions}",
+            f"caption length     {_format_range(report['caption_characters'])} characters",
+            f"duplicate pictures {duplicate_images}",
+            f"duplicate captions {duplicate_captions}"]
+
+
+def _unusable_lines(report: dict[str, Any]) -> list[str]:
     unusable = report["unusable"]
-    if unusable:
-        lines.append(f"unusable           {len(unusable):,} ({_reasons(report['unusable_by_reason'])})")
-        lines += [f"  {item['key']}: {item['reason']}" for item in unusable[:SHOWN]]
-        if len(unusable) > SHOWN:
-            lines.append(f"  and {len(unusable) - SHOWN:,} more (all of them with --json FILE)")
-    else:
-        lines.append("unusable           0")
-    return "\n".join(lines)
+    if not unusable:
+        return ["unusable           0"]
+    reasons = _format_counts(report["unusable_by_reason"])
+    lines = [f"unusable           {len(unusable):,} ({reasons})"]
+    lines += [f"  {item['key']}: {item['reason']}" for item in unusable[:LISTED_ITEMS]]
+    if len(unusable) > LISTED_ITEMS:
+        more = len(unusable) - LISTED_ITEMS
+        lines.append(f"  and {more:,} more (all of them with --json FILE)")
+    return lines
 
 
-def _words(values: dict[str, float]) -> str:
+def _format_range(values: dict[str, float]) -> str:
     if values["min"] == values["max"]:
         return f"{values['min']:,}"
+    # .10g: a median of integers may end in .5, and 3.0 must read 3
     return f"{values['min']:,} to {values['max']:,}, median {values['median']:,.10g}"
 
 
-def _reasons(counts: dict[str, int]) -> str:
+def _format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
-
-
-def _duplicates(report: dict[str, Any]) -> str:
-    groups = report["duplicate_picture_groups"]
-    example = f" (such as {groups[0][0]} = {groups[0][1]})" if groups else ""
-    return f"{report['duplicate_pictures']:,}{example}"
-
-
-def _frequent(report: dict[str, Any]) -> str:
-    frequent = report["most_frequent_captions"]
-    return f" (most frequent: '{frequent[0][0][:60]}', {frequent[0][1]:,} times)" if frequent else ""

@@ -23,6 +23,7 @@ from tokenloom_common.progress import progress
 from training.data.sources.captioned_images import CaptionedImages
 
 FEATURE_SIDE = 16
+# stands in the report: an accuracy can be compared only within one feature space
 FEATURE_SPACE = "mean squared distance on a 16x16 RGB downscale"
 
 
@@ -38,6 +39,7 @@ def picture_features(images: Sequence[Image.Image]) -> Tensor:
     small = []
     for image in images:
         rgb = image.convert("RGB")
+        # BOX is a plain mean of the pixels that fall into each cell
         small.append(numpy.asarray(rgb.resize((FEATURE_SIDE, FEATURE_SIDE), Image.Resampling.BOX)))
     return torch.from_numpy(numpy.stack(small)).float().flatten(1) / 255
 
@@ -58,6 +60,7 @@ class TrainingPictures:
         images = []
         for row in range(len(source)):
             self.base_captions.append(_base_caption(source.metadata(row), row))
+            # at the model's resolution first, so that both sides lose the same detail
             images.append(Image.fromarray(image_to_pixels(source[row].image, resolution)))
         self.features = picture_features(images)
 
@@ -67,7 +70,7 @@ class TrainingPictures:
         hits = nearest(picture_features(images), self.features).tolist()
         for hit, question in zip(hits, questions, strict=True):
             right += self.base_captions[hit] == question.base_caption
-        distinct = len(set(self.base_captions))
+        distinct = len(set(self.base_captions))  # several rows may draw the same thing in styles
         return {"accuracy": right / len(images), "captions": len(images), "chance": 1 / distinct,
                 "base_captions": distinct, "training_pictures": len(self.base_captions),
                 "feature_space": FEATURE_SPACE}
@@ -88,7 +91,7 @@ def choose_questions(source: CaptionedImages, count: int, seed: int) -> list[Que
     """
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
     new_bases: list[Question] = []
-    repeated_bases: list[Question] = []
+    repeated_bases: list[Question] = []  # used only when there are too few of the others
     seen: set[str] = set()
     for row in order:
         values = source.metadata(row)

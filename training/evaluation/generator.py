@@ -23,8 +23,8 @@ from torch import Tensor
 from inference import SamplingParams, TextToImage
 from inference.scoring.scorer import ImageTextScorer
 from tokenloom_common.progress import progress
-from training.evaluation.features import FeatureExtractor
-from training.evaluation.frechet import Frechet, measure_frechet, preparation
+from training.evaluation.image_metrics.features import FeatureExtractor
+from training.evaluation.image_metrics.frechet import Frechet, measure_frechet, preparation
 from training.evaluation.observations import Observations
 from training.evaluation.questions import Question
 from training.evaluation.real_images import RealImages
@@ -45,6 +45,7 @@ def observe_samples(model: TextToImage, questions: Sequence[Question], params: S
             batch = questions[start: start + batch_size]
             captions = [question.caption for question in batch]
             seeds = [question.seed for question in batch]
+            # a seed of its own for each: no image depends on how they are batched
             result = model.generate(captions, params=params, seed=seeds, batch_size=batch_size)
             observations.add(_pixels(result.images))
             bar.update(len(batch))
@@ -71,8 +72,9 @@ def alignment_metrics(observations: Observations, questions: Sequence[Question],
         report |= _matcher_metrics(scorers.matcher, observations, questions, others)
     if scorers.reads_scenes:
         wanted = [parse_caption(caption) for caption in captions]
+        wanted_elsewhere = [wanted[place] for place in others]
         report["composition"] = accuracy(observations.scenes, wanted)
-        report["composition_shuffled"] = accuracy(observations.scenes, [wanted[i] for i in others])
+        report["composition_shuffled"] = accuracy(observations.scenes, wanted_elsewhere)
     return report
 
 
@@ -82,13 +84,17 @@ def _matcher_metrics(matcher: ImageTextScorer, observations: Observations,
     images = observations.embeddings  # [P, E]
     texts = matcher.embed_captions([question.caption for question in questions])
 
+    # retrieval among concepts, not captions: several captions are right for one image
     concept_of = [question.concept.casefold() for question in questions]
     concepts = sorted(set(concept_of))
     scores = images @ matcher.embed_captions(concepts).T  # [P, C]
     right = torch.tensor([concepts.index(concept) for concept in concept_of])
+    # both embeddings have length 1, so that products are cosines
+    own_cosines = (images * texts).sum(dim=1)  # [P]
+    other_cosines = (images * texts[others]).sum(dim=1)
     return {
-        "matcher_score": float((images * texts).sum(dim=1).mean()),
-        "matcher_score_shuffled": float((images * texts[others]).sum(dim=1).mean()),
+        "matcher_score": float(own_cosines.mean()),
+        "matcher_score_shuffled": float(other_cosines.mean()),
         "retrieval": {"concepts": len(concepts), **retrieval_accuracy(scores, right)},
     }
 
@@ -114,6 +120,7 @@ def image_retrieval(observations: Observations, real: Observations,
     concepts = [question.concept for question in questions]
     hits = [concepts[place] == concept for place, concept in zip(nearest, concepts, strict=True)]
 
+    # chance: a concept with n of the images is asked for n times, and n of the real ones show it
     total = len(questions)
     same_concept_pairs = sum(count * count for count in Counter(concepts).values())
     return {"top1": sum(hits) / total, "chance": same_concept_pairs / total**2}
@@ -149,6 +156,7 @@ def diversity(model: TextToImage, questions: Sequence[Question], num_images: int
     features = []  # [M, F] of each question
     with progress(None, "sample several of a caption", total=len(questions), unit="caption") as bar:
         for question in questions:
+            # the first of them is the image that was observed before: it has the question's seed
             result = model.generate(question.caption, num_images, params, question.seed, batch_size)
             if len(shown) < SHOWN_CAPTIONS:
                 shown.append((question.caption, result.images))
@@ -156,12 +164,13 @@ def diversity(model: TextToImage, questions: Sequence[Question], num_images: int
             bar.update(1)
 
     within = torch.stack([1 - _mean_of_pairs(own @ own.T) for own in features])
-    first = torch.stack([own[0] for own in features])  # [captions, F]
+    first = torch.stack([own[0] for own in features])  # [captions, F]: one image of each is enough
     concepts = [question.concept for question in questions]
     differ = torch.tensor([[one != other for other in concepts] for one in concepts])
     between = None
-    if bool(differ.any()):
-        between = float((1 - first @ first.T)[differ].mean())
+    if bool(differ.any()):  # the mean of nothing would be nan, which JSON has not
+        distances = 1 - first @ first.T
+        between = float(distances[differ].mean())
     return Diversity(len(questions), num_images, float(within.mean()), between, shown)
 
 
@@ -173,5 +182,5 @@ def _directions(extractor: FeatureExtractor, images: Sequence[Image.Image]) -> T
 def _mean_of_pairs(cosines: Tensor) -> Tensor:
     """Mean of [M, M] without its diagonal."""
     count = len(cosines)
-    off_diagonal = cosines.sum() - cosines.diagonal().sum()
+    off_diagonal = cosines.sum() - cosines.diagonal().sum()  # an image with itself says nothing
     return off_diagonal / (count * (count - 1))

@@ -1,4 +1,4 @@
-"""`evaluate_generator`: measure a text-to-image model, and report what the numbers depend on."""
+"""`evaluate_generator`: measure a text-to-image model; report all that the numbers depend on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from typing import Any
 from PIL import Image
 
 from inference import SamplingParams, TextToImage
-from inference.commands.options import choose_device
 from seq2seq import ClassLabels
 from tokenizer_image.fingerprint import code_fingerprint
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from tokenloom_common.pretrained import WEIGHTS_NAME, resolve_folder
 from training.config.encoding import LayoutConfig
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.open_dataset import open_dataset
-from training.evaluation.features import EXTRACTORS, sha256
-from training.evaluation.frechet import CROP, RESIZE, frechet_section
 from training.evaluation.generator import (
     Diversity,
     alignment_metrics,
@@ -30,6 +28,8 @@ from training.evaluation.generator import (
     observe_samples,
 )
 from training.evaluation.headline import curve_panels, headline, loss_headline
+from training.evaluation.image_metrics.features import EXTRACTORS, sha256
+from training.evaluation.image_metrics.frechet import CROP, RESIZE, frechet_section
 from training.evaluation.observations import Observations
 from training.evaluation.options import (
     GENERATOR_COMMAND,
@@ -96,6 +96,7 @@ def evaluate_generator(model: str | Path, data: str | Path,
     source = open_dataset(target.data, split=split)
     questions = _questions(pipeline, source, options)
     scorers = load_scorers(options, target.data, pipeline, questions, chosen_device)
+    # the loss needs no sampling, so that it is the same at every scale
     if len(settings) > 1 and not scorers.any:
         raise UserError("several --guidance scales, but nothing looks at the pictures; give "
                         "--matcher or --features")
@@ -127,7 +128,7 @@ def _sampling_settings(options: GeneratorEvaluationOptions,
                        defaults: SamplingParams) -> list[SamplingParams]:
     """Return the model folder's sampling with the options' changes, once per guidance scale."""
     changes = {name: getattr(options, name) for name in SAMPLING_FIELDS}
-    scales: Sequence[float | None] = options.guidance or [None]
+    scales: Sequence[float | None] = options.guidance or [None]  # None: the folder's own scale
     settings = []
     for scale in scales:
         given = {"guidance_scale": scale, **changes}
@@ -139,6 +140,7 @@ def _sampling_settings(options: GeneratorEvaluationOptions,
 def _questions(model: TextToImage, source: CaptionedImages,
                options: GeneratorEvaluationOptions) -> list[Question]:
     """Choose the captions to sample. UserError for classes or layouts that the model has not."""
+    # a class model knows only a row's first caption, which names its class
     by_class = model.text_tokenizer.kind == ClassLabels.kind
     count = options.num_captions or min(DEFAULT_CAPTIONS, len(source))
     questions = choose_questions(source, count, options.seed, first_caption=by_class)
@@ -165,12 +167,13 @@ def _sample(model: TextToImage, real: RealImages, params: SamplingParams, scorer
     metrics["picture_retrieval"] = image_retrieval(observations, real.observations, questions)
     frechet = generator_frechet(observations, real, model, scorers)
     fingerprint = real.image_hash.hexdigest()
+    # each scale has its own section here, so the distance stands in it
     metrics["frechet"] = {"distance": frechet.distance,
                           **frechet_section(scorers.extractor, frechet, fingerprint)}
 
     captions = _or_default(options.diversity_captions, DEFAULT_DIVERSITY_CAPTIONS)
     images = _or_default(options.diversity_images, DEFAULT_DIVERSITY_IMAGES)
-    if captions == 0:
+    if captions == 0:  # --diversity-captions 0
         return SamplingRun(params, observations, metrics, None)
     varied = diversity(model, questions[:captions], images, params, scorers.extractor,
                        options.batch_size)
@@ -190,7 +193,7 @@ def _report(target: EvaluationTarget, options: GeneratorEvaluationOptions, model
             source: CaptionedImages, real: RealImages, scorers: Scorers,
             runs: list[SamplingRun]) -> dict[str, Any]:
     metrics = loss_headline(real.loss)
-    if len(runs) == 1:
+    if len(runs) == 1:  # with several scales there is no one number; see "generated"
         metrics |= headline(runs[0].metrics)
     matcher = None
     if options.matcher is not None:
@@ -203,6 +206,7 @@ def _report(target: EvaluationTarget, options: GeneratorEvaluationOptions, model
             "pictures": real.loss.pictures,
             "given_caption": real.loss.loss,
             "given_no_caption": real.loss.loss_without_caption,
+            # five digits, as in validation.json: there may be thousands of positions
             "by_position": [round(value, 5) for value in real.loss.by_position],
         },
         "generated": [{"sampling": run.params.plain(), **run.metrics} for run in runs],
@@ -258,7 +262,7 @@ def _options_section(target: EvaluationTarget,
 def _hashes(folder_or_hub_id: str | Path) -> dict[str, str]:
     """Every weights file below a folder -> its sha256."""
     folder = resolve_folder(str(folder_or_hub_id))
-    paths = sorted(folder.rglob(f"*{Path(WEIGHTS_NAME).suffix}"))
+    paths = sorted(folder.rglob(f"*{Path(WEIGHTS_NAME).suffix}"))  # *.safetensors
     return {str(path.relative_to(folder)): sha256(path) for path in paths}
 
 
@@ -278,6 +282,7 @@ def _sheet(real: RealImages, runs: list[SamplingRun]) -> Image.Image:
     sections = []
     for run in runs:
         title = f"generated, guidance {run.params.guidance_scale:g}"
+        # not strict: only the first images were kept
         sections.append((title, list(zip(captions, run.observations.shown, strict=False))))
     sections.append(("the data's own pictures",
                      list(zip(captions, real.observations.shown, strict=False))))

@@ -1,4 +1,4 @@
-"""Headline numbers of a generator's report: flat, by name, in the order of stdout."""
+"""Headline numbers of a generator's report: flat, by name, in the order that they are printed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def loss_headline(loss: CaptionLoss) -> dict[str, dict[str, Any]]:
     """Name -> value and unit of the loss on the data's own images."""
     return with_units({
         "loss": (loss.loss, "nats a token"),
-        "perplexity": (math.exp(loss.loss), "codes"),
+        "perplexity": (math.exp(loss.loss), "codes"),  # as many equally likely codes
         "loss_without_caption": (loss.loss_without_caption, "nats a token"),
     })
 
 
 def headline(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> value and unit of one sampling run, an entry of `generated` in the report."""
+    # a run has only the entries of the scorers that were asked for
     values: dict[str, tuple[Any, str]] = {}
     if "matcher_score" in run:
         chance = run["matcher_score_shuffled"]
@@ -38,7 +39,7 @@ def headline(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
         nearest = run["picture_retrieval"]
         values["picture_retrieval_top1"] = (nearest["top1"],
                                             f"of pictures (chance {nearest['chance']:.4f})")
-        frechet = run["frechet"]
+        frechet = run["frechet"]  # needs the same features, so it is there too
         values[frechet["metric"]] = (frechet["distance"], "(squared distance, 0 = equal)")
     if "diversity" in run:
         between = _share(run["diversity"]["between"])
@@ -63,7 +64,7 @@ def _composition(own: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[
 
     values: dict[str, tuple[Any, str]] = {}
     for name, (right, chance) in pairs.items():
-        if right["captions"]:
+        if right["captions"]:  # else its share is None
             values[name] = (right["share"], f"of {right['captions']} pictures "
                             f"({_share(chance['share'])} with other captions)")
     return values
@@ -75,7 +76,7 @@ def _share(value: float | None) -> str:
 
 def curve_panels(runs: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, list[float]]]]:
     """Panels of guidance.png: all shares of images in one, each other number in its own."""
-    headlines = [headline(run) for run in runs]
+    headlines = [headline(run) for run in runs]  # all with the same names: only guidance differs
     shares: dict[str, list[float]] = {}
     others: dict[str, list[float]] = {}
     for name in headlines[0]:

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.evaluation.metrics import Moments
+from training.evaluation.image_metrics.pixel_metrics import Moments
 from training.evaluation.scenes.reader import Seen, read_scene
 from training.evaluation.scorers import Scorers
 
-SHOWN_IMAGES = 16
+SHOWN_IMAGES = 16  # of the contact sheet: two rows of it
 
 
 class Observations:
@@ -26,7 +26,8 @@ class Observations:
         self._scorers = scorers
         self.shown: list[Image.Image] = []
         self.scenes: list[list[Seen]] = []
-        self.moments = Moments(scorers.extractor.dimensions if scorers.extractor else 0)
+        dimensions = scorers.extractor.dimensions if scorers.extractor else 0
+        self.moments = Moments(dimensions)
         self._embeddings: list[Tensor] = []
         self._features: list[Tensor] = []
 
@@ -35,14 +36,14 @@ class Observations:
         scorers = self._scorers
         arrays = [image.numpy() for image in pixels]
         images = [Image.fromarray(array) for array in arrays]
-        self.shown += images[: SHOWN_IMAGES - len(self.shown)]
+        self.shown += images[: SHOWN_IMAGES - len(self.shown)]  # [:0] once there are enough
 
         if scorers.matcher is not None:
             self._embeddings.append(scorers.matcher.embed_images(images))
         if scorers.extractor is not None:
             features = scorers.extractor(pixels)
             self.moments.update(features)
-            self._features.append(features)
+            self._features.append(features)  # the moments are not enough for nearest neighbours
         if scorers.reads_scenes:
             self.scenes += [read_scene(array) for array in arrays]
 

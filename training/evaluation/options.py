@@ -14,7 +14,7 @@ from tokenloom_common.errors import UserError
 
 TOKENIZER_COMMAND = "evaluate tokenizer"  # names the report's kind, in report.json too
 GENERATOR_COMMAND = "evaluate generator"
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1  # as in inference.requests: seeds of images are int64
 SEEDS_PER_RUN = 2**32  # image k of a run is drawn with seed + k
 COMPOSITION_CHOICES = ("auto", "yes", "no")
 
@@ -47,6 +47,7 @@ class EvaluationOptions:
     reference: str | Path | None = None
 
     def __post_init__(self) -> None:
+        # `features` itself is checked later: its table of names imports torch
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: give 1 or more")
         if not 0 <= self.seed <= MAX_SEED:
@@ -128,7 +129,7 @@ class GeneratorEvaluationOptions(EvaluationOptions):
         if self.composition not in COMPOSITION_CHOICES:
             raise UserError(f"--composition {self.composition}: give auto, yes or no")
 
-        scales = self.guidance or ()
+        scales = self.guidance or ()  # results are told apart by their scale
         if len(set(scales)) < len(scales):
             named = " ".join(f"{scale:g}" for scale in scales)
             raise UserError(f"--guidance {named}: names a scale twice")
@@ -137,6 +138,7 @@ class GeneratorEvaluationOptions(EvaluationOptions):
     def _check_diversity(self) -> None:
         captions = self.diversity_captions
         images = self.diversity_images
+        # 2 or more: concepts are compared with each other too
         if captions is not None and (captions < 0 or captions == 1):
             raise UserError(f"--diversity-captions {captions}: give 2 or more, or 0 for none")
         if images is not None and images < 2:

@@ -45,7 +45,7 @@ def plot_curves(panels: Sequence[tuple[str, list[dict[str, Any]], Sequence[str]]
             if logged:
                 steps = [row["step"] for row in logged]
                 axis.plot(steps, [row[name] for row in logged], label=name)
-        if small_too:
+        if small_too:  # not "log", which cannot show 0 or a negative loss
             axis.set_yscale("symlog", linthresh=1e-3)
         axis.set_title(title)
         axis.set_xlabel("step")
@@ -90,6 +90,7 @@ def plot_codebook(rows: list[dict[str, Any]], counts: Tensor, codebook_size: int
     over_time.set_title(f"codebook of {codebook_size:,}")
     over_time.legend()
 
+    # "pre": a count belongs to the steps before its line
     restarts.step(steps, [row["restarted_codes"] for row in rows], where="pre")
     restarts.set_title("dead codes restarted since the line before")
 
@@ -110,7 +111,7 @@ def plot_codebook(rows: list[dict[str, Any]], counts: Tensor, codebook_size: int
 def plot_positions(losses: Sequence[float], grid: tuple[int, int], path: Path) -> None:
     """Plot the loss in nats at each raster position [N]: as a map, and as a line with row means."""
     rows, columns = grid
-    values = numpy.array(losses).reshape(grid)
+    values = numpy.array(losses).reshape(grid)  # raster order: row by row
     figure, (over_image, along_raster) = _subplots(1, 2, figsize=(9, 3.6), width_ratios=(1, 1.4))
 
     figure.colorbar(over_image.imshow(values, cmap="viridis"), ax=over_image)

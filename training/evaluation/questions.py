@@ -30,12 +30,13 @@ def choose_questions(source: CaptionedImages, num_captions: int | None, seed: in
     images. UserError for more captions than rows.
     """
     rows = choose_rows(len(source), num_captions, seed, "--num-captions")
-    # neighbours in the data are often alike, and only the first few are shown or sampled again
+    # neighbours in the data are often alike, and only the first few are shown or sampled again;
+    # seeded with text, so that no two uses of one seed give the same numbers
     random.Random(f"{seed} questions").shuffle(rows)
     questions = []
     for place, row in enumerate(rows):
         captions = source.captions(row)
-        caption = captions[0]
+        caption = captions[0]  # of a class model: the class
         if not first_caption:
             caption = item_random(seed, ItemId(0, row), "evaluation").choice(captions)
         questions.append(Question(row, caption, captions[0], seed + place))

@@ -22,10 +22,10 @@ from tokenloom_common.progress import progress
 from training.config.encoding import LayoutConfig
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.tokens.layouts import Layouts
-from training.evaluation.frechet import preparation
+from training.evaluation.image_metrics.frechet import preparation
+from training.evaluation.image_metrics.reference import ImageHash
 from training.evaluation.observations import Observations
 from training.evaluation.questions import Question
-from training.evaluation.reference import ImageHash
 from training.evaluation.scorers import Scorers
 from training.evaluation.token_loss import token_losses
 
@@ -76,7 +76,8 @@ def measure_real_images(model: TextToImage, source: CaptionedImages, questions: 
     layouts = _layouts(model, layout_column)
     unusable: Counter[str] = Counter()
     usable: list[Question] = []
-    loss_sums = torch.zeros(2, model.seq2seq.config.num_tokens, dtype=torch.float64)
+    # per position, with the caption and without: sums, since batches may lose unusable images
+    loss_sums = torch.zeros(2, model.seq2seq.config.num_tokens, dtype=torch.float64)  # [2, N]
     starts = range(0, len(questions), batch_size)
     side = model.image_tokenizer.config.resolution
     for start in progress(starts, "measure the data's pictures", unit="batch"):
@@ -106,13 +107,14 @@ def _read_batch(source: CaptionedImages, questions: Sequence[Question], side: in
     given = []
     for question in questions:
         try:
-            square = image_to_pixels(source[question.row].image, side)
+            square = image_to_pixels(source[question.row].image, side)  # uint8 [S, S, 3]
             if layouts is not None:
-                layout = layouts.of(source, question.row, square)
+                layout = layouts.image_layout(source, question.row, square)
                 given.append(torch.from_numpy(layout.astype(numpy.int64)))
         except BAD_ITEM_ERRORS as error:
             unusable[error.reason] += 1
             continue
+        # only now: a bad layout must not leave its image behind
         pixels.append(square)
         kept.append(question)
     if not kept:
@@ -126,7 +128,7 @@ def _layouts(model: TextToImage, column: str) -> Layouts | None:
     config = model.seq2seq.config
     if config.layout_grid is None or config.layout_kind is None:
         return None
-    if config.layout_kind == "colors":
+    if config.layout_kind == "colors":  # computed from the image itself; no column is read
         return Layouts(LayoutConfig(kind="colors", grid=config.layout_grid))
     return Layouts(LayoutConfig(kind="classes", grid=config.layout_grid,
                                 classes=config.layout_classes, column=column))
@@ -150,4 +152,4 @@ def caption_loss_sums(model: TextToImage, pixels: Tensor, captions: list[str],
 def _repeated(text: TextBatch, count: int) -> Iterator[Tensor]:
     """One row of each part of a text batch, seen as `count` rows."""
     for part in text:
-        yield part.expand(count, *part.shape[1:])
+        yield part.expand(count, *part.shape[1:])  # a view: no copies of the same row

@@ -19,10 +19,10 @@ from tokenizer_image.usage import Usage, usage_of_counts
 from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.progress import progress
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
-from training.evaluation.features import FeatureExtractor
-from training.evaluation.frechet import Frechet, measure_frechet, preparation
-from training.evaluation.metrics import WINDOW, Moments, psnr, ssim
-from training.evaluation.reference import ImageHash, ReferenceStatistics
+from training.evaluation.image_metrics.features import FeatureExtractor
+from training.evaluation.image_metrics.frechet import Frechet, measure_frechet, preparation
+from training.evaluation.image_metrics.pixel_metrics import WINDOW, Moments, psnr, ssim
+from training.evaluation.image_metrics.reference import ImageHash, ReferenceStatistics
 
 LPIPS_PIXELS_AT_ONCE = 1 << 20  # its VGG16 keeps 64 channels at full size for both images
 
@@ -63,12 +63,13 @@ def reconstructed_batches(tokenizer: ImageTokenizer, source: CaptionedImages, ro
 
         original = torch.from_numpy(numpy.stack(pixels))
         codes = tokenizer.encode(pixels_to_float(original).to(device))
+        # in 8 bits, as images are saved and shown
         reconstruction = float_to_pixels(tokenizer.decode(codes)).cpu()
         yield ReconstructedBatch(kept, original, reconstruction, codes)
 
 
 def _count_codes(codes: Tensor, codebook_size: int) -> Tensor:
-    """[K] int64 on the CPU: how often each code occurs."""
+    """How often each code occurs: [K] int64 on the CPU."""
     return torch.bincount(codes.flatten().cpu(), minlength=codebook_size)
 
 
@@ -141,6 +142,7 @@ def choose_rows(total: int, num_images: int | None, seed: int,
                         "it out for all")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)
+    # a larger sample of the same seed contains a smaller one; sorted, to read in the data's order
     return sorted(order[:num_images].tolist())
 
 
@@ -152,7 +154,7 @@ def measure_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages,
     the source; DataError if no image, or for a Frechet distance only one, is usable.
     """
     extractor = options.extractor
-    _check_resolution(tokenizer.config.resolution, options.lpips)
+    _check_resolution(tokenizer.config.resolution, options.lpips)  # before any work
     rows = choose_rows(len(source), options.num_images, options.seed)
 
     unusable: Counter[str] = Counter()
@@ -184,6 +186,7 @@ def measure_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages,
     if extractor is not None:
         frechet = measure_frechet(original_moments, reconstruction_moments, options.reference,
                                   image_hash, prepared)
+    # means over images, not over batches, of which the last may be smaller
     all_psnrs = torch.cat(psnrs)
     return ReconstructionMetrics(
         rows=kept, psnr_per_image=all_psnrs.tolist(), psnr=float(all_psnrs.mean()),
@@ -215,4 +218,4 @@ def _lpips(network: LPIPS, original: Tensor, reconstruction: Tensor) -> Tensor:
         image = pixels_to_float(some).to(device)
         other = pixels_to_float(others).to(device)
         parts.append(network(image, other))
-    return torch.cat(parts).double().cpu()
+    return torch.cat(parts).double().cpu()  # float64, for means over many images

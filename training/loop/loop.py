@@ -1,5 +1,4 @@
-"""The training loop of all training scripts: resume, step, log, sample, checkpoint, stop on a
-signal."""
+"""The loop of all training scripts: resume, step, log, sample, checkpoint, stop on a signal."""
 
 from __future__ import annotations
 
@@ -111,7 +110,7 @@ class _Loop:
         self.run_log = RunLog(run_state.run_dir, group.is_first, task.name, self.total, first_step,
                               writers)
         self.batches = iter(task.batches(first_step))
-        self.skipped_before = task.skipped
+        self.skipped_before = task.skipped  # max_skipped_steps counts from each start anew
         self.incidents = Incidents(run_state.run_dir, config.train.batch_size, task.order, task.key,
                                    group.is_first, first_step)
         self.watchdog = Watchdog(run_state.run_dir, group, config.train.stall_seconds)
@@ -122,6 +121,7 @@ class _Loop:
         loss = run_step(self.task, self.config, self.batches, step, self.window)
         if self.task.skipped > skipped_before:
             self.incidents.skipped(step)
+        # the largest of all processes: a spike on one is a spike
         self.incidents.loss(step, self.group.maximum(loss))
         self.run_log.step_done()
         self.watchdog.beat(step + 1)
@@ -145,6 +145,7 @@ class _Loop:
         if is_ending or done == self.total or self._due(done, checkpoint.every_steps):
             self._save(done, measured)
 
+        # only now, after a checkpoint that a repaired run can continue from
         if too_many_skipped:
             raise shared(RunFailedError(
                 f"{skipped} steps were skipped because a loss term or gradient, named above, was "
@@ -208,7 +209,7 @@ def run_step(task: Task, config: RunConfig, batches: Iterator[Any], step: int, w
         terms = task.train(batch, step)
         window.add(terms)
         losses.append(terms["loss"])
-    window.steps += 1
+    window.steps += 1  # of the optimizer, not micro-batches
     return float(torch.stack(losses).max())
 
 
@@ -227,8 +228,7 @@ def _peak_share(task: Task, group: Processes) -> float | None:
 
 
 def _random_state_kept(group: Processes) -> AbstractContextManager:
-    """Keep a look at the model from changing the numbers that a resumed run, which does not repeat
-    it, draws next."""
+    """Keep random state: a look at the model, which a resumed run does not repeat, draws too."""
     return torch.random.fork_rng(devices=[group.device] if group.device.type == "cuda" else [])
 
 
@@ -244,6 +244,7 @@ def _resume(task: Task, run_state: RunState, window: Window) -> int:
         window.restore(tensors)
     for engine in task.engines:
         engine.skipped = int(tensors[f"{SKIPPED}{engine.name}"])
+    # the rest is the script's own
     of_the_loop = (Window.PREFIX, SKIPPED)
     task.restore({name: tensor for name, tensor in tensors.items()
                   if not name.startswith(of_the_loop)})

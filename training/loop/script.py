@@ -22,15 +22,16 @@ from training.runs.environment import environment
 def train_from_command_line(argv: Sequence[str] | None, config_class: type[RunConfig],
                             training_class: Callable[[Any, Processes], Training], script: str,
                             description: str) -> int:
-    """Read the config, train, and export; a run that was complete is exported again only if its
-    folder is missing."""
+    """Read the config, train, and export.
+
+    A run that was complete is exported again only if its model folder is missing.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     config = load_config(config_class, arguments, script, description)
     with processes(config.train.threads) as group, peers_may_go(group):
         setup_console(group.is_first)
 
-        # processes that differ would train something that nobody asked for, or wait for one another
-        # for ever
+        # processes that differ would train what nobody asked for, or wait for one another for ever
         group.first_does(lambda: check_writers(config.log))
         check_same(group, config.plain(), "the config")
         check_same(group, environment()["packages"], "what is installed")

@@ -1,5 +1,4 @@
-"""The inputs of a transformer's run: warm start, tokenizers and data, opened and checked to fit
-together.
+"""The inputs of a transformer's run, checked to fit together: warm start, tokenizers, data.
 
 Nothing here touches the run folder, so that a run which is refused leaves everything as it was.
 """
@@ -13,9 +12,9 @@ from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.start_folders import TEXT_FOLDER, facts_of_run
-from training.data.run_data import open_training_pictures, token_order
+from training.data.run_data import open_training_images, token_order
 from training.data.tokens.shards import TokenShards, check_same_tokenizer
-from training.data.visits.on_the_fly import PictureTokens
+from training.data.visits.on_the_fly import OnTheFlyTokens
 from training.engine.processes import Processes
 from training.loop.drops import PictureDrops
 from training.objectives.seq2seq import check_losses
@@ -42,11 +41,11 @@ class Seq2SeqInputs:
         self._open_image_tokenizer()  # first: the data is checked against its codes
 
         self.data = self._open(config.data.split)
-        self.held_out = self._open(
-            config.data.validation_split) if config.data.validation_split else None
+        held_out_split = config.data.validation_split
+        self.held_out = self._open(held_out_split) if held_out_split else None
         self.order = token_order(config.data, self.data, config.seed)
         self.drops: PictureDrops | None = None
-        if isinstance(self.data, PictureTokens):
+        if isinstance(self.data, OnTheFlyTokens):
             self.drops = PictureDrops(config.data, self.data.source, group)
 
         self.text_source = self._open_text_source()
@@ -64,12 +63,13 @@ class Seq2SeqInputs:
             self.group.first_does(
                 lambda: check_codes(start, self.image_tokenizer, self.fingerprint, folder))
 
-    def _open(self, split: str) -> TokenShards | PictureTokens:
+    def _open(self, split: str) -> TokenShards | OnTheFlyTokens:
         data = self.config.data
         if data.on_the_fly:
+            # a detokenizer alone, as some projects publish it, cannot make tokens
             self.image_tokenizer.config.check_encodes(self.image_tokenizer_folder)
-            source = self.group.first_then_others(lambda: open_training_pictures(data, split))
-            return PictureTokens(source, self.image_tokenizer, self.fingerprint)
+            source = self.group.first_then_others(lambda: open_training_images(data, split))
+            return OnTheFlyTokens(source, self.image_tokenizer, self.fingerprint)
 
         shards = self.group.first_then_others(lambda: TokenShards(data.path, split))
         check_same_tokenizer(shards.index, data.path, self.image_tokenizer.codebook_size,
@@ -86,8 +86,7 @@ class Seq2SeqInputs:
         return run(lambda: text_source_of(config, self.data, self.start, self.kept_text))
 
     def _model_config(self) -> TransformerConfig:
-        """The model as the config describes it, with what follows from the tokenizers and the data.
-        """
+        """The model as the config describes it, completed from tokenizers and data."""
         derived = {"text_vocab_size": self.text_source.vocab_size,
                    "text_feature_width": self.text_source.feature_width,
                    "text_length": self.text_source.config.text_length,
@@ -102,7 +101,7 @@ class Seq2SeqInputs:
 
     def _check_model(self) -> None:
         start = self.start
-        if start is not None:
+        if start is not None:  # configs alone: its weights are read later
             self.group.first_does(lambda: check_start(start, self.model_config))
         check_losses(self.config, self.model_config)
 

@@ -1,5 +1,4 @@
-"""The parts that the three training scripts share: batches, engine, moving average, held-out split.
-"""
+"""The parts that all training scripts share: batches, engine, moving average, held-out split."""
 
 from __future__ import annotations
 
@@ -13,12 +12,13 @@ from torch.optim.swa_utils import AveragedModel
 from seq2seq import FrozenTextEncoder, TextSource
 from training.config.run import DataConfig, RunConfig
 from training.config.text import TextConfig
-from training.data.run_data import open_training_pictures
+from training.data.run_data import open_training_images
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.text_input import CaptionRows, cached
+from training.data.text_features import open_features
+from training.data.text_input import CaptionRows
 from training.data.visits.loader import batch_loader
 from training.data.visits.order import DataOrder, MicroBatches
-from training.data.visits.tokens import Captions
+from training.data.visits.tokens import CaptionEncoder
 from training.engine.deepspeed_engine import Engine
 from training.engine.deepspeed_json import deepspeed_json
 from training.engine.launch import resolve_precision
@@ -59,13 +59,17 @@ class Training:
     # ---- set-up
 
     def micro_batch_size(self) -> int:
-        """Items that a process sees at a time. UserError for a batch that cannot be divided, or an
-        unusable DeepSpeed JSON."""
+        """Items that a process sees at a time.
+
+        UserError for a batch that cannot be divided, or an unusable DeepSpeed JSON.
+        """
+        # one stands for any number of parameters, which only the sizes of buckets depend on
         json = deepspeed_json(self.config, self.group.world_size, self.precision, parameters=1)
         return json["train_micro_batch_size_per_gpu"]
 
     def start_engine(self, module: nn.Module) -> None:
         """Give `module` its engine and, if the config asks for one, its moving average."""
+        # the copy comes first: the engine may round the weights to bfloat16
         decay = self.config.train.weight_ema
         if decay and self.group.is_first:
             self.average = weight_average(module, decay, self.group.device)
@@ -84,6 +88,7 @@ class Training:
 
     def update_average(self) -> None:
         """Let the average follow the weights if the last micro-batch changed them."""
+        # within a window, and after a skipped step, the weights are the same as before
         if self.average is not None and self.engine.window_applied:
             self.average.update_parameters(self.engine.module)
 
@@ -92,8 +97,7 @@ class Training:
         return self.drops.problem if self.drops is not None else None
 
     def metrics(self) -> dict[str, float]:
-        """Return further numbers of a log line: unusable images over all processes. All processes
-        must call it."""
+        """Return further numbers of a log line. All processes must call it."""
         return {"dropped_items": self.drops.total()} if self.drops is not None else {}
 
     def parts(self) -> dict[str, nn.Module]:
@@ -115,17 +119,17 @@ class Training:
     # ---- what comes of it
 
     def current_weights(self) -> dict[str, Tensor]:
-        """Return the whole weights in float32 on the CPU, or their average. All processes must call
-        it."""
+        """Return the weights, whole in float32 on the CPU, or their average. On all processes."""
+        # gathers shards, so also on the processes that have no average
         state = self.engine.full_state()
-        # before its first update it is empty
+        # before its first update it holds the weights before the run
         if self.average is not None and int(self.average.n_averaged):
             return self.average.module.state_dict()
         return state
 
     def held_out_report(self, model: Any, step: int, quiet: bool = False) -> Any:
-        """Measure `model`, the weights after `step`, on the held-out split, unless that was done
-        before."""
+        """Measure `model`, the weights after `step`, on the held-out split, once for each step."""
+        # train.validate_every and `finish` both measure the last step
         if step not in self._held_out_reports:
             self._held_out_reports = {step: self.measure(model, quiet)}
         return self._held_out_reports[step]
@@ -155,12 +159,11 @@ def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_held_out_pictures(data: DataConfig, group: Processes) -> CaptionedImages | None:
-    """Open the held-out split of captioned images on the first process, which measures; None on the
-    others, or without one."""
+    """Open the held-out images on the first process, which measures; else, or without, None."""
     opened: list[CaptionedImages] = []
 
     def open_split() -> None:
-        source = open_training_pictures(data, data.validation_split)
+        source = open_training_images(data, data.validation_split)
         len(source)  # it must be readable now, not after hours of training
         opened.append(source)
 
@@ -170,9 +173,8 @@ def open_held_out_pictures(data: DataConfig, group: Processes) -> CaptionedImage
 
 
 def batch_captions(source: TextSource, text: TextConfig, data: Sequence[CaptionRows],
-                   group: Processes) -> Captions:
-    """Return what turns a batch's captions into text input: `source` itself, or its features cached
-    on disk.
+                   group: Processes) -> CaptionEncoder:
+    """Return the source of a batch's text input: `source` itself, or its features from disk.
 
     The cache gets the captions of all `data`.
     """
@@ -182,7 +184,7 @@ def batch_captions(source: TextSource, text: TextConfig, data: Sequence[CaptionR
     captions = [caption for rows in data for caption in rows.all_captions()]
 
     def write() -> None:
-        cached(source, folder, captions, may_write=True)
+        open_features(source, folder, captions, may_write=True)
 
-    group.first_does(write)
-    return cached(source, folder, captions, may_write=False)
+    group.first_does(write)  # then the others read what it wrote
+    return open_features(source, folder, captions, may_write=False)

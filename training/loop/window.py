@@ -15,8 +15,10 @@ from training.engine.processes import Processes
 
 
 class Window:
-    """Sums between two log lines; tensors stay on the device until the line is written. Part of a
-    checkpoint."""
+    """Sums between two log lines, part of a checkpoint.
+
+    Tensors stay on the device until the line is written.
+    """
 
     PREFIX = "window."
 
@@ -73,12 +75,16 @@ class Window:
         try:
             yield
         finally:
-            self.started += time.perf_counter() - began
+            self.started += time.perf_counter() - began  # as if the line had begun later
 
     def speed(self) -> dict[str, float]:
-        """Return items and image tokens per second over all processes, model FLOPs utilization, and
-        the share of the time in which this process waited for data; the unknown is left out."""
+        """Return items and image tokens per second over all processes, MFU and the data wait.
+
+        mfu: model FLOPs utilization; data_wait: share of the time in which this process waited for
+        data. Whatever is unknown is left out.
+        """
         seconds = time.perf_counter() - self.started
+        # resumed steps were trained before the clock of this line started
         samples_per_s = (self.steps - self.resumed_steps) * self.batch_size / seconds
         found = {"samples_per_s": samples_per_s}
         if self.tokens_per_item:

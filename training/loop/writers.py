@@ -6,19 +6,18 @@ A further writer is a class with the methods of `LogWriter`, a line in WRITERS, 
 
 from __future__ import annotations
 
-import importlib
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy
 from PIL import Image
 
 from tokenloom_common.errors import UserError, one_line
+from tokenloom_common.extras import require_extra
 from tokenloom_common.files import write_text_atomic
 from training.config.run import LogConfig, RunConfig
 from training.runs.metrics import read_metrics, sample_grids
@@ -32,7 +31,7 @@ GROUPS = {"optim": ("lr", "grad_norm", "skipped_steps"),
                     "temperature", "kl_weight")}
 """Folder that a number is shown in -> names in metrics.jsonl; every other number is a term of the
 loss."""
-NO_NUMBERS = ("step", "elapsed_s")
+NO_NUMBERS = ("step", "elapsed_s")  # keys of a row that are not written as curves
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
@@ -62,19 +61,20 @@ class LogWriter(Protocol):
 
 
 class TensorBoardWriter:
-    """Event files in RUN/tensorboard. A resumed run tells TensorBoard to forget the steps that it
-    repeats."""
+    """Event files in RUN/tensorboard; a resumed run has the steps that it repeats forgotten."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         folder = str(Path(config.run_dir) / "tensorboard")
+        # TensorBoard drops this step and all after it
         purge_step = first_step + 1 if first_step else None
-        self._writer = _package("tensorboard").SummaryWriter(folder, purge_step=purge_step)
+        package = _package("tensorboard")
+        self._writer = package.SummaryWriter(folder, purge_step=purge_step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Write one scalar each."""
         for name, value in values.items():
             self._writer.add_scalar(grouped(name), value, step)
-        # what a killed run had logged before its last checkpoint is not logged again
+        # a resumed run does not repeat the steps before its checkpoint: they must be on disk
         self._writer.flush()
 
     def image(self, step: int, name: str, path: Path) -> None:
@@ -176,13 +176,9 @@ WRITERS = {
 """Key of the `log` section -> the writer that it turns on."""
 
 
-def _package(name: str) -> ModuleType:
+def _package(name: str) -> Any:
     kind = WRITERS[name]
-    try:
-        return importlib.import_module(kind.module)
-    except ImportError as error:
-        raise UserError(f"log.{name} needs a package ({error}): pip install "
-                        f"'tokenloom[{kind.extra}]'") from None
+    return require_extra(kind.module, f"log.{name}", kind.extra)
 
 
 def check_writers(config: LogConfig) -> None:

@@ -18,7 +18,7 @@ from training.engine.optim import build_optimizer
 from training.engine.processes import Processes
 from training.objectives.tokenizer import AdversarialTerms
 
-NAME = "discriminator"
+NAME = "discriminator"  # in metrics.jsonl (discriminator.lr) and in a checkpoint's files
 
 
 class Adversary:
@@ -33,7 +33,7 @@ class Adversary:
                              config.discriminator_optim, NAME, self.config.start_step)
         self.terms = AdversarialTerms(
             self.config, self.engine.module, average=lambda x: group.total(x) / group.world_size)
-        self.lecam.to(group.device)
+        self.lecam.to(group.device)  # its averages are compared with logits there
 
     @property
     def lecam(self) -> LeCAM:
@@ -41,8 +41,7 @@ class Adversary:
         return self.terms.lecam
 
     def train(self, image: Tensor, reconstruction: Tensor, step: int) -> dict[str, Tensor]:
-        """Learn from one micro-batch of images and reconstructions [B, 3, S, S]: gradients and a
-        step -> terms to log."""
+        """Learn from one micro-batch of images and reconstructions [B, 3, S, S] -> terms to log."""
         if not discriminator_active(step, self.config):
             return {}
         loss = self.terms.discriminator_loss(image, reconstruction, step)

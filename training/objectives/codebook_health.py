@@ -1,5 +1,4 @@
-"""Watch how much of the codebook is in use: numbers for the log, a warning with remedies, and a
-plot."""
+"""Watch how much of the codebook is in use: numbers, a warning with remedies, and a plot."""
 
 # Axes: K codebook size
 
@@ -31,7 +30,7 @@ class CodebookHealth:
         """images: in an epoch, which is the window unless codebook.window says otherwise."""
         self.config, self.group = config, group
         self.window = config.codebook.window or images
-        # a micro-batch of all processes
+        # a micro-batch of all processes, each of which counts its own
         images_per_update = config.train.batch_size // config.train.accumulation
         updates = max(1, self.window // images_per_update)
         self.usage = CodebookUsage(config.model.codebook_size, updates).to(group.device)
@@ -44,8 +43,10 @@ class CodebookHealth:
         self._restarts += restarts
 
     def report(self) -> dict[str, float]:
-        """Return the numbers of a log line; restarted_codes counts since the last one. All
-        processes must call it."""
+        """Return the numbers of a log line. All processes must call it.
+
+        restarted_codes counts since the last one.
+        """
         counts = self.counts()
         report = usage_of_counts(counts)
         self._warn(report, int(counts.sum()))
@@ -59,6 +60,7 @@ class CodebookHealth:
             return
         size = self.config.model.codebook_size
         is_low = report.usage < self.config.codebook.warn_below
+        # few codes so far leave many of them unseen by chance
         if not is_low or seen < ENOUGH_CODES * size:
             self._warned = self._warned and is_low
             return
@@ -105,8 +107,7 @@ class CodebookHealth:
         return remedies
 
     def counts(self) -> Tensor:
-        """Return how often each code was used in the window [K] int64. All processes must call it.
-        """
+        """Return uses of each code in the window [K] int64. All processes must call it."""
         return self.group.total(self.usage.counts_total()).cpu()
 
     def draw(self, counts: Tensor, metrics: Path, out: Path) -> None:
@@ -115,6 +116,7 @@ class CodebookHealth:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint."""
+        # in a checkpoint, so that the log lines of a resumed run equal an uninterrupted one's
         return {**self.usage.state_dict(), "restarts": torch.tensor(self._restarts)}
 
     def restore(self, state: dict[str, Tensor]) -> None:

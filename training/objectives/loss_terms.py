@@ -8,8 +8,7 @@ from torch import Tensor
 
 
 class LossTerms(NamedTuple):
-    """`total` [] float32 has gradients; `terms` are its parts [] by name, before weighting and
-    detached."""
+    """The sum [] float32 with gradients, and its parts [] by name, unweighted and detached."""
 
     total: Tensor
     terms: dict[str, Tensor]

@@ -1,5 +1,4 @@
-"""The objectives of a matcher: tell each image's caption from the others of its batch, and predict
-hidden words of captions."""
+"""The objectives of a matcher: find the caption of each image, predict hidden words."""
 
 # Axes: B batch, S side in pixels, E width of the shared space, T text ids, M hidden ids, D width, V
 # vocabulary
@@ -37,15 +36,14 @@ def contrastive_loss(embeddings: Embeddings, scale: Tensor, same_caption: Tensor
 
 @torch.no_grad()
 def batch_accuracy(embeddings: Embeddings, same_caption: Tensor) -> Tensor:
-    """Share of images whose best caption in the batch is right (see contrastive_loss) -> scalar
-    float32."""
+    """Share of images whose best caption in the batch is right -> scalar float32."""
+    # without the scale, which does not change the order
     best = (embeddings.image @ embeddings.text.T).argmax(dim=1, keepdim=True)  # [B, 1]
     return same_caption.gather(1, best).float().mean()
 
 
 class MaskedTextHead(nn.Module):
-    """Memory of a hidden word -> logits over the vocabulary, through the embedding's own weights
-    (Devlin et al. 2019)."""
+    """BERT's head (Devlin et al. 2019): hidden words' memory -> logits by the tied embedding."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -60,8 +58,7 @@ class MaskedTextHead(nn.Module):
 
 
 class MatcherOutputs(NamedTuple):
-    """Embeddings of images and captions, 1 / temperature, and logits [M, V] of the hidden words in
-    raster order, if any."""
+    """Embeddings, 1 / temperature, and logits [M, V] of the hidden words, row by row, if any."""
 
     embeddings: Embeddings
     scale: Tensor
@@ -86,6 +83,7 @@ class MatcherWithTextHead(nn.Module):
         [M]."""
         embeddings = self.matcher(image, text_input, text_mask)
         logits = None
+        # a second pass through the text tower: the first one reads the whole caption
         if self.head is not None and hidden_ids is not None and predicted is not None:
             encoder = self.matcher.text_encoder
             memory = encoder(hidden_ids, text_mask)[predicted]  # [M, D]
@@ -95,8 +93,10 @@ class MatcherWithTextHead(nn.Module):
 
 def matcher_loss(outputs: MatcherOutputs, loss: MatcherLossConfig, same_caption: Tensor,
                  hidden_words: Tensor | None) -> LossTerms:
-    """Return the loss of one micro-batch. same_caption [B, B]: see contrastive_loss; hidden_words
-    [M]: their true ids."""
+    """Return the loss of one micro-batch.
+
+    same_caption [B, B]: see contrastive_loss; hidden_words [M]: their true ids.
+    """
     contrastive = contrastive_loss(outputs.embeddings, outputs.scale, same_caption)
     total = loss.contrastive_weight * contrastive
     terms = {"contrastive": contrastive.detach()}

@@ -20,8 +20,7 @@ from training.objectives.loss_terms import LossTerms
 
 def seq2seq_loss(forward: Callable[..., TokenLogits], model: ImageTransformer,
                  loss: TokenLossConfig, batch: TokenBatch) -> LossTerms:
-    """Run the forward pass of one micro-batch and return its loss; all tensors of `batch` are on
-    the model's device.
+    """Run the forward pass of one micro-batch, on the model's device, and return its loss.
 
     forward: `model` itself, or the engine around it, which training must go through.
     """
@@ -31,7 +30,7 @@ def seq2seq_loss(forward: Callable[..., TokenLogits], model: ImageTransformer,
         inputs.append(batch.layout)
     logits = forward(*inputs)
 
-    text_targets = None
+    text_targets = None  # only a decoder-only model predicts its text (DALL-E)
     if isinstance(model, DecoderOnly) and model.config.predict_text:
         text_targets = model.text_targets(text_input, text_mask)
         if model.config.text_padding != "masked":  # learned padding is predicted like text
@@ -39,6 +38,7 @@ def seq2seq_loss(forward: Callable[..., TokenLogits], model: ImageTransformer,
 
     parts = loss_parts(logits, loss, batch.image_tokens, _region_weights(model, loss, batch.layout),
                        batch.layout, text_targets, text_mask)
+    # every part is a mean over its own tokens
     weighted = [term * weight for term, weight in parts.values()]
     terms = {name: term.detach() for name, (term, _) in parts.items()}
     return LossTerms(torch.stack(weighted).sum(), terms)
@@ -46,8 +46,7 @@ def seq2seq_loss(forward: Callable[..., TokenLogits], model: ImageTransformer,
 
 def _region_weights(model: ImageTransformer, loss: TokenLossConfig,
                     layout: Tensor | None) -> Tensor | None:
-    """Return weights [B, N] of the image tokens by their layout class; None where all weigh the
-    same."""
+    """Return weights [B, N] of the image tokens by their layout class; None if all are equal."""
     if layout is None or not loss.region_weights:
         return None
     return region_token_weights(layout, model.config.layout_grid, model.config.grid,

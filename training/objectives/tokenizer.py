@@ -34,17 +34,18 @@ class AdversarialTerms:
 
     def generator_term(self, reconstruction: Tensor, reconstruction_loss: Tensor,
                        last_layer: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the tokenizer's weighted term [] and what to log, for a reconstruction [B, 3, S,
-        S] with gradients.
+        """Return the tokenizer's weighted term [] and its parts to log.
 
-        0 and nothing to log before the tokenizer hears of the discriminator.
+        reconstruction [B, 3, S, S]: with gradients; last_layer: weight of the decoder's last layer,
+        where the adaptive weight compares gradients. 0 and nothing to log before the warm-in.
         """
         if not warmin(step, self.config):
             return torch.zeros((), device=reconstruction.device), {}
 
-        # without gradients of its own, or the discriminator's next step would be taken along these
-        # as well
+        # or the discriminator's next step would go along these gradients as well, without an error
+        # at stage 0; ZeRO 2 would fail (DeepSpeed#4923)
         self.discriminator.requires_grad_(False)
+        # float32: the discriminator runs in nothing else
         term = generator_loss(self.discriminator(reconstruction.float()), self.config.loss)
         weight = generator_weight(step, self.config, reconstruction_loss, term, last_layer)
         weight = self.average(weight)  # the same one on every process
@@ -54,16 +55,17 @@ class AdversarialTerms:
 
     def discriminator_loss(self, image: Tensor, reconstruction: Tensor,
                            step: int) -> DiscriminatorLoss:
-        """Return the discriminator's own loss on images and reconstructions [B, 3, S, S], which are
-        detached."""
+        """Return the discriminator's own loss on images and reconstructions [B, 3, S, S].
+
+        Both are detached in it.
+        """
         self.discriminator.requires_grad_(True)
         return discriminator_objective(self.discriminator, image.float(), reconstruction.float(),
                                        step, self.config, self.lecam, reduce=self.average)
 
 
 class TokenizerObjective:
-    """The tokenizer's loss: reconstruction, perceptual and code terms, and the adversarial one if
-    there is a discriminator."""
+    """The loss of a tokenizer: reconstruction, perceptual and code terms, the adversarial one."""
 
     def __init__(self, loss: TokenizerLossConfig, perceptual: LPIPS | None = None,
                  adversarial: AdversarialTerms | None = None) -> None:
@@ -80,6 +82,7 @@ class TokenizerObjective:
         terms = loss.terms | {f"weighted.{name}": term for name, term in loss.weighted.items()}
         if self.adversarial is not None:
             reconstruction = result.reconstruction
+            # `total` so far is the reconstruction loss of the adaptive weight
             term, logged = self.adversarial.generator_term(reconstruction, total, last_layer, step)
             total = total + term
             terms |= logged

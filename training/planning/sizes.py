@@ -24,7 +24,7 @@ from training.config.run import DataConfig, RunConfig
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.start_folders import CONFIGS, IMAGE_FOLDER, StartFolder, find_start
 from training.config.text import TextConfig
-from training.data.run_data import open_pictures
+from training.data.run_data import open_images
 from training.data.text_input import DEFAULT_TEXT_LENGTH, DEFAULT_VOCAB_SIZE
 from training.data.tokens.shards import INDEX_NAME, read_index
 
@@ -113,7 +113,7 @@ def sizes_of_run(config: RunConfig, sizes: Sizes) -> RunSizes:
 
 def _count_images(data: DataConfig) -> int | None:
     """The number of images in the data; None where no data is there."""
-    return len(open_pictures(data, data.split)) if Path(data.path).exists() else None
+    return len(open_images(data, data.split)) if Path(data.path).exists() else None
 
 
 def _transformer_sizes(config: Seq2SeqRunConfig, sizes: Sizes) -> RunSizes:

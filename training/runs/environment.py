@@ -15,9 +15,9 @@ PACKAGES = ("torch", "deepspeed", "x-transformers", "vector-quantize-pytorch", "
 
 
 def environment() -> dict[str, Any]:
-    """Return Python, platform, cores, GPU, package versions and the command line, as env.json has
-    them."""
+    """Return the contents of env.json: Python, machine, package versions, command line."""
     return {"python": platform.python_version(), "platform": platform.platform(),
+            # those that this process may use: taskset and cpusets give fewer than the machine has
             "cpus": len(os.sched_getaffinity(0)),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "packages": {name: _version(name) for name in PACKAGES}, "argv": sys.argv}

@@ -1,5 +1,4 @@
-"""Read the facts of a run folder: how far it came, its numbers, what went wrong. Reads files alone.
-"""
+"""Read the facts of a run folder, from files alone: progress, numbers, incidents."""
 
 from __future__ import annotations
 
@@ -60,6 +59,7 @@ class RunFacts:
     def loss(self) -> float | None:
         """Mean of the last tenth of the lines."""
         losses = [row["loss"] for row in self.rows if row.get("loss") is not None]
+        # one line is noisy: it is of a few batches
         last = losses[-max(1, len(losses) // 10):]
         return sum(last) / len(last) if last else None
 
@@ -85,6 +85,7 @@ class RunFacts:
 
     def median(self, name: str) -> float | None:
         """Median of a number over its lines, in which the slow first one hardly counts."""
+        # a line without it, or with 0 or null, says nothing of the speed
         values = sorted(row[name] for row in self.rows if row.get(name))
         return values[len(values) // 2] if values else None
 
@@ -111,6 +112,7 @@ class RunFacts:
         metrics = self.path / "metrics.jsonl"
         if not metrics.is_file():
             return "stopped"
+        # by the age of the log, which also a reader on another machine sees
         age = time.time() - metrics.stat().st_mtime
         return "running" if age < RECENT else "stopped"
 
@@ -167,7 +169,7 @@ def read_run(path: Path) -> RunFacts:
     if not is_run(path):
         raise UserError(f"{path} is no run folder: it has no config.yaml with a run_dir; give "
                         "what --run_dir was")
-    latest = _read_object(path / "latest.json") or {}
+    latest = _read_object(path / "latest.json") or {}  # none before the first checkpoint
     return RunFacts(
         path, read_mapping(path / "config.yaml"), read_metrics(path / "metrics.jsonl"),
         environment=_read_object(path / "env.json") or {},
@@ -185,8 +187,10 @@ def is_run(path: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[RunFacts]:
-    """Read every run folder at or below `folder`, by path, without earlier runs' before-N.
-    UserError for none."""
+    """Read every run folder at or below `folder`, by path. UserError for none.
+
+    An earlier run's before-N is left out.
+    """
     if not folder.is_dir():
         raise MissingFileError(f"{folder}: no such folder")
     found = []

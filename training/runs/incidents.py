@@ -1,5 +1,4 @@
-"""Note steps that went wrong with the data they were made of: skipped steps, and losses far above
-those before them."""
+"""Note skipped steps and loss spikes, with the data they were made of."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ class Incidents:
 
     def __init__(self, run_dir: Path, batch_size: int, order: DataOrder, key: Callable[[int], str],
                  writes: bool, first_step: int = 0) -> None:
-        """first_step: where the run continues; notes of steps after it are dropped, since these
-        come again."""
+        """first_step: the run continues there; notes of later steps, which come again, go."""
         self._path = run_dir / "incidents" / FILE
         self._batch_size, self._order, self._key, self._writes = batch_size, order, key, writes
         self._losses: deque[float] = deque(maxlen=HISTORY)
@@ -45,13 +43,14 @@ class Incidents:
 
     def loss(self, step: int, loss: float) -> None:
         """Take the loss of step 0.., and note it if it is a spike."""
-        if not math.isfinite(loss):
+        if not math.isfinite(loss):  # noted as skipped
             return
         if len(self._losses) >= LEAST:
             # medians, which a few earlier spikes do not move
             median = statistics.median(self._losses)
             distances = [abs(value - median) for value in self._losses]
             deviation = MAD_TO_SIGMA * statistics.median(distances)
+            # and 10 %: where losses hardly vary, a small rise is many deviations
             if loss > median + max(DEVIATIONS * deviation, 0.1 * abs(median)):
                 self._note(step, {"what": "spike", "loss": loss, "median": median},
                            f"step {step + 1}: loss {loss:.4g} is far above the "
@@ -62,6 +61,7 @@ class Incidents:
     def _note(self, step: int, facts: dict[str, Any], message: str) -> None:
         if not self._writes:
             return
+        # of all processes: the order is a function of the seed, so that nobody has to be asked
         items = self._order.batch(step, self._batch_size)
         keys = [self._key(item.index) for item in items]
         log.warning("%s %s (all in %s)", message, first_keys(keys), self._path)

@@ -14,8 +14,7 @@ RANKS = "ranks"  # folder with one file per process: random state and the task's
 
 
 def file_entries(folder: Path) -> list[dict[str, Any]]:
-    """Return name, size and hash of every file below a checkpoint folder, as its manifest has them.
-    """
+    """Return name, size and hash of every file below a checkpoint folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [{"name": str(path.relative_to(folder)), "size": path.stat().st_size,
              "blake2b": file_hash(path)} for path in paths]
@@ -30,7 +29,7 @@ def checkpoint_problem(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint folder; None if it is whole."""
     try:
         manifest = read_manifest(folder)
-        schema = manifest["schema_version"]
+        schema = manifest["schema_version"]  # first: it says what the other keys mean
         if schema != SCHEMA_VERSION:
             age = "newer" if schema > SCHEMA_VERSION else "older"
             return f"its schema {schema} is {age} than this release reads ({SCHEMA_VERSION})"
@@ -53,6 +52,7 @@ def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
     if not path.is_file():
         return "is missing"
     try:
+        # the size first: a file that was cut short need not be hashed
         is_whole = path.stat().st_size == entry["size"] and file_hash(path) == entry["blake2b"]
     except OSError as error:
         return f"cannot be read ({str(error.strerror).lower()})"

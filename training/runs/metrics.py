@@ -15,7 +15,9 @@ def sample_path(run_dir: Path, step: int) -> Path:
 def sample_grids(run_dir: Path) -> dict[int, Path]:
     """Return the sample grids that exist, by step, in the order of the steps."""
     paths = sorted((run_dir / "samples").glob("step-*.png"))
-    return {int(path.stem.removeprefix("step-")): path for path in paths}
+    steps = {path: path.stem.removeprefix("step-") for path in paths}
+    # a user may have put a copy of one beside it
+    return {int(step): path for path, step in steps.items() if step.isdigit()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tokenloom_common.errors import UserError
+from tokenloom_common.extras import require_extra
 from training.runs.facts import RunFacts
 from training.runs.metrics import sample_grids
 
@@ -96,12 +96,9 @@ def _curves(run: RunFacts) -> str:
 
 def _curve(title: str, rows: list[dict[str, Any]], name: str) -> str:
     """Draw one panel as SVG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"the page's curves need matplotlib ({error}): pip install "
-                        "'tokenloom[train]'") from None
-    figure = Figure(figsize=(4.6, 2.8), layout="constrained")
+    # not pyplot, which would choose a backend and keep every figure
+    matplotlib = require_extra("matplotlib.figure", "a page with curves")
+    figure = matplotlib.Figure(figsize=(4.6, 2.8), layout="constrained")
     axis = figure.subplots()
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
     steps, values = zip(*points, strict=True)
@@ -111,7 +108,7 @@ def _curve(title: str, rows: list[dict[str, Any]], name: str) -> str:
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
 
-    # as vectors in the page itself, which stays one file
+    # vectors inside the page, which so stays one file
     file = io.StringIO()
     figure.savefig(file, format="svg")
     svg = file.getvalue()
@@ -121,6 +118,7 @@ def _curve(title: str, rows: list[dict[str, Any]], name: str) -> str:
 
 def _images(run: RunFacts) -> str:
     grids = list(sample_grids(run.path).values())
+    # a page with every grid of a long run would be too large to open
     newest_first = grids[-LAST_GRIDS:][::-1]
     others = [run.path / name for name in ("positions.png", "codebook.png")]
     images = [_image(path) for path in [*newest_first, *others] if path.is_file()]
@@ -128,7 +126,7 @@ def _images(run: RunFacts) -> str:
         return "<p>none yet</p>"
 
     captions, text = run.path / "samples" / "captions.json", ""
-    if captions.is_file():
+    if captions.is_file():  # a tokenizer's grids have none
         text = f"<p>captions: {html.escape(captions.read_text(encoding='utf-8'))}</p>"
     return text + "".join(images)
 

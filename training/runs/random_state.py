@@ -23,7 +23,8 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
     numpy_state: Any = numpy.random.get_state()
     _, numpy_key, position, has_gauss, numpy_gauss = numpy_state
     _, python_key, python_gauss = random.getstate()
-    if python_gauss is None:  # the second number of a pair, where one is left over
+    # random.gauss makes pairs, and keeps the second number for the next call
+    if python_gauss is None:
         python_gauss = math.nan
 
     # a checkpoint holds tensors alone; float64 keeps each of the three as it is

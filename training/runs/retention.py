@@ -1,9 +1,7 @@
-"""Keep the last few checkpoints, the one that measured best, and every N-th for good; delete the
-others."""
+"""Keep the last few checkpoints, the best one, and every N-th for good; delete the others."""
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from pathlib import Path
 
 from tokenloom_common.files import write_json_atomic
 from training.config.run import CheckpointConfig
-from training.config.start_folders import MANIFEST
+from training.runs.manifest import read_manifest
 
 MEASURED = "measured"  # key of a manifest: the held-out measurement of this step
 BEST = "best.json"
@@ -29,8 +27,7 @@ class Measured:
     value: float
 
     def better_than(self, other: Measured | None) -> bool:
-        """Whether this beats `other`, the best so far; a value that is not finite or equal does
-        not."""
+        """Whether this beats the best so far; an equal or a not finite value does not."""
         if other is None or not math.isfinite(self.value):
             return math.isfinite(self.value)
         if HIGHER_IS_BETTER[self.name]:
@@ -45,6 +42,7 @@ def delete_old(run_dir: Path, keep: CheckpointConfig, names: list[str]) -> None:
     """
     best = _name_best(run_dir, names) if keep.keep_best else None
     candidates = [name for name in names if not _is_kept_for_good(name, keep)]
+    # keep_last counts these alone: those kept for good do not use it up
     for name in candidates[: -keep.keep_last]:
         if name != best:
             shutil.rmtree(run_dir / "checkpoints" / name, ignore_errors=True)
@@ -66,8 +64,7 @@ def _name_best(run_dir: Path, names: list[str]) -> str | None:
     # from the manifests, not from memory: whatever a kill interrupts here, the next save finds the
     # same
     for name in names:
-        manifest = json.loads((run_dir / "checkpoints" / name
-                               / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest(run_dir / "checkpoints" / name)
         measured = Measured(**manifest[MEASURED]) if MEASURED in manifest else None
         if measured and measured.better_than(best):
             best, best_name = measured, name

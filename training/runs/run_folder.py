@@ -27,7 +27,7 @@ def hold_folder(run_dir: Path) -> None:
     """Hold the folder until this process ends. UserError if another run holds it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     folder = run_dir.resolve()
-    if folder in _HELD:
+    if folder in _HELD:  # flock would refuse a second file of the same process
         return
     file = (folder / ".lock").open("w")
     try:
@@ -49,6 +49,7 @@ def set_aside(run_dir: Path) -> None:
         number += 1
     aside = run_dir / f"before-{number}"
     aside.mkdir()
+    # renamed, never deleted, and never copied: checkpoints are large
     for path in used:
         os.rename(path, aside / path.name)
     log.warning("%s: starting over; what was there is now in %s", run_dir, aside)

@@ -50,21 +50,18 @@ TASK = "task."  # prefix of the task's own tensors in a rank's file
 
 
 class Savable(Protocol):
-    """Writes its own part of a checkpoint below a folder, on every process: an engine, or a task's
-    engines."""
+    """Writes its own part of a checkpoint, on every process: an engine, or all of a task."""
 
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path, resharded: bool = False) -> None: ...
 
 
 class RunState:
-    """Owner of a run folder: writes checkpoints, finds the one to continue from, keeps the last
-    few."""
+    """Owner of a run folder: writes checkpoints, finds the one to continue from, keeps a few."""
 
     def __init__(self, config: RunConfig, group: Processes,
                  facts: dict[str, Any] | None = None) -> None:
-        """facts: JSON-able values that a checkpoint must share with the run that continues it
-        (model, rows of data)."""
+        """facts: JSON values that a run shares with the one it continues (model, rows of data)."""
         self.config = config
         # tuples become lists, as a manifest has them
         self.facts = json.loads(json.dumps(facts or {}))
@@ -76,8 +73,7 @@ class RunState:
         """Whether the checkpoint that was loaded is of another number of processes."""
 
     def prepare(self) -> None:
-        """Decide where to continue, then create the folder and write config.yaml and env.json
-        (first process).
+        """Decide where to continue, then create the folder with config.yaml and env.json.
 
         A refused resume changes nothing. A fresh start in a used folder puts its files into
         RUN/before-1, before-2, ...
@@ -102,9 +98,9 @@ class RunState:
 
     def save(self, engines: Savable, step: int, task_state: dict[str, Tensor],
              measured: Measured | None = None) -> None:
-        """Save `step` finished steps: aside, hashed into a manifest, flushed, renamed, then named
-        by latest.json.
+        """Save `step` finished steps, so that a checkpoint appears whole or not at all.
 
+        Written aside, hashed into a manifest, flushed, renamed, then named by latest.json.
         task_state: this process's tensors beyond the engines'; measured: the held-out measurement
         of this step. Called on every process, at the end of an accumulation window only.
         """
@@ -136,9 +132,10 @@ class RunState:
         self.group.first_does(clear)
         engines.save(aside)
         tensors = rng_state(self.group.device)
+        # contiguous: safetensors refuses views
         tensors |= {f"{TASK}{key}": tensor.contiguous() for key, tensor in task_state.items()}
         save_file(tensors, _rank_file(aside, self.group.rank))
-        self.group.barrier()
+        self.group.barrier()  # the manifest needs the files of all processes
         self.group.first_does(lambda: self._publish(aside, name, step, measured))
 
     def _publish(self, aside: Path, name: str, step: int, measured: Measured | None) -> None:
@@ -149,7 +146,7 @@ class RunState:
             manifest[MEASURED] = asdict(measured)
         write_json_atomic(aside / MANIFEST, manifest)
         publish_folder(aside, self.checkpoints / name)
-        sync_path(self.checkpoints)
+        sync_path(self.checkpoints)  # a renamed folder survives a power cut only after that
         write_json_atomic(self.run_dir / "latest.json",
                           {"step": step, "checkpoint": f"checkpoints/{name}"})
 
@@ -160,6 +157,8 @@ class RunState:
     def _settings(self) -> dict[str, Any]:
         """Keys of the config that a checkpoint must share with the run that continues it."""
         train = self.config.train
+        # with another batch or seed the data position would mean other data; ZeRO stages have other
+        # files
         return {"zero_stage": self.config.deepspeed.zero_stage, "batch_size": train.batch_size,
                 "accumulation": train.accumulation, "seed": self.config.seed}
 
@@ -170,8 +169,7 @@ class RunState:
     # ---- find
 
     def find(self) -> Path | None:
-        """Return the newest whole checkpoint, or None for a fresh start; a damaged one is named and
-        passed over.
+        """Return the newest whole checkpoint, or None for a fresh start; log damaged ones.
 
         ResumeError when checkpoint.resume is 'required' and there is none, or when every one there
         is damaged.
@@ -190,6 +188,7 @@ class RunState:
                 return folder
             log.warning("checkpoint %s is not usable: %s; trying the one before", folder, problem)
 
+        # never start over by itself: that would put the only copies of long work aside
         if names:
             raise ResumeError(f"{self.checkpoints}: none of {len(names)} checkpoints is whole; "
                               "repair one, or start over with --checkpoint.resume never")
@@ -199,13 +198,14 @@ class RunState:
         return None
 
     def _check_same_run(self, folder: Path) -> None:
-        """Raise ResumeError, naming up to three differences, for a checkpoint of another kind of
-        run."""
+        """Raise ResumeError, naming up to three differences, for another kind of run."""
         manifest = read_manifest(folder)
         then = manifest | by_dotted_name(manifest.get("facts", {}))
         now = self._settings() | by_dotted_name(self.facts)
-        # facts that the run no longer has are of another order of the data; others may come and go
-        gone = {name: None for name in then if name.startswith("data.") and name not in now}
+        # a fact that is gone means another order of the data, or AdamW, whose name is no fact;
+        # others (a discriminator, a moving average) may be given up
+        gone = {name: None for name in then if name not in now
+                and (name.startswith("data.") or name == "optim.name")}
         differing = [f"{name} {then.get(name)} then, {value} now"
                      for name, value in (now | gone).items() if then.get(name) != value]
         if differing:
@@ -216,8 +216,7 @@ class RunState:
     # ---- load
 
     def load(self, engines: Savable, folder: Path) -> tuple[int, dict[str, Tensor]]:
-        """Restore engines and random state on every process -> the number of finished steps and the
-        task's tensors."""
+        """Restore engines and random state -> the finished steps and the task's tensors."""
         manifest = read_manifest(folder)
         step, processes_then = int(manifest["step"]), int(manifest["world_size"])
         self.resharded = processes_then != self.group.world_size

@@ -29,21 +29,19 @@ FREE = ("dropout",)
 
 
 def matcher_text_source(folder: str | Path, text_encoder: str | None = None) -> TextSource:
-    """Load the text tokenizer (or frozen text encoder) of a matcher, which a run that starts from
-    it must read with."""
+    """Load the text source of a matcher, which a run that starts from it must read with."""
     return load_text_source(find_matcher_folder(folder) / "text_tokenizer", text_encoder)
 
 
 def text_source_of_run(text: Seq2SeqTextConfig, data: CaptionRows, kept: Path | None) -> TextSource:
-    """Load the text source of the matcher that a run starts from, or choose one as
-    choose_text_source does.
+    """Load the text source of the matcher that a run starts from, or choose one.
 
     kept: the text source of the run that is continued. UserError when text.kind is not the
     matcher's.
     """
     if text.start_from is None:
         return choose_text_source(text, data, kept)
-    if kept is None:
+    if kept is None:  # a continued run does not need the matcher's folder any more
         source = matcher_text_source(text.start_from, text.encoder)
     else:
         source = load_text_source(kept, text.encoder)
@@ -54,8 +52,7 @@ def text_source_of_run(text: Seq2SeqTextConfig, data: CaptionRows, kept: Path | 
 
 
 def check_text_start(config: TransformerConfig, folder: str | Path) -> None:
-    """Raise UserError, naming the fields, when a model of this config cannot take over the
-    matcher's text encoder.
+    """Raise UserError, naming the fields, where the model cannot take the matcher's encoder.
 
     Reads no weights, so that a run can be refused before anything is touched.
     """
@@ -73,15 +70,14 @@ def check_text_start(config: TransformerConfig, folder: str | Path) -> None:
 
 def take_text_encoder(model: ImageTransformer, folder: str | Path,
                       text_encoder: str | None = None) -> TextSource:
-    """Copy the text tower of the matcher at `folder` into `model`, in place -> the text source that
-    it was trained with.
+    """Copy the text tower of the matcher at `folder` into `model` -> its text source.
 
-    UserError as in check_text_start, and for a damaged folder.
+    In place. UserError as in check_text_start, and for a damaged folder.
     """
     check_text_start(model.config, folder)
     scorer = load_matcher_folder(folder, "cpu", text_encoder=text_encoder)
     assert isinstance(model, EncoderDecoder), "its config says so"
-    # both are the same class, so that strict loading checks names and shapes once more
+    # both are TextEncoders, so that strict loading checks names and shapes once more
     model.text_encoder.load_state_dict(scorer.matcher.text_encoder.state_dict())
     log.info("text encoder: %d layers of width %d taken over from %s",
              scorer.matcher.config.text.layers, model.config.width, folder)
@@ -92,6 +88,7 @@ def differences(tower: TextTowerConfig, model: Seq2SeqConfig) -> list[str]:
     """Return 'width (32 there, 64 here)' for every field in which two text encoders differ."""
     pairs = {name: (_field(tower, name), _field(model, name)) for name in LayersConfig.model_fields
              if name not in FREE}
+    # the one field that the two configs name differently
     pairs["encoder_layers"] = (tower.layers, model.encoder_layers)
     return [f"{name} ({there} there, {here} here)" for name, (there, here) in pairs.items()
             if there != here]

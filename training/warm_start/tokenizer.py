@@ -24,14 +24,15 @@ def take_tokenizer(tokenizer: ImageTokenizer, folder: str, decoder_only: bool,
     trained_folder = find_tokenizer(folder)
     refuse_own_run(folder, trained_folder, run_dir)
     trained = load_tokenizer(trained_folder)
+    # a detokenizer alone, as some projects publish it, has no encoder to start from
     trained.config.check_encodes(f"init_from {folder}")
 
     own_state, trained_state = tokenizer.state_dict(), trained.state_dict()
-    differing = _differing(own_state, trained_state)
+    misfits = differing = _differing(own_state, trained_state)
     code_parts = tuple(f"{name}." for name in tokenizer.code_parts)
-    _check_fits(tokenizer, trained, folder,
-                [name for name in differing if name.startswith(code_parts)] if decoder_only
-                else differing)
+    if decoder_only:  # Parti enlarges the decoder alone, after the codes are fixed
+        misfits = [name for name in differing if name.startswith(code_parts)]
+    _check_fits(tokenizer, trained, folder, misfits)
 
     copied = trained_state
     if differing:  # in the decoder alone, which is another one then
@@ -54,6 +55,7 @@ def _differing(own: dict[str, Tensor], trained: dict[str, Tensor]) -> list[str]:
 def _check_fits(tokenizer: ImageTokenizer, trained: ImageTokenizer, folder: str,
                 misfits: list[str]) -> None:
     problem = None
+    # the kind first: it explains all tensors that differ
     if type(trained) is not type(tokenizer):
         problem = f"kind {trained.kind} there, {tokenizer.kind} here"
     elif misfits:

@@ -35,6 +35,7 @@ from training.warm_start.text_encoder import FREE, text_source_of_run
 
 log = logging.getLogger(__name__)
 
+# fields that follow from the image tokenizer, which check_codes compares, and from the text source
 _IMAGE = ("codebook_size", "grid", "tokenizer_fingerprint")
 _TEXT = ("text_vocab_size", "text_feature_width", "text_length")
 
@@ -47,6 +48,7 @@ def open_start(config: Seq2SeqRunConfig) -> StartFolder | None:
     if config.init_from is None:
         return None
     start = find_start(config.init_from)
+    # a fresh run would put aside the very folder that it starts from
     refuse_own_run(config.init_from, start.folder, config.run_dir)
     if start.whole:
         _check_text_of_folder(config, start)
@@ -72,6 +74,7 @@ def _check_text_of_folder(config: Seq2SeqRunConfig, start: StartFolder) -> None:
     if text.kind != kind:
         raise UserError(f"init_from {start.name}: its text.kind is {kind}, this run's "
                         f"{text.kind}; leave text.* out, or a recipe's with --text null")
+    # all of these belong to the tokenizer itself, and would be ignored
     given = [name for name in ("tokenizer", "vocab_size", "text_length")
              if getattr(text, name) is not None]
     if kind == FrozenTextEncoder.kind:
@@ -84,8 +87,7 @@ def _check_text_of_folder(config: Seq2SeqRunConfig, start: StartFolder) -> None:
 
 
 def image_tokenizer_folder(config: Seq2SeqRunConfig, start: StartFolder | None) -> str:
-    """Return the folder of a run's image tokenizer: as named, else of init_from, else, of a
-    continued run, its own."""
+    """Return the folder of the image tokenizer: as named, of init_from, or the run's own."""
     if config.image_tokenizer is not None:
         return config.image_tokenizer
     if start is not None:
@@ -99,13 +101,13 @@ def image_tokenizer_folder(config: Seq2SeqRunConfig, start: StartFolder | None) 
 
 def text_source_of(config: Seq2SeqRunConfig, data: CaptionRows, start: StartFolder | None,
                    kept: Path | None) -> TextSource:
-    """Load the text source of the model folder that a run starts from, or choose one as
-    text_source_of_run does.
+    """Load the text source of the model folder that a run starts from, or choose one.
 
     kept: the text source of the run that is continued.
     """
     if start is not None and start.whole:
         return load_text_source(start.folder / TEXT_FOLDER, config.text.encoder)
+    # init_from's text tokenizer was copied into the run folder, which alone is needed now
     if config.init_from is not None and kept is not None:
         return load_text_source(kept, config.text.encoder)
     return text_source_of_run(config.text, data, kept)
@@ -113,8 +115,10 @@ def text_source_of(config: Seq2SeqRunConfig, data: CaptionRows, start: StartFold
 
 def check_codes(start: StartFolder, tokenizer: ImageTokenizer, fingerprint: str,
                 where: str) -> None:
-    """Raise UserError, naming both values, when the transformer was trained for codes of another
-    image tokenizer than the one at `where`."""
+    """Raise UserError where the transformer was trained for codes of another tokenizer.
+
+    where: the folder of `tokenizer`, for the message.
+    """
     trained = start.config()
     here = {"codebook_size": tokenizer.codebook_size, "grid": tuple(tokenizer.grid),
             "tokenizer_fingerprint": fingerprint}
@@ -127,9 +131,11 @@ def check_codes(start: StartFolder, tokenizer: ImageTokenizer, fingerprint: str,
 
 
 def check_start(start: StartFolder, model: TransformerConfig) -> None:
-    """Raise UserError, naming the field and both values, when the run's model differs from the
-    folder's in anything that its weights or their meaning depend on. Reads no weights, so that a
-    run can be refused before anything is touched."""
+    """Raise UserError where the run's model is another one than the folder's.
+
+    Compares every field that weights or their meaning depend on, and names both values. Reads no
+    weights, so that a run can be refused before anything is touched.
+    """
     trained = start.config()
     if trained.kind != model.kind:
         raise UserError(f"init_from {start.name}: its model.kind is {trained.kind}, this run's "
@@ -155,16 +161,16 @@ def _remedy(name: str) -> str:
 
 
 def model_of_start(config: TransformerConfig, start: StartFolder) -> ImageTransformer:
-    """Build a model with the weights of the folder, in float32 whatever they are stored in;
-    check_start comes before.
+    """Build a model with the weights of the folder, in float32 whatever their stored type.
 
-    UserError naming folder and tensors where the weights do not fit.
+    check_start comes before. UserError naming folder and tensors where the weights do not fit.
     """
     folder = start.transformer
     with SkipParameterInit():  # every weight is about to be replaced
         model = TRANSFORMER_KINDS[config.kind](config)
     tensors, own = read_tensors(folder), model.state_dict()
     check_tensors(_shapes(own), _shapes(tensors), folder)
+    # whole numbers, as quantized files have, would be cast without a word
     check_numbers({name: tensor.dtype for name, tensor in own.items()}, tensors, folder)
     model.load_state_dict(tensors)
 

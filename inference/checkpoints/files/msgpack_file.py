@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tokenloom_common.errors import MissingFileError, UserError, one_line
 
+# far above any model, and low enough that a hostile file costs neither memory nor the stack
 MAX_DEPTH = 32
 MAX_ENTRIES = 1 << 18  # names in all maps together
 MAX_NAME_BYTES = 1024
@@ -33,7 +34,7 @@ DTYPES = {name: getattr(torch, name) for name in (
     "float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64",
     "uint8", "uint16", "uint32", "uint64", "complex64", "complex128")}
 
-# MessagePack's first byte of a value -> what follows it
+# MessagePack's first byte of a value -> what follows it, all big-endian
 _NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
             0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
 _SIZED = {0xC4: ("bytes", ">B"), 0xC5: ("bytes", ">H"), 0xC6: ("bytes", ">I"),
@@ -65,7 +66,7 @@ def read_msgpack(path: Path) -> dict[str, Tensor]:
         raise MissingFileError(f"{path}: no such file")
     try:
         with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # else torch warns
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
 
@@ -95,7 +96,7 @@ class _Reader:
         if head.kind != "map":
             raise _DamagedError(f"begins with {head.kind} instead of a map of names")
         self.read_map(head.value, ())
-        if self.at != self.end:
+        if self.at != self.end:  # two files in one, or a length that is too small
             raise _DamagedError(f"{self.end - self.at:,} bytes are left over")
 
     # ---- MessagePack ----
@@ -179,12 +180,12 @@ class _Reader:
         elif head.kind == "ext":
             self.keep(names, self.array(head))
         elif head.kind in ("number", "truth"):
-            if isinstance(head.value, int) and head.value >= 2**63:
+            if isinstance(head.value, int) and head.value >= 2**63:  # torch.tensor makes an int64
                 raise _DamagedError(f"{_shown(names)} is {head.value}, too large a number")
             self.keep(names, torch.tensor(head.value))
         else:
-            raise _DamagedError(f"{_shown(names)} is {head.kind} where an array or a map was "
-                                "expected")
+            raise _DamagedError(f"{_shown(names)} is {head.kind} where an array "
+                                "or a map was expected")
 
     def keep(self, names: tuple[str, ...], tensor: Tensor) -> None:
         name = ".".join(names)
@@ -196,13 +197,12 @@ class _Reader:
 
     def array(self, outer: _Head) -> Tensor:
         """Extensions 1 and 3, (shape, dtype name, bytes), or 2, (real, imaginary part)."""
-        start = self.at
+        start = self.at  # the content is a MessagePack list of its own, read in place
         if outer.value > self.end - start:
             raise _DamagedError(f"an array claims {outer.value:,} bytes, {self.end - start:,} are "
                                 "left")
         if outer.extension not in (ARRAY, COMPLEX, SCALAR):
             raise _DamagedError(f"extension {outer.extension} is none of Flax's")
-
         is_complex = outer.extension == COMPLEX
         head = self.head()
         if (head.kind, head.value) != ("list", 2 if is_complex else 3):
@@ -248,28 +248,26 @@ class _Reader:
         # torch computes strides as if a side of 0 were 1, and overflows beyond this
         if math.prod(max(1, side) for side in shape) >= 2**62:
             raise _DamagedError(f"an array claims the shape {list(shape)}")
+        # "text" too, here and in dtype: MessagePack of before 2013 has one type for both
         if head.kind not in ("bytes", "text") or head.value != count * dtype.itemsize:
             raise _DamagedError(f"an array of shape {list(shape)} and type {dtype} has "
                                 f"{head.value} bytes")
         start = self.skip(head.value)
-        if count == 0:
+        if count == 0:  # torch.frombuffer refuses to make an empty tensor
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self.content, dtype=dtype, count=count, offset=start).reshape(shape)
 
     # ---- arrays that Flax had split ----
 
     def chunked(self, count: int) -> Tensor:
-        """An array that Flax had split: after its mark, maps `shape` and `chunks` (flat arrays).
-
-        Both number their entries "0", "1", ... . count: entries of the map that holds the mark.
-        """
-        mark = self.head()
+        """An array split into `chunks` with a `shape`, maps that number their entries from "0"."""
+        mark = self.head()  # after the name CHUNKED; `count` entries are in the map
         if (mark.kind, mark.value, count) != ("truth", True, 3):
             raise _DamagedError("a split array is not marked as Flax does")
         shape = [self.side() for _ in self.numbered("shape", MAX_AXES)]
         chunks = [self.flat_array() for _ in self.numbered("chunks", MAX_ENTRIES)]
 
-        dtypes = {chunk.dtype for chunk in chunks}
+        dtypes = {chunk.dtype for chunk in chunks}  # torch.cat would promote several silently
         total = sum(len(chunk) for chunk in chunks)
         if len(dtypes) != 1 or total != math.prod(shape):
             raise _DamagedError(f"the parts of a split array do not make up its shape {shape}")
@@ -297,4 +295,4 @@ class _Reader:
 
 
 def _shown(names: tuple[str, ...]) -> str:
-    return repr(".".join(names)[:80])
+    return repr(".".join(names)[:80])  # a hostile name may be long

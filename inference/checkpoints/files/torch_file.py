@@ -26,6 +26,7 @@ _ZIP_ERRORS = (zipfile.BadZipFile, OSError, ValueError)  # zipfile trusts offset
 class StandIn:
     """Replaces a class that a checkpoint names and conversion does not need; keeps nothing."""
 
+    # arguments and state are the two ways in which the unpickler hands an object its content
     def __init__(self, *args: Any, **values: Any) -> None:
         pass
 
@@ -83,7 +84,7 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
         raise
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError as error:  # names a refused class in its message only
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named:
             raise _refused(path, named[1]) from None
@@ -112,6 +113,7 @@ def _refuse_other_archives(path: Path) -> None:
     if len(pickles) != 1:
         raise UserError(f"{path}: an archive without torch's data.pkl; unpack it first and give "
                         "the checkpoint inside")
+    # compressed entries cannot be mapped, and may unpack to far more than the file's size
     is_compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if is_compressed or pickles[0].file_size > MAX_PICKLE_BYTES:
         raise UserError(f"{path}: not as torch writes it (compressed, or with "
@@ -134,8 +136,8 @@ def _refused(path: Path, *names: str) -> UserError:
 
 
 def _damaged(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: not a whole torch checkpoint ({one_line(error)[:160]}); download it "
-                     "again")
+    return UserError(f"{path}: not a whole torch checkpoint ({one_line(error)[:160]}); "
+                     "download it again")
 
 
 def checked(name: str, value: Tensor, path: Path) -> Tensor:
@@ -146,7 +148,9 @@ def checked(name: str, value: Tensor, path: Path) -> Tensor:
     if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
         raise UserError(f"{path}: tensor {name} is {value.layout} on {value.device}; only dense "
                         "tensors are converted")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+    # strides of 0 turn a few stored bytes into a tensor of any size
+    claimed = value.numel() * value.element_size()
+    if claimed > value.untyped_storage().nbytes():
         raise UserError(f"{path}: tensor {name} claims {list(value.shape)}, more than the file "
                         "holds of it; download it again")
-    return value.detach()
+    return value.detach()  # a checkpoint may hold nn.Parameters

@@ -21,8 +21,10 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 CONTAINERS = ("state_dict", "model", "module")
 """Keys of the weights in a torch file, in search order: Lightning, plain scripts, DeepSpeed."""
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 64 << 20  # about half a million tensors
+# safetensors first: it is mapped as it is, and cannot ask for code
 _ENDINGS = (".safetensors", ".safetensors.index.json", *TORCH_SUFFIXES, ".bin.index.json")
+# FSDP, torch.compile, activation checkpointing
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 _SAFETENSORS_ERRORS = (SafetensorError, OSError, ValueError, RuntimeError, AttributeError,
                        OverflowError, TypeError)
@@ -32,8 +34,7 @@ def read_weights(path: Path, containers: Sequence[str] = CONTAINERS) -> dict[str
     """All tensors of a weights file, or of the shards that an index.json names.
 
     containers: keys under which a torch file may keep its weights. Names lose the parts that
-    wrappers (FSDP, torch.compile, DDP) add. UserError in one line for anything that is not such a
-    file.
+    wrappers (FSDP, torch.compile, DDP) add. UserError in one line for any other file.
     """
     if path.name.endswith(".index.json"):
         return _unwrapped(_read_shards(path, containers), path)
@@ -61,14 +62,14 @@ def _read_file(path: Path, containers: Sequence[str]) -> dict[str, Tensor]:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
         return _tensors_in(read_torch_file(path), containers, path)
-    raise UserError(f"{path}: not a weights file ({', '.join(SUFFIXES)}, or an index.json of "
-                    "shards)")
+    raise UserError(f"{path}: not a weights file ({', '.join(SUFFIXES)}, "
+                    "or an index.json of shards)")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
+            names = list(file.keys())  # safe_open itself cannot be iterated
             return {name: file.get_tensor(name) for name in names}
     except _SAFETENSORS_ERRORS as error:
         raise UserError(f"{path}: not a whole safetensors file ({one_line(error)[:160]}); "
@@ -78,8 +79,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
     """Every tensor from the shard that the index names for it."""
     if index.stat().st_size > MAX_INDEX_BYTES:
-        raise UserError(f"{index}: {index.stat().st_size:,} bytes is too large for an index of "
-                        "shards")
+        raise UserError(f"{index}: {index.stat().st_size:,} bytes is too large "
+                        "for an index of shards")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
@@ -92,6 +93,7 @@ def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
         if not file or Path(file).name != file or file.startswith("."):
             raise UserError(f"{index}: names a file outside its folder ({file!r}); refused")
         found = _read_file(index.parent / file, containers)
+        # tensors that the index does not name are left out: it is the list of the model's tensors
         wanted = [name for name, place in files.items() if place == file]
         lacking = [name for name in wanted if name not in found]
         if lacking:
@@ -104,8 +106,8 @@ def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
 def _tensors_in(payload: Any, containers: Sequence[str], path: Path) -> dict[str, Tensor]:
     """The tensors in a torch file: of the first container that has some, else at the top."""
     if not isinstance(payload, Mapping):
-        raise UserError(f"{path}: holds {type(payload).__name__}, expected a mapping of names to "
-                        "tensors")
+        raise UserError(f"{path}: holds {type(payload).__name__}, expected a "
+                        "mapping of names to tensors")
     for key in containers:
         if _holds_tensors(payload.get(key)):
             payload = payload[key]
@@ -113,7 +115,7 @@ def _tensors_in(payload: Any, containers: Sequence[str], path: Path) -> dict[str
 
     tensors = {}
     for key, value in payload.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor):  # beside them stand steps, arguments, optimizer states
             tensors[str(key)] = checked(str(key), value, path)
     if not tensors:
         keys = ", ".join(str(key)[:40] for key in list(payload)[:5])
@@ -146,8 +148,9 @@ def below(tensors: Mapping[str, Tensor], prefixes: Sequence[str], known: str, wh
     """The tensors under the first prefix that has one named `known`, without the prefix."""
     for prefix in prefixes:
         if prefix + known in tensors:
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                    if name.startswith(prefix)}
+            # the rest of a larger model (a second stage, a language model) is dropped here
+            inside = [name for name in tensors if name.startswith(prefix)]
+            return {name.removeprefix(prefix): tensors[name] for name in inside}
     some = ", ".join(sorted(tensors)[:3])
     raise UserError(f"{where}: no tensor is called {known}, so it is another kind of checkpoint "
                     f"(it has {some}, ...)")

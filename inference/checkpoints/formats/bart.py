@@ -27,6 +27,7 @@ from tokenloom_common.errors import UserError
 HEAD_DIM = 64  # of both published sizes
 _SIZE_FIELDS = ("kind", "encoder_layers", "decoder_layers", "width", "heads", "head_dim",
                 "feedforward_multiplier")
+# all else (activation, norms, positions) is the same in mini and mega
 _ARCHITECTURE = {name: value for name, value in PRESETS["dalle-mini"].items()
                  if name not in _SIZE_FIELDS}
 
@@ -77,6 +78,7 @@ class BartSource:
 
     def layers(self, side: str) -> int:
         """Number of layers of `encoder` or `decoder`. UserError unless numbered from 0."""
+        # {1,4}: a hostile name with thousands of digits is not turned into a number
         matches = [re.match(rf"{side}\.layers\.(\d{{1,4}})\.", name) for name in self.weights]
         found = {int(match[1]) for match in matches if match}
         if not found or found != set(range(len(found))):
@@ -97,7 +99,7 @@ class BartSource:
         inner = self.inner_width("encoder.layers.0")
         image_tokens = self.size("decoder.embed_positions.weight", 0)
         heads = self._head_count(width)
-        side = math.isqrt(image_tokens)
+        side = math.isqrt(image_tokens)  # its shape is not stated: a square
         if side * side != image_tokens:
             raise UserError(f"{self.where}: {image_tokens} image tokens are no square grid")
         return Seq2SeqConfig.parse({
@@ -109,6 +111,7 @@ class BartSource:
             "feedforward_multiplier": multiplier(inner, width)}, f"{self.where}: the shapes say")
 
     def _head_count(self, width: int) -> int:
+        # a stated number of heads divides the width; unstated ones are 64 wide
         divisor = self.heads or HEAD_DIM
         if width % divisor:
             stated = self.heads or f"heads of {HEAD_DIM}"
@@ -136,6 +139,7 @@ def bart_part(source: BartSource) -> ConvertedPart:
 def _rule(name: str, source: BartSource, config: Seq2SeqConfig) -> Rule:
     """The rule for our tensor `name`."""
     if name == "begin_of_image":
+        # a row of the image embeddings there, a vector of its own here
         return Rule(("decoder.embed_tokens.weight",), partial(_row, number=source.begin))
     # the source's image vocabulary has rows beyond the codes, the begin slot among them
     codes_only = partial(_first_rows, count=config.codebook_size)
@@ -169,7 +173,7 @@ def _attention_rule(rest: str, prefix: str, block: str, source: BartSource, conf
 
 def _feedforward_rule(rest: str, layer: str, source: BartSource, config: Seq2SeqConfig) -> Rule:
     glu = f"{layer}.glu"
-    if rest == "1.ff.0.proj.weight":  # our GELU takes the second half, theirs fc0
+    if rest == "1.ff.0.proj.weight":  # our GELU takes the second half, min-dalle's fc0
         return Rule((f"{glu}.fc1.weight", f"{glu}.fc0.weight"), _stacked)
     if rest == "1.ff.3.weight":
         return Rule((f"{glu}.fc2.weight",))
@@ -183,9 +187,9 @@ def _leaf(name: str) -> str:
 
 
 def _tensor_or_untrained_norm(name: str, source: BartSource, length: int) -> Rule:
-    """The source's tensor; ones or zeros for a norm that it lacks."""
+    """The source's tensor; ones or zeros for a norm without one (Flax's use_scale=False)."""
     if name in source.weights or not _NORM.search(name):
-        return Rule((name,))
+        return Rule((name,))  # ConvertedPart.check lists it if it is missing
     side = name.split(".")[0]
     # in the file's own precision, so that the folder holds one dtype
     dtype = source.weights[f"{side}.embed_tokens.weight"].dtype
@@ -216,6 +220,7 @@ def check_sizes(source: BartSource) -> None:
 def head_count(values: Mapping[str, Any], name: str, where: Path) -> int | None:
     """The number of heads that a config states as `name`; None if it states none."""
     found = values.get(name)
+    # type(): True is an int to isinstance
     if found is not None and (type(found) is not int or not 1 <= found <= 1024):
         raise UserError(f"{where}: {name} {found!r}: expected a number of heads, 1 to 1024")
     return found

@@ -38,10 +38,11 @@ EXPECTED: dict[str, Any] = {
     "use_alibi": False, "sinkhorn_iters": 1, "use_final_ln_encoder": True,
     "use_final_ln_decoder": True}
 """Options of its code that change the network, as every published model has them."""
-MAX_LAYERS = 512  # a claim of more in a stack is a hostile file
+MAX_LAYERS = 512  # a claim of more in a stack is a hostile file; mega has 24
 
 _LAYER = re.compile(r"model\.(encoder|decoder)\.layers\."
                     r"FlaxBart(?:En|De)coderLayer(?:s|_(\d{1,4}))\.(.+)")
+# Flax numbers modules of one class in the order in which a layer's code calls them
 _BLOCKS = {
     "LayerNorm_0": "pre_self_attn_layer_norm", "FlaxBartAttention_0": "self_attn",
     "LayerNorm_1": "self_attn_layer_norm", "LayerNorm_2": "pre_encoder_attn_layer_norm",
@@ -57,9 +58,10 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedModel:
     path = vqgan_jax.flax_weights(source)
     config_path = options.config or path.with_name("config.json")
     config = _read_config(config_path)
-    image_tokenizer = _image_tokenizer(options.image_tokenizer, path)
+    image_tokenizer = _image_tokenizer(options.image_tokenizer, path)  # before gigabytes are read
     weights = min_dalle_tensors(read_msgpack(path), path)
 
+    # the row after the image vocabulary, unless the config says otherwise, as in its own code
     begin = config.get("decoder_start_token_id", config.get("image_vocab_size"))
     if type(begin) is not int or begin < 0:
         raise UserError(f"{config_path}: decoder_start_token_id {begin!r}: expected the row that a "
@@ -86,6 +88,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if config.get(name, expected) != expected:
             raise UserError(f"{path}: {name} {config[name]!r} is not converted; published models "
                             f"have {expected!r}")
+    # our config has one number of heads and one multiplier for both sides
     for name in ("attention_heads", "ffn_dim"):
         encoder, decoder = config.get(f"encoder_{name}"), config.get(f"decoder_{name}")
         if encoder != decoder:
@@ -116,8 +119,8 @@ def min_dalle_tensors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, T
     for name, tensor in tensors.items():
         for new_name, view in _named(name.removeprefix("params."), tensor, where):
             if new_name in renamed:
-                raise UserError(f"{where}: holds {new_name} twice, in a stack of layers and by "
-                                "itself")
+                raise UserError(f"{where}: holds {new_name} twice, in a stack "
+                                "of layers and by itself")
             renamed[new_name] = view
     return renamed
 
@@ -127,9 +130,10 @@ def _named(name: str, tensor: Tensor, where: Path) -> Iterator[tuple[str, Tensor
     match = _LAYER.fullmatch(name)
     leaf = name.rpartition(".")[2]
     if match is None:
-        module = name.rpartition(".")[0].removeprefix("model.")
-        if module == "lm_head":
+        module = name.rpartition(".")[0]
+        if module == "lm_head":  # beside the model in Flax, within the decoder in min-dalle
             module = "decoder.lm_head"
+        module = module.removeprefix("model.")
         yield f"{module}.{_LEAVES.get(leaf, leaf)}", _torch_order(tensor, leaf)
         return
 
@@ -141,9 +145,9 @@ def _named(name: str, tensor: Tensor, where: Path) -> Iterator[tuple[str, Tensor
         yield f"{side}.layers.{int(number)}.{rest}", _torch_order(tensor, leaf)
         return
     if tensor.ndim == 0 or len(tensor) > MAX_LAYERS:
-        raise UserError(f"{where}: {name} is of shape {list(tensor.shape)}, expected a stack of "
-                        "layers")
-    for layer, view in enumerate(tensor):
+        raise UserError(f"{where}: {name} is of shape {list(tensor.shape)}, "
+                        "expected a stack of layers")
+    for layer, view in enumerate(tensor):  # views: the stack stays mapped
         yield f"{side}.layers.{layer}.{rest}", _torch_order(view, leaf)
 
 
@@ -158,6 +162,7 @@ def _text_tokenizer(folder: Path, config: Mapping[str, Any], transformer: Conver
     json_path = folder / "tokenizer.json"
     tokenizer = _read_tokenizer_json(json_path) if json_path.is_file() else None
     normalizers = set() if tokenizer is None else _normalizer_types(tokenizer.get("normalizer"))
+    # its TextNormalizer returns lower case with a space before it; the rest is not imitated
     normalize = bool(config.get("normalize_text", False))
     # assumed without a tokenizer.json: DALL-E mini's text normalisation lowers the case
     lowercase = normalize or tokenizer is None or "Lowercase" in normalizers
@@ -174,6 +179,7 @@ def _text_tokenizer(folder: Path, config: Mapping[str, Any], transformer: Conver
     if ignored:
         notes.append(f"{json_path}: its normalizer {', '.join(ignored)} is not applied")
 
+    # tokenizer.json holds the same vocabulary and merges in the fast tokenizers' format
     vocab, merges = folder / VOCAB_NAME, folder / MERGES_NAME
     if vocab.is_file() and merges.is_file():
         return BPETokenizer.from_files(vocab, merges, ours), tuple(notes)
@@ -211,7 +217,9 @@ def _vocab_and_merges(tokenizer: Mapping[str, Any], path: Path) -> tuple[str, st
     try:
         model = tokenizer["model"]
         added = tokenizer.get("added_tokens") or []
-        vocab = {**model["vocab"], **{str(token["content"]): token["id"] for token in added}}
+        # special tokens such as <pad> may stand among the added ones only
+        special = {str(token["content"]): token["id"] for token in added}
+        vocab = {**model["vocab"], **special}
         # newer releases of the tokenizers library write a merge as a list of its two sides
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     except (KeyError, TypeError) as error:

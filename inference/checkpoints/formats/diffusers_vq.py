@@ -56,7 +56,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
 
     tensors = read_weights(find_weights(folder, STEMS, "a VQModel"))
     weights = {_current_name(name): tensor for name, tensor in tensors.items()}
-    # the config says the number of levels, so that a lacking level is missed by its name
+    # levels by the config and not by the tensors, so that a missing level is reported by its names
     widths = config.get("block_out_channels")
     levels = len(widths) if isinstance(widths, list) else 0
     if not 1 <= levels <= MAX_LEVELS:
@@ -67,7 +67,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     if options.resolution is None:
         notes = (f"resolution {resolution}: a VQModel's config does not say it (--resolution)",)
     shapes = VQGANShapes(weights, diffusers_name, levels, folder)
-    quantizer = quantizer_settings(l2_normalize=False)
+    quantizer = quantizer_settings(l2_normalize=False)  # it searches by plain distance
     norm_groups = config.get("norm_num_groups", NORM_GROUPS)
     ours = shapes.config(resolution, quantizer, shapes.code_shape(), norm_groups)
     _compare(config, ours, path)
@@ -102,7 +102,7 @@ def _compare(config: dict[str, Any], ours: VQGANConfig, path: Path) -> None:
         stated = config.get(name)
         if stated is None:  # older releases wrote fewer fields
             continue
-        found = list(value) if isinstance(value, tuple) else value
+        found = list(value) if isinstance(value, tuple) else value  # JSON has no tuples
         if stated != found:
             raise UserError(f"{path}: {name} {stated!r}, but the weights have {value!r}; the "
                             "folder is damaged")
@@ -110,6 +110,7 @@ def _compare(config: dict[str, Any], ours: VQGANConfig, path: Path) -> None:
 
 def diffusers_config(config: VQGANConfig) -> dict[str, Any]:
     """The arguments of `VQModel` that give the same network."""
+    # the decoder's levels are listed in running order, from the coarsest
     attends = [side in config.attention_resolutions for side in config.level_resolutions]
     down = tuple(_DOWN_ATTENTION if attention else _DOWN for attention in attends)
     up = tuple(_UP_ATTENTION if attention else _UP for attention in reversed(attends))

@@ -27,7 +27,7 @@ from inference.checkpoints.rules import ConvertedPart
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
 
-DEFAULT_RESOLUTION = 384
+DEFAULT_RESOLUTION = 384  # of Janus and Janus-Pro: 24 x 24 codes of 16 pixels
 PREFIXES = ("", "model.vqmodel.", "vqmodel.", "gen_vision_model.")
 """Prefixes: alone; in transformers' whole Janus, with and without a head; in DeepSeek's."""
 
@@ -37,18 +37,20 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     options.refuse_unread("janus-vq", "resolution", "like_transformers", "config")
     path = find_weights(source, ("model", "pytorch_model"), "Janus") if source.is_dir() else source
     config_path = options.config or path.parent / "config.json"
+    # the config.json beside the weights is optional, one that is given is not
     config = read_mapping(config_path) if options.config or config_path.is_file() else {}
     weights = below(read_weights(path), PREFIXES, "encoder.conv_in.weight", path)
     # DeepSeek kept LlamaGen's names, transformers renamed the tensors to taming's
     by_deepseek = any(name.startswith("encoder.conv_blocks.") for name in weights)
     levels = count_levels(weights, LEVELS if by_deepseek else TAMING_LEVELS, path)
 
+    # a resolution that is given wins: the network takes any, its config states one
     known = options.resolution or _resolution(config, levels, config_path)
     resolution = known or DEFAULT_RESOLUTION
     notes = () if known else (f"resolution {resolution}: no config.json says it (--resolution)",)
 
     if by_deepseek:
-        if options.like_transformers:
+        if options.like_transformers:  # DeepSeek's own code searches as the model was trained
             raise UserError(f"{path}: has DeepSeek's names; --like-transformers is for a model "
                             "that transformers saved")
         part = llamagen_vqgan(weights, resolution, path)

@@ -56,8 +56,8 @@ CAPTIONS_NOTE = ("captions are read as they are given; LlamaGen's script lowers 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart | ConvertedModel:
     """A file, or the folder of its Hub wrapper.
 
-    A whole model with an image tokenizer (and a text encoder, for text), else the transformer
-    alone.
+    A whole model if an image tokenizer (for text, and a text encoder) is given, else the
+    transformer alone.
     """
     options.refuse_unread("llamagen-gpt", "config", "resolution", "image_tokenizer", "text_encoder",
                           "classes")
@@ -66,6 +66,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart | ConvertedM
         path = find_weights(source, STEMS, "LlamaGen's transformer")
     weights = read_weights(path, CONTAINERS)
     of_text = CLASSES not in weights
+    # a file of another project has neither, and would fail later with a long list of names
     if of_text and NULL not in weights:
         raise UserError(f"{path}: holds neither {CLASSES} nor {NULL}, so it is not a whole "
                         "transformer of LlamaGen's")
@@ -75,6 +76,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart | ConvertedM
     tokenizer = None if options.image_tokenizer is None else load_tokenizer(options.image_tokenizer)
     grid, grid_notes = choose_grid(tokenizer, args, options, path)
     part = _transformer(weights, _config(weights, args, grid, path), path, grid_notes)
+    # a transformer alone is useful too: as --init_from of a run
     if tokenizer is None:
         return _alone(part, "--image-tokenizer", of_text)
     if of_text and options.text_encoder is None:
@@ -101,6 +103,7 @@ def _check_options(options: ConvertOptions, of_text: bool, path: Path) -> None:
 
 def _check_codes(tokenizer: ImageTokenizer, config: DecoderOnlyConfig, options: ConvertOptions,
                  path: Path) -> None:
+    # the grid is compared too, but choose_grid has taken it from this very tokenizer
     if (tokenizer.codebook_size, tuple(tokenizer.grid)) != (config.codebook_size, config.grid):
         raise UserError(f"{options.image_tokenizer}: has {tokenizer.codebook_size} codes, "
                         f"{path.name} draws {config.codebook_size}; give the image tokenizer that "
@@ -116,7 +119,7 @@ def _config(weights: Mapping[str, Tensor], args: ModelArgs, grid: tuple[int, int
     head_dim = width // heads
     # rows of queries (the width), and of keys and values (kv_heads * head_dim each)
     qkv_rows, _ = _shape(weights, "layers.0.attention.wqkv.weight", path)
-    kv_heads = max(1, (qkv_rows - width) // (2 * head_dim))
+    kv_heads = max(1, (qkv_rows - width) // (2 * head_dim))  # too few rows: mis-shaped later
     inner, _ = _shape(weights, "layers.0.feed_forward.w1.weight", path)
 
     text: dict[str, Any]
@@ -132,12 +135,14 @@ def _config(weights: Mapping[str, Tensor], args: ModelArgs, grid: tuple[int, int
     shared = {name: value for name, value in LLAMAGEN.items() if name != "kind"}
     return DecoderOnlyConfig.parse({
         **shared, **text, "norm_eps": args.norm_eps, "layers": layers, "width": width,
+        # None, the default: as many as heads, so that the config equals the preset's
         "heads": heads, "head_dim": head_dim, "kv_heads": None if kv_heads == heads else kv_heads,
         "feedforward_multiplier": multiplier(inner, width), "codebook_size": vocabulary,
         "grid": grid}, f"{path}: the shapes say")
 
 
 def _count_layers(weights: Mapping[str, Tensor]) -> int:
+    # the highest number counts: a layer that is missing below it is listed by its tensors
     matches = (re.match(r"layers\.(\d{1,4})\.", name) for name in weights)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
@@ -178,7 +183,7 @@ def rule_of(name: str, config: DecoderOnlyConfig) -> Rule:
         return Rule((_OUTSIDE_LAYERS[name],))
 
     # x-transformers counts attention and feed-forward as a layer each
-    layer, is_feedforward = divmod(int(match[1]), 2)
+    layer, is_feedforward = divmod(int(match[1]), 2)  # odd numbers are feed-forwards
     prefix, rest = f"layers.{layer}.", match[2]
     if is_feedforward:
         return _feedforward_rule(prefix, rest)
@@ -220,7 +225,7 @@ def _alone(part: ConvertedPart, lacking: str, of_text: bool) -> ConvertedPart:
 def _text_encoder(weights: Mapping[str, Tensor], config: DecoderOnlyConfig, options: ConvertOptions
                   ) -> TextSource:
     """The frozen text encoder with LlamaGen's padding and its learned features of no caption."""
-    null = weights[NULL].clone()
+    null = weights[NULL].clone()  # [T, F], kept without the mapped file
     encoder = FrozenTextEncoder.load(options.text_encoder or "", config.text_length,
                                      padding="left", null_features=null)
     if encoder.feature_width != config.text_feature_width:

@@ -26,6 +26,7 @@ _OTHER_ARGS = (
 class ModelArgs(StrictConfig):
     """LlamaGen's own config: facts beside the shapes, and values to compare with the shapes."""
 
+    # a config.json of the Hub wrapper holds further keys; `of` refuses unknown ones of a given file
     model_config = ConfigDict(extra="ignore")
 
     n_head: int | None = None
@@ -48,7 +49,7 @@ class ModelArgs(StrictConfig):
         if config is None and not path.is_file():
             return cls()
         values = read_mapping(path)
-        if config is not None:
+        if config is not None:  # written by hand: a typing error is likelier than another release
             valid = (*cls.model_fields, *_OTHER_ARGS)
             for name in values:
                 if name not in valid:
@@ -79,6 +80,7 @@ def choose_grid(tokenizer: ImageTokenizer | None, args: ModelArgs, options: Conv
     side = _side(args, options.config or path)
     if options.resolution is not None:
         _check_resolution(options, tokenizer)
+    # the image tokenizer decides: its codes are those that will be drawn
     if tokenizer is not None:
         return _grid_of(tokenizer, side, options)
 
@@ -102,14 +104,14 @@ def _side(args: ModelArgs, path: Path) -> int | None:
     """Codes per side by block_size, the number of image tokens; None if it is not stated."""
     if args.block_size is None:
         return None
-    side = math.isqrt(max(0, args.block_size))
+    side = math.isqrt(max(0, args.block_size))  # isqrt refuses negative numbers
     if side == 0 or side * side != args.block_size:
         raise UserError(f"{path}: block_size {args.block_size} is not a square of codes")
     return side
 
 
 def _check_resolution(options: ConvertOptions, tokenizer: ImageTokenizer | None) -> None:
-    resolution = options.resolution or 0
+    resolution = options.resolution or 0  # for mypy: the caller has checked for None
     if tokenizer is not None and tokenizer.config.resolution != resolution:
         raise UserError(f"--resolution {resolution}: {options.image_tokenizer} is for "
                         f"{tokenizer.config.resolution} px; convert it with --resolution "
@@ -122,6 +124,7 @@ def _check_resolution(options: ConvertOptions, tokenizer: ImageTokenizer | None)
 def _grid_of(tokenizer: ImageTokenizer, side: int | None, options: ConvertOptions
              ) -> tuple[tuple[int, int], tuple[str, ...]]:
     rows, columns = tokenizer.grid
+    # its rotary positions are built for a square
     if rows != columns or side not in (None, rows):
         wanted = "square" if side is None else f"{side} x {side}"
         raise UserError(f"{options.image_tokenizer}: its grid is {rows} x {columns}, the "

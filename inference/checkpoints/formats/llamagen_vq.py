@@ -41,5 +41,7 @@ def llamagen_vqgan(weights: Mapping[str, Tensor], resolution: int | None, where:
         resolution = DEFAULT_RESOLUTION
         notes = (f"resolution {resolution}: the file does not say it (--resolution)",)
     shapes = VQGANShapes(weights, llamagen_name, count_levels(weights, LEVELS, where), where)
-    config = shapes.config(resolution, quantizer_settings(l2_normalize=True), shapes.code_shape())
+    # LlamaGen scales vectors and codes to length 1 for the search and for the decoder
+    quantizer = quantizer_settings(l2_normalize=True)
+    config = shapes.config(resolution, quantizer, shapes.code_shape())
     return vqgan_part(config, weights, llamagen_name, codebook_rules(), where, IGNORED, notes)

@@ -41,7 +41,7 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 
 CODES = 2**14  # that its token loop draws from
-PAD_ID = 1  # that its models take for padding, whatever the vocabulary says
+PAD_ID = 1  # that its code takes for padding, whatever the vocabulary says
 NORM_EPS = 1e-5  # PyTorch's default; taming's VQGAN has 1e-6
 DEFAULTS = SamplingParams(guidance_scale=16.0, top_k=256, temperature=1.0)  # of its generate_image
 SIZES = ("dalle_bart_mega", "dalle_bart_mini")
@@ -84,6 +84,7 @@ def _heads(config: Path | None) -> int | None:
 
 
 def _bart_source(weights: Mapping[str, Tensor], where: Path, heads: int | None) -> BartSource:
+    # without sizes yet, for its check of the matrix
     unsized = BartSource(weights, where, codebook_size=0, begin=0, heads=heads)
     rows = unsized.size("decoder.embed_tokens.weight", 0)
     codes = min(CODES, rows - 1)  # a model smaller than the published ones has fewer rows
@@ -104,23 +105,26 @@ def _text_tokenizer(files: _Files, transformer: ConvertedPart, source: Path) -> 
 def detokenizer_part(weights: Mapping[str, Tensor], side: int, where: Path) -> ConvertedPart:
     """A VQGAN without an encoder, for a code grid of `side` rows."""
     weights = dict(weights)
-    # min-dalle keeps the codebook outside a quantizer
+    # min-dalle keeps the codebook outside a quantizer, whose search it never needs
     if "embedding.weight" in weights:
         weights[CODEBOOK] = weights.pop("embedding.weight")
     levels = count_levels(weights, r"decoder\.up\.(\d+)\.", where)
     shapes = VQGANShapes(weights, taming_name, levels, where)
 
+    # everything by the decoder: VQGANShapes.config reads the encoder, which is not in the file
     pixels, channels = shapes.shape("decoder.conv_out.weight")[:2]
     codes, length = shapes.code_shape()
     resolution = side << (levels - 1)  # every level but the coarsest doubles the side
     config = VQGANConfig.parse({
         "resolution": resolution, "in_channels": pixels, "channels": channels,
         "channel_multipliers": shapes.multipliers("decoder.up", channels, "last"),
+        # a level of the decoder has one more than the config says
         "num_res_blocks": shapes.count("decoder.up.0.block.{}.conv1.weight") - 1,
         "attention_resolutions": shapes.attention_resolutions("decoder.up", resolution),
         "mid_attention": shapes.has("decoder.mid.attn_1.q.weight"),
         "norm_groups": NORM_GROUPS, "norm_eps": NORM_EPS,
         "z_channels": shapes.shape("decoder.conv_in.weight")[1], "embed_dim": length,
+        # unit: VQGAN-jax was trained on pixels in [0, 1]
         "codebook_size": codes, "output_range": "unit", "has_encoder": False,
         "quantizer": quantizer_settings(l2_normalize=False)}, f"{where}: the shapes say")
     return vqgan_part(config, weights, taming_name, codebook_rules(), where)
@@ -141,12 +145,13 @@ def _find(source: Path) -> _Files:
     folder = sizes[0] if sizes else source
     suffixes = [suffix for suffix in _SUFFIXES if (folder / f"encoder{suffix}.pt").is_file()]
     if len(suffixes) > 1:
-        raise UserError(f"{folder}: holds both sizes; give one of them by its file, encoder.pt or "
-                        "encoder_mini.pt")
+        raise UserError(f"{folder}: holds both sizes; give one of them by "
+                        "its file, encoder.pt or encoder_mini.pt")
     return _in_folder(folder, suffixes[0] if suffixes else "")
 
 
 def _in_folder(folder: Path, suffix: str) -> _Files:
+    # one detokenizer serves both sizes: it lies beside their folders
     folders = (folder, folder / "vqgan", folder.parent / "vqgan")
     detokenizers = [place / "detoker.pt" for place in folders]
     there = [path for path in detokenizers if path.is_file()]

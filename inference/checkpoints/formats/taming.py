@@ -35,6 +35,8 @@ from tokenloom_common.errors import MissingFileError, UserError
 LEVELS = r"encoder\.down\.(\d+)\."
 PREFIXES = ("", "first_stage_model.", "model.", "vae.", "vqvae.")
 """Prefixes of a VQGAN in larger checkpoints: second stages of taming and others, ruDALL-E."""
+# of training only. model_ema: latent diffusion's averages, whose names have lost their dots;
+# colorize: a random projection to look at segmentations with
 IGNORED = ("loss.*", "discriminator.*", "perceptual_loss.*", "model_ema.*", "colorize")
 CLUSTER_SIZE, EMBED_AVG = "quantize.embedding.cluster_size", "quantize.embedding.embed_avg"
 _GUMBEL_RULES = {f"quantizer.{part}": Rule((f"quantize.{part}",))
@@ -47,7 +49,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     path = _checkpoint_of(source) if source.is_dir() else source
     yaml_path = options.config or _find_yaml(source, path)
     weights = below(read_weights(path), PREFIXES, "encoder.conv_in.weight", path)
-    in_yaml = _read_yaml(yaml_path) if yaml_path else {}
+    in_yaml = _read_yaml(yaml_path) if yaml_path else {}  # the weights are enough without it
 
     resolution = agreed_resolution(in_yaml.get("resolution"), options.resolution, yaml_path)
     notes: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
         notes = (f"resolution {DEFAULT_RESOLUTION}: without its yaml the file does not say it "
                  "(--config, --resolution)",)
     part = taming_vqgan(weights, resolution or DEFAULT_RESOLUTION, path, notes)
-    _compare(in_yaml, part.config, yaml_path)
+    _compare(in_yaml, part.config, yaml_path)  # the tensors decide; another yaml is a mistake
     return part
 
 
@@ -69,7 +71,7 @@ def taming_vqgan(weights: Mapping[str, Tensor], resolution: int, where: Path,
 
     if "quantize.proj.weight" in weights:
         code_shape = _codebook_shape(weights, "quantize.embed.weight", where)
-        settings: dict[str, Any] = {"kind": "gumbel"}
+        settings: dict[str, Any] = {"kind": "gumbel"}  # the other settings only matter in training
         rules = _GUMBEL_RULES
     elif CLUSTER_SIZE in weights:
         code_shape = _codebook_shape(weights, CODEBOOK, where)
@@ -106,6 +108,7 @@ def _checkpoint_of(folder: Path) -> Path:
     for place in (folder, folder / "checkpoints"):
         if place.is_dir():
             found += [path for path in place.iterdir() if path.suffix in SUFFIXES]
+    # Lightning keeps last.ckpt beside epoch=000012.ckpt; downloads are called model or vqgan
     named = [path for path in found if path.stem in ("last", "model", "vqgan")]
     candidates = named or found
     if len(candidates) != 1:
@@ -120,6 +123,7 @@ def _find_yaml(source: Path, path: Path) -> Path | None:
     if own.is_file():
         return own
 
+    # a run's folder: DATE-model.yaml or DATE-project.yaml in configs/, beside checkpoints/
     if source.is_dir():
         places = [source, source / "configs", path.parent]
     else:
@@ -152,7 +156,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (TypeError, AttributeError):
         raise _not_a_vqgan(path, "ddconfig with its fields") from None
 
-    if shape.get("double_z"):
+    if shape.get("double_z"):  # mean and variance: latent diffusion's KL autoencoders
         raise UserError(f"{path}: double_z true is an autoencoder without codes; there is nothing "
                         "to tokenize with")
     for name in ("tanh_out", "give_pre_end"):  # of latent diffusion's decoder; no tensor shows them

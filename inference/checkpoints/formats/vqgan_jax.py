@@ -39,10 +39,11 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     resolution = agreed_resolution(in_config, options.resolution, settings)
     notes: tuple[str, ...] = ()
     if resolution is None:
-        notes = (f"resolution {DEFAULT_RESOLUTION}: without its config.json the file does not say "
-                 "it",)
+        notes = (f"resolution {DEFAULT_RESOLUTION}: without its config.json the "
+                 "file does not say it",)
     weights = taming_tensors(read_msgpack(path), path)
     part = taming_vqgan(weights, resolution or DEFAULT_RESOLUTION, path, notes)
+    # not stated by any file, and taming_vqgan takes [-1, 1]
     config = part.config.model_copy(update={"input_range": "unit", "output_range": "unit"})
     return replace(part, config=config)
 
@@ -61,9 +62,9 @@ def taming_tensors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tens
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.removeprefix("params.").rpartition(".")
-        if not _MID.search(f"{module}."):
+        if not _MID.search(f"{module}."):  # the dot ends the last part, which may be numbered too
             module = _NUMBERED.sub(r"\1.\2.", f"{module}.").removesuffix(".")
-        if leaf == "kernel" and tensor.ndim == 4:
+        if leaf == "kernel" and tensor.ndim == 4:  # attention too has 1x1 convolutions
             # [height, width, in, out] -> [out, in, height, width]
             tensor = tensor.permute(3, 2, 0, 1)
 

@@ -27,8 +27,8 @@ Naming = Callable[[str, int], str]
 
 CODEBOOK = "quantize.embedding.weight"  # [K, D], in every project but GumbelVQ
 NORM_GROUPS = 32  # in every published VQGAN; only diffusers' config states it
-DEFAULT_RESOLUTION = 256
-MAX_LEVELS = 12
+DEFAULT_RESOLUTION = 256  # of the published models, for files that do not state theirs
+MAX_LEVELS = 12  # these already halve a side of 2048 pixels down to 1
 
 ATTENTION_MATRIX = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight$")
 """Our names of attention matrices: 1x1 convolutions here, linear layers in diffusers."""
@@ -54,7 +54,7 @@ def taming_name(name: str, levels: int) -> str:
 def janus_name(name: str, levels: int) -> str:
     """The name in transformers' JanusVQVAE: taming's, with decoder levels in running order."""
     match = _LEVEL.match(name)
-    if match is None or match["side"] == "encoder.down":
+    if match is None or match["side"] == "encoder.down":  # the encoder runs from level 0
         return name
     return f"decoder.up.{_running_order(match, levels)}.{match['part']}.{match['rest']}"
 
@@ -102,10 +102,11 @@ class VQGANShapes:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of our tensor `name`. UserError if it is missing or is no matrix or convolution."""
+        # Naming is for names outside the quantizer
         source = name if name == CODEBOOK else self.naming(name, self.levels)
         if source not in self.weights:
-            raise UserError(f"{self.where}: lacks {source}, so it is not a whole VQGAN of this "
-                            "kind")
+            raise UserError(f"{self.where}: lacks {source}, so it is not a "
+                            "whole VQGAN of this kind")
         shape = tuple(self.weights[source].shape)
         if len(shape) not in (2, 4) or min(shape) < 1:
             raise UserError(f"{self.where}: {source} is of shape {list(shape)}, expected a "
@@ -132,20 +133,21 @@ class VQGANShapes:
         """Channels of each level over `channels`, the width of the side's `which` convolution."""
         widths = [self.shape(f"{side}.{level}.block.0.conv1.weight")[0]
                   for level in range(self.levels)]
-        if any(width % channels for width in widths):
+        if any(width % channels for width in widths):  # our config has whole multipliers only
             raise UserError(f"{self.where}: levels of {widths} channels are no multiples of the "
                             f"{which} convolution's {channels}")
         return [width // channels for width in widths]
 
     def attention_resolutions(self, side: str, resolution: int) -> list[int]:
         """Resolutions of the levels with attention."""
+        # the tensors tell the levels: they are the same for any resolution that is assumed
         return [resolution >> level for level in range(self.levels)
                 if self.has(f"{side}.{level}.attn.0.q.weight")]
 
     def config(self, resolution: int, quantizer: Mapping[str, Any], code_shape: tuple[int, int],
                norm_groups: int = NORM_GROUPS) -> VQGANConfig:
         """The config of a VQGAN with these tensors. quantizer: its settings; code_shape [K, D]."""
-        channels, pixels = self.shape("encoder.conv_in.weight")[:2]
+        channels, pixels = self.shape("encoder.conv_in.weight")[:2]  # [C, 3, 3, 3]: out, in
         multipliers = self.multipliers("encoder.down", channels, "first")
         blocks = self.count("encoder.down.0.block.{}.conv1.weight")
         # a level of the decoder has one residual block more than one of the encoder
@@ -171,9 +173,11 @@ class VQGANShapes:
 def count_levels(weights: Mapping[str, Tensor], pattern: str, where: Path) -> int:
     """The number of levels (group 1 of `pattern`). UserError unless they are numbered from 0."""
     matches = (re.match(pattern, name) for name in weights)
-    found = {int(match[1]) for match in matches if match and len(match[1]) < 3}
-    # a gap means a damaged file; 12 levels already halve a side of 2048 pixels down to 1
-    if not found or found != set(range(len(found))) or len(found) > MAX_LEVELS:
+    digits = [match[1] for match in matches if match]
+    # a hostile name with thousands of digits is not turned into a number
+    found = {int(number) for number in digits if len(number) < 3}
+    has_gap = found != set(range(len(found)))  # a damaged file
+    if not found or has_gap or len(found) > MAX_LEVELS:
         raise UserError(f"{where}: its encoder has no levels numbered from 0, so it is not a VQGAN "
                         "of this kind")
     return len(found)
@@ -189,8 +193,8 @@ def codebook_rules(source: str = CODEBOOK) -> dict[str, Rule]:
     prefix = "quantizer.vq._codebook."
     return {f"{prefix}embed": Rule((source,), add_head_axis),
             f"{prefix}embed_avg": Rule((source,), add_head_axis),
-            f"{prefix}cluster_size": Rule((source,), _one_use_each),
-            f"{prefix}initted": Rule((), _true)}
+            f"{prefix}cluster_size": Rule((source,), _one_use_each),  # embed_avg / 1 = embed
+            f"{prefix}initted": Rule((), _true)}  # else k-means of the first batch would replace it
 
 
 def add_head_axis(tensor: Tensor) -> Tensor:
@@ -212,7 +216,7 @@ def vqgan_part(config: VQGANConfig, weights: Mapping[str, Tensor], naming: Namin
     """A VQGAN of the source's tensors under other names. quantizer: rules for the quantizer."""
     levels = len(config.channel_multipliers)
     rules: dict[str, Rule] = {}
-    for name in tensor_names(VQGAN, config):
+    for name in tensor_names(VQGAN, config):  # ours: each needs a rule, the source's may be ignored
         if name.startswith("quantizer."):
             rules[name] = quantizer[name]
         else:

@@ -1,4 +1,4 @@
-"""Data sets that we build: a folder that `datasets.load_dataset` reads, with its card and a record of its making."""
+"""Folder of a built dataset: splits that `datasets.load_dataset` reads, data card, build.json."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ OWN_NAMES = {"data", "README.md", "ATTRIBUTION.md", BUILD_NAME}
 
 
 def previous_build(out: Path, builder: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of an earlier build with the same arguments, or None if `out` is free to be (re)written.
+    """Return the report of an earlier build with the same arguments; None if `out` may be written.
 
-    UserError if `out` is a file, or holds anything that is not an earlier build of the same builder.
+    UserError if `out` is a file, or holds anything but an earlier build of the same builder.
     """
     if not out.exists():
         return None
@@ -28,13 +28,21 @@ def previous_build(out: Path, builder: str, arguments: Mapping[str, Any]) -> dic
     names = {item.name for item in out.iterdir()}
     if not names:
         return None
+
     record = _read_record(out)
+    # never delete what a user may have put there
     if record is None or record.get("builder") != builder or not names <= OWN_NAMES:
-        raise UserError(f"{out}: not empty, and not an earlier build of `tokenloom data {builder}` alone; "
-                        "give a new folder or empty this one")
-    splits = record.get("files", [])
-    same = record.get("format") == FORMAT_VERSION and record.get("arguments") == dict(arguments)
-    return record if same and splits and all((out / name).is_file() for name in splits) else None
+        raise UserError(f"{out}: not empty, and not an earlier build of `tokenloom data {builder}` "
+                        "alone; give a new folder or empty this one")
+
+    # other arguments: None, so that the builder replaces what is there
+    is_same = (record.get("format") == FORMAT_VERSION
+               and record.get("arguments") == dict(arguments))
+    if not is_same:
+        return None
+    files = record.get("files", [])
+    is_whole = bool(files) and all((out / name).is_file() for name in files)
+    return record if is_whole else None
 
 
 def _read_record(out: Path) -> dict[str, Any] | None:
@@ -45,15 +53,17 @@ def _read_record(out: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def write_splits(folder: Path, splits: Mapping[str, list[dict[str, Any]]], features: Any) -> list[str]:
-    """One parquet file a split, named the way `datasets` recognises; an empty split gets no file. Returns the names."""
+def write_splits(folder: Path, splits: Mapping[str, list[dict[str, Any]]],
+                 features: Any) -> list[str]:
+    """Write one parquet file per split and return their names; an empty split gets no file."""
     from datasets import Dataset
 
     (folder / "data").mkdir()
     names = []
     for split, rows in splits.items():
         if rows:
-            name = f"data/{split}-00000-of-00001.parquet"
+            name = f"data/{split}-00000-of-00001.parquet"  # `datasets` finds the split in the name
+            # with features: `datasets` would take an image for a plain record of bytes and path
             with quiet_datasets():
                 Dataset.from_list(rows, features=features).to_parquet(folder / name)
             names.append(name)
@@ -62,18 +72,18 @@ def write_splits(folder: Path, splits: Mapping[str, list[dict[str, Any]]], featu
 
 def write_record(folder: Path, builder: str, arguments: Mapping[str, Any], files: list[str],
                  report: Mapping[str, Any]) -> dict[str, Any]:
-    """Write build.json; returns what it holds."""
-    record = {"builder": builder, "format": FORMAT_VERSION, "arguments": dict(arguments), "files": files, **report}
+    """Write build.json and return its contents."""
+    record = {"builder": builder, "format": FORMAT_VERSION, "arguments": dict(arguments),
+              "files": files, **report}
     write_json_atomic(folder / BUILD_NAME, record)
     return record
 
 
 def card_head(licence: str, names: list[str]) -> str:
-    """The YAML block that opens a data card: licence, task, and which file holds which split."""
-    lines = ["---", f"license: {licence}", "task_categories:", "- text-to-image", "language:", "- en", "configs:",
-             "- config_name: default", "  data_files:"]
+    """Format the YAML block that opens a data card: licence, task, and the file of each split."""
+    lines = ["---", f"license: {licence}", "task_categories:", "- text-to-image", "language:",
+             "- en", "configs:", "- config_name: default", "  data_files:"]
     for name in names:
-        lines += [f"  - split: {Path(name).name.split('-')[0]}", f"    path: {name}"]
+        split = Path(name).name.split("-")[0]
+        lines += [f"  - split: {split}", f"    path: {name}"]
     return "\n".join([*lines, "---", ""])
-
-

@@ -1,4 +1,4 @@
-"""The pictures of one emoji style: which emoji it draws, and each of them as RGB pixels over white."""
+"""Art of one emoji style: which emoji it draws, and each of them as RGB pixels over white."""
 
 from __future__ import annotations
 
@@ -12,22 +12,30 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tokenloom_common.errors import one_line
 from training.data.builders.emoji_names import Emoji, plain_code
 
-Art = str | Path  # SVG text, or the path of a ready picture
-_SVG_HEAD = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{}">{}</svg>'
+Art = str | Path  # SVG text, or the path of an image or SVG file
+
+_SVG = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        'viewBox="{}">{}</svg>')
 _MAX_ALIASES = 5
 
 
 def read_iconify(folder: Path, emojis: list[Emoji]) -> dict[str, Art]:
-    """SVG text by emoji code from an Iconify package: by its chars.json, or by name where that is empty."""
+    """Read SVG text by emoji code from an Iconify package.
+
+    Emoji are found in its chars.json, or matched by name if that is empty.
+    """
     icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
     chars_path = folder / "chars.json"
-    chars = json.loads(chars_path.read_text(encoding="utf-8")) if chars_path.is_file() else {}
+    chars = {}
+    if chars_path.is_file():
+        chars = json.loads(chars_path.read_text(encoding="utf-8"))
+
     name_of = {plain_code(code): name for code, name in chars.items()}
     if not name_of:  # some packages ship the file empty
         name_of = match_names(emojis, [*icons["icons"], *icons.get("aliases", {})])
+
     art: dict[str, Art] = {}
     for code, name in name_of.items():
         svg = _svg(icons, name)
@@ -37,21 +45,32 @@ def read_iconify(folder: Path, emojis: list[Emoji]) -> dict[str, Art]:
 
 
 def match_names(emojis: list[Emoji], names: list[str]) -> dict[str, str]:
-    """Icon name by emoji code where an emoji's label (or, failing that, another name of its own) equals the icon's.
+    """Match icon names to emoji codes by the emoji's label or, failing that, another of its names.
 
-    Letters and digits are compared only. A name that fits two emoji fits none: a wrong caption is worse than a gap.
+    Only letters and digits are compared. A name that fits two emoji fits none: a wrong caption is
+    worse than a gap.
     """
-    plain_names = {_letters(name): name for name in reversed(names)}
+    name_of = {_letters(name): name for name in reversed(names)}  # of equal ones the first stays
     matched: dict[str, str] = {}
-    for spellings in ([(e.label,) for e in emojis], [e.other_names for e in emojis]):
-        taken = set(matched.values())
-        claims = Counter(spelling for names_of_one in spellings for spelling in {_letters(n) for n in names_of_one})
-        for emoji, names_of_one in zip(emojis, spellings, strict=True):
-            for spelling in map(_letters, names_of_one):
-                name = plain_names.get(spelling)
-                if name and claims[spelling] == 1 and emoji.code not in matched and name not in taken:
-                    matched[emoji.code] = name
+    # all labels first: another name of one emoji may be the label of the next
+    _match(emojis, [[emoji.label] for emoji in emojis], name_of, matched)
+    _match(emojis, [list(emoji.other_names) for emoji in emojis], name_of, matched)
     return matched
+
+
+def _match(emojis: list[Emoji], names: list[list[str]], name_of: Mapping[str, str],
+           matched: dict[str, str]) -> None:
+    """Add to `matched` the emoji that one of their `names` identifies, unless matched already."""
+    taken = set(matched.values())
+    spellings = [list(map(_letters, names_of_one)) for names_of_one in names]
+    claims = Counter(spelling for of_one in spellings for spelling in set(of_one))
+
+    for emoji, of_one in zip(emojis, spellings, strict=True):
+        for spelling in of_one:
+            name = name_of.get(spelling)
+            is_certain = claims[spelling] == 1 and name not in taken
+            if name and is_certain and emoji.code not in matched:
+                matched[emoji.code] = name
 
 
 def _letters(name: str) -> str:
@@ -59,43 +78,63 @@ def _letters(name: str) -> str:
 
 
 def _svg(icons: Mapping, name: str) -> str | None:
-    icon, flips, turns = icons["icons"].get(name), [], 0
-    for _ in range(_MAX_ALIASES):
+    """SVG text of an icon or alias; None if it is unknown, hidden or rotated."""
+    aliases = icons.get("aliases", {})
+    icon = icons["icons"].get(name)
+    flips: Counter = Counter()
+    quarter_turns = 0
+    for _ in range(_MAX_ALIASES):  # an alias may lead to an alias, even to itself
         if icon is not None:
             break
-        alias = icons.get("aliases", {}).get(name)
+        alias = aliases.get(name)
         if alias is None:
             return None
-        flips += [axis for axis in ("hFlip", "vFlip") if alias.get(axis)]
-        turns += alias.get("rotate", 0)
+        flips += Counter(axis for axis in ("hFlip", "vFlip") if alias.get(axis))
+        quarter_turns += alias.get("rotate", 0)
         name = alias["parent"]
         icon = icons["icons"].get(name)
-    if icon is None or icon.get("hidden") or turns % 4:  # no emoji set turns its icons; flips are used for arrows
+
+    # no emoji set rotates its icons; flips are used for arrows
+    if icon is None or icon.get("hidden") or quarter_turns % 4:
         return None
-    left, top = icon.get("left", icons.get("left", 0)), icon.get("top", icons.get("top", 0))
-    width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+
+    # an icon inherits the box of its set; 0, 0, 16, 16 are Iconify's defaults
+    left = icon.get("left", icons.get("left", 0))
+    top = icon.get("top", icons.get("top", 0))
+    width = icon.get("width", icons.get("width", 16))
+    height = icon.get("height", icons.get("height", 16))
     body = icon["body"]
-    if flips.count("hFlip") % 2:
+    # mirrored about the middle of the box
+    if flips["hFlip"] % 2:
         body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
-    if flips.count("vFlip") % 2:
+    if flips["vFlip"] % 2:
         body = f'<g transform="translate(0 {2 * top + height}) scale(1 -1)">{body}</g>'
-    return _SVG_HEAD.format(f"{left} {top} {width} {height}", body)
+    return _SVG.format(f"{left} {top} {width} {height}", body)
 
 
 def read_named_files(folder: Path, suffix: str) -> dict[str, Art]:
-    """Picture paths by emoji code, from files that are named by code points ('1f469-200d-1f33e.webp')."""
+    """Find the files named by code points ('1f469-200d-1f33e.webp'): paths by emoji code."""
     return {plain_code(path.stem): path for path in sorted(folder.glob(f"*{suffix}"))}
 
 
 def render(art: Art, size: int) -> np.ndarray:
-    """One picture -> uint8 [size, size, 3] over white, whole, centred. ValueError or OSError if it cannot be drawn."""
-    if isinstance(art, Path) and art.suffix != ".svg":
-        image = Image.open(art, formats=["PNG", "WEBP"]).convert("RGBA")
+    """Draw one emoji -> uint8 [size, size, 3] over white, whole, centred.
+
+    ValueError or OSError if it cannot be drawn.
+    """
+    if isinstance(art, str):
+        image = _rasterise(art, size)
+    elif art.suffix == ".svg":
+        image = _rasterise(art.read_text(encoding="utf-8"), size)
     else:
-        image = _rasterise(art.read_text(encoding="utf-8") if isinstance(art, Path) else art, size)
+        image = Image.open(art, formats=["PNG", "WEBP"]).convert("RGBA")
+
     white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")  # before resizing, so that edges blend with white
+    # before resizing, so that edges blend with white
+    image = Image.alpha_composite(white, image).convert("RGB")
+    # thumbnail never enlarges: a small image stays sharp, with a margin
     image.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=None)
+
     square = Image.new("RGB", (size, size), "white")
     square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(square)
@@ -104,21 +143,27 @@ def render(art: Art, size: int) -> np.ndarray:
 def _rasterise(svg: str, size: int) -> Image.Image:
     import resvg_py
 
-    wide = 2 * size  # drawn at twice the size and reduced: thin lines keep their weight
+    # drawn at twice the size and reduced: thin lines keep their weight
     # dpi 0, the default, fails on sizes in pt or mm; no font is ever needed
-    return Image.open(BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=wide, dpi=96.0, skip_system_fonts=True))
-                      ).convert("RGBA")
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, dpi=96.0, skip_system_fonts=True)
+    return Image.open(BytesIO(png)).convert("RGBA")
 
 
 def render_png(job: tuple[Art, int]) -> tuple[bytes, bytes] | str:
-    """(art, size) -> (PNG bytes, raw pixel bytes), or the reason as text; made for worker processes."""
+    """Draw (art, size) -> (PNG bytes, raw pixel bytes), or the reason why not.
+
+    One argument, and errors as text, for `Pool.imap`.
+    """
     art, size = job
     try:
         pixels = render(art, size)
     except (ValueError, OSError) as error:
-        return one_line(error)[:200]
-    if pixels.min() == 255:
+        # the type first, which `draw_rows` counts by: `one_line` may begin with the file's name
+        detail = " ".join(str(error).split())
+        return f"{type(error).__name__}: {detail[:200]}"
+    if pixels.min() == 255:  # all white: an empty icon, or made of what resvg leaves out
         return "blank picture"
+
     out = BytesIO()
     Image.fromarray(pixels).save(out, "PNG", optimize=True)
     return out.getvalue(), pixels.tobytes()

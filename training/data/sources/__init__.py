@@ -1,1 +1,1 @@
-"""Open captioned images: folders, tar shards, tables, `datasets`."""
+"""Open captioned images: folders, tar shards, parquet files, data sets of the hub."""

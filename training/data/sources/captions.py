@@ -1,25 +1,26 @@
-"""Captions as they come, made usable: valid text, one line, bounded length. Knows no files."""
+"""Clean captions: valid text, on one line, of bounded length."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-MAX_CAPTION_CHARS = 2_000  # far above what any text encoder reads; bounds what a hostile caption can cost
+MAX_CAPTION_CHARS = 2_000  # more than any text encoder reads; bounds the cost of a hostile caption
 
 
 class CleanCaption(NamedTuple):
-    """A caption that can be used ("" if nothing is left) and what had to be done to it."""
+    """A usable caption ("" if nothing is left) and the repairs that it needed."""
 
     text: str
     repairs: tuple[str, ...]
 
 
 def clean_caption(value: object) -> CleanCaption:
-    """str, or UTF-8 bytes -> text with single spaces and no NUL, at most MAX_CAPTION_CHARS. Never raises.
+    """str, or UTF-8 bytes -> text with single spaces, without NUL, at most MAX_CAPTION_CHARS.
 
-    Repairs are named "not text", "not UTF-8", "NUL characters", "too long" and "empty". Cleaning twice changes nothing.
+    Repairs are named "not text", "not UTF-8", "NUL characters", "too long" and "empty". Cleaning
+    twice changes nothing. Never raises.
     """
     repairs = []
     if isinstance(value, bytes):
@@ -29,17 +30,20 @@ def clean_caption(value: object) -> CleanCaption:
             text = value.decode("utf-8", errors="replace")
             repairs.append("not UTF-8")
     elif isinstance(value, str):
-        text = value.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates cannot be written or tokenized
+        # lone surrogates can be neither written nor tokenized
+        text = value.encode("utf-8", errors="replace").decode("utf-8")
         if text != value:
             repairs.append("not UTF-8")
     else:
         return CleanCaption("", ("not text",))
+
     if "\0" in text:
         text = text.replace("\0", "")
         repairs.append("NUL characters")
+    # a byte order mark, which Windows editors put before the text of a .txt file
     text = " ".join(text.removeprefix("\ufeff").split())
     if len(text) > MAX_CAPTION_CHARS:
-        text = text[:MAX_CAPTION_CHARS].rstrip()
+        text = text[:MAX_CAPTION_CHARS].rstrip()  # a cut at a space would be cleaned once more
         repairs.append("too long")
     if not text:
         repairs.append("empty")
@@ -47,16 +51,51 @@ def clean_caption(value: object) -> CleanCaption:
 
 
 def clean_captions(value: object, counts: Counter | None = None) -> list[str]:
-    """One caption or several (str, bytes, or a list of them; None is none) -> the usable ones, in order.
+    """Return the usable captions, in order. Every repair is added to `counts`.
 
-    Every repair is added to `counts`.
+    value: one caption or a list of them, str or bytes; None is no caption.
     """
-    values: Iterable[object] = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    kept = []
-    for one in values:
-        text, repairs = clean_caption(one)
+    values: Iterable[object]
+    if isinstance(value, (list, tuple)):
+        values = value
+    elif value is None:
+        values = []
+    else:
+        values = [value]
+
+    usable = []
+    for caption in values:
+        text, repairs = clean_caption(caption)
         if counts is not None:
             counts.update(repairs)
         if text:
-            kept.append(text)
-    return kept
+            usable.append(text)
+    return usable
+
+
+def caption_values(column: Any) -> list[Any]:
+    """Convert an Arrow column of captions to Python values, text as bytes.
+
+    Bytes because Arrow does not promise that its text is valid UTF-8.
+    """
+    import pyarrow as pa
+
+    def is_text(kind: Any) -> bool:
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    kind = column.type
+    # to the large types (64-bit offsets), which both widths can be cast to
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_text(kind):
+        column = column.cast(pa.large_binary())
+    elif is_list and is_text(kind.value_type):
+        column = column.cast(pa.large_list(pa.large_binary()))
+    return column.to_pylist()
+
+
+def first_caption_value(column: Any) -> Any:
+    """Convert the first row of an Arrow column of captions, as text where it is valid UTF-8."""
+    try:
+        return column[0].as_py()
+    except UnicodeDecodeError:
+        return caption_values(column)[0]

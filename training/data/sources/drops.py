@@ -1,4 +1,4 @@
-"""Unusable items: counted by reason, named, and a limit above which the data as a whole is called unusable."""
+"""Unusable items: name and count them by reason; too many make the data as a whole unusable."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ class BadItem(NamedTuple):
 
 
 class BadItemError(UserError):
-    """An item that cannot be used for a reason other than its picture's bytes. `reason` is countable."""
+    """An item is unusable for a reason other than the bytes of its image. `reason` is countable."""
 
     def __init__(self, name: str, reason: str, detail: str) -> None:
         super().__init__(f"{name}: {reason}: {detail}")
         self.reason = reason
         self._parts = (name, reason, detail)
 
-    def __reduce__(self):  # the message alone does not rebuild it, and workers send errors pickled
+    def __reduce__(self):
+        # pickle would call the class with the message alone, and workers send errors pickled
         return type(self), self._parts
 
 
-def in_words(reasons: Counter) -> str:
-    """'2 truncated, 1 too small', the most frequent first."""
+def format_reasons(reasons: Counter) -> str:
+    """Format as '2 truncated, 1 too small', the most frequent first."""
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
 
 
@@ -53,7 +54,7 @@ class DropCounter:
 
     @property
     def dropped(self) -> int:
-        """How many items were dropped."""
+        """Number of dropped items."""
         return self.reasons.total()
 
     def record_good(self, count: int = 1) -> None:
@@ -65,20 +66,24 @@ class DropCounter:
 
         seen_before: it was counted as usable when its source was opened.
         """
-        self.seen += not seen_before
+        if not seen_before:
+            self.seen += 1
         self.reasons[reason] += 1
         self.items.append(BadItem(key, reason))
-        if self.dropped > max(ALWAYS_TOLERATED, self.max_bad_fraction * self.seen):
-            raise DataError(f"{self.where}: {self.summary()}, more than max_bad_fraction {self.max_bad_fraction:g} "
-                            f"allows (last: {key}); look with `tokenloom data check`")
+
+        limit = max(ALWAYS_TOLERATED, self.max_bad_fraction * self.seen)
+        if self.dropped > limit:
+            raise DataError(f"{self.where}: {self.summary()}, more than max_bad_fraction "
+                            f"{self.max_bad_fraction:g} allows (last: {key}); look with "
+                            "`tokenloom data check`")
 
     def record_opened(self, source: Any, first: bool = True) -> None:
-        """Count what a source (CaptionedImages) found when it was opened: its items, and those it could not use.
+        """Count the items of a CaptionedImages and those found unusable when it was opened.
 
-        first: of the processes that opened it, the one that counts the unusable ones.
+        first: the one process, of those that opened the source, that counts the unusable items.
         """
         self.record_good(len(source))
-        if not first:
+        if not first:  # but its own bad items are still a share of the whole source
             self.seen += len(source.bad_items)
             return
         for item in source.bad_items:
@@ -86,6 +91,6 @@ class DropCounter:
             self.record(item.reason, item.key)
 
     def summary(self) -> str:
-        """'dropped 3 of 9,000 (2 truncated, 1 too small)'."""
-        reasons = f" ({in_words(self.reasons)})" if self.reasons else ""
+        """Format as 'dropped 3 of 9,000 (2 truncated, 1 too small)'."""
+        reasons = f" ({format_reasons(self.reasons)})" if self.reasons else ""
         return f"dropped {self.dropped:,} of {self.seen:,}{reasons}"

@@ -1,4 +1,4 @@
-"""Import of Hugging Face `datasets` without its progress bars."""
+"""Silence Hugging Face `datasets`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Within the block, `datasets` draws no progress bars and the hub's client logs errors only; then as before."""
+    """Switch off the progress bars of `datasets` and the hub client's warnings within the block."""
     from datasets.utils.logging import (
         disable_progress_bar,
         enable_progress_bar,
         is_progress_bar_enabled,
     )
 
+    # both are global: leave them as the caller had them
     bars_were_on = is_progress_bar_enabled()
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level

@@ -1,4 +1,4 @@
-"""What lies at a path: which kind of source, which splits, which files; and which paths may be followed."""
+"""Find the format, splits and files of a data set at a path; check paths that data names."""
 
 from __future__ import annotations
 
@@ -13,144 +13,206 @@ from tokenloom_common.errors import DataError, MissingFileError, UserError, near
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-EXPECTED = ("a folder with metadata.jsonl or metadata.csv, a folder of pictures with same-name .txt files, parquet "
-            "files, webdataset .tar shards (a file, a folder, or {000..012}.tar), or a hub id owner/name")
+EXPECTED = ("a folder with metadata.jsonl or metadata.csv, a folder of pictures with same-name "
+            ".txt files, parquet files, webdataset .tar shards (a file, a folder, or "
+            "{000..012}.tar), or a hub id owner/name")
+SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation",
+               "valid": "validation", "val": "validation", "dev": "validation", "test": "test",
+               "testing": "test", "eval": "test", "evaluation": "test"}
+MAX_BRACES = 100_000  # shards of one path; a typo such as {0..999999999} must not fill the memory
+NAMED_MISSING = 5  # missing shards that an error names
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_OF = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
-_KEYWORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
-             "val": "validation", "dev": "validation", "test": "test", "testing": "test", "eval": "test",
-             "evaluation": "test"}
-_MAX_BRACES = 100_000
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")  # the hub's names of files of a split
 
 
-class Layout(NamedTuple):
-    """A source: its kind (a key of the table in sources.py), its root, and per split a folder or a list of files."""
+class FileLayout(NamedTuple):
+    """Format and files of a data set."""
 
-    kind: str
+    format: str  # a key of READERS in open_dataset.py
     root: Path
-    splits: dict[str, list[Path]]
+    splits: dict[str, list[Path]]  # files, or the one folder, of each split
 
     def choose(self, split: str | None) -> list[Path]:
-        """The files of a split; None is train, or the only one. UserError listing the splits otherwise."""
-        name = split or ("train" if "train" in self.splits or len(self.splits) > 1 else next(iter(self.splits)))
+        """Return the files of a split; None is train, or the only split.
+
+        UserError listing the splits if there is no such split.
+        """
+        if split:
+            name = split
+        elif "train" in self.splits or len(self.splits) > 1:
+            name = "train"
+        else:
+            name = next(iter(self.splits))
         if name not in self.splits:
             raise UserError(f"{self.root}: no split '{name}'{nearest_name(name, self.splits)} "
                             f"(splits: {', '.join(self.splits)})")
         return self.splits[name]
 
 
-def find_layout(path: str | Path) -> Layout:
-    """Look at a path and say what it is. MissingFileError for a missing path, DataError for a folder without data."""
+def find_files(path: str | Path) -> FileLayout:
+    """Recognize the data set at a path, or a hub id.
+
+    MissingFileError for a missing path, UserError for another kind of file, DataError for a folder
+    without data.
+    """
     text = str(path)
     root = Path(text).expanduser()
     if "{" in root.name and not root.exists():
-        return _brace_layout(text)
+        return _brace_files(text)
     if not root.exists():
+        # after the local path: a folder owner/name beside the user wins over the hub
         if _HUB_ID.fullmatch(text):
-            return Layout("hub", Path(text), {})
+            return FileLayout("hub", Path(text), {})
         raise MissingFileError(f"{text}: no such file or folder; expected {EXPECTED}")
     if root.is_file():
         if root.suffix not in (".parquet", ".tar"):
-            raise UserError(f"{text}: a {root.suffix or 'nameless'} file is not a data set; expected {EXPECTED}")
-        return Layout(root.suffix[1:], root.parent, split_files([root]))
-    for kind in ("parquet", "tar"):
-        files = sorted({*root.glob(f"*.{kind}"), *root.glob(f"data/*.{kind}"), *root.glob(f"*/*.{kind}")})
+            kind = root.suffix or "nameless"
+            raise UserError(f"{text}: a {kind} file is not a data set; expected {EXPECTED}")
+        return FileLayout(root.suffix[1:], root.parent, split_files([root]))
+
+    for extension in ("parquet", "tar"):
+        # in the folder itself, in the hub's data/, or in a folder per split
+        files = sorted([*root.glob(f"*.{extension}"), *root.glob(f"*/*.{extension}")])
         if files:
-            return Layout(kind, root, split_files(files, root))
-    return _folder_layout(root)
+            return FileLayout(extension, root, split_files(files, root))
+    return _image_folder(root)
 
 
 def split_files(files: list[Path], root: Path | None = None) -> dict[str, list[Path]]:
-    """Files by split, as the hub names them: NAME-00000-of-00003, a first word such as train or test, or a folder of
-    that name. Where nothing says so, it is train."""
+    """Group files by split, as the hub names them.
+
+    A split is named by NAME-00000-of-00003, by a first word such as train or test, or by a folder
+    of such a name. Otherwise it is train.
+    """
     splits: dict[str, list[Path]] = {}
     for path in files:
-        numbered = _OF.fullmatch(path.stem)
-        word = re.split(r"[-._ 0-9]", path.stem, maxsplit=1)[0].lower()
-        folder = path.parent.name.lower() if root is not None and path.parent != root else ""
-        name = numbered[1] if numbered else _KEYWORDS.get(word) or _KEYWORDS.get(folder) or "train"
-        splits.setdefault(name, []).append(path)
+        splits.setdefault(_split_name(path, root), []).append(path)
     return splits
 
 
-def _folder_layout(root: Path) -> Layout:
-    parts = {folder.name: [folder] for folder in sorted(root.iterdir()) if folder.is_dir() and _folder_kind(folder)}
-    if not _folder_kind(root) and parts and any(name.lower() in _KEYWORDS for name in parts):
-        kinds = sorted({_folder_kind(folder) or "" for (folder,) in parts.values()})
-        if len(kinds) > 1:
-            raise UserError(f"{root}: some split folders have metadata files and some have .txt files; make them alike")
-        splits: dict[str, list[Path]] = {}
-        for name, folders in parts.items():
-            splits.setdefault(_KEYWORDS.get(name.lower(), name), []).extend(folders)
-        twice = [", ".join(f.name for f in folders) for folders in splits.values() if len(folders) > 1]
-        if twice:
-            raise UserError(f"{root}: the folders {twice[0]} are the same split; keep one")
-        return Layout(kinds[0], root, splits)
-    kind = _folder_kind(root) or ("sidecar" if next(walk_files(root, (".txt",)), None) else None)
-    if kind is None:
-        pictures = next(walk_files(root, IMAGE_SUFFIXES), None) is not None
-        found = "pictures without captions" if pictures else "nothing readable"
+def _split_name(path: Path, root: Path | None) -> str:
+    numbered = _NUMBERED.fullmatch(path.stem)
+    if numbered:
+        return numbered[1]
+    # train.tar, train-00.tar, train_0.tar, train0.tar
+    word = re.split(r"[-._ 0-9]", path.stem, maxsplit=1)[0].lower()
+    if word in SPLIT_WORDS:
+        return SPLIT_WORDS[word]
+    if root is not None and path.parent != root:
+        return SPLIT_WORDS.get(path.parent.name.lower(), "train")
+    return "train"
+
+
+def _image_folder(root: Path) -> FileLayout:
+    """Recognize a folder of images, or of split folders with images."""
+    formats = {}
+    for folder in sorted(root.iterdir()):
+        found = _image_folder_format(folder) if folder.is_dir() else None
+        if found:
+            formats[folder] = found
+    own_format = _image_folder_format(root)
+    # a folder with data of its own is no split folder, whatever the folders in it are called
+    if own_format is None and any(folder.name.lower() in SPLIT_WORDS for folder in formats):
+        return _split_folders(root, formats)
+
+    if own_format is None and next(walk_files(root, (".txt",)), None):
+        own_format = "sidecar"  # in folders further down, which are no splits
+    if own_format is None:
+        has_images = next(walk_files(root, IMAGE_SUFFIXES), None) is not None
+        found = "pictures without captions" if has_images else "nothing readable"
         raise DataError(f"{root}: holds {found}; expected {EXPECTED}")
-    return Layout(kind, root, {"train": [root]})
+    return FileLayout(own_format, root, {"train": [root]})
 
 
-def _folder_kind(folder: Path) -> str | None:
+def _split_folders(root: Path, formats: dict[Path, str]) -> FileLayout:
+    if len(set(formats.values())) > 1:
+        raise UserError(f"{root}: some split folders have metadata files and some have .txt files; "
+                        "make them alike")
+    splits: dict[str, list[Path]] = {}
+    for folder in formats:
+        name = SPLIT_WORDS.get(folder.name.lower(), folder.name)
+        splits.setdefault(name, []).append(folder)
+    for folders in splits.values():
+        if len(folders) > 1:
+            names = ", ".join(folder.name for folder in folders)
+            raise UserError(f"{root}: the folders {names} are the same split; keep one")
+    return FileLayout(next(iter(formats.values())), root, splits)
+
+
+def _image_folder_format(folder: Path) -> str | None:
     if any((folder / name).is_file() for name in METADATA_NAMES):
         return "metadata"
-    names = {name for name in os.listdir(folder) if (folder / name).is_file()}
-    return "sidecar" if any(name.endswith(".txt") for name in names) and any(
-        name.lower().endswith(IMAGE_SUFFIXES) for name in names) else None
+    names = [name for name in os.listdir(folder) if (folder / name).is_file()]
+    has_texts = any(name.endswith(".txt") for name in names)
+    has_images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+    return "sidecar" if has_texts and has_images else None
 
 
 def walk_files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Files below `root` with one of the suffixes (any case), sorted, without following links to folders."""
+    """Yield the files below `root` with a suffix, sorted. Links to folders are not followed."""
     for folder, folders, names in os.walk(root):
+        # in place: os.walk goes on with what is left here, in this order
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(suffixes) and not name.startswith("."):
                 yield Path(folder, name)
 
 
-def inside(root: Path, name: str) -> Path | None:
-    """The path of a file that data names, or None if the name leads out of `root` (absolute, '..', a URL, a link)."""
-    if not name or "\0" in name or "://" in name or Path(name).is_absolute() or ".." in re.split(r"[\\/]", name):
+def path_inside(root: Path, name: str) -> Path | None:
+    """Return the path of a file that data names; None if the name leads out of `root`.
+
+    Refused are absolute names, '..', URLs and links that lead outside.
+    """
+    # Windows' separator as well: there, such a name would lead outside
+    if not name or Path(name).is_absolute() or ".." in re.split(r"[\\/]", name):
         return None
-    return below(root, name)
+    return path_below(root, name)
 
 
-def below(root: Path, name: str) -> Path | None:
-    """Like `inside`, but an absolute path is fine if it ends up below `root`."""
+def path_below(root: Path, name: str) -> Path | None:
+    """Like `path_inside`, but accept an absolute path or '..' that ends up below `root`."""
     if "\0" in name or "://" in name:
         return None
-    path = root / name
+    path = root / name  # name alone, if it is absolute
+    # resolved, so that links and '..' count with where they lead
     return path if path.resolve().is_relative_to(root.resolve()) else None
 
 
-def _brace_layout(text: str) -> Layout:
+def _brace_files(text: str) -> FileLayout:
     files = [Path(name).expanduser() for name in expand_braces(text)]
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
-        more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
+        shown = ", ".join(missing[:NAMED_MISSING])
+        if len(missing) > NAMED_MISSING:
+            shown += f" and {len(missing) - NAMED_MISSING:,} more"
         raise MissingFileError(f"{text}: {len(missing):,} of {len(files):,} shards are missing "
-                               f"({', '.join(missing[:5])}{more})")
-    if {path.suffix for path in files} - {".tar"}:
+                               f"({shown})")
+    if any(path.suffix != ".tar" for path in files):
         raise UserError(f"{text}: braces are for .tar shards, such as {{000..012}}.tar")
-    return Layout("tar", files[0].parent, {"train": files})
+    return FileLayout("tar", files[0].parent, {"train": files})
 
 
 def expand_braces(text: str) -> list[str]:
-    """'a-{08..10}.tar' -> a-08.tar, a-09.tar, a-10.tar; '{x,y}' lists. UserError if a brace cannot be read."""
+    """'a-{08..10}.tar' -> a-08.tar, a-09.tar, a-10.tar; '{x,y}' -> x, y. UserError for others."""
     pieces: list[list[str]] = []
     for part in re.split(r"(\{[^{}]*\})", text):
-        if not (part.startswith("{") and part.endswith("}")):
-            pieces.append([part])
-            continue
-        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
-        if numbers and 0 <= int(numbers[2]) - int(numbers[1]) < _MAX_BRACES:
-            width = len(numbers[1])
-            pieces.append([f"{n:0{width}d}" for n in range(int(numbers[1]), int(numbers[2]) + 1)])
-        elif "," in part:
-            pieces.append(part[1:-1].split(","))
+        if part.startswith("{") and part.endswith("}"):
+            pieces.append(_expand_brace(part, text))
         else:
-            raise UserError(f"{text}: cannot read {part}; write {{000..012}} or {{a,b}}")
-    return ["".join(choice) for choice in itertools.islice(itertools.product(*pieces), _MAX_BRACES)]
+            pieces.append([part])
+    choices = itertools.product(*pieces)
+    return ["".join(choice) for choice in itertools.islice(choices, MAX_BRACES)]
+
+
+def _expand_brace(part: str, text: str) -> list[str]:
+    numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
+    if numbers:
+        first = int(numbers[1])
+        last = int(numbers[2])
+        if 0 <= last - first < MAX_BRACES:
+            width = len(numbers[1])  # leading zeros, as in a shell
+            return [f"{number:0{width}d}" for number in range(first, last + 1)]
+    elif "," in part:
+        return part[1:-1].split(",")
+    raise UserError(f"{text}: cannot read {part}; write {{000..012}} or {{a,b}}")

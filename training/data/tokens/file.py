@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy
 
 from tokenloom_common.errors import MissingFileError, UserError, one_line
+from tokenloom_common.extras import require_extra
 from tokenloom_common.files import file_hash
 
 AGAIN = "run training/encode_dataset.py again"
 
 
 class ColumnShape(NamedTuple):
-    """Shape of a column of tokens or layouts: R x views x (height * width), values in [0, classes)."""
+    """Shape of a column of tokens or layouts: [R, views, height * width], in [0, classes)."""
 
     views: int
     grid: tuple[int, int]
@@ -24,23 +25,22 @@ class ColumnShape(NamedTuple):
 
 
 def require_pyarrow() -> Any:
-    """Import pyarrow with compute and ipc. UserError that names the extra if it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.ipc
-    except ImportError as error:
-        raise UserError(f"token shards need pyarrow ({error}): pip install 'tokenloom[train]'") from None
-    return pyarrow
+    """Import pyarrow with compute and ipc. UserError naming the extra if it is not installed."""
+    # a submodule becomes an attribute of pyarrow only when it is imported
+    for module in ("pyarrow.compute", "pyarrow.ipc"):
+        require_extra(module, "a token shard")
+    return require_extra("pyarrow", "a token shard")
 
 
 class TokenFile:
     """Rows of one file.
 
-    columns: tokens [R, V, N], and layout [R, V, L] if the shards have layouts; keys: Arrow strings [R].
+    columns: tokens [R, V, N], and layout [R, V, L] if the shards have layouts.
+    keys: Arrow strings [R].
     """
 
-    def __init__(self, path: Path, table: Any, shapes: dict[str, ColumnShape], blake2b: str) -> None:
+    def __init__(self, path: Path, table: Any, shapes: dict[str, ColumnShape],
+                 blake2b: str) -> None:
         self.path = path
         self._shapes = shapes
         self._blake2b = blake2b
@@ -51,8 +51,9 @@ class TokenFile:
         self.keys = _single_chunk(table.column("key"))
 
         captions = _single_chunk(table.column("captions"))
-        self._ends = captions.offsets.to_numpy()
-        self._bounds, self._utf8 = _text_buffers(captions.values)
+        # a row's captions lie between two row bounds, a caption's bytes between two text bounds
+        self._row_bounds = captions.offsets.to_numpy()  # [R + 1]
+        self._text_bounds, self._utf8 = _text_buffers(captions.values)
 
         self.columns = {}
         for name in shapes:
@@ -64,6 +65,7 @@ class TokenFile:
 
     def _check_types(self, table: Any, pyarrow: Any) -> None:
         """UserError naming the first column that is not of the type that encode_dataset writes."""
+        # the raw buffers are read: another type would give other numbers, and no error
         numbers = (pyarrow.uint16(), pyarrow.uint32())
         wrong = []
 
@@ -77,6 +79,7 @@ class TokenFile:
             is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_fixed_size_list(kind)
             if not is_list or kind.value_type not in numbers:
                 wrong.append(name)
+        # the buffer of a missing value may hold anything
         wrong += [name for name in table.column_names if table.column(name).null_count]
 
         if wrong:
@@ -112,43 +115,48 @@ class TokenFile:
 
         UserError naming the file.
         """
-        if (numpy.diff(self._ends) < 1).any():
+        # before the hash, which takes longest; `one_caption` would take the next row's caption
+        if (numpy.diff(self._row_bounds) < 1).any():
             raise UserError(f"{self.path}: a row has no caption; {AGAIN}")
         if file_hash(self.path) != self._blake2b:
-            raise UserError(f"{self.path}: damaged (its hash is not the one in tokens.json); {AGAIN}")
+            raise UserError(f"{self.path}: damaged (its hash is not the one in tokens.json); "
+                            f"{AGAIN}")
 
+        # also of a file with the right hash: on a GPU, a lookup out of range stops the process
         for name, array in self.columns.items():
             classes = self._shapes[name].classes
-            if array.size and int(array.max()) >= classes:
+            highest = int(array.max()) if array.size else 0
+            if highest >= classes:
                 table = "codebook" if name == "tokens" else "classes"
-                raise UserError(f"{self.path}: {name} hold {int(array.max())}, which is outside the "
-                                f"{table} of {classes}")
+                raise UserError(f"{self.path}: {name} hold {highest}, which is outside the {table} "
+                                f"of {classes}")
         self._checked = True
 
     def captions(self, row: int) -> list[str]:
         """Return all captions of a row."""
-        return self._texts(numpy.arange(self._ends[row], self._ends[row + 1]))
+        return self._texts(numpy.arange(self._row_bounds[row], self._row_bounds[row + 1]))
 
     def all_captions(self) -> list[str]:
         """Return every caption of the file."""
         self.check_once()
-        return self._texts(numpy.arange(self._ends[0], self._ends[-1]))
+        return self._texts(numpy.arange(self._row_bounds[0], self._row_bounds[-1]))
 
     def one_caption(self, rows: numpy.ndarray, choice: numpy.ndarray | None) -> list[str]:
         """Pick one caption for each of the rows [B].
 
         choice: [B] in [0, 1), the position among a row's captions; None = its first.
         """
-        number = self._ends[rows]
+        number = self._row_bounds[rows]
         if choice is not None:
-            count = self._ends[rows + 1] - number
+            count = self._row_bounds[rows + 1] - number
             number = number + (choice * count).astype(number.dtype)
         return self._texts(number)
 
     def _texts(self, numbers: numpy.ndarray) -> list[str]:
-        begins = self._bounds[numbers].tolist()
-        ends = self._bounds[numbers + 1].tolist()
-        return [str(self._utf8[begin:end], "utf-8") for begin, end in zip(begins, ends, strict=True)]
+        begins = self._text_bounds[numbers].tolist()
+        ends = self._text_bounds[numbers + 1].tolist()
+        return [str(self._utf8[begin:end], "utf-8")
+                for begin, end in zip(begins, ends, strict=True)]
 
 
 def _text_buffers(texts: Any) -> tuple[numpy.ndarray, memoryview]:
@@ -158,7 +166,9 @@ def _text_buffers(texts: Any) -> tuple[numpy.ndarray, memoryview]:
     """
     _, offsets, utf8 = texts.buffers()
     bounds = numpy.frombuffer(offsets, dtype=numpy.int32)
+    # a slice of an array shares the buffers of the whole, and begins at its offset
     bounds = bounds[texts.offset: texts.offset + len(texts) + 1]
+    # Arrow has no buffer of text where all strings are empty
     return bounds, memoryview(utf8 if utf8 is not None else b"")
 
 
@@ -190,5 +200,7 @@ def open_token_file(folder: Path, name: str, size: int, blake2b: str,
         return TokenFile(path, table, shapes, blake2b)
     except UserError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole token shard ({one_line(error)[:200]}); {AGAIN}") from None
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError,
+            AttributeError) as error:
+        raise UserError(f"{path}: not a whole token shard ({one_line(error)[:200]}); "
+                        f"{AGAIN}") from None

@@ -17,11 +17,11 @@ from tokenizer_image.images import pixels_to_float
 from training.config.encoding import EncodeRunConfig
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.sources.drops import DropCounter
-from training.data.tokens.encoding_plan import FAILED, DoneShard, Shard, mark_done
+from training.data.tokens.encoding_progress import FAILURE_MARK, FinishedShard, Shard, mark_done
 from training.data.tokens.layouts import Layouts
 from training.data.tokens.shards import ShardFile, token_dtype, write_shard
-from training.data.tokens.views import picture_views
-from training.data.visits.loader import careful_loader
+from training.data.tokens.views import image_views
+from training.data.visits.loader import reraising_loader
 
 
 class OthersFailedError(Exception):
@@ -29,14 +29,13 @@ class OthersFailedError(Exception):
 
 
 class RowViews(NamedTuple):
-    """A row, read: its views [V, S, S, 3] uint8 and layouts [V, L]; no views and a reason if it is
-    unusable."""
+    """A row, read; no views if it is unusable."""
 
     key: str
     captions: list[str]
-    views: numpy.ndarray | None
-    layouts: numpy.ndarray | None
-    reason: str = ""
+    views: numpy.ndarray | None  # [V, S, S, 3] uint8
+    layouts: numpy.ndarray | None  # [V, L] uint16
+    reason: str = ""  # why it is unusable
 
 
 class RowViewsDataset(Dataset):
@@ -49,11 +48,11 @@ class RowViewsDataset(Dataset):
     def __getitem__(self, row: int) -> RowViews:
         try:
             item = self.source[row]
-            views = picture_views(item.image, self.resolution, self.config.views)
+            views = image_views(item.image, self.resolution, self.config.views)
             layouts = None
             if self.layouts is not None:
                 mirror = self.config.views.flip
-                layouts = self.layouts.of_views(self.source, row, views, mirror)
+                layouts = self.layouts.view_layouts(self.source, row, views, mirror)
         except BAD_ITEM_ERRORS as error:
             return RowViews(self.source.key(row), [], None, None, error.reason)
         return RowViews(item.key, list(item.captions), views, layouts)
@@ -67,21 +66,21 @@ class ShardEncoder:
         self.tokenizer, self.config, self.aside = tokenizer, config, aside
         self.drops, self.device = drops, device
 
-    def encode(self, source: CaptionedImages, shard: Shard, bar: Any) -> DoneShard:
-        """Encode and write the rows of `shard`. OthersFailedError when another process has given
-        up."""
+    def encode(self, source: CaptionedImages, shard: Shard, bar: Any) -> FinishedShard:
+        """Encode and write the rows of `shard`. OthersFailedError if another process has failed."""
         rows: list[RowViews] = []
         tokens: list[numpy.ndarray] = []
         dropped: list[tuple[str, str]] = []
         dataset = RowViewsDataset(source, self.tokenizer.config.resolution, self.config)
-        for batch in careful_loader(dataset, list, sampler=shard.rows,
-                                    batch_size=self.config.batch_size,
-                                    num_workers=self.config.workers):
-            if any(self.aside.glob(f"{FAILED}*")):
+        # `list` as collate function: torch's would stack rows, and unusable ones have no views
+        for batch in reraising_loader(dataset, list, sampler=shard.rows,
+                                      batch_size=self.config.batch_size,
+                                      num_workers=self.config.workers):
+            if any(self.aside.glob(f"{FAILURE_MARK}*")):
                 raise OthersFailedError
 
             unusable = [(row.key, row.reason) for row in batch if row.views is None]
-            self.count(unusable)
+            self.count(unusable)  # before the costly step: may raise
             dropped += unusable
             usable = [row for row in batch if row.views is not None]
             if usable:
@@ -91,7 +90,7 @@ class ShardEncoder:
             bar.update(len(batch))
 
         file = self._write(shard, rows, tokens) if rows else None
-        done = DoneShard(file, dropped)
+        done = FinishedShard(file, dropped)
         mark_done(self.aside, shard, done)
         return done
 
@@ -103,14 +102,16 @@ class ShardEncoder:
     def _tokens(self, views: numpy.ndarray) -> numpy.ndarray:
         """Pixels [B, V, S, S, 3] uint8 -> tokens [B, V * N]."""
         image = pixels_to_float(views.reshape(-1, *views.shape[2:]))  # [B * V, 3, S, S]
+        # views multiply the images: encode batch_size at a time, or memory depends on V
         parts = [self.tokenizer.encode(part.to(self.device)).cpu()
                  for part in image.split(self.config.batch_size)]
         tokens = codes_to_tokens(torch.cat(parts)).numpy()  # [B * V, N]
         return tokens.astype(token_dtype(self.tokenizer.codebook_size)).reshape(len(views), -1)
 
     def _write(self, shard: Shard, rows: list[RowViews], tokens: list[numpy.ndarray]) -> ShardFile:
-        captions, keys = [row.captions for row in rows], [row.key for row in rows]
-        # [V * L] each
-        layouts = [row.layouts.reshape(-1) for row in rows if row.layouts is not None]
+        captions = [row.captions for row in rows]
+        keys = [row.key for row in rows]
+        flat = [row.layouts.reshape(-1) for row in rows if row.layouts is not None]  # [V * L] each
+        layouts = numpy.stack(flat) if flat else None
         return write_shard(self.aside / shard.name, captions, numpy.concatenate(tokens), keys,
-                           numpy.stack(layouts) if layouts else None)
+                           layouts)

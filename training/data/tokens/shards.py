@@ -2,12 +2,13 @@
 
     OUT/tokens.json                 tokenizer fingerprint, codebook size, grid; per split the files
                                     with their rows, sizes and hashes
-    OUT/train-00000-of-00002.arrow  columns captions: list<string>, tokens: uint16|uint32 [views * N],
-                                    key: string, and layout: uint16 [views * L] if the index has one
+    OUT/train-00000-of-00002.arrow  columns captions: list<string>, key: string,
+                                    tokens: uint16|uint32 [V * N], and layout: uint16 [V * L]
+                                    if the index has one
 
-`datasets.Dataset.from_file` reads them too. Opening only maps the files; pages are read from disk on
-access. A file's hash and tokens are checked when its first row is read, or at once if the split is
-small.
+`datasets.Dataset.from_file` reads them too. Opening only maps the files; pages are read from disk
+on access. A file's hash and tokens are checked when its first row is read, or at once if the split
+is small.
 """
 
 # Axes: N image tokens, L layout tokens, R rows, V views (encodings) of an image
@@ -56,13 +57,14 @@ class SplitIndex(StrictConfig):
     files: list[ShardFile]
 
 
+# bounds on what an index from elsewhere can make us allocate
 Side = Annotated[int, Field(ge=1, le=1 << 12)]
 
 
 class LayoutIndex(StrictConfig):
-    """Layouts of the shards: classes from the data or colours of the image, how many, on which grid."""
+    """Layouts of the shards: their source, the number of classes and the grid."""
 
-    kind: Literal["classes", "colors"]
+    kind: Literal["classes", "colors"]  # from a column of the data, or from the image itself
     classes: int = Field(ge=2, le=1 << 16)
     grid: tuple[Side, Side]
 
@@ -108,15 +110,16 @@ def write_shard(path: Path, captions: Sequence[Sequence[str]], tokens: numpy.nda
         columns["layout"] = fixed_size_lists(layouts)
     batch = pyarrow.record_batch(columns)  # a single batch: each column is contiguous when mapped
 
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")  # a shard has one writer, so no name of its own
     try:
         with pyarrow.ipc.new_stream(str(aside), batch.schema) as writer:
             writer.write_batch(batch)
-        sync_path(aside)
+        sync_path(aside)  # before the rename: a crash must not leave an empty file of that name
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    return ShardFile(name=path.name, rows=len(keys), size=path.stat().st_size, blake2b=file_hash(path))
+    return ShardFile(name=path.name, rows=len(keys), size=path.stat().st_size,
+                     blake2b=file_hash(path))
 
 
 def write_index(folder: Path, index: TokenIndex) -> None:
@@ -128,14 +131,15 @@ def read_index(folder: str | Path) -> TokenIndex:
     """Read and check tokens.json of a folder. UserError if it is missing or invalid."""
     path = Path(folder)
     if not path.is_dir():
-        raise MissingFileError(f"{path}: no such folder of token shards; make it with training/encode_dataset.py")
+        raise MissingFileError(f"{path}: no such folder of token shards; make it with "
+                               "training/encode_dataset.py")
     if not (path / INDEX_NAME).is_file():
-        raise MissingFileError(f"{path}: {INDEX_NAME} is missing, so this is not a (whole) folder of "
-                               f"token shards; {AGAIN}")
+        raise MissingFileError(f"{path}: {INDEX_NAME} is missing, so this is not a (whole) folder "
+                               f"of token shards; {AGAIN}")
     index = TokenIndex.parse(read_mapping(path / INDEX_NAME), str(path / INDEX_NAME))
     if index.schema_version != SCHEMA_VERSION:
-        raise UserError(f"{path / INDEX_NAME}: schema_version is {index.schema_version}, this release "
-                        f"reads {SCHEMA_VERSION}; {AGAIN}")
+        raise UserError(f"{path / INDEX_NAME}: schema_version is {index.schema_version}, this "
+                        f"release reads {SCHEMA_VERSION}; {AGAIN}")
     return index
 
 
@@ -143,7 +147,10 @@ class TokenShards:
     """One split of token shards: rows by number, or many at once with `gather`."""
 
     def __init__(self, folder: str | Path, split: str) -> None:
-        """UserError for an unknown split, damaged files or impossible tokens; DataError when there is no row."""
+        """Open a split. DataError if it holds no row.
+
+        UserError for an unknown split, damaged files or impossible tokens.
+        """
         self.folder = Path(folder)
         self.split = split
         self.index = read_index(folder)
@@ -157,6 +164,7 @@ class TokenShards:
         if rows != entry.rows:
             raise UserError(f"{folder}: split '{split}' holds {rows:,} rows, {INDEX_NAME} says "
                             f"{entry.rows:,}; {AGAIN}")
+        # the sizes of the index: opening has compared them with the files
         if sum(file.size for file in entry.files) <= CHECKED_AT_ONCE:
             self.check()
 
@@ -177,7 +185,8 @@ class TokenShards:
 
     def __getstate__(self) -> dict[str, Any]:
         # a loader worker maps the files itself: sending them would copy their contents
-        return {name: value for name, value in vars(self).items() if name not in ("_files", "_starts")}
+        return {name: value for name, value in vars(self).items()
+                if name not in ("_files", "_starts")}
 
     def __len__(self) -> int:
         return self.index.splits[self.split].rows
@@ -197,6 +206,7 @@ class TokenShards:
 
     def _locate(self, row: int) -> tuple[TokenFile, int]:
         """Return the file of a row, checked, and the row's number in it."""
+        # "right": a file's first row equals its start
         number = int(numpy.searchsorted(self._starts, row, side="right")) - 1
         file = self._files[number]
         file.check_once()
@@ -215,7 +225,9 @@ class TokenShards:
     def layout(self, row: int, view: int = 0) -> numpy.ndarray | None:
         """Return the layout [L] of a row in raster order; None if the shards have no layouts."""
         file, local = self._locate(row)
-        return file.columns["layout"][local, view] if "layout" in file.columns else None
+        if "layout" not in file.columns:
+            return None
+        return file.columns["layout"][local, view]
 
     def key(self, row: int) -> str:
         """Return the row's key in the data that was encoded."""
@@ -234,6 +246,7 @@ class TokenShards:
         None = the first.
         """
         numbers = numpy.searchsorted(self._starts, rows, side="right") - 1  # file of each row
+        # groups the rows by file: used[i]'s rows are order[first[i]:last[i]]
         order = numpy.argsort(numbers, kind="stable")
         used, first = numpy.unique(numbers[order], return_index=True)
         last = [*first[1:], len(rows)]
@@ -259,8 +272,8 @@ class TokenShards:
         return captions, columns
 
 
-def check_same_tokenizer(index: TokenIndex, folder: str | Path, codebook_size: int, grid: tuple[int, int],
-                         fingerprint: str, tokenizer: str) -> None:
+def check_same_tokenizer(index: TokenIndex, folder: str | Path, codebook_size: int,
+                         grid: tuple[int, int], fingerprint: str, tokenizer: str) -> None:
     """UserError naming both sides when tokens and image tokenizer do not belong together."""
     pairs = (("codebook size", index.codebook_size, codebook_size),
              ("grid", index.grid, grid),

@@ -1,4 +1,7 @@
-"""Views of a picture: as it is, its corners, and each mirrored. What encode_dataset encodes of one picture."""
+"""Augmented views of an image, which encode_dataset encodes.
+
+They are the image itself, its four corners, and each of these mirrored.
+"""
 
 # Axes: V views, S side in pixels, h w layout grid
 
@@ -11,35 +14,50 @@ from tokenizer_image.images import image_to_pixels
 from training.config.encoding import ViewsConfig
 
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
-MIRRORED = " mirrored"
 
 
 def view_names(config: ViewsConfig) -> list[str]:
-    """'plain', then what the config adds, in the order of `picture_views`."""
-    names = ["plain", *(CORNERS if config.corners else ())]
-    return [*names, *(f"{name}{MIRRORED}" for name in names)] if config.flip else names
+    """Return 'plain' and the names of the further views, in the order of `image_views`."""
+    names = ["plain"]
+    if config.corners:
+        names += CORNERS
+    if config.flip:  # last, so that the second half of all views is the mirrored one
+        names += [f"{name} mirrored" for name in names]
+    return names
 
 
-def picture_views(image: Image.Image, size: int, config: ViewsConfig) -> numpy.ndarray:
-    """An RGB picture -> [V, S, S, 3] uint8: its centre square, and from the same square what the config adds.
-
-    Corners are cut from the square enlarged by `config.enlarged`, as LlamaGen's ten crops are (Sun et al. 2024, extract_codes),
-    but resampled once, from the picture itself.
-    """
+def image_views(image: Image.Image, size: int, config: ViewsConfig) -> numpy.ndarray:
+    """Cut an RGB image into its views [V, S, S, 3] uint8, all from its centre square."""
     views = [image_to_pixels(image, size)]
     if config.corners:
-        side = min(image.size)
-        left, top = ((length - side) / 2 for length in image.size)
-        cut = side / config.enlarged
-        for down in (0.0, side - cut):
-            for right in (0.0, side - cut):
-                box = (left + right, top + down, left + right + cut, top + down + cut)
-                views.append(numpy.array(image.resize((size, size), Image.Resampling.LANCZOS, box=box).convert("RGB")))
+        views += _corner_views(image, size, config.enlarged)
     if config.flip:
         views += [view[:, ::-1] for view in views]
     return numpy.stack(views)
 
 
+def _corner_views(image: Image.Image, size: int, enlarged: float) -> list[numpy.ndarray]:
+    """Cut the corners [S, S, 3] out of the centre square, enlarged, in the order of CORNERS.
+
+    As in LlamaGen's ten crops (Sun et al. 2024, extract_codes), but resampled once, from the image
+    itself.
+    """
+    side = min(image.size)
+    left = (image.width - side) / 2
+    top = (image.height - side) / 2
+    # cutting a smaller box and resizing it to S enlarges and crops in one step
+    cut = side / enlarged
+    offsets = (0.0, side - cut)
+
+    views = []
+    for down in offsets:
+        for right in offsets:
+            box = (left + right, top + down, left + right + cut, top + down + cut)
+            view = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+            views.append(numpy.array(view.convert("RGB")))
+    return views
+
+
 def mirrored(layout: numpy.ndarray, grid: tuple[int, int]) -> numpy.ndarray:
-    """A layout [h * w] with left and right exchanged."""
+    """Exchange left and right of a layout [h * w]."""
     return layout.reshape(grid)[:, ::-1].reshape(-1)

@@ -1,1 +1,1 @@
-"""What a training step reads: order, loader, samples, collation."""
+"""Data as a run visits it: the order of items, one visit of an item, batches and their loader."""

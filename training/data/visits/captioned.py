@@ -1,4 +1,4 @@
-"""Captioned pictures as the training of a matcher reads them."""
+"""Visits of captioned images, for training matchers (CLIP)."""
 
 # Axes: B batch, S side in pixels, T text ids
 
@@ -16,72 +16,83 @@ from seq2seq import TextBatch
 from seq2seq.losses import MaskedText, mask_text
 from tokenizer_image.images import pixels_to_float
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.visits.images import Dropped, ImageVisits, PixelItem
+from training.data.sources.drops import BadItem
+from training.data.visits.images import ImageVisits, PixelItem
 from training.data.visits.order import ItemId, item_random
-from training.data.visits.tokens import Captions
+from training.data.visits.tokens import CaptionEncoder
 
 
 @dataclass(frozen=True)
 class CaptionedItem:
-    """One visit of a picture with one of its captions."""
+    """One visit of an image with one of its captions."""
 
     item: ItemId
-    picture: PixelItem
+    image: PixelItem
     caption: str
 
 
 class CaptionedVisits(torch.utils.data.Dataset):
-    """Pictures and one of their captions by ItemId. An unusable picture is reported and the next one takes its place."""
+    """Images with one of their captions, by ItemId. Unusable images as in ImageVisits."""
 
-    def __init__(self, source: CaptionedImages, resolution: int, seed: int, horizontal_flip: float) -> None:
-        self.source, self.seed = source, seed
-        self.pictures = ImageVisits(source, resolution, seed, horizontal_flip)
+    def __init__(self, source: CaptionedImages, resolution: int, seed: int,
+                 horizontal_flip: float) -> None:
+        self.source = source
+        self.seed = seed
+        self.images = ImageVisits(source, resolution, seed, horizontal_flip)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, item: ItemId) -> CaptionedItem:
-        picture = self.pictures[item]
-        row = (item.index + len(picture.dropped)) % len(self.source)  # each one passed over is one further
-        return CaptionedItem(item, picture, item_random(self.seed, item, "caption").choice(self.source.captions(row)))
+        image = self.images[item]
+        captions = self.source.captions(image.index)  # of the row that replaced an unusable one
+        caption = item_random(self.seed, item, "caption").choice(captions)
+        return CaptionedItem(item, image, caption)
 
 
 class CaptionedBatch(NamedTuple):
-    """image [B, 3, S, S] in [-1, 1]; text; same_caption [B, B] bool: which rows have equal captions; masked: the text with
-    words hidden, for runs that predict them; the unusable items met on the way."""
+    """A matcher's batch."""
 
-    image: Tensor
+    image: Tensor  # [B, 3, S, S] in [-1, 1]
     text: TextBatch
-    same_caption: Tensor
-    masked: MaskedText | None
-    dropped: list[Dropped]
+    same_caption: Tensor  # [B, B] bool: which rows have equal captions
+    masked: MaskedText | None  # the text with ids hidden, for runs that predict them
+    dropped: list[BadItem]
 
 
 class CollateCaptioned:
     """Stack visits into a CaptionedBatch (a class, so that loader workers can receive it)."""
 
-    def __init__(self, text_source: Captions, seed: int, masked_vocab_size: int | None = None) -> None:
-        """masked_vocab_size: of the text ids, in runs that hide some of them."""
-        self.text_source, self.seed, self.masked_vocab_size = text_source, seed, masked_vocab_size
+    def __init__(self, text_source: CaptionEncoder, seed: int,
+                 masked_vocab_size: int | None = None) -> None:
+        """masked_vocab_size: number of text ids, for runs that hide some; None hides none."""
+        self.text_source = text_source
+        self.seed = seed
+        self.masked_vocab_size = masked_vocab_size
 
     def __call__(self, items: Sequence[CaptionedItem]) -> CaptionedBatch:
-        image = pixels_to_float(numpy.stack([item.picture.pixels for item in items]))
-        text = self.text_source.encode([item.caption for item in items])
+        captions = [item.caption for item in items]
+        image = pixels_to_float(numpy.stack([item.image.pixels for item in items]))
+        text = self.text_source.encode(captions)
         masked = None
         if self.masked_vocab_size is not None:
-            masked = self._masked(text.text_input, self.masked_vocab_size, items)
-        dropped = [one for item in items for one in item.picture.dropped]
-        return CaptionedBatch(image, text, same_captions([item.caption for item in items]), masked, dropped)
+            masked = self._mask(text.text_input, self.masked_vocab_size, items)
+        dropped = [bad for item in items for bad in item.image.dropped]
+        return CaptionedBatch(image, text, same_captions(captions), masked, dropped)
 
-    def _masked(self, text_ids: Tensor, vocab_size: int, items: Sequence[CaptionedItem]) -> MaskedText:
-        """Each row with random numbers of its own, so that a resumed run hides the same words."""
-        generators = [torch.Generator().manual_seed(item_random(self.seed, one.item, "mask").getrandbits(63)) for one in items]
-        rows = [mask_text(ids, vocab_size, generator) for ids, generator in zip(text_ids, generators, strict=True)]
+    def _mask(self, text_ids: Tensor, vocab_size: int,
+              items: Sequence[CaptionedItem]) -> MaskedText:
+        rows = []
+        for ids, visit in zip(text_ids, items, strict=True):
+            # random numbers of the visit's own, so that a resumed run hides the same ids
+            seed = item_random(self.seed, visit.item, "mask").getrandbits(63)
+            rows.append(mask_text(ids, vocab_size, torch.Generator().manual_seed(seed)))
         return MaskedText(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
 def same_captions(captions: Sequence[str]) -> Tensor:
-    """[B, B] bool: which captions are equal, whatever their case."""
+    """Compare all pairs of captions, ignoring case: [B, B] bool."""
     numbers: dict[str, int] = {}
-    of_each = torch.tensor([numbers.setdefault(caption.casefold(), len(numbers)) for caption in captions])
-    return of_each[:, None] == of_each[None, :]
+    of_each = [numbers.setdefault(caption.casefold(), len(numbers)) for caption in captions]
+    ids = torch.tensor(of_each)  # [B], equal for equal captions
+    return ids[:, None] == ids[None, :]

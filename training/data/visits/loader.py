@@ -1,4 +1,4 @@
-"""Data loader over micro-batches that survives unusable items."""
+"""Data loader over micro-batches that raises the workers' errors with their own messages."""
 
 from __future__ import annotations
 
@@ -12,47 +12,61 @@ from tokenloom_common.errors import RunFailedError, UserError
 from training.data.visits.order import MicroBatches
 
 
-def batch_loader(dataset: Any, order: MicroBatches, workers: int, collate: Callable[[Any], Any]) -> Iterator[Any]:
-    """Batches of `dataset[ItemId]` in that order. Workers change the speed, never the content.
+def batch_loader(dataset: Any, order: MicroBatches, workers: int,
+                 collate: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yield batches of `dataset[ItemId]` in that order, whatever the number of workers.
 
-    An error with a message of its own that a worker met is raised here as it was.
+    Errors of a worker are raised as in `reraising_loader`.
     """
-    yield from careful_loader(dataset, collate, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0,
-                              pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+    # torch refuses persistent_workers and prefetch_factor where there are no workers
+    yield from reraising_loader(dataset, collate, batch_sampler=order, num_workers=workers,
+                                persistent_workers=workers > 0,
+                                pin_memory=torch.cuda.is_available(),
+                                prefetch_factor=4 if workers else None)
 
 
-def careful_loader(dataset: Any, collate: Callable[[Any], Any], **options: Any) -> Iterator[Any]:
-    """What a DataLoader yields; errors of ours keep their message, to which torch would add a worker's traceback."""
-    # its own generator: a loader draws a seed when it starts, which must not shift the run's random numbers
-    for batch in DataLoader(_Careful(dataset), collate_fn=_Collate(collate), generator=torch.Generator(), **options):
-        if isinstance(batch, _Met):
+def reraising_loader(dataset: Any, collate: Callable[[Any], Any], **options: Any) -> Iterator[Any]:
+    """Yield the batches of a DataLoader; raise UserError and RunFailedError of a worker unchanged.
+
+    torch would replace the message by the worker's traceback, so errors travel in place of a batch.
+    """
+    # its own generator: a loader draws a seed when it starts, which must not advance the run's RNG
+    loader = DataLoader(_ErrorsAsRows(dataset), collate_fn=_CollateUnlessError(collate),
+                        generator=torch.Generator(), **options)
+    for batch in loader:
+        if isinstance(batch, _WorkerError):
             raise batch.error
         yield batch
 
 
-class _Met:
+class _WorkerError:
     """An error in place of a batch."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
 
-class _Careful(Dataset):
+class _ErrorsAsRows(Dataset):
+    """The dataset, returning an error with a message of its own as a _WorkerError."""
+
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __getitems__(self, items: Sequence[Any]) -> Any:
+        # torch calls this instead of __getitem__: one error then stands for the whole batch
         try:
             if hasattr(self.dataset, "__getitems__"):
                 return self.dataset.__getitems__(items)
             return [self.dataset[item] for item in items]
-        except (UserError, RunFailedError) as error:
-            return _Met(error)
+        except (UserError, RunFailedError) as error:  # of others, a bug's, the traceback helps
+            return _WorkerError(error)
 
 
-class _Collate:
+class _CollateUnlessError:
+    """The collate function, behind a check for errors (a class, so that workers can receive it)."""
+
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
     def __call__(self, rows: Any) -> Any:
-        return rows if isinstance(rows, _Met) else self.collate(rows)
+        return rows if isinstance(rows, _WorkerError) else self.collate(rows)

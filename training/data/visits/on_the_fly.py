@@ -1,4 +1,4 @@
-"""Captioned pictures in place of token shards: encoded when they are read, by the image tokenizer, on its device."""
+"""Visits of captioned images that are tokenized during the run, in place of token shards."""
 
 # Axes: B batch, S side in pixels, N image tokens
 
@@ -16,90 +16,108 @@ from tokenizer_image import ImageTokenizer
 from tokenizer_image.grid import codes_to_tokens
 from tokenizer_image.images import pixels_to_float
 from training.data.sources.captioned_images import CaptionedImages
+from training.data.sources.drops import BadItem
 from training.data.tokens.shards import TokenIndex
-from training.data.visits.images import Dropped, ImageVisits
+from training.data.visits.images import ImageVisits
 from training.data.visits.order import ItemId, uniform, visit_bits
-from training.data.visits.tokens import Captions, TokenBatch, corrupted, without_dropped
+from training.data.visits.tokens import CaptionEncoder, TokenBatch, corrupt_tokens, drop_captions
 
 
-class PictureTokens:
-    """Pictures as a transformer's training asks for them: `index`, `captions(i)`, `all_captions()`, `key(i)`."""
+class OnTheFlyTokens:
+    """Captioned images with the interface of TokenShards, but without tokens."""
 
-    def __init__(self, source: CaptionedImages, tokenizer: ImageTokenizer, fingerprint: str) -> None:
-        self.source, self.tokenizer = source, tokenizer
-        self.index = TokenIndex(tokenizer_fingerprint=fingerprint, codebook_size=tokenizer.codebook_size, grid=tokenizer.grid,
-                                splits={})
-        self.captions, self.all_captions, self.key = source.captions, source.all_captions, source.key
+    def __init__(self, source: CaptionedImages, tokenizer: ImageTokenizer,
+                 fingerprint: str) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.index = TokenIndex(tokenizer_fingerprint=fingerprint, grid=tokenizer.grid,
+                                codebook_size=tokenizer.codebook_size, splits={})
+        self.captions = source.captions
+        self.all_captions = source.all_captions
+        self.key = source.key
 
     def __len__(self) -> int:
         return len(self.source)
 
 
-class PictureBatch(NamedTuple):
-    """image [B, 3, S, S] in [-1, 1]; text ids [B, T] (or features) and mask; the visits; unusable items met on the way."""
+class OnTheFlyRows(NamedTuple):
+    """Visits of images, before the captions are encoded."""
 
-    image: Tensor
+    pixels: numpy.ndarray  # [B, S, S, 3] uint8
+    captions: list[str]  # '' is the null caption
+    items: list[ItemId]
+    dropped: list[BadItem]
+
+
+class OnTheFlyBatch(NamedTuple):
+    """Images that `tokenize_batch` makes a TokenBatch of."""
+
+    image: Tensor  # [B, 3, S, S] in [-1, 1]
     text: TextBatch
     items: list[ItemId]
-    dropped: list[Dropped]
+    dropped: list[BadItem]
 
 
-class PictureRows(NamedTuple):
-    """Visits of pictures: pixels [B, S, S, 3] uint8, captions ('' = the null caption), the visits, unusable items."""
+class OnTheFlyVisits(torch.utils.data.Dataset):
+    """Images by ItemId with one of their captions, drawn as by TokenVisits."""
 
-    pixels: numpy.ndarray
-    captions: list[str]
-    items: list[ItemId]
-    dropped: list[Dropped]
-
-
-class PictureTokenVisits(torch.utils.data.Dataset):
-    """Pictures by ItemId with one of their captions, drawn as TokenVisits draws it from token shards."""
-
-    def __init__(self, source: CaptionedImages, resolution: int, seed: int, horizontal_flip: float, caption_dropout: float,
-                 first_caption: bool = False) -> None:
-        self.source, self.seed = source, seed
-        self.caption_dropout, self.first_caption = caption_dropout, first_caption
-        self.pictures = ImageVisits(source, resolution, seed, horizontal_flip)
+    def __init__(self, source: CaptionedImages, resolution: int, seed: int, horizontal_flip: float,
+                 caption_dropout: float, first_caption: bool = False) -> None:
+        self.source = source
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self.first_caption = first_caption
+        self.images = ImageVisits(source, resolution, seed, horizontal_flip)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: ItemId) -> PictureRows:
-        """One visit, as a batch of one."""
+    def __getitem__(self, item: ItemId) -> OnTheFlyRows:
+        """Return one visit, as a batch of one."""
         return self.__getitems__([item])
 
-    def __getitems__(self, items: Sequence[ItemId]) -> PictureRows:
-        """Visits of a whole batch, which torch's loaders ask for."""
-        choice = uniform(visit_bits(self.seed, items, "caption"))
-        pictures, captions = [], []
-        for item, draw in zip(items, choice, strict=True):
-            pictures.append(picture := self.pictures[item])
-            # each one passed over is one further
-            given = self.source.captions((item.index + len(picture.dropped)) % len(self.source))
-            captions.append(given[0] if self.first_caption else given[int(draw * len(given))])
-        return PictureRows(numpy.stack([picture.pixels for picture in pictures]),
-                           without_dropped(captions, self.seed, items, self.caption_dropout), list(items),
-                           [one for picture in pictures for one in picture.dropped])
+    def __getitems__(self, items: Sequence[ItemId]) -> OnTheFlyRows:
+        """Return the visits of a whole batch, which torch's loaders ask for."""
+        # the purpose "caption" as in TokenVisits: the same captions as with token shards
+        draws = uniform(visit_bits(self.seed, items, "caption"))
+        pixels = []
+        captions = []
+        dropped: list[BadItem] = []
+        for item, draw in zip(items, draws, strict=True):
+            image = self.images[item]
+            pixels.append(image.pixels)
+            dropped += image.dropped
+            choices = self.source.captions(image.index)  # of the row that replaced an unusable one
+            chosen = 0 if self.first_caption else int(draw * len(choices))
+            captions.append(choices[chosen])
+
+        captions = drop_captions(captions, self.seed, items, self.caption_dropout)
+        return OnTheFlyRows(numpy.stack(pixels), captions, list(items), dropped)
 
 
-class CollatePictures:
-    """Visits as a PictureBatch (a class, so that loader workers can receive it)."""
+class CollateOnTheFly:
+    """Turn OnTheFlyRows into an OnTheFlyBatch (a class, so that loader workers can receive it)."""
 
-    def __init__(self, text_source: Captions) -> None:
+    def __init__(self, text_source: CaptionEncoder) -> None:
         self.text_source = text_source
 
-    def __call__(self, rows: PictureRows) -> PictureBatch:
-        return PictureBatch(pixels_to_float(rows.pixels), self.text_source.encode(rows.captions), rows.items, rows.dropped)
+    def __call__(self, rows: OnTheFlyRows) -> OnTheFlyBatch:
+        image = pixels_to_float(rows.pixels)
+        text = self.text_source.encode(rows.captions)
+        return OnTheFlyBatch(image, text, rows.items, rows.dropped)
 
 
 @torch.no_grad()
-def with_tokens(batch: PictureBatch, tokenizer: ImageTokenizer, seed: int, token_corruption: float) -> TokenBatch:
-    """Encode a batch's pictures on the tokenizer's device, in its precision; corrupted as TokenVisits corrupts."""
-    codes = tokenizer.encode(batch.image.to(next(tokenizer.parameters()).device))  # [B, h, w]
+def tokenize_batch(batch: OnTheFlyBatch, tokenizer: ImageTokenizer, seed: int,
+                   token_corruption: float) -> TokenBatch:
+    """Encode a batch's images on the tokenizer's device and corrupt tokens as TokenVisits does."""
+    device = next(tokenizer.parameters()).device
+    codes = tokenizer.encode(batch.image.to(device))  # [B, h, w]
     tokens = codes_to_tokens(codes)
     inputs = tokens
     if token_corruption:
-        noisy = corrupted(tokens.cpu().numpy(), seed, batch.items, token_corruption, tokenizer.codebook_size)
-        inputs = torch.from_numpy(noisy).to(tokens.device)
+        # in numpy on the CPU: the random codes must be those that token shards would get
+        corrupted = corrupt_tokens(tokens.cpu().numpy(), seed, batch.items, token_corruption,
+                                   tokenizer.codebook_size)
+        inputs = torch.from_numpy(corrupted).to(tokens.device)
     return TokenBatch(batch.text, tokens, inputs)

@@ -71,6 +71,7 @@ class Verdict:  # not a NamedTuple, which has a method `count`
 
 # ---- captions ----
 
+# words -> meaning, for every word that `describe` may use
 _PHRASES: dict[str, Combination] = {
     Thing(shape, color, 0, 0, 0).words: (color, shape) for color, shape in COMBINATIONS}
 _PLURALS = {f"{shape}es" if shape == "cross" else f"{shape}s": shape for shape in SHAPES}
@@ -93,6 +94,7 @@ def _caption_forms() -> list[re.Pattern[str]]:
     plain = f"{color} {_group('shape', SHAPES)}"
     many = f"{_group('number', _COUNTS)} {color} {_group('shapes', _PLURALS)}"
     size = _group("size", ("large", "small"))
+    # no two forms match the same caption with another meaning, so that their order is free
     forms = [
         first,
         f"one {plain}",
@@ -114,7 +116,7 @@ _FORMS = _caption_forms()
 
 def parse_caption(caption: str) -> Wanted:
     """Parse a caption of one of the forms of `describe`. UserError that names it otherwise."""
-    matches = (form.fullmatch(caption) for form in _FORMS)
+    matches = (form.fullmatch(caption) for form in _FORMS)  # a generator: the first hit ends it
     match = next(filter(None, matches), None)
     if match is None:
         raise UserError(f"caption '{caption}': not of a form of the shapes data, such as 'a red "
@@ -193,6 +195,7 @@ def _lies(thing: Seen, other: Seen, relation: str) -> bool:
 def _largest_is(seen: Sequence[Seen], word: str) -> bool:
     if not seen:
         return False
+    # a thing too many is an error of count; the word is about the one that was asked for
     largest = max(thing.size for thing in seen)
     return (largest > LARGE_FROM) == (word == "large")
 

