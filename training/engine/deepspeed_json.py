@@ -106,8 +106,7 @@ def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameter
 
     parameters: how many the module has; DeepSpeed's own buckets of 500 million would take 2 GB
     beside the smallest model.
-    optim: of this engine, where it is not the run's; a user's file decides on the run's clipping
-    only.
+    optim: of this engine, where it is not the run's; a user's file says the run's clipping alone.
 
     UserError if the batch cannot be divided over processes and accumulation, and for a user's file
     (deepspeed.config) with an unknown key or with another value than ours.

@@ -45,8 +45,7 @@ class Activations:
     """Memory over the course of one micro-batch.
 
     `peaks` has a pair for each gradient that becomes complete: the most bytes alive since the one
-    before (that gradient included, earlier ones not), and how many numbers had their gradients by
-    then.
+    before (that gradient included, earlier ones not), and the numbers with gradients by then.
     """
 
     peaks: tuple[tuple[int, int], ...]

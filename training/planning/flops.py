@@ -63,8 +63,8 @@ def matcher_forward_flops(config: MatcherConfig) -> int:
 def tokenizer_training_flops(config: TokenizerRunConfig) -> int:
     """FLOPs of forward and backward over one image in train_tokenizer.
 
-    All that a step runs is counted: also the discriminator, in both its uses, and the perceptual
-    network.
+    All that a step runs is counted, also the discriminator in both its uses and the perceptual
+    network that compares images.
     """
     # activations that are computed again do not count (see training_flops)
     train = config.train.model_copy(update={"gradient_checkpointing": False})
@@ -93,8 +93,7 @@ def _count(model: nn.Module, *inputs: Tensor) -> int:
 class _Counter(TorchDispatchMode):
     """Add up torch's FLOP formulas.
 
-    torch's own FlopCounterMode also tracks modules, which fails on torch.autograd.grad inside a
-    step.
+    torch's own FlopCounterMode also tracks modules, which torch.autograd.grad inside a step breaks.
     """
 
     def __init__(self) -> None:

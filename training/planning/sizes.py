@@ -1,7 +1,7 @@
 """The sizes of a planned run that its config leaves to its files.
 
-They are read from files that are there, else given as options, else assumed, which the estimate
-reports.
+They are read from files that are there, else given as options, else assumed; the estimate reports
+what it assumed.
 """
 
 from __future__ import annotations
