@@ -37,16 +37,6 @@ def color_layout(image: Image.Image, grid: tuple[int, int]) -> numpy.ndarray:
     return (levels @ place_values).reshape(-1)
 
 
-def color_picture(layout: Tensor, grid: tuple[int, int], side: int) -> Image.Image:
-    """Show a colour layout [L] as an image of side x side pixels, for people to look at."""
-    red = layout // COLOR_LEVELS**2
-    green = layout // COLOR_LEVELS % COLOR_LEVELS
-    blue = layout % COLOR_LEVELS
-    levels = torch.stack([red, green, blue], dim=-1).reshape(*grid, 3)
-    pixels = (levels * 255 // (COLOR_LEVELS - 1)).to(torch.uint8)
-    return Image.fromarray(pixels.numpy()).resize((side, side), Image.Resampling.NEAREST)
-
-
 def read_layout(given: Any, config: TransformerConfig, rows: int) -> Tensor | None:
     """Convert a caller's layout to [rows, L] int64, one for each of `rows` images.
 

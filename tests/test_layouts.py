@@ -10,7 +10,7 @@ from PIL import Image
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.generation.batch import Generation, Request
 from inference.generation.ways import generate_tokens
-from inference.layouts import color_layout, color_picture, read_layout
+from inference.layouts import COLOR_LEVELS, color_layout, read_layout
 from inference.sampling import SamplingParams
 from seq2seq.losses import region_token_weights
 from tests import tiny
@@ -28,6 +28,16 @@ from training.data.tokens.shards import (
 GRID = (2, 3)
 LAYOUT = {"layout_kind": "colors", "layout_classes": 27, "layout_grid": GRID}
 SHARP = SamplingParams(top_k=4, guidance_scale=2.0)
+
+
+def color_picture(layout: torch.Tensor, grid: tuple[int, int], side: int) -> Image.Image:
+    """Show a colour layout [L] as an image of side x side pixels, for people to look at."""
+    red = layout // COLOR_LEVELS**2
+    green = layout // COLOR_LEVELS % COLOR_LEVELS
+    blue = layout % COLOR_LEVELS
+    levels = torch.stack([red, green, blue], dim=-1).reshape(*grid, 3)
+    pixels = (levels * 255 // (COLOR_LEVELS - 1)).to(torch.uint8)
+    return Image.fromarray(pixels.numpy()).resize((side, side), Image.Resampling.NEAREST)
 
 
 @pytest.fixture(scope="module")
