@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from seq2seq import TRANSFORMER_KINDS
 from tests import tiny
-from tokenizer_image import preset
-from tokenloom_common.config import dotted_names
+from tokenizer_image import IMAGE_TOKENIZERS, preset
+from tokenloom_common.config import dotted_names, sections
 from tokenloom_common.errors import UserError
 from training.config.encoding import EncodeRunConfig
 from training.config.loading import dump_config, load_config
@@ -189,3 +190,8 @@ def test_every_recipe_parses(recipe, tmp_path):
     assert config.train.batch_size % 2 == 0
 
 
+@pytest.mark.parametrize(("run_config", "kinds"), [
+    (TokenizerRunConfig, IMAGE_TOKENIZERS), (Seq2SeqRunConfig, TRANSFORMER_KINDS)])
+def test_every_family_can_be_named_in_a_recipe(run_config, kinds):
+    families = sections(run_config.model_fields["model"].annotation)
+    assert {family.model_fields["kind"].default for family in families} == set(kinds)
