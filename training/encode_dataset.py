@@ -144,7 +144,7 @@ class DatasetEncoder:
             log.warning("%s: the token shards there will be replaced", self.out)
         if self.config.splits is not None:
             return list(self.config.splits)
-        return list_splits(self.config.data.path)
+        return list_splits(self.config.data.path, **self.config.data.reading())
 
     def _open(self, split: str) -> CaptionedImages:
         source = self.group.first_then_others(lambda: open_images(self.config.data, split))

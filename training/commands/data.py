@@ -167,7 +167,9 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     if not is_token_folder(arguments.path):
         return check_data(arguments.path, split=arguments.split,
                           caption_column=arguments.caption_column,
-                          image_column=arguments.image_column, streaming=arguments.streaming)
+                          # each row is read once, in order
+                          image_column=arguments.image_column,
+                          streamed_rows=1 if arguments.streaming else 0)
     if arguments.caption_column or arguments.image_column or arguments.streaming:
         raise UserError(f"{arguments.path}: token shards, whose columns have fixed names; leave "
                         "--caption-column, --image-column and --streaming out")

@@ -5,10 +5,11 @@ An unknown key is an error that names the nearest valid one; the run folder keep
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tokenizer_image.images import MAX_IMAGE_PIXELS
 from tokenloom_common.config import StrictConfig
 from training.config.optim import OptimConfig
 
@@ -17,10 +18,22 @@ class PicturesConfig(StrictConfig):
     """Where captioned images are."""
 
     path: str = Field(description="image folder, parquet, webdataset tar shards, or a hub id")
+    format: str | None = Field(
+        None, description="metadata, sidecar, classes (folder names are the captions), parquet, "
+                          "tar or saved; found by looking when not given")
     caption_column: str | None = Field(
         None, description="column with the caption; found by name when not given")
     image_column: str | None = Field(
         None, description="column with the picture; found by name when not given")
+    caption_ending: str | None = Field(
+        None, description="of the caption files beside pictures; none = .txt or .caption")
+    encoding: str | None = Field(
+        None, description="of captions without a byte order mark, such as cp1252; none = UTF-8")
+    follow_links: bool = Field(
+        False, description="follow links that lead out of the data's folder")
+    max_pixels: int = Field(
+        MAX_IMAGE_PIXELS, ge=1, le=1_000_000_000, description="of a picture; a larger JPEG is "
+        "read at a half, a quarter or an eighth of its size, others are unusable")
     # ten bad ones are always tolerated: a share of few items says nothing (sources/drops.py)
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="share of unusable items above which the run stops")
@@ -28,6 +41,13 @@ class PicturesConfig(StrictConfig):
         False, description="read parquet and tar shards where they lie, without a copy in the "
                            "cache of `datasets`: for data that is larger than the "
                            "disk has room for twice")
+
+    def reading(self) -> dict[str, Any]:
+        """Return the arguments of `open_dataset` that say how the data is read."""
+        return {"format": self.format, "caption_column": self.caption_column,
+                "image_column": self.image_column, "caption_ending": self.caption_ending,
+                "encoding": self.encoding, "follow_links": self.follow_links,
+                "max_pixels": self.max_pixels}
 
 
 class DataConfig(PicturesConfig):

@@ -49,15 +49,12 @@ class Totals:
         self.keys_by_content.setdefault(digest, []).append(item.key)
 
 
-def check_data(path: str | Path, *, split: str | None = None, caption_column: str | None = None,
-               image_column: str | None = None, streaming: bool = False) -> dict[str, Any]:
+def check_data(path: str | Path, *, split: str | None = None, **options: Any) -> dict[str, Any]:
     """Decode every image once and report; `usable` 0 means that nothing can be trained on.
 
-    Errors as from `open_dataset`, but unusable items are reported.
+    Arguments and errors as of `open_dataset`, but unusable items are reported.
     """
-    # a stream keeps 1 row, which is int(True): each is read once, in order
-    data = load_source(path, split=split, caption_column=caption_column, image_column=image_column,
-                       streamed_rows=int(streaming))
+    data = load_source(path, split=split, **options)
     bad = list(data.bad_items)
     totals = Totals()
     for index in progress(range(len(data)), "checking", unit="image"):

@@ -19,9 +19,8 @@ def open_images(data: PicturesConfig, split: str | None, keep_rows: int = 1) -> 
 
     keep_rows: rows of a stream to keep in memory, beside the row group that is read.
     """
-    streamed_rows = keep_rows if data.streaming else 0
-    return open_dataset(data.path, split=split, caption_column=data.caption_column,
-                        image_column=data.image_column, streamed_rows=streamed_rows)
+    return open_dataset(data.path, split=split, streamed_rows=keep_rows if data.streaming else 0,
+                        **data.reading())
 
 
 def open_training_images(data: DataConfig, split: str | None) -> CaptionedImages:

@@ -57,8 +57,9 @@ class CaptionedImages:
     then the number of rows; None for data that is not read in place.
     """
 
-    def __init__(self, path: str, table: ImageTable) -> None:
+    def __init__(self, path: str, table: ImageTable, max_pixels: int) -> None:
         self.path = path
+        self.max_pixels = max_pixels
         self.dataset = table.dataset
         self.bad_items = table.bad_items
         self.caption_repairs = table.caption_repairs
@@ -88,7 +89,7 @@ class CaptionedImages:
         captions = clean_captions(first_caption_value(row[column]))
         if not captions:  # sources that are read in place are not scanned when they are opened
             raise BadItemError(key, "no caption", f"column {column} holds none that can be used")
-        image = open_image(self._image_file(row, key), name=key)
+        image = open_image(self._image_file(row, key), key, self.max_pixels)
         return CaptionedImage(image, captions, key)
 
     def identity(self) -> str:

@@ -15,9 +15,10 @@ from training.data.sources.locate import (
     path_inside,
     walk_files,
 )
+from training.data.sources.options import ReadOptions
 
 
-def read_metadata(root: Path, caption_column: str | None) -> Collector:
+def read_metadata(root: Path, options: ReadOptions) -> Collector:
     """Read metadata.jsonl or metadata.csv; a broken line costs that line only."""
     found = Collector()
     path = next(root / name for name in METADATA_NAMES if (root / name).is_file())
@@ -33,7 +34,7 @@ def read_metadata(root: Path, caption_column: str | None) -> Collector:
         elif not image.is_file():
             found.drop(name, "missing file")
         else:
-            captions = pop_captions(record, caption_column)
+            captions = pop_captions(record, options.caption_column)
             found.add(name, captions, record, image=_image_reference(image))
     return found
 
@@ -89,7 +90,7 @@ def _csv_records(path: Path, found: Collector) -> Iterator[tuple[str, dict[str, 
             yield f"{path.name} line {reader.line_num}", record
 
 
-def read_sidecars(root: Path) -> Collector:
+def read_sidecars(root: Path, options: ReadOptions) -> Collector:
     """Read images with a .txt of the same name in the same folder; every line is a caption."""
     found = Collector()
     texts = {path.with_suffix(""): path for path in walk_files(root, (".txt",))}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenloom_common.errors import DataError, MissingFileError, UserError, nearest_name
+from training.data.sources.options import ReadOptions
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -50,12 +51,13 @@ class FileLayout(NamedTuple):
         return self.splits[name]
 
 
-def find_files(path: str | Path) -> FileLayout:
+def find_files(path: str | Path, options: ReadOptions) -> FileLayout:
     """Recognize the data set at a path, or a hub id.
 
     MissingFileError for a missing path, UserError for another kind of file, DataError for a folder
     without data.
     """
+    options.check()
     text = str(path)
     root = Path(text).expanduser()
     if "{" in root.name and not root.exists():

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.extras import require_extra
@@ -18,6 +19,7 @@ from training.data.sources.collector import Collector
 from training.data.sources.drops import BadItem, format_reasons
 from training.data.sources.folder import read_metadata, read_sidecars
 from training.data.sources.locate import FileLayout, find_files
+from training.data.sources.options import ReadOptions
 from training.data.sources.row_groups import RowGroups
 from training.data.sources.table import (
     LoadedTable,
@@ -31,34 +33,28 @@ from training.data.sources.tar_index import open_tar_indexes
 
 
 @dataclass(frozen=True)
-class SourceOptions:
-    """A data set to open: its files, and the arguments of `open_dataset`."""
+class Source:
+    """A data set to open."""
 
     path: str
     layout: FileLayout
     split: str | None
-    caption_column: str | None
-    image_column: str | None
-    streamed_rows: int
+    options: ReadOptions
 
     def files(self) -> list[Path]:
-        """Return the files, or the one folder, of the split."""
+        """Return the files of the split."""
         return self.layout.choose(self.split)
 
 
-def open_dataset(path: str | Path, *, split: str | None = None, caption_column: str | None = None,
-                 image_column: str | None = None, streamed_rows: int = 0) -> CaptionedImages:
+def open_dataset(path: str | Path, *, split: str | None = None, **options: Any) -> CaptionedImages:
     """Open captioned images at a local path or hub id.
 
-    split: None is train (or the only split). caption_column: None is the first of text, captions,
-    caption, prompt. streamed_rows: read parquet and tar shards in place and keep so many rows in
-    memory; 0 reads through a cache.
+    split: None is train (or the only split). options: fields of ReadOptions.
 
     MissingFileError for a missing path, UserError for an unknown split or column, DataError if
     nothing is usable.
     """
-    data = load_source(path, split=split, caption_column=caption_column, image_column=image_column,
-                       streamed_rows=streamed_rows)
+    data = load_source(path, split=split, **options)
     if not len(data):
         reasons = format_reasons(data.dropped) or "it is empty"
         first = f"; first: {data.bad_items[0].key}" if data.bad_items else ""
@@ -66,39 +62,38 @@ def open_dataset(path: str | Path, *, split: str | None = None, caption_column: 
     return data
 
 
-def list_splits(path: str | Path) -> list[str]:
+def list_splits(path: str | Path, **options: Any) -> list[str]:
     """Return the names of the splits at a path or hub id; a source without splits has 'train'."""
-    layout = find_files(path)
+    layout = find_files(path, ReadOptions(**options))
     return hub_splits(str(path)) if layout.format == "hub" else list(layout.splits)
 
 
-def load_source(path: str | Path, *, split: str | None = None, caption_column: str | None = None,
-                image_column: str | None = None, streamed_rows: int = 0) -> CaptionedImages:
+def load_source(path: str | Path, *, split: str | None = None, **options: Any) -> CaptionedImages:
     """Like `open_dataset`, but return an empty sequence, with its reasons, if nothing is usable."""
-    layout = find_files(path)  # first: a wrong path is reported even without the extra
+    chosen = ReadOptions(**options)
+    layout = find_files(path, chosen)  # first: a wrong path is reported even without the extra
     require_extra("datasets", "reading a dataset")
-    options = SourceOptions(str(path), layout, split, caption_column, image_column, streamed_rows)
-    if streamed_rows and layout.format not in STREAMING_READERS:
+    streaming = chosen.streamed_rows > 0
+    if streaming and layout.format not in STREAMING_READERS:
         raise UserError(f"{path}: streaming reads parquet and tar shards where they lie; this is "
                         f"another kind of data ({layout.format}), so leave data.streaming out")
-    readers = STREAMING_READERS if streamed_rows else READERS
-    table = readers[layout.format](options)
-    return CaptionedImages(str(path), table)
+    readers = STREAMING_READERS if streaming else READERS
+    table = readers[layout.format](Source(str(path), layout, split, chosen))
+    return CaptionedImages(str(path), table, chosen.max_pixels)
 
 
-def _open_metadata(options: SourceOptions) -> ImageTable:
-    (folder,) = options.files()
-    return _table_in_memory(read_metadata(folder, options.caption_column))
+def _open_metadata(source: Source) -> ImageTable:
+    (folder,) = source.files()
+    return _table_in_memory(read_metadata(folder, source.options))
 
 
-def _open_sidecars(options: SourceOptions) -> ImageTable:
-    (folder,) = options.files()
-    return _table_in_memory(read_sidecars(folder))
+def _open_sidecars(source: Source) -> ImageTable:
+    (folder,) = source.files()
+    return _table_in_memory(read_sidecars(folder, source.options))
 
 
-def _open_tars(options: SourceOptions) -> ImageTable:
-    found = read_tars(options.files(), options.layout.root, options.caption_column,
-                      options.image_column)
+def _open_tars(source: Source) -> ImageTable:
+    found = read_tars(source.files(), source.layout.root, source.options)
     return _table_in_memory(found, in_tar=True)
 
 
@@ -109,33 +104,31 @@ def _table_in_memory(found: Collector, in_tar: bool = False) -> ImageTable:
                       packed_columns=sorted(found.columns))
 
 
-def _stream_tars(options: SourceOptions) -> ImageTable:
-    found = open_tar_indexes(options.files(), options.layout.root, options.caption_column,
-                             options.image_column)
+def _stream_tars(source: Source) -> ImageTable:
+    found = open_tar_indexes(source.files(), source.layout.root, source.options)
     return ImageTable(found.dataset, "captions", None, bad_items=found.bad,
                       caption_repairs=found.repairs, packed_columns=found.columns,
                       chunk_bounds=found.chunk_bounds)
 
 
-def _open_parquet(options: SourceOptions) -> ImageTable:
-    root = options.layout.root
-    table = read_parquet(options.files(), root, options.caption_column, options.image_column)
-    return _usable_rows(table, root)
+def _open_parquet(source: Source) -> ImageTable:
+    root = source.layout.root
+    return _usable_rows(read_parquet(source.files(), root, source.options), root)
 
 
-def _stream_parquet(options: SourceOptions) -> ImageTable:
-    root = options.layout.root
-    files = readable_parquet(options.files(), root, options.caption_column, options.image_column)
+def _stream_parquet(source: Source) -> ImageTable:
+    root = source.layout.root
+    files = readable_parquet(source.files(), root, source.options)
     # captions are looked at when a row is visited: scanning them here would read all shards
-    rows = RowGroups(files.good, options.streamed_rows)
+    rows = RowGroups(files.good, source.options.streamed_rows)
     return ImageTable(rows, files.caption_column, files.image_column, root=root,
                       bad_items=files.bad, chunk_bounds=rows.chunk_bounds)
 
 
-def _open_hub(options: SourceOptions) -> ImageTable:
+def _open_hub(source: Source) -> ImageTable:
     from datasets.config import HF_CACHE_HOME
 
-    table = read_hub(options.path, options.split, options.caption_column, options.image_column)
+    table = read_hub(source.path, source.split, source.options)
     return _usable_rows(table, Path(HF_CACHE_HOME))  # where `datasets` puts downloaded images
 
 
@@ -167,14 +160,14 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
                       caption_repairs=repairs)
 
 
-READERS: dict[str, Callable[[SourceOptions], ImageTable]] = {
+READERS: dict[str, Callable[[Source], ImageTable]] = {
     "metadata": _open_metadata,
     "sidecar": _open_sidecars,
     "parquet": _open_parquet,
     "tar": _open_tars,
     "hub": _open_hub,
 }
-STREAMING_READERS: dict[str, Callable[[SourceOptions], ImageTable]] = {
+STREAMING_READERS: dict[str, Callable[[Source], ImageTable]] = {
     "parquet": _stream_parquet,
     "tar": _stream_tars,
 }

@@ -17,6 +17,7 @@ from training.data.sources.collector import CAPTION_COLUMNS
 from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import quiet_datasets
 from training.data.sources.locate import EXPECTED
+from training.data.sources.options import ReadOptions
 
 # `image` is the hub's usual name; jpg, png and webp are what webdatasets call their images
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
@@ -56,8 +57,7 @@ def pick_column(name: str | None, usual: tuple[str, ...], columns: list[str], wh
                     f"with {what}_column")
 
 
-def readable_parquet(files: list[Path], root: Path, caption_column: str | None,
-                     image_column: str | None) -> ParquetFiles:
+def readable_parquet(files: list[Path], root: Path, options: ReadOptions) -> ParquetFiles:
     """Keep the files with a readable footer and rows, count the others. DataError if none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -82,8 +82,9 @@ def readable_parquet(files: list[Path], root: Path, caption_column: str | None,
         raise DataError(f"{root}: none of its {len(files):,} parquet files can be read "
                         f"(first: {bad[0].key}); copy or download them again")
 
-    image_column = pick_column(image_column, IMAGE_COLUMNS, columns, "image", str(root))
-    caption_column = pick_column(caption_column, CAPTION_COLUMNS, columns, "caption", str(root))
+    image_column = pick_column(options.image_column, IMAGE_COLUMNS, columns, "image", str(root))
+    caption_column = pick_column(options.caption_column, CAPTION_COLUMNS, columns, "caption",
+                                 str(root))
     # now, since a stream would meet another type only when it visits the file
     _check_same_columns(good, (image_column, caption_column))
     return ParquetFiles(good, image_column, caption_column, bad)
@@ -104,10 +105,9 @@ def _check_same_columns(files: list[Path], columns: tuple[str, ...]) -> None:
                                 f"{files[0].name}; files of a split must have the same columns")
 
 
-def read_parquet(files: list[Path], root: Path, caption_column: str | None,
-                 image_column: str | None) -> LoadedTable:
+def read_parquet(files: list[Path], root: Path, options: ReadOptions) -> LoadedTable:
     """Load parquet files as one table; unreadable files and errors as in `readable_parquet`."""
-    found = readable_parquet(files, root, caption_column, image_column)
+    found = readable_parquet(files, root, options)
     paths = [str(path) for path in found.good]
     dataset = _load("parquet", f"{root}: its parquet files cannot be read",
                     name=_cache_name(found.good), data_files={"train": paths}, split="train")
@@ -128,8 +128,7 @@ def _cache_name(files: list[Path]) -> str:
     return f"tokenloom-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
 
 
-def read_hub(name: str, split: str | None, caption_column: str | None,
-             image_column: str | None) -> LoadedTable:
+def read_hub(name: str, split: str | None, options: ReadOptions) -> LoadedTable:
     """Load a data set of the hub by its id. MissingFileError if it cannot be reached."""
     known = hub_splits(name)  # a small request first: a wrong split costs no download
     chosen = split or ("train" if "train" in known else known[0])
@@ -139,8 +138,8 @@ def read_hub(name: str, split: str | None, caption_column: str | None,
     dataset = _load(name, f"{name}: cannot be fetched from the hub", split=chosen)
 
     columns = dataset.column_names
-    image_column = pick_column(image_column, IMAGE_COLUMNS, columns, "image", name)
-    caption_column = pick_column(caption_column, CAPTION_COLUMNS, columns, "caption", name)
+    image_column = pick_column(options.image_column, IMAGE_COLUMNS, columns, "image", name)
+    caption_column = pick_column(options.caption_column, CAPTION_COLUMNS, columns, "caption", name)
     return LoadedTable(_without_decoding(dataset, image_column), image_column, caption_column, [])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from training.data.sources.collector import MAX_TEXT_BYTES, Collector, pop_captions
 from training.data.sources.drops import BadItemError
+from training.data.sources.options import ReadOptions
 
 MAX_MEMBER_BYTES = 64 << 20  # of an image, which is read into memory whole
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -22,18 +23,17 @@ BLOCK = 512  # bytes of a tar header
 Members = dict[str, tarfile.TarInfo]  # of one sample, by extension
 
 
-def read_tars(shards: list[Path], root: Path, caption_column: str | None,
-              image_column: str | None) -> Collector:
+def read_tars(shards: list[Path], root: Path, options: ReadOptions) -> Collector:
     """Read the items of all shards in order. A damaged shard loses the items behind the damage."""
     found = Collector()
-    extensions = (image_column,) if image_column else IMAGE_EXTENSIONS
+    extensions = (options.image_column,) if options.image_column else IMAGE_EXTENSIONS
     for shard in shards:
         name = shard.relative_to(root).as_posix() if shard.is_relative_to(root) else str(shard)
         try:
             with shard.open("rb") as file:
                 for key, members in _samples(file, name, found):
                     _add_sample(found, file, shard, f"{name}:{key}", members, extensions,
-                                caption_column)
+                                options.caption_column)
         except (tarfile.TarError, OSError) as error:
             cut = "unexpected end" in str(error)
             found.drop(name, "truncated tar" if cut else "broken tar")

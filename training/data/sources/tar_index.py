@@ -20,6 +20,7 @@ from tokenloom_common.files import sync_path
 from training.data.sources.collector import Collector
 from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import quiet_datasets
+from training.data.sources.options import ReadOptions
 from training.data.sources.tar import read_tars
 
 INDEX_FORMAT = 1  # raise it when the contents of an index change
@@ -36,8 +37,8 @@ class TarItems(NamedTuple):
     chunk_bounds: list[int]  # first row of each shard, then the number of rows
 
 
-def open_tar_indexes(shards: Sequence[Path], root: Path, caption_column: str | None,
-                     image_column: str | None) -> TarItems:
+def open_tar_indexes(shards: Sequence[Path], root: Path, options: ReadOptions
+                     ) -> TarItems:
     """Map the index of every shard; read the headers of those that have none yet."""
     from datasets import concatenate_datasets
     from datasets.config import HF_DATASETS_CACHE
@@ -50,11 +51,11 @@ def open_tar_indexes(shards: Sequence[Path], root: Path, caption_column: str | N
     bounds = [0]
     with quiet_datasets():
         for shard in shards:
-            name = _index_name(shard, root, caption_column, image_column)
+            name = _index_name(shard, root, options)
             path = cache / f"{name}.arrow"
             index = _open_index(path)
             if index is None:
-                _write_index(path, read_tars([shard], root, caption_column, image_column))
+                _write_index(path, read_tars([shard], root, options))
                 index = _open_index(path)
             if index is None:
                 raise RunFailedError(f"{path}: the index of {shard} was written and cannot be "
@@ -71,12 +72,12 @@ def open_tar_indexes(shards: Sequence[Path], root: Path, caption_column: str | N
     return TarItems(dataset, bad, repairs, sorted(columns), bounds)
 
 
-def _index_name(shard: Path, root: Path, caption_column: str | None,
-                image_column: str | None) -> str:
+def _index_name(shard: Path, root: Path, options: ReadOptions) -> str:
     """Hash everything that decides the contents: a changed shard gets another index."""
     stat = shard.stat()
     facts = (INDEX_FORMAT, str(shard.resolve()), str(root), stat.st_size, stat.st_mtime_ns,
-             stat.st_ino, caption_column, image_column)
+             stat.st_ino, options.caption_column, options.image_column,
+             options.caption_ending, options.encoding)
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
