@@ -47,9 +47,9 @@ def test_bad_metadata_lines_are_counted_by_reason(tmp_path):
         {"file_name": "..\\secret.png", "text": "x"}, {"file_name": "a\0.png", "text": "x"}])
     os.symlink(tmp_path / "secret.png", folder / "link.png")
     data = open_dataset(folder)
-    assert [data.key(i) for i in range(len(data))] == ["a.png", "b.png"]
+    assert [data.key(i) for i in range(len(data))] == ["a.png"]
     assert data.dropped == {"broken metadata line": 3, "no file_name": 2, "missing file": 1, "no caption": 2,
-                            "path outside the folder": 7}
+                            "line not UTF-8": 1, "path outside the folder": 7}
     assert data.bad_items[0] == ("metadata.jsonl line 2", "broken metadata line")
 
 

@@ -45,7 +45,7 @@ def test_split_names():
              "validation.parquet": "validation", "val_3.parquet": "validation", "test-0.tar": "test",
              "000.tar": "train", "trainee.parquet": "train"}
     for name, split in names.items():
-        assert list(split_files([Path(name)])) == [split], name
+        assert list(split_files([Path(name)], Path())) == [split], name
     assert list(split_files([Path("d/test/0.tar")], Path("d"))) == ["test"]
 
 

@@ -50,12 +50,12 @@ def test_empty_ones_of_several_captions_are_left_out():
 # Data sets of any format
 
 def test_missing_path_lists_what_was_expected(tmp_path):
-    with pytest.raises(MissingFileError, match=r"nowhere: no such file or folder; expected a folder with metadata"):
+    with pytest.raises(MissingFileError, match=r"nowhere: no such file or folder; expected images with .txt files"):
         open_dataset(tmp_path / "nowhere")
 
 
 def test_folder_without_data_is_data_unusable(tmp_path):
-    with pytest.raises(DataError, match="holds nothing readable; expected"):
+    with pytest.raises(DataError, match=r"holds nothing readable \(no files\); expected"):
         open_dataset(tmp_path)
     (tmp_path / "a.png").write_bytes(PNG)
     with pytest.raises(DataError, match="holds pictures without captions"):

@@ -31,6 +31,14 @@ class TextDecodeError(ValueError):
         self.line = line
 
 
+def text_codec(raw: bytes, encoding: str | None = None) -> str:
+    """Return the codec of a text: that of its byte order mark, else `encoding`, else UTF-8."""
+    for mark, codec in _BYTE_ORDER_MARKS:
+        if raw.startswith(mark):
+            return codec
+    return encoding or "utf-8"
+
+
 def decode_text(raw: bytes, encoding: str | None = None) -> str:
     """Decode the bytes of a text file: its byte order mark says how, else `encoding`, else UTF-8.
 
@@ -39,11 +47,7 @@ def decode_text(raw: bytes, encoding: str | None = None) -> str:
     without a mark (which may decode as UTF-8 with a NUL beside every letter) and control
     characters that make up a tenth of a text or more.
     """
-    codec = encoding or "utf-8"
-    for mark, marked_codec in _BYTE_ORDER_MARKS:
-        if raw.startswith(mark):
-            codec = marked_codec
-            break
+    codec = text_codec(raw, encoding)
     try:
         text = raw.decode(codec)
     except UnicodeDecodeError as error:

@@ -16,9 +16,9 @@ from PIL import Image
 from tokenizer_image.images import BadImageError, open_image
 from training.data.sources.captions import caption_values, clean_captions, first_caption_value
 from training.data.sources.drops import BadItem, BadItemError
-from training.data.sources.locate import path_below
 from training.data.sources.row_groups import RowGroups
 from training.data.sources.tar import read_member
+from training.data.sources.tree import PathGuard
 
 BAD_ITEM_ERRORS = (BadImageError, BadItemError)
 """Errors of a single item: catch them, count by `.reason`, go on."""
@@ -46,6 +46,8 @@ class ImageTable:
     caption_repairs: Counter = field(default_factory=Counter)
     packed_columns: list[str] | None = None  # other columns, where `metadata` holds them as JSON
     chunk_bounds: list[int] | None = None  # first row of each shard or row group, number of rows
+    encodings: Counter[str] = field(default_factory=Counter)  # caption files by encoding
+    hints: list[str] = field(default_factory=list)  # what helps where items are unusable
 
 
 class CaptionedImages:
@@ -64,6 +66,8 @@ class CaptionedImages:
         self.bad_items = table.bad_items
         self.caption_repairs = table.caption_repairs
         self.chunk_bounds = table.chunk_bounds
+        self.encodings = table.encodings
+        self.hints = table.hints
         self.dropped = Counter(item.reason for item in table.bad_items)
         self._table = table
         # as Arrow: in its own format `datasets` would decode images, without our checks
@@ -216,7 +220,7 @@ class CaptionedImages:
         path: Path | None = Path(value)
         if self._table.root is not None:
             # a table made by others must not name any file of this machine
-            path = path_below(self._table.root, value)
+            path = PathGuard(self._table.root).below(self._table.root, value)
         if path is None:
             raise BadItemError(key, "path outside the folder", value)
         if not path.is_file():

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from training.data.sources.captions import clean_captions
 from training.data.sources.drops import BadItem
+from training.data.sources.options import ReadOptions
 
+# `image` is the hub's usual name; jpg, png and webp are what webdatasets call their images
+IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
 CAPTION_COLUMNS = ("text", "captions", "caption", "prompt")
+CLASS_COLUMNS = ("label", "labels", "class", "cls", "category", "fine_label")
+"""Columns of classes, whose names or numbers are the captions where there are no others."""
+MAX_HINTS = 2
 MAX_TEXT_BYTES = 1 << 20  # of one caption file or one line of metadata
 
 
@@ -21,6 +28,13 @@ class Collector:
         self.bad: list[BadItem] = []
         self.repairs: Counter = Counter()
         self.columns: set[str] = set()
+        self.encodings: Counter[str] = Counter()  # files of captions by their encoding
+        self.hints: dict[str, None] = {}  # why items are unusable and what helps, in order
+
+    def hint(self, text: str) -> None:
+        """Keep what helps where nothing is usable: the first of each kind is enough."""
+        if len(self.hints) < MAX_HINTS:
+            self.hints[text] = None
 
     def drop(self, key: str, reason: str) -> None:
         """Count one unusable item."""
@@ -53,10 +67,24 @@ class Collector:
         return Dataset.from_dict(columns, features=features)
 
 
-def pop_captions(record: dict[str, Any], caption_column: str | None) -> object:
-    """Take the captions out of a record: the named column, or the first of CAPTION_COLUMNS."""
-    names = (caption_column,) if caption_column else CAPTION_COLUMNS
-    for name in names:
-        if name in record:
-            return record.pop(name)  # popped: what is left of the record is the metadata
-    return None
+def find_name(columns: Collection[str], chosen: str | None, usual: Sequence[str]) -> str | None:
+    """Return the chosen column, or the first usual one in any case; None if it is not there."""
+    if chosen is not None:
+        return chosen if chosen in columns else None
+    in_lower_case = {name.strip().lower(): name for name in reversed(list(columns))}
+    return next((in_lower_case[name] for name in usual if name in in_lower_case), None)
+
+
+def pick_captions(record: Mapping[str, Any], options: ReadOptions) -> str | None:
+    """Return the column of a record with the captions: CAPTION_COLUMNS, or else a class."""
+    return find_name(record, options.caption_column, CAPTION_COLUMNS + CLASS_COLUMNS)
+
+
+def pop_captions(record: dict[str, Any], options: ReadOptions) -> object:
+    """Take the captions out of a record; None if it has none."""
+    name = pick_captions(record, options)
+    if name is None:
+        return None
+    value = record.pop(name)  # popped: what is left of the record is the metadata
+    # the number of a class; True is an int as well, and no class
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -1,42 +1,133 @@
-"""Read folders of images, listed in metadata.jsonl or metadata.csv or with same-name .txt files."""
+"""Read folders of images: listed with their captions, with caption files, or a folder a class."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
+from tokenloom_common.text_files import TextDecodeError, decode_text, text_codec, text_lines
 from training.data.sources.collector import MAX_TEXT_BYTES, Collector, pop_captions
-from training.data.sources.locate import (
-    IMAGE_SUFFIXES,
-    METADATA_NAMES,
-    path_inside,
-    walk_files,
-)
+from training.data.sources.locate import FileLayout
+from training.data.sources.metadata import ImageList
 from training.data.sources.options import ReadOptions
+from training.data.sources.sidecars import RECORD_ENDING, CaptionFile
+from training.data.sources.tree import FileTree, PathGuard
 
 
-def read_metadata(root: Path, options: ReadOptions) -> Collector:
-    """Read metadata.jsonl or metadata.csv; a broken line costs that line only."""
+def read_lists(tree: FileTree, lists: list[Path], split: str, options: ReadOptions) -> Collector:
+    """Read the rows of a split of lists of images; a broken line costs that line only."""
     found = Collector()
-    path = next(root / name for name in METADATA_NAMES if (root / name).is_file())
-    read_records = _csv_records if path.suffix == ".csv" else _json_records
-    for where, record in read_records(path, found):
-        name = record.pop("file_name", None)
-        if not isinstance(name, str) or not name:
-            found.drop(where, "no file_name")
-            continue
-        image = path_inside(root, name)
-        if image is None:
-            found.drop(f"{where} ({name})", "path outside the folder")
-        elif not image.is_file():
-            found.drop(name, "missing file")
-        else:
-            captions = pop_captions(record, options.caption_column)
-            found.add(name, captions, record, image=_image_reference(image))
+    for path in lists:
+        for row in ImageList(path, tree, options).rows(split, found):
+            captions = pop_captions(row.record, options)
+            found.add(row.key, captions, row.record, image=_image_reference(row.image))
+            if captions is None:
+                columns = ", ".join(row.record) or "none but the image's name"
+                found.hint(f"no column with captions; other columns: {columns}; name it with "
+                           "--data.caption_column")
     return found
+
+
+def read_sidecars(layout: FileLayout, split: str, options: ReadOptions) -> Collector:
+    """Read images with caption files beside them; every line is a caption."""
+    found = Collector()
+    guard = PathGuard(layout.root, options.follow_links)
+    for image in layout.splits[split]:
+        key = image.relative_to(layout.root).as_posix()
+        files = layout.captions.get(image, [])
+        if not files:
+            found.drop(key, "no caption file")
+        elif _is_usable(found, guard, key, image, [file.path for file in files]):
+            _add_captioned(found, key, image, files, options)
+
+    folders = {image.parent for image in layout.splits[split]}
+    for path in layout.unused_captions:
+        if path.parent in folders:
+            found.drop(path.relative_to(layout.root).as_posix(), "no picture for the caption file")
+    return found
+
+
+def _is_usable(found: Collector, guard: PathGuard, key: str, image: Path, texts: list[Path]
+               ) -> bool:
+    for path in (image, *texts):
+        # files come from a walk of the folder: nothing but a link can lead outside
+        if path.is_symlink() and not guard.allows(path):
+            found.drop(key, "path outside the folder")
+            found.hint(f"{path.name} is a link to {os.path.realpath(path)}; "
+                       "--data.follow_links true follows links")
+            return False
+        if not path.is_file():
+            found.drop(key, "missing file")
+            return False
+    if any(path.stat().st_size > MAX_TEXT_BYTES for path in texts):
+        found.drop(key, "caption file too large")
+        return False
+    return True
+
+
+def _add_captioned(found: Collector, key: str, image: Path, files: list[CaptionFile],
+                   options: ReadOptions) -> None:
+    captions: object = None
+    metadata: dict[str, Any] = {}
+    for file in files:
+        raw = file.path.read_bytes()
+        try:
+            text = decode_text(raw, options.encoding)
+        except TextDecodeError as error:
+            found.drop(key, f"caption {error}")
+            found.hint(f"{file.path.name} is {error}; save such files as UTF-8, or say what they "
+                       "are with --data.encoding")
+            return
+        found.encodings[text_codec(raw, options.encoding).upper()] += 1
+        if file.ending == RECORD_ENDING:
+            metadata = _record(text, found)
+            captions = captions or pop_captions(metadata, options)
+        else:
+            captions = [line for line in text_lines(text) if line.strip()]
+    found.add(key, captions, metadata, image=_image_reference(image))
+
+
+def _record(text: str, found: Collector) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    if isinstance(record, dict):
+        return record
+    # the image and a caption file beside it may still be fine
+    found.repairs["broken json beside a picture"] += 1
+    return {}
+
+
+def read_classes(layout: FileLayout, split: str, options: ReadOptions) -> Collector:
+    """Read images whose captions are the names of their folders: the outermost that differ."""
+    found = Collector()
+    guard = PathGuard(layout.root, options.follow_links)
+    folders = layout.folders()
+    wrappers = _wrapper_folders({folders.below(layout.tree.relative(image).parent)
+                                 for image in layout.tree.images})
+    for image in layout.splits[split]:
+        relative = layout.tree.relative(image)
+        below = folders.below(relative.parent)
+        if len(below) <= wrappers:
+            found.drop(str(relative), "no class folder")
+        elif _is_usable(found, guard, str(relative), image, []):
+            found.add(str(relative), below[wrappers], {}, image=_image_reference(image))
+    return found
+
+
+def _wrapper_folders(folders: set[tuple[str, ...]]) -> int:
+    """Return how many outer folders, such as images/, hold all classes and are none."""
+    folders = folders - {()}
+    shared = 0
+    for names in zip(*folders, strict=False):  # all outermost folders, then all below them, ...
+        if len(set(names)) > 1:
+            break
+        shared += 1
+    has_classes_below = any(len(names) > shared for names in folders)
+    return shared if has_classes_below else max(0, shared - 1)
 
 
 def _image_reference(path: Path) -> dict[str, Any]:
@@ -45,84 +136,3 @@ def _image_reference(path: Path) -> dict[str, Any]:
     except UnicodeEncodeError:
         # a table cannot hold a file name that is not UTF-8; it can hold the file itself
         return {"bytes": path.read_bytes(), "path": None}
-
-
-def _json_records(path: Path, found: Collector) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as file:
-        number = 0
-        # bounded reads: a hostile file may be a single line of many gigabytes
-        while line := file.readline(MAX_TEXT_BYTES):
-            number += 1
-            where = f"{path.name} line {number}"
-            if len(line) == MAX_TEXT_BYTES and not line.endswith(b"\n"):
-                while line and not line.endswith(b"\n"):  # pass over the rest of it
-                    line = file.readline(MAX_TEXT_BYTES)
-                found.drop(where, "line too long")
-                continue
-            if not line.strip():
-                continue
-
-            try:
-                # -sig: an editor may have put a byte order mark before the first line
-                record = json.loads(line.decode("utf-8-sig", errors="replace"))
-            except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
-                record = None
-            if isinstance(record, dict):
-                yield where, record
-            else:
-                found.drop(where, "broken metadata line")
-
-
-def _csv_records(path: Path, found: Collector) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)  # newline="" above: a quoted caption may hold line ends
-        while True:  # not a for loop: an error in one line must not end the iteration
-            try:
-                row = next(reader, None)
-            except csv.Error:
-                found.drop(f"{path.name} line {reader.line_num}", "broken metadata line")
-                continue
-            if row is None:
-                return
-            # a line of another length gives the name None, or the value None
-            record = {name: value for name, value in row.items()
-                      if isinstance(name, str) and value is not None}
-            yield f"{path.name} line {reader.line_num}", record
-
-
-def read_sidecars(root: Path, options: ReadOptions) -> Collector:
-    """Read images with a .txt of the same name in the same folder; every line is a caption."""
-    found = Collector()
-    texts = {path.with_suffix(""): path for path in walk_files(root, (".txt",))}
-    used = set()
-    for image in walk_files(root, IMAGE_SUFFIXES):
-        key = image.relative_to(root).as_posix()
-        text = texts.get(image.with_suffix(""))
-        if text is None:
-            found.drop(key, "no caption file")
-            continue
-        used.add(text)  # also if the pair is dropped below: it is one bad item, not two
-        _add_pair(found, root, key, image, text)
-
-    for text in texts.values():
-        if text not in used:
-            found.drop(text.relative_to(root).as_posix(), "no picture for the caption file")
-    return found
-
-
-def _add_pair(found: Collector, root: Path, key: str, image: Path, text: Path) -> None:
-    if _links_outside(root, image) or _links_outside(root, text):
-        found.drop(key, "path outside the folder")
-    elif not image.is_file() or not text.is_file():
-        found.drop(key, "missing file")
-    elif text.stat().st_size > MAX_TEXT_BYTES:
-        found.drop(key, "caption file too large")
-    else:
-        # bytes, so that `clean_captions` sees and counts text that is not UTF-8
-        lines = [line for line in text.read_bytes().splitlines() if line.strip()]
-        found.add(key, lines, {}, image=_image_reference(image))
-
-
-def _links_outside(root: Path, path: Path) -> bool:
-    # files come from a walk of root: nothing but a link can lead outside
-    return path.is_symlink() and path_inside(root, path.relative_to(root).as_posix()) is None

@@ -1,184 +1,222 @@
-"""Find the format, splits and files of a data set at a path; check paths that data names."""
+"""Find the format, splits and files of a data set at a path."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
 from tokenloom_common.errors import DataError, MissingFileError, UserError, nearest_name
-from training.data.sources.options import ReadOptions
+from training.data.sources.advice import advice_for, refuse_file
+from training.data.sources.metadata import ImageList, image_tables, is_list_of_images
+from training.data.sources.options import EXPECTED, FORMATS, ReadOptions
+from training.data.sources.sidecars import (
+    CaptionFile,
+    describe_captions,
+    find_captions,
+    has_captions,
+)
+from training.data.sources.splits import SplitFolders
+from training.data.sources.tree import (
+    LIST_SUFFIXES,
+    TAR_SUFFIXES,
+    FileTree,
+    walk_tree,
+)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-EXPECTED = ("a folder with metadata.jsonl or metadata.csv, a folder of pictures with same-name "
-            ".txt files, parquet files, webdataset .tar shards (a file, a folder, or "
-            "{000..012}.tar), or a hub id owner/name")
-SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation",
-               "valid": "validation", "val": "validation", "dev": "validation", "test": "test",
-               "testing": "test", "eval": "test", "evaluation": "test"}
+METADATA_NAME = "metadata"  # of lists of images, as `datasets` calls them
 MAX_BRACES = 100_000  # shards of one path; a typo such as {0..999999999} must not fill the memory
 NAMED_MISSING = 5  # missing shards that an error names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")  # the hub's names of files of a split
 
 
-class FileLayout(NamedTuple):
-    """Format and files of a data set."""
+@dataclass(frozen=True)
+class FileLayout:
+    """Format and files of a data set, and why it was taken for that."""
 
     format: str  # a key of READERS in open_dataset.py
     root: Path
-    splits: dict[str, list[Path]]  # files, or the one folder, of each split
+    splits: dict[str, list[Path]]  # files of each split: shards, lists, images or folders
+    reason: str
+    tree: FileTree = field(default_factory=lambda: FileTree(Path()))  # of a folder of images
+    captions: dict[Path, list[CaptionFile]] = field(default_factory=dict)  # of each image
+    unused_captions: list[Path] = field(default_factory=list)
 
     def choose(self, split: str | None) -> list[Path]:
         """Return the files of a split; None is train, or the only split.
 
         UserError listing the splits if there is no such split.
         """
-        if split:
-            name = split
-        elif "train" in self.splits or len(self.splits) > 1:
-            name = "train"
-        else:
-            name = next(iter(self.splits))
+        name = self.split_name(split)
         if name not in self.splits:
             raise UserError(f"{self.root}: no split '{name}'{nearest_name(name, self.splits)} "
                             f"(splits: {', '.join(self.splits)})")
         return self.splits[name]
 
+    def split_name(self, split: str | None) -> str:
+        """Return the name of a split; None is train, or the only split."""
+        if split:
+            return split
+        if "train" in self.splits or len(self.splits) > 1:
+            return "train"
+        return next(iter(self.splits))
+
+    def folders(self) -> SplitFolders:
+        """Return the splits that the folders of images are."""
+        return _image_folders(self.tree)
+
 
 def find_files(path: str | Path, options: ReadOptions) -> FileLayout:
-    """Recognize the data set at a path, or a hub id.
+    """Recognize the data set at a path, or a hub id. Paths are names, never patterns.
 
-    MissingFileError for a missing path, UserError for another kind of file, DataError for a folder
-    without data.
+    MissingFileError for a missing path, UserError for another kind of file and for a folder that
+    may be meant in several ways, DataError for a folder without data.
     """
     options.check()
     text = str(path)
     root = Path(text).expanduser()
-    if "{" in root.name and not root.exists():
-        return _brace_files(text)
-    if not root.exists():
-        # after the local path: a folder owner/name beside the user wins over the hub
-        if _HUB_ID.fullmatch(text):
-            return FileLayout("hub", Path(text), {})
-        raise MissingFileError(f"{text}: no such file or folder; expected {EXPECTED}")
+    if root.is_dir():
+        return _find_in_folder(root, options)
     if root.is_file():
-        if root.suffix not in (".parquet", ".tar"):
-            kind = root.suffix or "nameless"
-            raise UserError(f"{text}: a {kind} file is not a data set; expected {EXPECTED}")
-        return FileLayout(root.suffix[1:], root.parent, split_files([root]))
-
-    for extension in ("parquet", "tar"):
-        # in the folder itself, in the hub's data/, or in a folder per split
-        files = sorted([*root.glob(f"*.{extension}"), *root.glob(f"*/*.{extension}")])
-        if files:
-            return FileLayout(extension, root, split_files(files, root))
-    return _image_folder(root)
+        return _single_file(root, text, options)
+    if "{" in text:
+        return _brace_files(text)
+    # after the local path: a folder owner/name beside the user wins over the hub
+    if _HUB_ID.fullmatch(text):
+        return FileLayout("hub", Path(text), {}, "a data set of the hub")
+    pattern = ("; a path is a name, not a pattern: give the folder, or shards as {000..012}.tar"
+               if re.search(r"[*?\[]", text) else "")
+    raise MissingFileError(f"{text}: no such file or folder{pattern}; expected {EXPECTED}")
 
 
-def split_files(files: list[Path], root: Path | None = None) -> dict[str, list[Path]]:
-    """Group files by split, as the hub names them.
+def _single_file(path: Path, text: str, options: ReadOptions) -> FileLayout:
+    root = path.parent
+    name = path.name.lower()
+    is_list = name.endswith(LIST_SUFFIXES)
+    if name.endswith(".parquet"):
+        kind = "parquet"
+        is_list = not image_tables([path], options)
+    elif name.endswith(TAR_SUFFIXES):
+        kind = "tar"
+    elif not is_list:
+        refuse_file(path, text)
+    if is_list:
+        tree = walk_tree(root, options.follow_links)
+        if not name.endswith(".parquet") or is_list_of_images(path, tree, options):
+            return _list_layout(tree, [path], options)
+    return FileLayout(kind, root, split_files([path], root), f"a {kind} file")
 
-    A split is named by NAME-00000-of-00003, by a first word such as train or test, or by a folder
-    of such a name. Otherwise it is train.
-    """
+
+def split_files(files: list[Path], root: Path) -> dict[str, list[Path]]:
+    """Group shards by split, as their folders below `root` and their own names say."""
+    relative = [PurePosixPath(path.relative_to(root).as_posix()) for path in files]
+    folders = SplitFolders(path.parent for path in relative)
     splits: dict[str, list[Path]] = {}
-    for path in files:
-        splits.setdefault(_split_name(path, root), []).append(path)
+    for path, below in zip(files, relative, strict=True):
+        splits.setdefault(folders.split_of_file(below), []).append(path)
     return splits
 
 
-def _split_name(path: Path, root: Path | None) -> str:
-    numbered = _NUMBERED.fullmatch(path.stem)
-    if numbered:
-        return numbered[1]
-    # train.tar, train-00.tar, train_0.tar, train0.tar
-    word = re.split(r"[-._ 0-9]", path.stem, maxsplit=1)[0].lower()
-    if word in SPLIT_WORDS:
-        return SPLIT_WORDS[word]
-    if root is not None and path.parent != root:
-        return SPLIT_WORDS.get(path.parent.name.lower(), "train")
-    return "train"
+# ---- folders
 
 
-def _image_folder(root: Path) -> FileLayout:
-    """Recognize a folder of images, or of split folders with images."""
-    formats = {}
-    for folder in sorted(root.iterdir()):
-        found = _image_folder_format(folder) if folder.is_dir() else None
-        if found:
-            formats[folder] = found
-    own_format = _image_folder_format(root)
-    # a folder with data of its own is no split folder, whatever the folders in it are called
-    if own_format is None and any(folder.name.lower() in SPLIT_WORDS for folder in formats):
-        return _split_folders(root, formats)
+def _find_in_folder(root: Path, options: ReadOptions) -> FileLayout:
+    tree = walk_tree(root, options.follow_links)
+    candidates = _candidates(tree, options)
+    if options.format is not None:
+        if options.format not in candidates:
+            others = _described(candidates) or "none of the other formats"
+            raise UserError(f"{root}: holds no {FORMATS[options.format]}, as --data.format "
+                            f"{options.format} says; found {others}{advice_for(tree, options)}")
+        return candidates[options.format]
 
-    if own_format is None and next(walk_files(root, (".txt",)), None):
-        own_format = "sidecar"  # in folders further down, which are no splits
-    if own_format is None:
-        has_images = next(walk_files(root, IMAGE_SUFFIXES), None) is not None
-        found = "pictures without captions" if has_images else "nothing readable"
-        raise DataError(f"{root}: holds {found}; expected {EXPECTED}")
-    return FileLayout(own_format, root, {"train": [root]})
+    candidates.pop("classes", None)  # every image lies in some folder: only on request
+    if not candidates:
+        found = "pictures without captions" if tree.images else "nothing readable"
+        raise DataError(f"{root}: holds {found}{advice_for(tree, options)}; expected {EXPECTED}")
+    if len(candidates) > 1:
+        choices = " or ".join(f"--data.format {name}" for name in candidates)
+        raise UserError(f"{root}: may be read in several ways ({_described(candidates)}); choose "
+                        f"with {choices}")
+    return next(iter(candidates.values()))
 
 
-def _split_folders(root: Path, formats: dict[Path, str]) -> FileLayout:
-    if len(set(formats.values())) > 1:
-        raise UserError(f"{root}: some split folders have metadata files and some have .txt files; "
-                        "make them alike")
+def _described(candidates: dict[str, FileLayout]) -> str:
+    return "; ".join(layout.reason for layout in candidates.values())
+
+
+def _candidates(tree: FileTree, options: ReadOptions) -> dict[str, FileLayout]:
+    """Return the formats that a folder may have been meant to be in, by name."""
+    found: dict[str, FileLayout] = {}
+    if tree.saved:
+        found["saved"] = FileLayout("saved", tree.root, split_files(tree.saved, tree.root),
+                                    f"{len(tree.saved):,} folders of save_to_disk")
+    if tree.tars:
+        found["tar"] = FileLayout("tar", tree.root, split_files(tree.tars, tree.root),
+                                  f"{len(tree.tars):,} tar shards")
+    if tree.images:
+        images = _images_by_split(tree)
+        found["classes"] = FileLayout("classes", tree.root, images,
+                                      f"{len(tree.images):,} images in folders", tree)
+        captions, unused = find_captions(tree, options)
+        if has_captions(captions, options):
+            found["sidecar"] = FileLayout("sidecar", tree.root, images,
+                                          describe_captions(captions), tree, captions, unused)
+
+    others = found.keys() - {"classes"}
+    shards = tree.parquet
+    if others or tree.images or tree.lists:
+        # a downloader leaves tables of what it did beside its shards
+        shards = image_tables(tree.parquet, options)
+    tables = [path for path in tree.parquet if path not in shards]
+    # the usual name is meant unless something else is; another needs columns that can be used
+    lists = [path for path in [*tree.lists, *tables] if path.stem.lower() == METADATA_NAME]
+    if others or shards or not lists:
+        lists = [path for path in lists or [*tree.lists, *tables]
+                 if is_list_of_images(path, tree, options)]
+    if lists:
+        found["metadata"] = _list_layout(tree, lists, options)
+
+    if not shards and not lists and not others:
+        shards = tables  # whose reader says which columns they have
+    if shards:
+        found["parquet"] = FileLayout("parquet", tree.root, split_files(shards, tree.root),
+                                      f"{len(shards):,} parquet files")
+    return found
+
+
+def _images_by_split(tree: FileTree) -> dict[str, list[Path]]:
+    folders = _image_folders(tree)
     splits: dict[str, list[Path]] = {}
-    for folder in formats:
-        name = SPLIT_WORDS.get(folder.name.lower(), folder.name)
-        splits.setdefault(name, []).append(folder)
-    for folders in splits.values():
-        if len(folders) > 1:
-            names = ", ".join(folder.name for folder in folders)
-            raise UserError(f"{root}: the folders {names} are the same split; keep one")
-    return FileLayout(next(iter(formats.values())), root, splits)
+    for image in tree.images:
+        split = folders.split(tree.relative(image).parent) or "train"
+        splits.setdefault(split, []).append(image)
+    return splits
 
 
-def _image_folder_format(folder: Path) -> str | None:
-    if any((folder / name).is_file() for name in METADATA_NAMES):
-        return "metadata"
-    names = [name for name in os.listdir(folder) if (folder / name).is_file()]
-    has_texts = any(name.endswith(".txt") for name in names)
-    has_images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-    return "sidecar" if has_texts and has_images else None
+def _image_folders(tree: FileTree) -> SplitFolders:
+    return SplitFolders(tree.relative(image).parent for image in tree.images)
 
 
-def walk_files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the files below `root` with a suffix, sorted. Links to folders are not followed."""
-    for folder, folders, names in os.walk(root):
-        # in place: os.walk goes on with what is left here, in this order
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(folder, name)
+def _list_layout(tree: FileTree, lists: list[Path], options: ReadOptions) -> FileLayout:
+    splits: dict[str, list[Path]] = {}
+    for path in lists:
+        for split in ImageList(path, tree, options).splits():
+            splits.setdefault(split, []).append(path)
+    for paths in splits.values():
+        folders = [path.parent for path in paths]
+        if len(set(folders)) < len(folders):
+            names = " and ".join(str(tree.relative(path)) for path in paths[:3])
+            raise UserError(f"{tree.root}: {names} are lists of the same images; give the one that "
+                            "is meant as --data.path")
+    names = ", ".join(str(tree.relative(path)) for path in lists[:3])
+    return FileLayout("metadata", tree.root, splits, f"the list of images {names}", tree)
 
 
-def path_inside(root: Path, name: str) -> Path | None:
-    """Return the path of a file that data names; None if the name leads out of `root`.
-
-    Refused are absolute names, '..', URLs and links that lead outside.
-    """
-    # Windows' separator as well: there, such a name would lead outside
-    if not name or Path(name).is_absolute() or ".." in re.split(r"[\\/]", name):
-        return None
-    return path_below(root, name)
-
-
-def path_below(root: Path, name: str) -> Path | None:
-    """Like `path_inside`, but accept an absolute path or '..' that ends up below `root`."""
-    if "\0" in name or "://" in name:
-        return None
-    path = root / name  # name alone, if it is absolute
-    # resolved, so that links and '..' count with where they lead
-    return path if path.resolve().is_relative_to(root.resolve()) else None
+# ---- braces
 
 
 def _brace_files(text: str) -> FileLayout:
@@ -190,9 +228,10 @@ def _brace_files(text: str) -> FileLayout:
             shown += f" and {len(missing) - NAMED_MISSING:,} more"
         raise MissingFileError(f"{text}: {len(missing):,} of {len(files):,} shards are missing "
                                f"({shown})")
-    if any(path.suffix != ".tar" for path in files):
+    if not all(path.name.endswith(TAR_SUFFIXES) for path in files):
         raise UserError(f"{text}: braces are for .tar shards, such as {{000..012}}.tar")
-    return FileLayout("tar", files[0].parent, {"train": files})
+    root = Path(os.path.commonpath([path.parent for path in files]))
+    return FileLayout("tar", root, split_files(files, root), f"{len(files):,} tar shards")
 
 
 def expand_braces(text: str) -> list[str]:

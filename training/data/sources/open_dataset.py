@@ -17,7 +17,7 @@ from training.data.sources.captioned_images import SCAN_ROWS, CaptionedImages, I
 from training.data.sources.captions import caption_values, clean_captions
 from training.data.sources.collector import Collector
 from training.data.sources.drops import BadItem, format_reasons
-from training.data.sources.folder import read_metadata, read_sidecars
+from training.data.sources.folder import read_classes, read_lists, read_sidecars
 from training.data.sources.locate import FileLayout, find_files
 from training.data.sources.options import ReadOptions
 from training.data.sources.row_groups import RowGroups
@@ -58,7 +58,8 @@ def open_dataset(path: str | Path, *, split: str | None = None, **options: Any) 
     if not len(data):
         reasons = format_reasons(data.dropped) or "it is empty"
         first = f"; first: {data.bad_items[0].key}" if data.bad_items else ""
-        raise DataError(f"{path}: holds no usable item ({reasons}{first})")
+        hints = "".join(f"; {hint}" for hint in data.hints)
+        raise DataError(f"{path}: holds no usable item ({reasons}{first}){hints}")
     return data
 
 
@@ -83,13 +84,20 @@ def load_source(path: str | Path, *, split: str | None = None, **options: Any) -
 
 
 def _open_metadata(source: Source) -> ImageTable:
-    (folder,) = source.files()
-    return _table_in_memory(read_metadata(folder, source.options))
+    split = source.layout.split_name(source.split)
+    return _table_in_memory(read_lists(source.layout.tree, source.files(), split, source.options))
 
 
 def _open_sidecars(source: Source) -> ImageTable:
-    (folder,) = source.files()
-    return _table_in_memory(read_sidecars(folder, source.options))
+    source.files()  # refuses a split that is not there
+    split = source.layout.split_name(source.split)
+    return _table_in_memory(read_sidecars(source.layout, split, source.options))
+
+
+def _open_classes(source: Source) -> ImageTable:
+    source.files()
+    split = source.layout.split_name(source.split)
+    return _table_in_memory(read_classes(source.layout, split, source.options))
 
 
 def _open_tars(source: Source) -> ImageTable:
@@ -101,7 +109,8 @@ def _table_in_memory(found: Collector, in_tar: bool = False) -> ImageTable:
     # nothing is cached, so nothing can be stale
     return ImageTable(found.to_dataset(in_tar), "captions", None if in_tar else "image",
                       bad_items=found.bad, caption_repairs=found.repairs,
-                      packed_columns=sorted(found.columns))
+                      packed_columns=sorted(found.columns), encodings=found.encodings,
+                      hints=list(found.hints))
 
 
 def _stream_tars(source: Source) -> ImageTable:
@@ -163,6 +172,7 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
 READERS: dict[str, Callable[[Source], ImageTable]] = {
     "metadata": _open_metadata,
     "sidecar": _open_sidecars,
+    "classes": _open_classes,
     "parquet": _open_parquet,
     "tar": _open_tars,
     "hub": _open_hub,

@@ -17,6 +17,9 @@ FORMATS = {
 }
 """Formats of local data; each has a reader in open_dataset.py."""
 
+EXPECTED = ("images with .txt files or in a metadata.jsonl, parquet files, webdataset .tar shards "
+            "(a file, a folder, {000..012}.tar), a save_to_disk folder, or a hub id owner/name")
+
 
 @dataclass(frozen=True)
 class ReadOptions:

@@ -13,14 +13,10 @@ from tokenloom_common.errors import (
     nearest_name,
     one_line,
 )
-from training.data.sources.collector import CAPTION_COLUMNS
+from training.data.sources.collector import CAPTION_COLUMNS, IMAGE_COLUMNS
 from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import quiet_datasets
-from training.data.sources.locate import EXPECTED
-from training.data.sources.options import ReadOptions
-
-# `image` is the hub's usual name; jpg, png and webp are what webdatasets call their images
-IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
+from training.data.sources.options import EXPECTED, ReadOptions
 
 
 class LoadedTable(NamedTuple):

@@ -33,7 +33,7 @@ def read_tars(shards: list[Path], root: Path, options: ReadOptions) -> Collector
             with shard.open("rb") as file:
                 for key, members in _samples(file, name, found):
                     _add_sample(found, file, shard, f"{name}:{key}", members, extensions,
-                                options.caption_column)
+                                options)
         except (tarfile.TarError, OSError) as error:
             cut = "unexpected end" in str(error)
             found.drop(name, "truncated tar" if cut else "broken tar")
@@ -89,7 +89,7 @@ def _next_whole(tar: tarfile.TarFile, size: int) -> tarfile.TarInfo | None:
 
 
 def _add_sample(found: Collector, file: Any, shard: Path, key: str, members: Members,
-                extensions: tuple[str, ...], caption_column: str | None) -> None:
+                extensions: tuple[str, ...], options: ReadOptions) -> None:
     image = next((members[name] for name in extensions if name in members), None)
     if image is None:
         found.drop(key, "no picture")
@@ -111,10 +111,10 @@ def _add_sample(found: Collector, file: Any, shard: Path, key: str, members: Mem
             found.repairs["broken json beside a picture"] += 1
 
     captions: object = None
-    if "txt" in members and caption_column in (None, "txt"):
+    if "txt" in members and options.caption_column in (None, "txt"):
         lines = _read_text(file, members["txt"]).splitlines()
         captions = [line for line in lines if line.strip()]
-    found.add(key, captions or pop_captions(metadata, caption_column), metadata, shard=str(shard),
+    found.add(key, captions or pop_captions(metadata, options), metadata, shard=str(shard),
               offset=image.offset_data, size=image.size)
 
 

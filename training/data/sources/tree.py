@@ -1,0 +1,145 @@
+"""The files below a folder, found in one walk, and the links that it may follow."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+LIST_SUFFIXES = (".jsonl", ".csv", ".tsv")
+_PASSED_OVER = "__MACOSX"  # the resource forks that macOS puts into archives
+
+
+@dataclass
+class FileTree:
+    """The files below a folder, by what they may be; hidden ones are passed over.
+
+    Within a folder they are sorted, and a folder comes before the folders in it.
+    """
+
+    root: Path
+    images: list[Path] = field(default_factory=list)
+    tars: list[Path] = field(default_factory=list)
+    parquet: list[Path] = field(default_factory=list)
+    lists: list[Path] = field(default_factory=list)
+    saved: list[Path] = field(default_factory=list)  # folders of `Dataset.save_to_disk`
+    others: list[Path] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)  # to folders, and not followed
+
+    def add(self, path: Path) -> None:
+        """Add one file."""
+        name = path.name.lower()
+        if name.endswith(IMAGE_SUFFIXES):
+            self.images.append(path)
+        elif name.endswith(TAR_SUFFIXES):
+            self.tars.append(path)
+        elif name.endswith(".parquet"):
+            self.parquet.append(path)
+        elif name.endswith(LIST_SUFFIXES):
+            self.lists.append(path)
+        else:
+            self.others.append(path)
+
+    def relative(self, path: Path) -> PurePosixPath:
+        """Return a path as it is below the root."""
+        return PurePosixPath(path.relative_to(self.root).as_posix())
+
+    def endings(self) -> Counter[str]:
+        """Count the files by their endings."""
+        files = [*self.images, *self.tars, *self.parquet, *self.lists, *self.others]
+        return Counter(path.suffix.lower() or "without ending" for path in files)
+
+
+def walk_tree(root: Path, follow_links: bool) -> FileTree:
+    """Find the files below a folder. Links to folders are followed on request, each once."""
+    tree = FileTree(root)
+    for folder, names in _folders(root, follow_links, tree.links):
+        if "state.json" in names and any(name.endswith(".arrow") for name in names):
+            tree.saved.append(folder)
+            continue
+        for name in names:
+            tree.add(folder / name)
+    return tree
+
+
+def _folders(root: Path, follow_links: bool, passed_over: list[Path]
+             ) -> Iterator[tuple[Path, list[str]]]:
+    """Yield every folder with its sorted file names; put links that are not followed aside."""
+    real_root = Path(os.path.realpath(root))
+    seen = {real_root}  # links may lead in circles, or to the same folder twice
+    for name, folders, files in os.walk(root, followlinks=follow_links):
+        folder = Path(name)
+        going_on = []
+        for child in sorted(folders):
+            if child.startswith(".") or child == _PASSED_OVER:
+                continue
+            if (folder / child).is_symlink():
+                real = Path(os.path.realpath(folder / child))
+                if real.is_relative_to(real_root):
+                    continue  # its files are found where they are
+                if not follow_links:
+                    passed_over.append(folder / child)
+                if not follow_links or real in seen:
+                    continue
+                seen.add(real)
+            going_on.append(child)
+        folders[:] = going_on  # in place: os.walk goes on with what is left here, in this order
+        yield folder, sorted(file for file in files if not file.startswith("."))
+
+
+class PathGuard:
+    """What a data set may name or link to: files below its folder, and on request any others.
+
+    A snapshot in the hub's cache holds links to the blobs beside it, which are part of it.
+    """
+
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
+        self.root = root
+        self.follow_links = follow_links
+        self._allowed = [root.resolve()]
+        blobs = _hub_blobs(root)
+        if blobs is not None:
+            self._allowed.append(blobs)
+
+    def allows(self, path: Path) -> bool:
+        """Whether a file of the data set may be read, after links and '..' are resolved."""
+        if self.follow_links:
+            # a link that the owner made may lead anywhere; a name in the data may not
+            path = Path(os.path.normpath(path))
+            if path.is_relative_to(os.path.normpath(self.root)):
+                return True
+        resolved = path.resolve()
+        return any(resolved.is_relative_to(folder) for folder in self._allowed)
+
+    def inside(self, folder: Path, name: str) -> Path | None:
+        """Return the path of a file that data in `folder` names; None if it is not allowed.
+
+        Refused are absolute names, '..', URLs and links that lead outside.
+        """
+        # Windows' separator as well: there, such a name would lead outside
+        parts = name.replace("\\", "/").split("/")
+        if not name or Path(name).is_absolute() or ".." in parts:
+            return None
+        return self.below(folder, name)
+
+    def below(self, folder: Path, name: str) -> Path | None:
+        """Like `inside`, but accept an absolute path or '..' that ends up at an allowed file."""
+        if "\0" in name or "://" in name:
+            return None
+        path = folder / name  # name alone, if it is absolute
+        return path if self.allows(path) else None
+
+
+def _hub_blobs(root: Path) -> Path | None:
+    """Return the blobs of the hub's cache that a folder in snapshots/REVISION belongs to."""
+    absolute = root.resolve()
+    for folder in (absolute, *absolute.parents):
+        blobs = folder.parent.parent / "blobs"
+        # blobs that are a link are not the hub's, and could lead anywhere
+        if folder.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            return blobs
+    return None
