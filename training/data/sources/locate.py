@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from tokenloom_common.errors import DataError, MissingFileError, UserError, nearest_name
@@ -23,6 +23,7 @@ from training.data.sources.tree import (
     LIST_SUFFIXES,
     TAR_SUFFIXES,
     FileTree,
+    hub_blobs,
     walk_tree,
 )
 
@@ -141,7 +142,10 @@ def _find_in_folder(root: Path, options: ReadOptions) -> FileLayout:
         choices = " or ".join(f"--data.format {name}" for name in candidates)
         raise UserError(f"{root}: may be read in several ways ({_described(candidates)}); choose "
                         f"with {choices}")
-    return next(iter(candidates.values()))
+    layout = next(iter(candidates.values()))
+    if hub_blobs(root) is not None:
+        return replace(layout, reason=f"{layout.reason}, links into the hub's cache")
+    return layout
 
 
 def _described(candidates: dict[str, FileLayout]) -> str:

@@ -45,7 +45,7 @@ class ReadOptions:
             choose(FORMATS, self.format, "data.format")
         if self.encoding is not None:
             try:
-                b"".decode(self.encoding)  # which also refuses codecs that give no text
+                b"a".decode(self.encoding, "replace")  # also refuses codecs that give no text
             except LookupError:
                 raise UserError(f"data.encoding {self.encoding}: no such encoding; give Python's "
                                 "name of one, such as cp1252, latin-1 or gb18030") from None

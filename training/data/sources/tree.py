@@ -101,7 +101,7 @@ class PathGuard:
         self.root = root
         self.follow_links = follow_links
         self._allowed = [root.resolve()]
-        blobs = _hub_blobs(root)
+        blobs = hub_blobs(root)
         if blobs is not None:
             self._allowed.append(blobs)
 
@@ -134,7 +134,7 @@ class PathGuard:
         return path if self.allows(path) else None
 
 
-def _hub_blobs(root: Path) -> Path | None:
+def hub_blobs(root: Path) -> Path | None:
     """Return the blobs of the hub's cache that a folder in snapshots/REVISION belongs to."""
     absolute = root.resolve()
     for folder in (absolute, *absolute.parents):
