@@ -105,16 +105,17 @@ def read_classes(layout: FileLayout, split: str, options: ReadOptions) -> Collec
     """Read images whose captions are the names of their folders: the outermost that differ."""
     found = Collector()
     guard = PathGuard(layout.root, options.follow_links)
-    folders = layout.folders()
-    wrappers = _wrapper_folders({folders.below(layout.tree.relative(image).parent)
-                                 for image in layout.tree.images})
+    tree = layout.tree
+    below = {folder: tree.image_splits.below(tree.relative(folder))
+             for folder in tree.image_folders}
+    wrappers = _wrapper_folders(set(below.values()))
     for image in layout.splits[split]:
-        relative = layout.tree.relative(image)
-        below = folders.below(relative.parent)
-        if len(below) <= wrappers:
-            found.drop(str(relative), "no class folder")
-        elif _is_usable(found, guard, str(relative), image, []):
-            found.add(str(relative), below[wrappers], {}, image=_image_reference(image))
+        key = str(tree.relative(image))
+        names = below[image.parent]
+        if len(names) <= wrappers:
+            found.drop(key, "no class folder")
+        elif _is_usable(found, guard, key, image, []):
+            found.add(key, names[wrappers], {}, image=_image_reference(image))
     return found
 
 

@@ -65,10 +65,6 @@ class FileLayout:
             return "train"
         return next(iter(self.splits))
 
-    def folders(self) -> SplitFolders:
-        """Return the splits that the folders of images are."""
-        return _image_folders(self.tree)
-
 
 def find_files(path: str | Path, options: ReadOptions) -> FileLayout:
     """Recognize the data set at a path, or a hub id. Paths are names, never patterns.
@@ -193,16 +189,12 @@ def _candidates(tree: FileTree, options: ReadOptions) -> dict[str, FileLayout]:
 
 
 def _images_by_split(tree: FileTree) -> dict[str, list[Path]]:
-    folders = _image_folders(tree)
+    split_of = {folder: tree.image_splits.split(tree.relative(folder)) or "train"
+                for folder in tree.image_folders}
     splits: dict[str, list[Path]] = {}
     for image in tree.images:
-        split = folders.split(tree.relative(image).parent) or "train"
-        splits.setdefault(split, []).append(image)
+        splits.setdefault(split_of[image.parent], []).append(image)
     return splits
-
-
-def _image_folders(tree: FileTree) -> SplitFolders:
-    return SplitFolders(tree.relative(image).parent for image in tree.images)
 
 
 def _list_layout(tree: FileTree, lists: list[Path], options: ReadOptions) -> FileLayout:

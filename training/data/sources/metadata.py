@@ -11,7 +11,7 @@ from tokenloom_common.errors import UserError
 from training.data.sources.collector import IMAGE_COLUMNS, Collector, find_name, pick_captions
 from training.data.sources.list_lines import list_columns, parquet_columns, read_records
 from training.data.sources.options import ReadOptions
-from training.data.sources.splits import SPLIT_WORDS, SplitFolders, file_split, held_out
+from training.data.sources.splits import SPLIT_WORDS, file_split, held_out
 from training.data.sources.tree import FileTree, PathGuard
 
 NAME_COLUMNS = ("file_name", "filename", "image_file_name", "image_name", "image", "img",
@@ -36,7 +36,6 @@ class ImageList:
         self.path = path
         self.tree = tree
         self.options = options
-        self.folders = SplitFolders(tree.relative(image).parent for image in tree.images)
         self.guard = PathGuard(tree.root, options.follow_links)
 
     @cached_property
@@ -57,19 +56,22 @@ class ImageList:
     def own_split(self) -> str | None:
         """Return the split that the list's folder or name says, if any."""
         relative = self.tree.relative(self.path)
-        by_folder = self.folders.split(relative.parent)
+        by_folder = self.tree.image_splits.split(relative.parent)
         by_name = file_split(relative.stem)
         if by_folder is None and by_name is None:
             return None
         return held_out((by_folder, by_name))
 
+    @cached_property
+    def _rows_differ(self) -> bool:
+        """Whether rows may belong to several splits."""
+        folders = map(self.tree.relative, self.tree.image_folders)
+        return SPLIT_COLUMN in self.columns or any(map(self.tree.image_splits.split, folders))
+
     def splits(self) -> list[str]:
         """Return the splits that its rows belong to."""
         own = self.own_split()
-        # where nothing else can say, the rows need not be looked at
-        in_folders = any(self.folders.split(self.tree.relative(image).parent)
-                         for image in self.tree.images)
-        if SPLIT_COLUMN not in self.columns and not in_folders:
+        if not self._rows_differ:  # they need not be looked at
             return [own or "train"]
         records = read_records(self.path, Collector(), self.options.encoding)
         found = dict.fromkeys(self._row_split(record, own) for _, record in records)
@@ -86,7 +88,7 @@ class ImageList:
                             f"image); columns: {listed}; name it with --data.image_column")
         own = self.own_split()
         for where, record in read_records(self.path, found, self.options.encoding):
-            if self._row_split(record, own) != split:
+            if self._rows_differ and self._row_split(record, own) != split:
                 continue
             name = record.pop(self.name_column, None)
             if not isinstance(name, str) or not name:
@@ -113,7 +115,7 @@ class ImageList:
         if isinstance(name, str) and name:
             image = self._image(name)
             if image is not None and image.is_relative_to(self.tree.root):
-                by_folder = self.folders.split(self.tree.relative(image).parent)
+                by_folder = self.tree.image_splits.split(self.tree.relative(image).parent)
         return held_out((stated, by_folder, own))
 
     def _key(self, name: str) -> str:

@@ -6,7 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+
+from training.data.sources.splits import SplitFolders
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -47,6 +50,16 @@ class FileTree:
     def relative(self, path: Path) -> PurePosixPath:
         """Return a path as it is below the root."""
         return PurePosixPath(path.relative_to(self.root).as_posix())
+
+    @cached_property
+    def image_splits(self) -> SplitFolders:
+        """The splits that the folders of the images are."""
+        return SplitFolders(self.relative(folder) for folder in self.image_folders)
+
+    @cached_property
+    def image_folders(self) -> list[Path]:
+        """The folders that hold images, in order."""
+        return list(dict.fromkeys(image.parent for image in self.images))
 
     def endings(self) -> Counter[str]:
         """Count the files by their endings."""
