@@ -19,7 +19,7 @@ RUSSIAN = "красный квадрат"
     ("utf-8", "", None), ("utf-8-sig", "", None), ("utf-16", "", None), ("utf-16-be", "\ufeff", None),
     ("utf-32", "", None), ("cp1251", "", "cp1251"), ("koi8-r", "", "koi8-r"), ("utf-16-le", "", "utf-16-le"),
     ("utf-16", "", "cp1251")])  # a byte order mark counts more than the option
-@pytest.mark.parametrize("kind", ["caption file", "csv", "jsonl"])
+@pytest.mark.parametrize("kind", ["caption file", "csv", "jsonl", "json"])
 def test_captions_in_any_stated_encoding(tmp_path, kind, codec, mark, encoding):
     (tmp_path / "a.png").write_bytes(PNG)
     if kind == "caption file":
@@ -28,7 +28,7 @@ def test_captions_in_any_stated_encoding(tmp_path, kind, codec, mark, encoding):
         name, text = "metadata.csv", f'file_name,text\r\na.png,{RUSSIAN}\r\n'
     else:
         line = json.dumps({"file_name": "a.png", "text": RUSSIAN}, ensure_ascii=False)
-        name, text = "metadata.jsonl", f"{line}\r\n"
+        name, text = (f"metadata.{kind}", f"{line}\r\n") if kind == "jsonl" else ("metadata.json", f"[\n{line}\n]")
     (tmp_path / name).write_bytes((mark + text).encode(codec))
     data = open_dataset(tmp_path, encoding=encoding)
     assert data.captions(0)[0] == RUSSIAN and sum(data.encodings.values()) == 1
@@ -71,11 +71,24 @@ def test_unknown_encoding_is_refused(tmp_path, encoding):
 @pytest.mark.parametrize("lines", [
     ["file_name;text", "a.png;a dog, sitting"], ["image\tcaption", "a.png\ta dog, sitting"],
     ["image_name| comment_number| caption", "a.png| 0| a dog, sitting"], [" File_Name , TEXT", 'a.png,"a dog, sitting"'],
+    ["sep=;", "file_name;text", "a.png;a dog, sitting"],
     ["prompt,path", '"a dog, sitting",a.png'], ["filename,label", 'a.png,"a dog, sitting"']])
 def test_separators_and_usual_columns_of_a_list(tmp_path, lines):
     for name in ("metadata.csv", "results.tsv"):
         folder = write_metadata(tmp_path / name, lines, name)
         assert open_dataset(folder).all_captions() == ["a dog, sitting"]
+
+
+@pytest.mark.parametrize("text", ['[{"image": "a.png", "caption": "a"}]', '{"image": "a.png", "caption": "a"}\n'])
+def test_list_in_one_json_document_given_by_its_path(tmp_path, text):
+    path = write_metadata(tmp_path, [text], "annotations.json") / "annotations.json"
+    assert open_dataset(path).all_captions() == ["a"]
+    path.write_text('{"images": [], "annotations": [')
+    with pytest.raises(UserError, match=r"annotations.json: one document about all images.*data import coco"):
+        open_dataset(path)
+    path.write_text('[{"image": ')
+    with pytest.raises(DataError, match=r"annotations.json: not JSON"):
+        open_dataset(path)
 
 
 def test_columns_of_a_list_can_be_named(tmp_path):

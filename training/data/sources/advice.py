@@ -13,6 +13,7 @@ from training.data.sources.tree import FileTree
 
 SHOWN_ENDINGS = 5
 SHOWN_LISTS = 3
+HEAD_BYTES = 1 << 16
 ARCHIVES = (".zip", ".rar", ".7z", ".zst")
 UNREAD_IMAGES = (".tif", ".tiff", ".heic", ".avif", ".jxl", ".jp2", ".svg", ".npy", ".psd")
 URL_COLUMNS = ("url", "image_url", "img_url")
@@ -90,12 +91,21 @@ def _captions(tree: FileTree, options: ReadOptions) -> list[str]:
     return ways
 
 
+def is_document(path: Path) -> bool:
+    """Whether a .json file holds images and captions in tables of their own, as COCO's do."""
+    if path.suffix.lower() != ".json":
+        return False
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    return any(table in head for table in (b'"images"', b'"annotations"', b'"licenses"'))
+
+
 def refuse_file(path: Path, text: str) -> NoReturn:
     """Raise UserError for a file that is no data set."""
     kind = path.suffix.lower() or "nameless"
+    if kind == ".json":
+        raise UserError(f"{text}: one document about all images, as COCO's captions are; bring it "
+                        "with `tokenloom data import coco SRC --out DIR`")
     if kind in ARCHIVES:
         raise UserError(f"{text}: unpack the archive, and give the folder")
-    if kind == ".json":
-        raise UserError(f"{text}: a .json file is not a data set by itself; for COCO's captions "
-                        "there is `tokenloom data import coco SRC --out DIR`")
     raise UserError(f"{text}: a {kind} file is not a data set; expected {EXPECTED}")

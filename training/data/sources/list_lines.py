@@ -1,4 +1,4 @@
-"""Lines of lists of images: .jsonl, .csv and .tsv of any encoding and separator, or parquet."""
+"""Lines of lists of images: .jsonl, .json, .csv, .tsv of any encoding and separator, parquet."""
 
 from __future__ import annotations
 
@@ -97,8 +97,12 @@ def _lines(path: Path, encoding: str | None) -> Iterator[_Line]:
     with path.open(encoding=codec, errors=errors, newline="") as file:
         if codec == "utf-8" and file.read(1) != BYTE_ORDER_MARK:
             file.seek(0)
-        # newline="" above: a quoted caption of a .csv file may hold line ends
-        yield from _json_lines(file) if path.suffix.lower() == ".jsonl" else _csv_lines(file)
+        if path.suffix.lower() == ".json":
+            yield from _json_array(file, path)
+        elif path.suffix.lower() == ".jsonl":
+            yield from _json_lines(file)
+        else:  # newline="" above: a quoted caption may hold line ends
+            yield from _csv_lines(file)
 
 
 def _list_codec(path: Path, encoding: str | None) -> str:
@@ -141,8 +145,26 @@ def _json_lines(file: TextIO) -> Iterator[_Line]:
         yield _Line(number, record if isinstance(record, dict) else None)
 
 
+def _json_array(file: TextIO, path: Path) -> Iterator[_Line]:
+    """Read one array of records, or a line each under this ending as well."""
+    start = file.tell()
+    is_array = file.read(1 << 10).lstrip().startswith("[")
+    file.seek(start)
+    if not is_array:
+        yield from _json_lines(file)
+        return
+    try:
+        records = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({one_line(error)[:160]})") from None
+    for number, record in enumerate(records):
+        yield _Line(number, record if isinstance(record, dict) else None)
+
+
 def _csv_lines(file: TextIO) -> Iterator[_Line]:
     head = file.readline(MAX_TEXT_BYTES)
+    if head.startswith("sep="):  # a line of Excel's, before the names
+        head = file.readline(MAX_TEXT_BYTES)
     delimiter = max(DELIMITERS, key=head.count)  # of equally frequent ones the first
     names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
     reader = csv.DictReader(file, names, delimiter=delimiter)

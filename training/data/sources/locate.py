@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from tokenloom_common.errors import DataError, MissingFileError, UserError, nearest_name
-from training.data.sources.advice import advice_for, refuse_file
+from training.data.sources.advice import advice_for, is_document, refuse_file
 from training.data.sources.metadata import ImageList, image_tables, is_list_of_images
 from training.data.sources.options import EXPECTED, FORMATS, ReadOptions
 from training.data.sources.sidecars import (
@@ -21,13 +21,13 @@ from training.data.sources.sidecars import (
 from training.data.sources.splits import SplitFolders
 from training.data.sources.tree import (
     LIST_SUFFIXES,
+    METADATA_NAME,
     TAR_SUFFIXES,
     FileTree,
     hub_blobs,
     walk_tree,
 )
 
-METADATA_NAME = "metadata"  # of lists of images, as `datasets` calls them
 MAX_BRACES = 100_000  # shards of one path; a typo such as {0..999999999} must not fill the memory
 NAMED_MISSING = 5  # missing shards that an error names
 
@@ -92,7 +92,7 @@ def find_files(path: str | Path, options: ReadOptions) -> FileLayout:
 def _single_file(path: Path, text: str, options: ReadOptions) -> FileLayout:
     root = path.parent
     name = path.name.lower()
-    is_list = name.endswith(LIST_SUFFIXES)
+    is_list = name.endswith((*LIST_SUFFIXES, ".json")) and not is_document(path)
     if name.endswith(".parquet"):
         kind = "parquet"
         is_list = not image_tables([path], options)

@@ -14,6 +14,7 @@ from training.data.sources.splits import SplitFolders
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LIST_SUFFIXES = (".jsonl", ".csv", ".tsv")
+METADATA_NAME = "metadata"  # of lists of images, as `datasets` calls them
 _PASSED_OVER = "__MACOSX"  # the resource forks that macOS puts into archives
 
 
@@ -42,7 +43,8 @@ class FileTree:
             self.tars.append(path)
         elif name.endswith(".parquet"):
             self.parquet.append(path)
-        elif name.endswith(LIST_SUFFIXES):
+        # another .json file may be the record of a single image
+        elif name.endswith(LIST_SUFFIXES) or name == f"{METADATA_NAME}.json":
             self.lists.append(path)
         else:
             self.others.append(path)
