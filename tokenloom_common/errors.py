@@ -7,8 +7,10 @@ unusable, 143/130 stopped by a signal after a checkpoint.
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +19,9 @@ from typing import NoReturn
 WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
               errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 """Errors of the operating system about a path that the user gave; a full disk is none of these."""
+
+SHOWN_ERRORS = "tokenloom-shown"
+"""Error handler of stdout and stderr: see _shown."""
 
 
 class UserError(ValueError):
@@ -102,11 +107,13 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     TOKENLOOM_DEBUG=1 shows the traceback as well.
     """
     try:
+        _escape_what_cannot_be_shown()
         try:
             return main(argv)
         finally:
             # here, where a BrokenPipeError is caught; at the interpreter's exit it is a traceback
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None where the caller closed it
+                sys.stdout.flush()
 
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -126,6 +133,28 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         # a wrong path is the user's mistake even if no code of ours foresaw it
         wrong_path = isinstance(error, OSError) and error.errno in WRONG_PATH
         return int(getattr(error, "exit_code", 2 if wrong_path else 1))
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """Let stdout and stderr write as \\u732b what their encoding lacks, instead of raising.
+
+    A caption or a file's name must not end a command on a terminal of Latin-1, ASCII or Shift-JIS.
+    """
+    codecs.register_error(SHOWN_ERRORS, _shown)
+    for stream in (sys.stdout, sys.stderr):
+        # others, such as a StringIO, take every character
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors=SHOWN_ERRORS)
+
+
+def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return how the first character that cannot be encoded is shown; a handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":  # a byte of a file's name, as Python holds it
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    return character.encode("ascii", "backslashreplace").decode(), error.start + 1
 
 
 def _print_error(error: Exception, prog: str) -> None:

@@ -18,6 +18,7 @@ from inference.commands.options import (
     add_sampling_options,
     add_speed_options,
     calibrate_threads,
+    caption_text,
     check_speed_options,
     command_parser,
     given_params,
@@ -93,7 +94,8 @@ def _parser() -> OneLineParser:
         '  tokenloom generate "a cat" --model demo/model --num-images 4 --guidance 2 --seed 7 '
         "--out pictures\n"
         "  tokenloom generate --prompts prompts.jsonl --model demo/model --out pictures")
-    parser.add_argument("prompt", nargs="*", help="one or more captions, each in quotes")
+    parser.add_argument(
+        "prompt", nargs="*", type=caption_text, help="one or more captions, each in quotes")
     parser.add_argument(
         "--prompts", metavar="FILE",
         help="captions from a UTF-8 file instead: a caption a line, or .jsonl with objects such as "
@@ -109,12 +111,13 @@ def _parser() -> OneLineParser:
         "--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
     add_sampling_options(parser)
     parser.add_argument(
-        "--negative-prompt", help="text that guidance leads away from (default: no caption)")
+        "--negative-prompt", type=caption_text,
+        help="text that guidance leads away from (default: no caption)")
     parser.add_argument(
         "--layout", help="for models with a layout: a picture (colours), or a .json file of class "
         "numbers, row after row (default: sampled)")
     parser.add_argument(
-        "--attention", action="append", metavar="WORD",
+        "--attention", action="append", type=caption_text, metavar="WORD",
         help="also save where the picture attended to a word of the caption; may be given several "
         "times")
     parser.add_argument(
