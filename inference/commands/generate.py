@@ -43,6 +43,7 @@ from tokenloom_common.progress import progress
 from tokenloom_common.text_files import read_text_file
 
 GRID_COLUMNS = 8  # at most
+DAMAGED = ("too many pixels", "truncated", "corrupt", "unreadable")  # reasons of a picture
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
@@ -171,8 +172,10 @@ def _read_layout_file(name: str) -> Any:
     path = Path(name)
     if path.suffix.lower() != ".json":
         try:
-            return open_image(path)
+            return open_image(path, limit_name=None)
         except (OSError, BadImageError) as error:
+            if isinstance(error, BadImageError) and error.reason in DAMAGED:
+                raise UserError(f"--layout {error}") from None
             raise UserError(f"--layout {name}: neither a picture nor a .json file "
                             f"({one_line(error)})") from None
     text = read_text_file(path, f"--layout {name}")
