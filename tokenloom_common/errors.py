@@ -12,6 +12,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
@@ -22,6 +23,22 @@ WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPE
 
 SHOWN_ERRORS = "tokenloom-shown"
 """Error handler of stdout and stderr: see _shown."""
+
+_FOREIGN_OPTION = re.compile(
+    # Python arguments and functions
+    r"trust_remote_code|weights_only|add_safe_globals|allow_pickle|strict\s*=\s*False|use_safetensors"
+    r"|ignore_mismatched_sizes|use_auth_token|\btoken\s*=|force_download|verification_mode"
+    r"|ignore_verifications|character_coverage|LOAD_TRUNCATED_IMAGES|MAX_IMAGE_PIXELS|model_max_length"
+    r"|find_unused_parameters|zero_allow_untested|zero_force_ds|gradient_accumulation_steps"
+    r"|train_micro_batch_size|max_shard_size|map_location|from_tf|from_flax|use_fast\b|torch\._dynamo"
+    # variables of the environment and other programs
+    r"|HF_TOKEN|CUDA_LAUNCH_BLOCKING|TORCH_USE_CUDA_DSA|TORCHDYNAMO_|TORCH_LOGS|PYTORCH_\w*ALLOC_CONF"
+    r"|huggingface-cli|hf auth|errors\.pydantic\.dev")
+"""What advice of libraries names and no option of ours is."""
+_LEAD_IN = re.compile(r"^(please|you can|you have|to do so|consider|try |alternatively|if you |"
+                      r"make sure|this file can still|for debugging|for more|in pytorch|\(\d\))",
+                      re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 class UserError(ValueError):
@@ -90,7 +107,26 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror.lower()}"
     if isinstance(error, (UserError, RunFailedError, StoppedBySignalError)):
         return text
+    text = without_foreign_advice(text)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def without_foreign_advice(text: str) -> str:
+    """Cut a library's message where its advice about options of its own begins.
+
+    No option of ours is called `trust_remote_code` or `--character_coverage`, and some of that
+    advice is unsafe. A message without such advice stays whole.
+    """
+    sentences = _SENTENCE_END.split(text)
+    if not any(_FOREIGN_OPTION.search(sentence) for sentence in sentences):
+        return text
+
+    kept = []
+    for sentence in sentences:
+        if _FOREIGN_OPTION.search(sentence) or _LEAD_IN.search(sentence):
+            break
+        kept.append(sentence)
+    return " ".join(kept)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -164,4 +200,7 @@ def _print_error(error: Exception, prog: str) -> None:
         return
     where = getattr(error, "raised_on", None)  # the machine that failed, if ranks agreed on it
     place = f" (on {where})" if where else ""
-    print(f"{prog}: error: {one_line(error)}{place}", file=sys.stderr)
+    text = one_line(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        text = f"{text.rstrip('.')}; take fewer pictures at a time: --batch-size, train.batch_size"
+    print(f"{prog}: error: {text}{place}", file=sys.stderr)
