@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import sentencepiece
 import torch
@@ -236,9 +236,10 @@ def _not_trained(captions: Sequence[str], vocab_size: int, error: Exception) -> 
 
 
 def _sentencepiece(sentences: Iterator[str], vocab_size: int, coverage: float,
-                   **options: str | int) -> bytes:
+                   **options: Any) -> bytes:
     """Run SentencePiece's trainer. RuntimeError with its own text if it fails."""
     model = io.BytesIO()
+    limits: dict[str, Any] = {"max_sentence_length": MAX_SENTENCE_BYTES, **options}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=sentences, model_writer=model,
         model_type="bpe",  # unigram has no piece for a word that no other contains
@@ -247,8 +248,7 @@ def _sentencepiece(sentences: Iterator[str], vocab_size: int, coverage: float,
         normalization_rule_name=NORMALIZATION,
         pad_id=PAD, unk_id=UNKNOWN, bos_id=-1, eos_id=END,  # -1: models have begin slots
         control_symbols=["<null>"],  # gets the next id, NULL; no caption can spell it
-        num_threads=1, minloglevel=2,
-        **{"max_sentence_length": MAX_SENTENCE_BYTES, **options})
+        num_threads=1, minloglevel=2, **limits)
     return model.getvalue()
 
 
