@@ -12,7 +12,8 @@ from torch import Tensor
 
 from inference.sampling import SamplingParams
 from seq2seq import TextBatch
-from tokenloom_common.errors import UserError, nearest_name, one_line
+from tokenloom_common.errors import UserError, nearest_name
+from tokenloom_common.text_files import read_text_file, text_lines
 
 REQUEST_FIELDS = ("prompt", "num_images", "seed", "negative_prompt", "layout")
 """Fields of a line of a prompts file, beside those of SamplingParams."""
@@ -142,42 +143,58 @@ def text_like(text: TextBatch, weights: Tensor) -> TextBatch:
 
 
 def read_prompts(path: Path, defaults: PromptRequest, base: SamplingParams) -> list[PromptRequest]:
-    """Read a prompts file.
+    """Read a prompts file; see read_prompt_lines and parse_prompts."""
+    return parse_prompts(path, read_prompt_lines(path), defaults, base)
+
+
+def read_prompt_lines(path: Path) -> list[str]:
+    """Read the lines of a prompts file, of UTF-8 or as its byte order mark says.
+
+    UserError naming the file for one that cannot be read or holds nothing.
+    """
+    name = f"--prompts {path}"
+    lines = text_lines(read_text_file(path, name).replace("\0", ""))
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{name}: holds no prompt")
+    return lines
+
+
+def parse_prompts(path: Path, lines: Sequence[str], defaults: PromptRequest, base: SamplingParams
+                  ) -> list[PromptRequest]:
+    """Make requests of the lines of a prompts file.
 
     .jsonl: one object per line with `prompt` and any of REQUEST_FIELDS and of SamplingParams'
     fields. Anything else is text: one prompt per line, blank lines left out. What a line does not
     say comes from `defaults` and `base`. UserError naming file and line for a line that cannot be
-    used, or a file without prompts.
+    used.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {path}: cannot be read ({one_line(error)})") from None
-
     is_json = path.suffix.lower() == ".jsonl"
     requests = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        text = line.strip()
+        if not text:
             continue
         try:
-            values = _json_object(line) if is_json else {"prompt": line.strip()}
+            values = _json_object(text) if is_json else {"prompt": text}
             requests.append(_request(values, defaults, base))
         except UserError as error:  # the checks below know the line's values, not its number
             raise UserError(f"{path}, line {number}: {error}") from None
-    if not requests:
-        raise UserError(f"--prompts {path}: holds no prompt")
     return requests
 
 
 def _json_object(line: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"not JSON ({one_line(error)})") from None
+        # not strict: a tab or a form feed within a string can only mean itself
+        values = json.loads(line, strict=False)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists
+        raise UserError(f"not JSON that can be read ({type(error).__name__})") from None
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError('expected an object with a "prompt", '
                         'for example {"prompt": "a red heart", "seed": 7}')
-    return values
+    # the mark of a text file whose lines a program made objects of
+    return {**values, "prompt": values["prompt"].lstrip("\ufeff")}
 
 
 def _request(values: dict[str, Any], defaults: PromptRequest,

@@ -45,6 +45,9 @@ def load_encoder(name: str, revision: str | None) -> LoadedEncoder:
         model, report = _load_weights(transformers, folder, config.model_type)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{name}: needs Python code of its own, which is never run; give an "
+                            "encoder that transformers itself knows") from None
         reason = one_line(error)[:200]
         raise UserError(f"{name}: no text encoder can be loaded from it ({reason})") from None
 

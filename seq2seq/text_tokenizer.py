@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import sentencepiece
 import torch
@@ -31,14 +32,25 @@ PAD, UNKNOWN, END, NULL = 0, 1, 2, 3
 """Ids of the control symbols; NULL stands for "no caption"."""
 MAX_TRAINING_SENTENCES = 2_000_000
 MAX_MODEL_BYTES = 64 << 20
+MAX_SENTENCE_BYTES = 1 << 16
+"""Longer captions are cut for training; SentencePiece would leave them out silently."""
+MAX_NORMALIZED_BYTES = 32 * MAX_SENTENCE_BYTES  # NFKC makes up to 18 characters of one
+CHARACTER_COVERAGE = 0.9995
+"""Share of the text that has pieces of its own; rarer characters are spelled in bytes."""
+NORMALIZATION = "nmt_nfkc_cf"  # case folded: "Heart" and "heart" are one word
+GAP = "\ue000"
+"""Stands for left-out characters while training; of Unicode's area for private use."""
 BYTE_PIECES = 256
+FIXED_PIECES = BYTE_PIECES + 4  # and the control symbols
+LEAST_VOCAB_SIZE = BYTE_PIECES + 8
+"""Smallest vocabulary to ask for: captions of fewer different characters may give a smaller one."""
 
 
 class TextTokenizerConfig(StrictConfig):
     """config.json of a text tokenizer, beside its SentencePiece model."""
 
     vocab_size: int = Field(
-        ge=BYTE_PIECES + 8, le=1 << 20, description="entries, the 256 byte pieces included")
+        ge=FIXED_PIECES + 1, le=1 << 20, description="entries, the 256 byte pieces included")
     text_length: int = Field(
         ge=2, le=4096, description="T: ids per caption, the end symbol included")
 
@@ -79,33 +91,20 @@ class TextTokenizer:
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, text_length: int) -> TextTokenizer:
         """Train on captions. A small set may give fewer than `vocab_size` entries."""
+        if vocab_size < LEAST_VOCAB_SIZE:
+            raise UserError(f"text.vocab_size {vocab_size} is too small; give at least "
+                            f"{LEAST_VOCAB_SIZE} (bytes and control symbols take {FIXED_PIECES})")
         # the model depends on neither the order of the captions nor on repeats
         unique = sorted(set(captions))
         if not unique:
             raise UserError("no captions to train a text tokenizer on")
         # every n-th of a very large set, which SentencePiece would hold in memory whole
         stride = -(-len(unique) // MAX_TRAINING_SENTENCES)
-        unique = unique[::stride]
+        model_proto = _train_pieces(unique[::stride], vocab_size)
 
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(unique), model_writer=model,
-                model_type="bpe",  # unigram has no piece for a word that no other contains
-                vocab_size=vocab_size, hard_vocab_limit=False,  # fewer captions give fewer pieces
-                byte_fallback=True, character_coverage=0.9995,  # rare characters are bytes
-                normalization_rule_name="nmt_nfkc_cf",  # "Heart" and "heart" are one word
-                pad_id=PAD, unk_id=UNKNOWN, bos_id=-1, eos_id=END,  # -1: models have begin slots
-                control_symbols=["<null>"],  # gets the next id, NULL; no caption can spell it
-                max_sentence_length=1 << 16,  # bytes; longer captions would be left out silently
-                num_threads=1, minloglevel=2)
-        except RuntimeError as error:
-            raise UserError("SentencePiece could not be trained with text.vocab_size "
-                            f"{vocab_size}: {one_line(error)}") from None
-
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
         config = TextTokenizerConfig(vocab_size=pieces.get_piece_size(), text_length=text_length)
-        return cls(model.getvalue(), config)
+        return cls(model_proto, config)
 
     @property
     def vocab_size(self) -> int:
@@ -188,3 +187,94 @@ class TextTokenizer:
             return cls(model.read_bytes(), config)
         except UserError as error:
             raise UserError(f"{model}: {error}") from None
+
+
+# ---- training
+
+
+def _train_pieces(captions: Sequence[str], vocab_size: int) -> bytes:
+    """Train SentencePiece; contents of spiece.model.
+
+    Characters that `vocab_size` has no room for are spelled in bytes, the rarest first, with one
+    warning. UserError if it cannot be trained.
+    """
+    try:
+        return _sentencepiece(map(_sentence, captions), vocab_size, CHARACTER_COVERAGE)
+    except RuntimeError as error:
+        counts = _character_counts(captions)
+        room = vocab_size - FIXED_PIECES
+        if len(counts) == 1:  # the space
+            raise UserError("no captions to train a text tokenizer on: all of them are empty or "
+                            "white space") from None
+        if len(counts) <= room:  # failed for another reason
+            raise _not_trained(captions, vocab_size, error) from None
+
+    # by falling count, and by character among equals, so that every run keeps the same ones
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    kept = set(ranked[:room])
+    try:
+        # coverage 1: what is left out is chosen here, since SentencePiece takes no share below 0.98
+        model_proto = _sentencepiece(
+            _with_gaps(captions, kept), vocab_size, 1.0, pretokenization_delimiter=GAP,
+            max_sentence_length=MAX_NORMALIZED_BYTES)
+    except RuntimeError as error:
+        raise _not_trained(captions, vocab_size, error) from None
+
+    kept.discard(" ")
+    del counts[" "]
+    share = sum(counts[character] for character in kept) / counts.total()
+    log.warning("text.vocab_size %s has room for %s of the captions' %s different characters "
+                "(%.2f %% of the text); the others are spelled in bytes, up to 4 ids each",
+                f"{vocab_size:,}", f"{len(kept):,}", f"{len(counts):,}", 100 * share)
+    return model_proto
+
+
+def _not_trained(captions: Sequence[str], vocab_size: int, error: Exception) -> UserError:
+    reason = one_line(error).partition("] ")[0][:120]  # what follows names options of its own
+    return UserError(f"no text tokenizer could be trained with text.vocab_size {vocab_size:,} on "
+                     f"{len(captions):,} different captions ({reason}); check that they are text")
+
+
+def _sentencepiece(sentences: Iterator[str], vocab_size: int, coverage: float,
+                   **options: Any) -> bytes:
+    """Run SentencePiece's trainer. RuntimeError with its own text if it fails."""
+    model = io.BytesIO()
+    limits: dict[str, Any] = {"max_sentence_length": MAX_SENTENCE_BYTES, **options}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=model,
+        model_type="bpe",  # unigram has no piece for a word that no other contains
+        vocab_size=vocab_size, hard_vocab_limit=False,  # fewer captions give fewer pieces
+        byte_fallback=True, character_coverage=coverage,  # rare characters are bytes
+        normalization_rule_name=NORMALIZATION,
+        pad_id=PAD, unk_id=UNKNOWN, bos_id=-1, eos_id=END,  # -1: models have begin slots
+        control_symbols=["<null>"],  # gets the next id, NULL; no caption can spell it
+        num_threads=1, minloglevel=2, **limits)
+    return model.getvalue()
+
+
+def _sentence(caption: str) -> str:
+    """Return the part of a caption to train on, which has UTF-8: lone surrogates have none."""
+    return caption.encode("utf-8", "replace")[:MAX_SENTENCE_BYTES].decode("utf-8", "ignore")
+
+
+def _character_counts(captions: Sequence[str]) -> Counter[str]:
+    """Count each character of the captions, normalized as for training."""
+    counts: Counter[str] = Counter()
+    for text in _normalized(captions):
+        counts.update(text)
+    # each caption begins with one, and no caption could be trained on without
+    counts[" "] = counts.total() + len(captions)
+    return counts
+
+
+def _with_gaps(captions: Sequence[str], kept: set[str]) -> Iterator[str]:
+    """Yield the captions with GAP, which no piece holds, for each character that is not kept."""
+    for text in _normalized(captions):
+        yield "".join(character if character in kept else GAP for character in text)
+
+
+def _normalized(captions: Sequence[str]) -> Iterator[str]:
+    normalizer = sentencepiece.SentencePieceNormalizer(
+        rule_name=NORMALIZATION, escape_whitespaces=False, add_dummy_prefix=False)
+    for caption in captions:
+        yield normalizer.normalize(_sentence(caption))

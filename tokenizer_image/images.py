@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from tokenizer_image.large_images import open_image_file, shrink_jpeg
 from tokenloom_common.errors import MissingFileError, UserError, one_line
 
 MAX_IMAGE_PIXELS = 25_000_000
@@ -53,15 +54,20 @@ class BadImageError(UserError):
 # ---- reading
 
 def open_image(source: str | Path | bytes, name: str | None = None,
-               max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+               max_pixels: int = MAX_IMAGE_PIXELS, shrink: bool = True,
+               limit_name: str | None = "max_pixels") -> Image.Image:
     """Read one image from a path or from a file's bytes -> RGB, upright, first frame, over white.
 
-    The size is checked from the header, before anything is decoded. `name` is used in messages and
-    defaults to the path. BadImageError (with `.reason`) for a file that is empty, not an image, of
-    another format, damaged or larger than `max_pixels`; MissingFileError for a missing path.
+    The size is checked from the header, before anything is decoded. A JPEG of more than
+    `max_pixels` is decoded at 1/2, 1/4 or 1/8 of its size, unless `shrink` is False; other formats
+    cannot be, and are refused. `name` is used in messages and defaults to the path; limit_name:
+    the option that raises the limit, None where there is none. BadImageError (with `.reason`) for
+    a file that is empty, not an image, of another format, damaged or larger than `max_pixels`;
+    MissingFileError for a missing path.
     """
+    limit = _Limit(max_pixels, shrink, limit_name)
     if isinstance(source, bytes):
-        return _read(BytesIO(source), name or "image", max_pixels)
+        return _read(BytesIO(source), name or "image", limit)
 
     path = Path(source)
     name = name or str(path)
@@ -71,29 +77,38 @@ def open_image(source: str | Path | bytes, name: str | None = None,
         raise UserError(f"{name}: not a file; give the picture itself")
     try:
         with path.open("rb") as file:
-            return _read(file, name, max_pixels)
+            return _read(file, name, limit)
     except PermissionError:
         raise BadImageError(name, "unreadable",
                             "permission denied; check the file's permissions") from None
 
 
-def _read(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+class _Limit(NamedTuple):
+    """Arguments of open_image about the size of an image."""
+
+    max_pixels: int
+    shrink: bool
+    limit_name: str | None
+
+
+def _read(file: BinaryIO, name: str, limit: _Limit) -> Image.Image:
     head = file.read(32)
     file.seek(0)
     if not head:
         raise BadImageError(name, "empty file", "0 bytes; download or export it again")
     try:
         with warnings.catch_warnings():
-            # of Pillow's size warning: our own limit is lower and refuses
+            # of damaged EXIF and the like, which do not concern the pixels
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=FORMATS) as image:
-                _check_size(image, name, max_pixels)
+            with open_image_file(file, FORMATS) as image:
+                _check_size(image, name, limit)
                 image.load()
                 return to_rgb(_upright(image))
     except UnidentifiedImageError:
         raise _unidentified(head, name) from None
     except Image.DecompressionBombError:
-        detail = f"over Pillow's own limit; resize it below {max_pixels:,} pixels"
+        # its readers of WebP and GIF check once more
+        detail = "more than Pillow reads of this format; resize it, or save it as a JPEG"
         raise BadImageError(name, "too many pixels", detail) from None
     except BadImageError:
         raise
@@ -103,12 +118,18 @@ def _read(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         raise BadImageError(name, reason, detail) from None
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+def _check_size(image: Image.Image, name: str, limit: _Limit) -> None:
+    """Shrink a JPEG above the limit; BadImageError for what is above it and cannot be shrunk."""
     width, height = image.size
-    if width * height > max_pixels:
-        detail = (f"{width} x {height} is over the limit of {max_pixels:,}; "
-                  "resize it or raise the limit")
-        raise BadImageError(name, "too many pixels", detail)
+    if width * height <= limit.max_pixels:
+        return
+    if limit.shrink and shrink_jpeg(image, limit.max_pixels):
+        return
+    remedy = "resize it"
+    if limit.limit_name is not None:
+        remedy = f"resize it, or raise the limit ({limit.limit_name})"
+    raise BadImageError(name, "too many pixels", f"{width} x {height} is over the limit of "
+                        f"{limit.max_pixels:,}; {remedy}")
 
 
 def _is_truncated(error: Exception, head: bytes, file: BinaryIO) -> bool:

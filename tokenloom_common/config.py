@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokenloom_common.errors import MissingFileError, UserError, nearest_name, one_line
+from tokenloom_common.text_files import read_text_file
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page of text; anything larger is another file
 MAX_VALUES = 1 << 20  # with YAML aliases expanded: a few lines of them can exceed all memory
@@ -143,13 +144,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes is too large for a config (limit "
                         f"{MAX_CONFIG_BYTES:,})")
+    text = read_text_file(path)
     try:
-        text = path.read_text(encoding="utf-8")
         # YAML would take JSON's 1e-06 for a string
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         count = _count_expanded(values, {})
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         # ValueError: JSON, and what YAML takes for a date or a number and Python cannot read
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None

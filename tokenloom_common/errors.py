@@ -7,9 +7,12 @@ unusable, 143/130 stopped by a signal after a checkpoint.
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import errno
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
@@ -17,6 +20,25 @@ from typing import NoReturn
 WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
               errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 """Errors of the operating system about a path that the user gave; a full disk is none of these."""
+
+SHOWN_ERRORS = "tokenloom-shown"
+"""Error handler of stdout and stderr: see _shown."""
+
+_FOREIGN_OPTION = re.compile(
+    # Python arguments and functions
+    r"trust_remote_code|weights_only|add_safe_globals|allow_pickle|strict\s*=\s*False|use_safetensors"
+    r"|ignore_mismatched_sizes|use_auth_token|\btoken\s*=|force_download|verification_mode"
+    r"|ignore_verifications|character_coverage|LOAD_TRUNCATED_IMAGES|MAX_IMAGE_PIXELS|model_max_length"
+    r"|find_unused_parameters|zero_allow_untested|zero_force_ds|gradient_accumulation_steps"
+    r"|train_micro_batch_size|max_shard_size|map_location|from_tf|from_flax|use_fast\b|torch\._dynamo"
+    # variables of the environment and other programs
+    r"|HF_TOKEN|CUDA_LAUNCH_BLOCKING|TORCH_USE_CUDA_DSA|TORCHDYNAMO_|TORCH_LOGS|PYTORCH_\w*ALLOC_CONF"
+    r"|huggingface-cli|hf auth|errors\.pydantic\.dev")
+"""What advice of libraries names and no option of ours is."""
+_LEAD_IN = re.compile(r"^(please|you can|you have|to do so|consider|try |alternatively|if you |"
+                      r"make sure|this file can still|for debugging|for more|in pytorch|\(\d\))",
+                      re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 class UserError(ValueError):
@@ -85,7 +107,26 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror.lower()}"
     if isinstance(error, (UserError, RunFailedError, StoppedBySignalError)):
         return text
+    text = without_foreign_advice(text)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def without_foreign_advice(text: str) -> str:
+    """Cut a library's message where its advice about options of its own begins.
+
+    No option of ours is called `trust_remote_code` or `--character_coverage`, and some of that
+    advice is unsafe. A message without such advice stays whole.
+    """
+    sentences = _SENTENCE_END.split(text)
+    if not any(_FOREIGN_OPTION.search(sentence) for sentence in sentences):
+        return text
+
+    kept = []
+    for sentence in sentences:
+        if _FOREIGN_OPTION.search(sentence) or _LEAD_IN.search(sentence):
+            break
+        kept.append(sentence)
+    return " ".join(kept)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -102,11 +143,13 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     TOKENLOOM_DEBUG=1 shows the traceback as well.
     """
     try:
+        _escape_what_cannot_be_shown()
         try:
             return main(argv)
         finally:
             # here, where a BrokenPipeError is caught; at the interpreter's exit it is a traceback
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None where the caller closed it
+                sys.stdout.flush()
 
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -128,6 +171,28 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         return int(getattr(error, "exit_code", 2 if wrong_path else 1))
 
 
+def _escape_what_cannot_be_shown() -> None:
+    """Let stdout and stderr write as \\u732b what their encoding lacks, instead of raising.
+
+    A caption or a file's name must not end a command on a terminal of Latin-1, ASCII or Shift-JIS.
+    """
+    codecs.register_error(SHOWN_ERRORS, _shown)
+    for stream in (sys.stdout, sys.stderr):
+        # others, such as a StringIO, take every character
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors=SHOWN_ERRORS)
+
+
+def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return how the first character that cannot be encoded is shown; a handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":  # a byte of a file's name, as Python holds it
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    return character.encode("ascii", "backslashreplace").decode(), error.start + 1
+
+
 def _print_error(error: Exception, prog: str) -> None:
     """Print the error in one line; of ranks that agreed on one error, rank 0 alone."""
     is_rank_0 = os.environ.get("RANK", "0") == "0"
@@ -135,4 +200,7 @@ def _print_error(error: Exception, prog: str) -> None:
         return
     where = getattr(error, "raised_on", None)  # the machine that failed, if ranks agreed on it
     place = f" (on {where})" if where else ""
-    print(f"{prog}: error: {one_line(error)}{place}", file=sys.stderr)
+    text = one_line(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        text = f"{text.rstrip('.')}; take fewer pictures at a time: --batch-size, train.batch_size"
+    print(f"{prog}: error: {text}{place}", file=sys.stderr)

@@ -29,7 +29,8 @@ def progress(items: Iterable[Item] | None, what: str, *, total: int | None = Non
     """A tqdm bar with ETA. Into a log it prints about six lines a minute instead of redrawing."""
     # intervals between redraws in seconds
     if sys.stderr.isatty():
-        display: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "ascii": False,
+        display: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True,
+                                   "ascii": None,  # blocks where the terminal's encoding has them
                                    "mininterval": 0.2, "maxinterval": 1.0}
     else:
         display = {"file": _LineWriter(), "dynamic_ncols": False, "ascii": True,

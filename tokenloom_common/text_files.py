@@ -48,11 +48,14 @@ def decode_text(raw: bytes, encoding: str | None = None) -> str:
     characters that make up a tenth of a text or more.
     """
     codec = text_codec(raw, encoding)
+    reason = f"not {codec.upper()}"
+    if codec != (encoding or "utf-8"):  # as a byte order mark says
+        reason = f"not UTF-8, and damaged {codec.upper()}"
     try:
         text = raw.decode(codec)
     except UnicodeDecodeError as error:
         readable = raw[:error.start].decode(codec, errors="replace")
-        raise TextDecodeError(f"not {codec.upper()}", len(text_lines(readable + "."))) from None
+        raise TextDecodeError(reason, len(text_lines(readable + "."))) from None
     except (LookupError, UnicodeError) as error:  # no codec of Python, or one that is no encoding
         raise TextDecodeError(f"unknown encoding {codec} ({one_line(error)})") from None
 
@@ -65,7 +68,7 @@ def decode_text(raw: bytes, encoding: str | None = None) -> str:
 def _refuse_controls(text: str) -> None:
     """Raise TextDecodeError for a text that control characters show to be something else."""
     nuls = text.count("\0")
-    if nuls > len(text) // 2:
+    if nuls > max(1, len(text) // 2):
         raise TextDecodeError("UTF-32 without a byte order mark" if _nul_runs(text) else "not text")
 
     # UTF-16 of ASCII letters: a NUL in every pair, always on one side
@@ -112,12 +115,12 @@ def read_text_file(path: Path, name: str | None = None, encoding: str | None = N
     name = name or str(path)
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
-        raise MissingFileError(f"{name}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{name}: a folder; give a text file") from None
     except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror or one_line(error)})") from None
+        reason = error.strerror.lower() if error.strerror else one_line(error)
+        kind = MissingFileError if isinstance(error, FileNotFoundError) else UserError
+        raise kind(f"{name}: cannot be read ({reason})") from None
+    except ValueError:  # a NUL in the path
+        raise UserError(f"{name}: cannot be read (not a file's name)") from None
     try:
         return decode_text(raw, encoding)
     except TextDecodeError as error:

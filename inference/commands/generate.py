@@ -18,6 +18,7 @@ from inference.commands.options import (
     add_sampling_options,
     add_speed_options,
     calibrate_threads,
+    caption_text,
     check_speed_options,
     command_parser,
     given_params,
@@ -25,7 +26,13 @@ from inference.commands.options import (
 from inference.commands.picture_files import free_path, output_folder, png_metadata, save_png, slug
 from inference.model_folder import toolkit_version
 from inference.pipeline import TextToImage
-from inference.requests import PromptRequest, check_counts, check_prompts, read_prompts
+from inference.requests import (
+    PromptRequest,
+    check_counts,
+    check_prompts,
+    parse_prompts,
+    read_prompt_lines,
+)
 from inference.results import GenerationResult
 from inference.sampling import SamplingParams
 from inference.scoring.rerank import check_candidates
@@ -33,8 +40,10 @@ from tokenizer_image.images import BadImageError, image_grid, open_image
 from tokenloom_common.devices import choose_device
 from tokenloom_common.errors import OneLineParser, UserError, one_line
 from tokenloom_common.progress import progress
+from tokenloom_common.text_files import read_text_file
 
 GRID_COLUMNS = 8  # at most
+DAMAGED = ("too many pixels", "truncated", "corrupt", "unreadable")  # reasons of a picture
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +55,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     device = choose_device(args.device)
     _check_options(args)
     layout = None if args.layout is None else _read_layout_file(args.layout)
+    prompt_lines = [] if args.prompts is None else read_prompt_lines(Path(args.prompts))
 
     # all that can be refused without the model has been, since loading may take long
     model = TextToImage.from_pretrained(args.model, device, args.revision, args.text_encoder,
@@ -54,7 +64,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     requests = []
     if args.prompts is not None:
         defaults = PromptRequest("", args.num_images, args.seed, None, args.negative_prompt, layout)
-        requests = read_prompts(Path(args.prompts), defaults, params)
+        requests = parse_prompts(Path(args.prompts), prompt_lines, defaults, params)
     # on the CPU the fastest number of threads depends on the rows of a step: measure it
     if device == "cpu" and args.threads is None:
         drawn_of_file = sum(request.num_images for request in requests)
@@ -85,10 +95,11 @@ def _parser() -> OneLineParser:
         '  tokenloom generate "a cat" --model demo/model --num-images 4 --guidance 2 --seed 7 '
         "--out pictures\n"
         "  tokenloom generate --prompts prompts.jsonl --model demo/model --out pictures")
-    parser.add_argument("prompt", nargs="*", help="one or more captions, each in quotes")
+    parser.add_argument(
+        "prompt", nargs="*", type=caption_text, help="one or more captions, each in quotes")
     parser.add_argument(
         "--prompts", metavar="FILE",
-        help="captions from a file instead: a caption a line, or .jsonl with objects such as "
+        help="captions from a UTF-8 file instead: a caption a line, or .jsonl with objects such as "
         '{"prompt": "a red heart", "seed": 7, "num_images": 2, "guidance_scale": 3}; what a line '
         "does not say comes from the options")
     parser.add_argument("--model", required=True, help="model folder or hub id")
@@ -101,12 +112,13 @@ def _parser() -> OneLineParser:
         "--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
     add_sampling_options(parser)
     parser.add_argument(
-        "--negative-prompt", help="text that guidance leads away from (default: no caption)")
+        "--negative-prompt", type=caption_text,
+        help="text that guidance leads away from (default: no caption)")
     parser.add_argument(
         "--layout", help="for models with a layout: a picture (colours), or a .json file of class "
         "numbers, row after row (default: sampled)")
     parser.add_argument(
-        "--attention", action="append", metavar="WORD",
+        "--attention", action="append", type=caption_text, metavar="WORD",
         help="also save where the picture attended to a word of the caption; may be given several "
         "times")
     parser.add_argument(
@@ -160,14 +172,20 @@ def _read_layout_file(name: str) -> Any:
     path = Path(name)
     if path.suffix.lower() != ".json":
         try:
-            return open_image(path)
+            return open_image(path, limit_name=None)
         except (OSError, BadImageError) as error:
+            if isinstance(error, BadImageError) and error.reason in DAMAGED:
+                raise UserError(f"--layout {error}") from None
             raise UserError(f"--layout {name}: neither a picture nor a .json file "
                             f"({one_line(error)})") from None
+    text = read_text_file(path, f"--layout {name}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--layout {name}: cannot be read ({one_line(error)})") from None
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--layout {name}: cannot be read (not JSON: {error.msg}, line "
+                        f"{error.lineno}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--layout {name}: cannot be read ({type(error).__name__})") from None
 
 
 def _generate_file(model: TextToImage, requests: list[PromptRequest], out: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
@@ -29,6 +30,17 @@ def command_parser(name: str, description: str, examples: str) -> OneLineParser:
 def add_revision(parser: argparse.ArgumentParser) -> None:
     """Add --revision, beside an option that takes a hub id."""
     parser.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
+
+
+def caption_text(argument: str) -> str:
+    """Return a caption of the command line, decoded as UTF-8 whatever the locale says.
+
+    Under LC_ALL=C Python takes other bytes than ASCII for surrogates, which no model knows.
+    """
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:  # no UTF-8 either: the text tokenizer replaces what it does not know
+        return argument
 
 
 # ---- speed

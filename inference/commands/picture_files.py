@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,11 @@ def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> Non
 def slug(text: str) -> str:
     """Return a caption as part of a file name: "A red heart!" -> "a-red-heart"."""
     words = re.sub(r"[^\w]+", "-", text.lower()).strip("-_")[:60]
-    # file systems limit the bytes of a name, most of them to 255; 60 characters may be more
-    return words.encode()[:180].decode(errors="ignore") or "picture"
+    # file systems limit the bytes of a name, most of them to 255; 60 characters may be more.
+    # Under LC_ALL=C names may be ASCII alone
+    encoding = sys.getfilesystemencoding()
+    cut = words.encode(encoding, errors="ignore")[:180].decode(encoding, errors="ignore")
+    return cut.lstrip("-_") or "picture"
 
 
 def free_path(folder: Path, stem: str) -> Path:

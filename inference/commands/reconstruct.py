@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from inference.commands.picture_files import free_path, output_folder, save_png
 from inference.model_folder import load_image_tokenizer
 from tokenizer_image import ImageTokenizer
 from tokenizer_image.images import (
+    MAX_IMAGE_PIXELS,
     BadImageError,
     float_to_pixels,
     image_grid,
@@ -40,6 +42,8 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     device = choose_device(args.device)
+    if args.max_pixels < 1:
+        raise UserError(f"--max-pixels {args.max_pixels}: must be at least 1")
     tokenizer = load_image_tokenizer(args.model, device, args.revision)
     tokenizer.config.check_encodes(args.model)
     out = output_folder(args.out)
@@ -47,7 +51,7 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     failed = 0
     for name in progress(args.image, "reconstruct", unit="picture"):
         try:
-            pixels = _read_pixels(name, tokenizer, args.tiles)
+            pixels = _read_pixels(name, tokenizer, args)
         except BadImageError as error:
             if len(args.image) == 1:
                 raise  # the only one: its error is the command's
@@ -79,14 +83,21 @@ def _parser() -> OneLineParser:
         "--tiles", action="store_true", help="keep each picture's own size, in overlapping tiles "
         "of the tokenizer's resolution (default: its centre square, resized to that resolution)")
     parser.add_argument(
+        "--max-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N",
+        help=f"width x height of the largest picture that is read (default {MAX_IMAGE_PIXELS:,}); "
+        "a larger JPEG is read at 1/2, 1/4 or 1/8 of its size, except with --tiles; others are "
+        "refused")
+    parser.add_argument(
         "--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     return parser
 
 
-def _read_pixels(name: str, tokenizer: ImageTokenizer, tiled: bool) -> numpy.ndarray:
+def _read_pixels(name: str, tokenizer: ImageTokenizer, args: argparse.Namespace) -> numpy.ndarray:
     """Read an image as uint8 [H, W, 3], at the tokenizer's resolution or (for tiles) at its own."""
-    image = open_image(Path(name))
-    if tiled:
+    # a shrunk JPEG has not its own size any more
+    image = open_image(Path(name), max_pixels=args.max_pixels, shrink=not args.tiles,
+                       limit_name="--max-pixels")
+    if args.tiles:
         return _whole_cells(image, name, tokenizer)
     return image_to_pixels(image, tokenizer.config.resolution)
 
@@ -106,8 +117,9 @@ def _whole_cells(image: Image.Image, name: str, tokenizer: ImageTokenizer) -> nu
             "or more; leave --tiles out")
     left = (full_width - width) // 2
     top = (full_height - height) // 2
-    cropped = image.convert("RGB").crop((left, top, left + width, top + height))
-    return numpy.array(cropped)
+    pixels = numpy.asarray(image.convert("RGB"))
+    # in numpy: Pillow's crop has a limit of its own
+    return pixels[top: top + height, left: left + width].copy()
 
 
 def _reconstruct(tokenizer: ImageTokenizer, pixels: numpy.ndarray, tiled: bool,

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenloom_common.config import StrictConfig
-from tokenloom_common.errors import UserError
+from tokenloom_common.errors import UserError, one_line
 
 
 def build_on_meta(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
@@ -31,8 +31,8 @@ def build_on_meta(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
         with torch.device("meta"):
             return kind(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"no model can be built from this config ({reason})") from None
+        raise UserError("no model can be built from this config "
+                        f"({one_line(error)[:120]})") from None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from inference.scoring.scorer import ImageTextScorer
 from tokenizer_image.images import to_rgb
 from tokenloom_common.config import read_mapping
-from tokenloom_common.errors import UserError, choose
+from tokenloom_common.errors import UserError, choose, one_line
 
 _MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # model_type of config.json -> class
 
@@ -68,8 +68,8 @@ class TransformersScorer(ImageTextScorer):
                     folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError,
                 SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder}: no {name} can be loaded from it ({reason})") from None
+            raise UserError(f"{folder}: no {name} can be loaded from it "
+                            f"({one_line(error)[:200]})") from None
         missing = sorted(report["missing_keys"])
         if missing:
             raise UserError(f"{folder}: {len(missing)} tensors are missing "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import UserError, nearest_name
+from tokenloom_common.text_files import read_text_file
 from training.config.optim import OptimConfig
 from training.config.run import RunConfig
 
@@ -146,11 +147,12 @@ def deepspeed_json(config: RunConfig, world_size: int, precision: str, parameter
 
 def with_users_file(derived: dict[str, Any], path: Path) -> dict[str, Any]:
     """Add the keys of a user's JSON to ours. UserError with file and key."""
+    if not path.exists():
+        raise UserError(f"deepspeed.config: {path}: no such file")
+    text = read_text_file(path, f"deepspeed.config: {path}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"deepspeed.config: {path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"deepspeed.config: {path} is no JSON file that can be read "
                         f"({error})") from None
     if not isinstance(values, dict):

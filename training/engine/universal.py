@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tokenloom_common.errors import ResumeError
+from tokenloom_common.errors import ResumeError, without_foreign_advice
 
 # client state under which DeepSpeed's converter accepts a checkpoint
 INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
@@ -32,7 +32,7 @@ def to_universal(checkpoint: Path, folder: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        reason = lines[-1] if lines else "no reason given"
+        reason = without_foreign_advice(lines[-1]) if lines else "no reason given"
         raise ResumeError(f"{checkpoint}: DeepSpeed cannot turn this checkpoint into one for "
                           f"another number of processes ({reason[:200]}); use as many as before, "
                           "or --checkpoint.resume never")

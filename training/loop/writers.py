@@ -110,7 +110,8 @@ class WandbWriter:
                 id=_kept_id(run_dir / "wandb-id"), dir=str(run_dir), config=config.plain(),
                 mode=mode, resume="allow" if is_online else None)
         except Exception as error:  # no login, no network, unknown mode: errors differ by release
-            raise UserError(f"log.wandb: W&B cannot start: {one_line(error)}") from None
+            raise UserError(f"log.wandb: W&B cannot start: {one_line(error)}; log in with "
+                            "`wandb login`, or set --log.wandb_mode offline") from None
         self._begins_at = int(self._run.starting_step) if is_online else 0
         if first_step and not is_online:
             self._replay(run_dir, first_step)

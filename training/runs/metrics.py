@@ -27,7 +27,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # at line ends alone: a key or a caption may hold other separators
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:

@@ -13,7 +13,8 @@ from seq2seq import ClassLabels, ClassLabelsConfig
 from seq2seq.positions import ROTARY_BASE
 from tokenizer_image import ImageTokenizer
 from tokenloom_common.config import StrictConfig, read_mapping
-from tokenloom_common.errors import UserError, nearest_name, one_line
+from tokenloom_common.errors import UserError, nearest_name
+from tokenloom_common.text_files import read_text_file, text_lines
 
 PIXELS_PER_CODE = 16  # of VQ-16, which all published transformers were trained with
 _OTHER_ARGS = (
@@ -139,10 +140,7 @@ def read_classes(path: Path | None, count: int) -> ClassLabels:
     """`count` class names from a file with one per line; numbers for None. UserError otherwise."""
     if path is None:
         return ClassLabels(ClassLabelsConfig(classes=tuple(map(str, range(count)))))
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classes {path}: cannot be read ({one_line(error)})") from None
+    lines = text_lines(read_text_file(path, f"--classes {path}"))
     if len(lines) != count:
         raise UserError(f"--classes {path}: has {len(lines):,} lines, the transformer {count:,} "
                         "classes; give one name a line")

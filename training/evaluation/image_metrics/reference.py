@@ -22,7 +22,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.errors import MissingFileError, UserError, one_line
 from tokenloom_common.files import sync_path
 
 FORMAT = "tokenloom reference statistics 1"
@@ -107,9 +107,8 @@ def load_reference(path: Path) -> ReferenceStatistics:
     except (ValueError, LookupError, TypeError, EOFError, OSError, MemoryError,
             NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         # whatever zipfile, numpy and json raise for a damaged file
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"{path}: not a whole file of reference statistics ({reason}); {AGAIN}"
-                        ) from None
+        raise UserError(f"{path}: not a whole file of reference statistics "
+                        f"({one_line(error)[:100]}); {AGAIN}") from None
 
 
 def _parse(arrays: dict[str, Any]) -> ReferenceStatistics:
