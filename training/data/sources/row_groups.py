@@ -48,9 +48,10 @@ class RowGroups:
                 self._groups.append((number, group))
                 self.chunk_bounds.append(self.chunk_bounds[-1] + rows)
         self.column_names: list[str] = pq.read_schema(self.files[0]).names
+        self._reset()
         if only_train and SPLIT_COLUMN in self.column_names:
             self._choose_train()
-        self._reset()
+            self._reset()
 
     def _choose_train(self) -> None:
         """Read the column of splits alone, and choose the rows of train."""
@@ -61,7 +62,7 @@ class RowGroups:
             except BadItemError:
                 columns.append([])  # its rows are counted as unusable when they are visited
         chosen = rows_of_train([value for column in columns for value in column])
-        if chosen is None:
+        if chosen is None or all(chosen):
             return
 
         self.left_out[OTHER_SPLITS] = len(chosen) - sum(chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from training.data.sources.hf_datasets import (
 )
 from training.data.sources.options import EXPECTED, ReadOptions
 from training.data.sources.tree import PathGuard
+
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow files
 
 
 class LoadedTable(NamedTuple):
@@ -216,6 +219,11 @@ def read_saved(folder: Path, split: str, options: ReadOptions) -> LoadedTable:
             path = guard.inside(folder, entry["filename"])
             if path is None:
                 raise ValueError(f"{entry['filename']} lies outside the folder")
+            # a file that ends between two batches of rows would be read without an error
+            with path.open("rb") as file:
+                file.seek(-len(END_OF_STREAM), os.SEEK_END)
+                if file.read() != END_OF_STREAM:
+                    raise ValueError(f"{path.name} is cut off")
             tables.append(Dataset.from_file(str(path)))
         dataset = concatenate_datasets(tables)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError) as error:
