@@ -31,4 +31,4 @@ def rows_of_train(values: Sequence[object]) -> list[bool] | None:
     splits = {value: folder_split(value) for value in set(values) if isinstance(value, str)}
     if not any(splits.values()):
         return None
-    return [splits.get(value) == "train" for value in values]
+    return [isinstance(value, str) and splits[value] == "train" for value in values]

@@ -71,13 +71,13 @@ class RowGroups:
         self._groups = []
         self.chunk_bounds = [0]
         start = 0
-        for group, column, size in zip(groups, columns, sizes, strict=True):
+        for place, column, size in zip(groups, columns, sizes, strict=True):
             if column:
-                self._chosen[group] = numpy.flatnonzero(chosen[start:start + len(column)])
-                size = len(self._chosen[group])
+                self._chosen[place] = numpy.flatnonzero(chosen[start:start + len(column)])
+                size = len(self._chosen[place])
                 start += len(column)
             if size:  # an empty group is no chunk to shuffle
-                self._groups.append(group)
+                self._groups.append(place)
                 self.chunk_bounds.append(self.chunk_bounds[-1] + size)
 
     def _reset(self) -> None:

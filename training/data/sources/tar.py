@@ -153,10 +153,10 @@ class SampleReader:
         """path: of the tar that is read; name: of the shard, for people."""
         self.file, self.path, self.name = file, path, name
         self.found, self.options = found, options
-        self.image_extensions = IMAGE_EXTENSIONS
+        self.image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
         if options.image_column:
             self.image_extensions = (options.image_column,)
-        self.text_extensions = TEXT_EXTENSIONS
+        self.text_extensions: tuple[str, ...] = TEXT_EXTENSIONS
         if options.caption_column:
             self.text_extensions = (options.caption_column,)
         elif options.caption_ending:
