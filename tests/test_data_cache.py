@@ -52,7 +52,7 @@ def test_relative_paths_and_links_are_copied_once(tmp_path, monkeypatch):
         assert open_dataset(path).all_captions() == ["mine"]
     copies = list((Path(table.cache_folder()) / "parquet").glob("tokenloom-*"))
     assert len([path for path in copies if path.is_dir()]) == 1
-    assert not list(Path(table.cache_folder()).glob("tmp*"))  # the links are gone
+    assert not list(Path(table.cache_folder()).glob("tokenloom-*"))  # the links are gone
 
 
 def test_a_copy_with_other_rows_than_the_files_is_refused(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_during_the_copy_is_the_caches(tmp_path, monkeypatc
             raise DatasetGenerationError("An error occurred") from error
 
     monkeypatch.setattr("datasets.DatasetBuilder.download_and_prepare", fill)
-    with pytest.raises(RunFailedError, match=r"the cache of datasets at .* is full: .* free, these files take"):
+    with pytest.raises(RunFailedError, match=r"the cache of datasets at .* is full: .* free, these files take more once"):
         open_dataset(tmp_path)
 
 

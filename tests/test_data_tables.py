@@ -115,6 +115,18 @@ def test_a_single_column_of_classes_is_found(tmp_path, column):
         assert open_dataset(tmp_path, streamed_rows=rows).all_captions() == ["x", "y"]
 
 
+def test_columns_are_found_in_any_case_and_as_pandas_writes_categories(tmp_path):
+    labels = pa.array(["cat", "dog", None, "cat"]).dictionary_encode()
+    pq.write_table(pa.table({"JPG": [PNG] * 4, "Label": labels, "url": ["x"] * 4}), tmp_path / "0.parquet")
+    for rows in (0, 1):
+        report = check_data(tmp_path, streamed_rows=rows)
+        assert report["unusable_by_reason"] == {"no caption": 1}
+        assert open_dataset(tmp_path, streamed_rows=rows).captions(1) == ["dog"]
+    pq.write_table(pa.table({"image": [PNG], "TEXT": ["a"], "status": ["ok"]}), tmp_path / "0.parquet")
+    assert open_dataset(tmp_path).all_captions() == ["a"] == open_dataset(tmp_path, streamed_rows=1).all_captions()
+    assert open_dataset(tmp_path, caption_column="status").all_captions() == ["ok"]
+
+
 def test_several_columns_of_classes_have_to_be_chosen_from(tmp_path):
     table = classes(None, [4, 5]).append_column("fine_label", pa.array([50, 60]))
     pq.write_table(table, tmp_path / "train.parquet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import errno
+import gc
 import gzip
 import lzma
 import os
@@ -22,6 +23,7 @@ from tests.source_files import (
 )
 from tokenloom_common.errors import DataError, RunFailedError, UserError
 from training.data.sources import archives, tar_index
+from training.data.sources import tar as tar_source
 from training.data.sources.open_dataset import load_source, open_dataset
 
 PICTURES = [encode(photo(seed=seed), "PNG") for seed in range(6)]
@@ -106,13 +108,23 @@ def test_every_ending_of_a_picture_is_read(tmp_path, ending, kind):
     assert both(tmp_path) == {"0.tar:0": ["a"]}
 
 
-def test_many_members_are_kept_as_offsets(tmp_path):
-    write_tar(tmp_path / "0.tar", [(f"{n}.{kind}", b"x") for n in range(500) for kind in ("png", "txt")])
-    with tarfile.open(tmp_path / "0.tar") as tar:
-        offset = tar.getmember("7.png").offset_data
-    data = open_dataset(tmp_path)
-    row = data.dataset[7]
-    assert (len(data), row["offset"], row["size"]) == (500, offset, 1)
+def test_no_header_is_kept_of_many_members(tmp_path, monkeypatch):
+    write_tar(tmp_path / "0.tar", [(f"{n}.{kind}", b"x") for kind in ("png", "txt") for n in range(500)])
+    kept = []
+    samples = tar_source._samples
+
+    def count(*arguments):
+        kept.append(sum(type(one) is tarfile.TarInfo for one in gc.get_objects()))
+        return samples(*arguments)
+
+    monkeypatch.setattr(tar_source, "_samples", count)
+    assert len(open_dataset(tmp_path)) == 500 and kept[0] < 10
+
+
+def test_a_caption_file_that_is_too_large_is_named(tmp_path):
+    members = [("0.png", PNG), ("0.txt", "猫".encode() * (1 << 19)), ("1.png", PNG), ("1.txt", b"a")]
+    write_tar(tmp_path / "0.tar", members)
+    assert both(tmp_path) == {"0.tar:1": ["a"]} and dropped(tmp_path) == {"caption file too large": 1}
 
 
 # Captions
@@ -253,7 +265,7 @@ def test_a_full_disk_is_named_before_and_while_unpacking(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfileobj", fill)
-        with pytest.raises(RunFailedError, match=r"is full: .* free, these files take .*, or unpack the shards yourself"):
+        with pytest.raises(RunFailedError, match=r"is full: .* free, these files take more once .*, or unpack the shards yourself"):
             open_dataset(path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10))

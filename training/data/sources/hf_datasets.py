@@ -74,7 +74,7 @@ def check_cache(needed: int, way_on: str = "") -> None:
 
 def cache_failure(error: BaseException, needed: int = 0, way_on: str = ""
                   ) -> RunFailedError | None:
-    """Return the error of the cache behind an exception, or None if it is about something else."""
+    """Return what went wrong with the cache behind an exception; None if it is something else."""
     from datasets import config
 
     caches = (str(config.HF_CACHE_HOME), str(cache_folder()))
@@ -97,13 +97,10 @@ def _cannot_be_written(error: OSError, way_on: str) -> RunFailedError:
 
 
 def _is_full(needed: int, way_on: str) -> RunFailedError:
-    try:
-        free = f": {_size(shutil.disk_usage(cache_folder()).free)} free"
-    except OSError:
-        free = ""
-    taken = f", these files take {_size(needed)}" if needed else ""
-    return RunFailedError(f"the cache of datasets at {cache_folder()} is full{free}{taken}; set "
-                          f"HF_HOME to a folder on a larger disk{way_on}")
+    free = shutil.disk_usage(cache_folder()).free
+    taken = f"take {_size(needed)}" if free < needed else "take more once they are unpacked"
+    return RunFailedError(f"the cache of datasets at {cache_folder()} is full: {_size(free)} free, "
+                          f"these files {taken}; set HF_HOME to a folder on a larger disk{way_on}")
 
 
 def _size(count: int) -> str:

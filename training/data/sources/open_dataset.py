@@ -168,9 +168,9 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
     left_out: Counter = Counter()
     bad = list(table.bad)
     good = []
-    columns = [table.image_column, table.caption_column]  # no other column is read
     facts = [name for name in STATUS_COLUMNS if name in table.dataset.column_names]
-    rows = table.dataset.select_columns([*columns, *facts]).with_format("arrow")
+    columns = {table.image_column, table.caption_column, *facts}  # no other column is read
+    rows = table.dataset.select_columns(list(columns)).with_format("arrow")
     in_split = _rows_in_split(table)
     for start in range(0, len(rows), SCAN_ROWS):
         batch = rows[start:start + SCAN_ROWS]

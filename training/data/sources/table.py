@@ -16,7 +16,12 @@ from tokenloom_common.errors import (
     nearest_name,
     one_line,
 )
-from training.data.sources.collector import CAPTION_COLUMNS, CLASS_COLUMNS, IMAGE_COLUMNS
+from training.data.sources.collector import (
+    CAPTION_COLUMNS,
+    CLASS_COLUMNS,
+    IMAGE_COLUMNS,
+    find_name,
+)
 from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import (
     STREAM_INSTEAD,
@@ -60,26 +65,24 @@ def pick_columns(options: ReadOptions, columns: list[str], where: str) -> tuple[
     UserError listing the columns if they are not there, or if several are classes.
     """
     image = _pick_column(options.image_column, IMAGE_COLUMNS, columns, "image", where)
-    classes = [name for name in CLASS_COLUMNS if name in columns]
-    has_captions = any(name in columns for name in CAPTION_COLUMNS)
-    if options.caption_column is None and not has_captions and len(classes) > 1:
+    caption = find_name(columns, options.caption_column, CAPTION_COLUMNS)
+    classes = [name for name in columns if name.lower() in CLASS_COLUMNS]
+    if caption is None and options.caption_column is None and len(classes) > 1:
         raise UserError(f"{where}: no caption column, and several of classes "
                         f"({', '.join(classes)}); choose one with --data.caption_column")
-    usual = (*CAPTION_COLUMNS, *classes)
+    usual = (*CAPTION_COLUMNS, *CLASS_COLUMNS)
     return image, _pick_column(options.caption_column, usual, columns, "caption", where)
 
 
 def _pick_column(name: str | None, usual: tuple[str, ...], columns: list[str], what: str,
                  where: str) -> str:
+    found = find_name(columns, name, usual)
+    if found is not None:
+        return found
     listed = ", ".join(columns)
     if name is not None:
-        if name not in columns:
-            raise UserError(f"{where}: no column '{name}'{nearest_name(name, columns)} "
-                            f"(columns: {listed})")
-        return name
-    for candidate in usual:
-        if candidate in columns:
-            return candidate
+        raise UserError(f"{where}: no column '{name}'{nearest_name(name, columns)} "
+                        f"(columns: {listed})")
     raise UserError(f"{where}: no {what} column ({' or '.join(usual)}); columns: {listed}; name it "
                     f"with --data.{what}_column")
 
@@ -184,7 +187,8 @@ def _copied_parquet(files: list[Path], root: Path) -> Any:
     needed = sum(path.stat().st_size for path in files)
     check_cache(0, STREAM_INSTEAD)
     try:
-        with quiet_datasets(), tempfile.TemporaryDirectory(dir=cache_folder()) as links:
+        with (quiet_datasets(),
+              tempfile.TemporaryDirectory(prefix="tokenloom-", dir=cache_folder()) as links):
             paths = []
             for number, path in enumerate(files):
                 # `datasets` takes [ ] * and :: in a path for patterns and protocols

@@ -11,7 +11,7 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import UserError
@@ -153,6 +153,7 @@ class SampleReader:
         """path: of the tar that is read; name: of the shard, for people."""
         self.file, self.path, self.name = file, path, name
         self.found, self.options = found, options
+        self.known_folders: set[str] = set()
         self.image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
         if options.image_column:
             self.image_extensions = (options.image_column,)
@@ -165,6 +166,10 @@ class SampleReader:
     def add(self, key: str, sample: Members) -> None:
         """Add a sample to what was found, or count it as unusable or as a failed download."""
         name = f"{self.name}:{key}"
+        texts = [sample[extension] for extension in self.text_extensions if extension in sample]
+        if any(size > MAX_TEXT_BYTES for _, size in texts):
+            self.found.drop(name, "caption file too large")
+            return
         image = next((sample[one] for one in self.image_extensions if one in sample), None)
         try:
             captions, metadata = self._captions(sample)
@@ -228,7 +233,11 @@ class SampleReader:
 
     def _note_split(self, key: str) -> None:
         """Remember one folder of each split: what no folder says to be held out is train."""
-        for folder in PurePosixPath(key).parent.parts:
+        parent = key.rpartition("/")[0]
+        if parent in self.known_folders:
+            return
+        self.known_folders.add(parent)
+        for folder in parent.split("/"):
             split = folder_split(folder)
             if split:
                 self.found.folders_of_splits.setdefault(split, f"{self.name}:{folder}/")
