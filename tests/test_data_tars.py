@@ -265,7 +265,7 @@ def test_a_full_disk_is_named_before_and_while_unpacking(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfileobj", fill)
-        with pytest.raises(RunFailedError, match=r"is full: .* free, these files take more once .*, or unpack the shards yourself"):
+        with pytest.raises(RunFailedError, match=r"is full: .* free, .* more once .*, or unpack the shards yourself"):
             open_dataset(path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10))
