@@ -233,7 +233,8 @@ def edit_state(folder: Path, **changes) -> None:
     lambda folder: (folder / "state.json").write_bytes(b"\xff\xfe"), lambda folder: edit_state(folder, _data_files=[]),
     lambda folder: edit_state(folder, _data_files=[{"filename": "../test/data-00000-of-00001.arrow"}]),
     lambda folder: edit_state(folder, _data_files=[{"filename": "/etc/hostname"}]),
-    lambda folder: edit_state(folder, _data_files=7), lambda folder: next(folder.glob("*.arrow")).write_bytes(b""),
+    lambda folder: edit_state(folder, _data_files=7), lambda folder: edit_state(folder, _data_files=[{"filename": 7}]),
+    lambda folder: edit_state(folder, _data_files=["x"]), lambda folder: next(folder.glob("*.arrow")).write_bytes(b""),
     lambda folder: (lambda path: path.write_bytes(path.read_bytes()[:-8]))(next(folder.glob("*.arrow")))])
 def test_a_damaged_folder_is_one_line(saved, damage):
     damage(saved / "train")

@@ -88,10 +88,11 @@ def test_a_name_that_comes_twice_is_counted(tmp_path):
     (["v1.0/img.2024.01.31.png", "v1.0/img.2024.01.31.txt"], ["v1.0/img.2024.01.31"]),
     (["a.png", "a.seg.png", "a.txt"], ["a"]), (["a.seg.png", "a.txt", "a.png"], ["a"]),
     (["a.jpg", "a.txt", "a.1.jpg", "a.1.txt", "a.mask.png"], ["a", "a.1"]),
+    (["P.Jan.1.JPG", "P.Jan.1.txt", "P.jan.1.jpg", "P.jan.1.TXT"], ["P.Jan.1", "P.jan.1"]),
     (["a.b.jpg", "a.b.cls"], ["a.b"]), (["0.5.webp", "0.5.json"], ["0.5"])])
 def test_dots_in_names(tmp_path, members, expected):
     content = {"txt": b"x", "cls": b"7", "json": b'{"text": "x"}'}
-    write_tar(tmp_path / "0.tar", [(name, content.get(name.rpartition(".")[2], PNG)) for name in members])
+    write_tar(tmp_path / "0.tar", [(name, content.get(name.rpartition(".")[2].lower(), PNG)) for name in members])
     assert list(both(tmp_path)) == [f"0.tar:{key}" for key in expected]
     assert dropped(tmp_path) == {}
 

@@ -230,7 +230,8 @@ def read_saved(folder: Path, split: str, options: ReadOptions) -> LoadedTable:
                     raise ValueError(f"{path.name} is cut off")
             tables.append(Dataset.from_file(str(path)))
         dataset = concatenate_datasets(tables)
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError,
+            AttributeError) as error:
         raise DataError(f"{folder}: a damaged folder of save_to_disk ({one_line(error)[:200]}); "
                         "save or copy it again") from None
     return _loaded(dataset, split, str(folder), options)

@@ -90,11 +90,14 @@ def _members_by_key(file: Any, name: str, found: Collector) -> dict[str, Members
             if not stem or not extension or "__MACOSX" in folder.split("/"):
                 continue
 
+            # .JPG is .jpg, but what stands before it may be a part of the name
+            middle, dot, last = extension.rpartition(".")
+            extension = f"{middle}{dot}{last.lower()}"
             sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
-            if extension.lower() in sample:
+            if extension in sample:
                 found.drop(f"{name}:{path}", "name that comes twice")
             else:
-                sample[extension.lower()] = (member.offset_data, member.size)
+                sample[extension] = (member.offset_data, member.size)
 
         # tarfile stops at a damaged header without an error; a whole archive ends with a zero block
         file.seek(tar.offset)
