@@ -55,21 +55,35 @@ def test_unusable_parquet_rows_are_left_out_and_counted(tmp_path):
     write_parquet(tmp_path / "train.parquet", images, ["a dog", "x", "x", "x", "x", "  "])
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:300])
     data = open_dataset(tmp_path)
-    assert data.dropped == {"broken parquet file": 1, "no picture": 1, "no caption": 1}
-    assert data[0].captions == ["a dog"] and len(data) == 4
+    assert data.dropped == {"broken parquet file": 1, "no picture": 2, "no caption": 1}
+    assert data[0].captions == ["a dog"] and len(data) == 3
     reasons = []
-    for index in (1, 2, 3):
+    for index in (1, 2):
         with pytest.raises(BAD_ITEM_ERRORS) as caught:
             data[index]
         reasons.append(caught.value.reason)
-    assert reasons == ["empty file", "no picture", "path outside the folder"]
+    assert reasons == ["empty file", "path outside the folder"]
 
 
-def test_parquet_text_that_is_not_utf8_is_repaired(tmp_path):
-    buffers = pa.array([b"caf\xe9"], pa.binary()).buffers()
-    write_parquet(tmp_path / "train.parquet", [as_bytes(PNG)], pa.Array.from_buffers(pa.string(), 1, buffers))
+@pytest.mark.parametrize("wrong", [b"caf\xe9", "кот".encode("cp1251"), "猫".encode("cp932"), "a cat".encode("utf-16")])
+def test_parquet_text_that_is_not_utf8_is_unusable(tmp_path, wrong):
+    offsets = pa.array([wrong, b"a dog"], pa.binary()).buffers()
+    write_parquet(tmp_path / "train.parquet", [as_bytes(PNG)] * 2, pa.Array.from_buffers(pa.string(), 2, offsets))
     data = open_dataset(tmp_path)
-    assert data[0].captions == ["caf�"] and data.caption_repairs == {"not UTF-8": 1}
+    assert data.all_captions() == ["a dog"] and data.caption_repairs == {"not UTF-8": 1}
+    assert data.dropped == {"caption not UTF-8": 1}
+    streamed = open_dataset(tmp_path, streamed_rows=1)
+    with pytest.raises(BadItemError, match="caption not UTF-8") as caught:
+        streamed[0]
+    assert caught.value.reason == "caption not UTF-8" and streamed.captions(0) == []
+
+
+def test_a_caption_that_is_not_utf8_costs_only_itself(tmp_path):
+    values = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"a dog"], pa.binary()).buffers())
+    write_parquet(tmp_path / "train.parquet", [as_bytes(PNG)], pa.ListArray.from_arrays(pa.array([0, 2]), values))
+    for rows in (0, 1):
+        data = open_dataset(tmp_path, streamed_rows=rows)
+        assert data[0].captions == ["a dog"] and not data.dropped
 
 
 def test_replaced_parquet_file_is_noticed_even_with_the_same_time_and_name(tmp_path):
@@ -87,7 +101,7 @@ def test_wrong_columns_are_refused_with_the_list_of_columns(tmp_path):
     with pytest.raises(UserError, match=r"no column 'txet'; did you mean 'text'\? \(columns: image, text\)"):
         open_dataset(tmp_path, caption_column="txet")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=r"no image column .*name it with image_column"):
+    with pytest.raises(UserError, match=r"no image column .*name it with --data\.image_column"):
         open_dataset(tmp_path)
 
 

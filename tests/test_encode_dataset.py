@@ -12,13 +12,21 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from tests.bad_images import encode as encode_image
+from tests.bad_images import photo
 from tests.encoded_data import ROWS, encode, make_data
+from tests.source_files import (
+    as_bytes,
+    own_cache,  # noqa: F401 (a fixture for all tests here)
+    write_parquet,
+)
 from tokenizer_image import load_tokenizer
 from tokenizer_image.images import image_to_pixels, pixels_to_float
 from tokenloom_common.config import merge
 from tokenloom_common.errors import DataError, ResumeError, RunFailedError, UserError
 from training import encode_dataset
 from training.config.encoding import EncodeRunConfig, ViewsConfig
+from training.config.run import PicturesConfig
 from training.data.origin import data_origin
 from training.data.sources.drops import BadItem, DropCounter
 from training.data.sources.open_dataset import open_dataset
@@ -27,8 +35,11 @@ from training.data.tokens.encoding_progress import prepare_folder
 from training.data.tokens.shard_encoder import RowViewsDataset
 from training.data.tokens.shards import TokenShards
 from training.data.tokens.views import image_views, view_names
+from training.data.visits.images import ImageVisits
+from training.data.visits.order import DataOrder
 from training.encode_dataset import DatasetEncoder
 from training.engine.processes import Processes
+from training.loop.drops import PictureDrops
 
 
 @pytest.fixture(scope="module")
@@ -298,3 +309,34 @@ def test_too_many_unusable_pictures_end_the_run_and_a_new_start_meets_them_again
     for _ in range(2):
         with pytest.raises(DataError, match=r"dropped 11 of 22 .*max_bad_fraction"):
             encode(made, tmp_path / "tokens", group, data={"path": str(folder)})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_failed_downloads_are_left_out_and_said_on_a_line_of_their_own(made, tmp_path, group, caplog, streaming):
+    picture = as_bytes((made / "data/train/01.png").read_bytes())
+    failed = [row % 2 == 0 for row in range(60)]
+    write_parquet(tmp_path / "d" / "00000.parquet", [None if bad else picture for bad in failed], ["x"] * 60,
+                  status=["failed_to_download" if bad else "success" for bad in failed])
+    caplog.set_level(logging.INFO)
+    for _ in range(2):  # the second time from the records of the first
+        shards = encode(made, tmp_path / "tokens", group, data={"path": str(tmp_path / "d"), "streaming": streaming})
+        assert len(shards) == 30 and shards.index.dropped == {}
+    lines = [record.getMessage() for record in caplog.records]
+    assert len([line for line in lines if line.endswith("left out: 30 downloads failed")]) == 2
+    assert not [line for line in lines if "unusable" in line]
+
+
+def test_a_run_leaves_failed_downloads_out_of_its_count(tmp_path, group, caplog):
+    write_parquet(tmp_path / "0.parquet", [None] * 30 + [as_bytes(encode_image(photo(), "PNG"))], ["x"] * 31,
+                  status=["failed"] * 31)
+    caplog.set_level(logging.INFO)
+    for rows in (0, 1):
+        source = open_dataset(tmp_path, streamed_rows=rows)
+        drops = PictureDrops(PicturesConfig(path=str(tmp_path)), source, group)
+        visit = ImageVisits(source, 8, 0, 0.0)[DataOrder(len(source), 0).items(0, 1)[0]._replace(index=0)]
+        drops.count(visit.dropped)
+        drops.say()
+        assert len(visit.dropped) == (30 if rows else 0)
+        assert (drops.problem, drops.total()) == (None, 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: left out: 30 downloads failed", "left out: 30 downloads failed"]

@@ -249,7 +249,7 @@ def test_unusable_pictures_are_counted_skipped_and_end_the_run_above_the_limit(t
     result = launching.python(TOKENIZER, "--config", "debug_tokenizer.yaml", "--data.path", data, "--run_dir",
                               tmp_path / "run", "--train.steps", 8, "--train.sample_every", 0, "--data.max_bad_fraction", limit)
     assert result.returncode == code, result.stderr[-2000:]
-    assert ("more than max_bad_fraction" if code else "passed over 12 unusable pictures") in result.stderr
+    assert ("more than --data.max_bad_fraction" if code else "passed over 12 unusable pictures") in result.stderr
     assert "Traceback" not in result.stderr
     if code:
         return

@@ -31,7 +31,12 @@ from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
 from training.data.run_data import open_images
 from training.data.sources.captioned_images import CaptionedImages
-from training.data.sources.drops import ALWAYS_TOLERATED, DropCounter, format_reasons
+from training.data.sources.drops import (
+    ALWAYS_TOLERATED,
+    DOWNLOAD_FAILED,
+    DropCounter,
+    format_reasons,
+)
 from training.data.sources.open_dataset import list_splits
 from training.data.tokens.encoding_progress import (
     FAILURE_MARK,
@@ -227,7 +232,8 @@ class DatasetEncoder:
         total = sum(rows.values())
 
         dropped: Counter[str] = count_drop_reasons(list(done.values())) + self.drops.opened
-        self._check_dropped(total, dropped)  # before anything appears in `out`
+        failed = dropped.pop(DOWNLOAD_FAILED, 0)  # of data that is read in place; no damage
+        self._check_dropped(total, dropped, failed)  # before anything appears in `out`
         check_whole(self.aside, [file for of_split in files.values() for file in of_split])
 
         layouts = None
@@ -245,21 +251,24 @@ class DatasetEncoder:
         # the records are removed last: a run that is killed before continues from them
         publish_folder(self.aside, self.out)
         remove_records(self.out)
+        if failed:
+            log.info("left out: %s downloads failed", f"{failed:,}")
         if dropped:
             log.warning("passed over %d unusable pictures (%s)", dropped.total(),
                         format_reasons(dropped))
         log.info("token shards: %s (%s rows)", self.out, f"{total:,}")
 
-    def _check_dropped(self, rows: int, dropped: Counter[str]) -> None:
+    def _check_dropped(self, rows: int, dropped: Counter[str], failed: int) -> None:
         """Raise DataError when nothing is left, or all processes together dropped too much."""
         path, fraction = self.config.data.path, self.config.data.max_bad_fraction
         seen = self.drops.seen  # all rows: every process opened every split
         if not rows:
-            raise DataError(f"{path}: not one picture could be encoded ({format_reasons(dropped)})")
+            reasons = format_reasons(dropped) or f"{failed:,} downloads failed"
+            raise DataError(f"{path}: not one picture could be encoded ({reasons})")
         if dropped.total() > max(ALWAYS_TOLERATED, fraction * seen):
             raise DataError(f"{path}: {dropped.total():,} of {seen:,} are unusable "
-                            f"({format_reasons(dropped)}), more than max_bad_fraction {fraction:g} "
-                            "allows")
+                            f"({format_reasons(dropped)}), more than --data.max_bad_fraction "
+                            f"{fraction:g} allows")
 
 
 def run(argv: Sequence[str] | None) -> int:

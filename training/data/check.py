@@ -15,7 +15,8 @@ from training.data.sources.captioned_images import (
     CaptionedImage,
     CaptionedImages,
 )
-from training.data.sources.drops import BadItem
+from training.data.sources.drops import DOWNLOAD_FAILED, BadItem
+from training.data.sources.left_out import DOWNLOADS_FAILED
 from training.data.sources.open_dataset import load_source
 
 LISTED_ITEMS = 20  # unusable items that the report for a person names
@@ -56,16 +57,21 @@ def check_data(path: str | Path, *, split: str | None = None, **options: Any) ->
     """
     data = load_source(path, split=split, **options)
     bad = list(data.bad_items)
+    left_out = Counter(data.left_out)
     totals = Totals()
     for index in progress(range(len(data)), "checking", unit="image"):
         try:
             item = data[index]
         except BAD_ITEM_ERRORS as error:
+            if error.reason == DOWNLOAD_FAILED:
+                left_out[DOWNLOADS_FAILED] += 1
+                continue
             # no DropCounter, which would stop at a limit: the report names them all
             bad.append(BadItem(data.key(index), error.reason))
             continue
         totals.add(item)
-    return {"path": str(path), "split": split, **_report(totals, data, bad)}
+    return {"path": str(path), "split": split, **_report(totals, data, bad),
+            "left_out": dict(left_out)}
 
 
 def _report(totals: Totals, data: CaptionedImages, bad: list[BadItem]) -> dict[str, Any]:
@@ -111,6 +117,7 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"other columns      {', '.join(report['columns'])}")
     if report["caption_repairs"]:
         lines.append(f"captions repaired  {_format_counts(report['caption_repairs'])}")
+    lines += [f"{name:<18} {count:,}" for name, count in report["left_out"].items()]
     return "\n".join([*lines, *_unusable_lines(report)])
 
 

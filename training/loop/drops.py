@@ -28,6 +28,8 @@ def count_opened(counter: DropCounter, source: CaptionedImages, group: Processes
     except DataError as error:
         problem = error
     group.raise_together(problem)
+    if source.left_out and group.is_first:
+        log.info("%s: left out: %s", source.path, format_reasons(source.left_out))
 
 
 class PictureDrops:
@@ -57,6 +59,9 @@ class PictureDrops:
 
     def say(self) -> None:
         """Log how many there were, and why. All processes must call it."""
+        failed = sum(self._group.gather(self._counter.failed_downloads))
+        if failed and self._group.is_first:  # of data that is read in place
+            log.info("left out: %s downloads failed", f"{failed:,}")
         reasons: Counter[str] = sum(self._group.gather(self._counter.reasons), Counter())
         if reasons and self._group.is_first:
             log.warning("passed over %d unusable pictures (%s)", reasons.total(),

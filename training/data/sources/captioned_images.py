@@ -14,8 +14,14 @@ from typing import Any
 from PIL import Image
 
 from tokenizer_image.images import BadImageError, open_image
-from training.data.sources.captions import caption_values, clean_captions, first_caption_value
-from training.data.sources.drops import BadItem, BadItemError
+from training.data.sources.captions import (
+    caption_values,
+    clean_captions,
+    first_caption_value,
+    unusable_reason,
+)
+from training.data.sources.drops import DOWNLOAD_FAILED, BadItem, BadItemError
+from training.data.sources.left_out import STATUS_COLUMNS, download_failed
 from training.data.sources.row_groups import RowGroups
 from training.data.sources.tar import read_member
 from training.data.sources.tree import PathGuard
@@ -48,13 +54,16 @@ class ImageTable:
     chunk_bounds: list[int] | None = None  # first row of each shard or row group, number of rows
     encodings: Counter[str] = field(default_factory=Counter)  # caption files by encoding
     hints: list[str] = field(default_factory=list)  # what helps where items are unusable
+    class_names: list[str] | None = None  # of a caption column that holds numbers of classes
+    left_out: Counter = field(default_factory=Counter)  # rows with nothing wrong, by what they are
 
 
 class CaptionedImages:
     """A sequence of captioned images; can be pickled for loader workers.
 
     `dropped` counts by reason the items found unusable when the source was opened, `bad_items`
-    names them, and `caption_repairs` counts the repairs of captions. `columns` are those that
+    names them; `left_out` counts failed downloads and rows of other splits, which are no damage;
+    `caption_repairs` counts the repairs of captions. `columns` are those that
     `metadata` returns. `chunk_bounds`: first row of each chunk of rows that lie together on disk,
     then the number of rows; None for data that is not read in place.
     """
@@ -64,6 +73,7 @@ class CaptionedImages:
         self.max_pixels = max_pixels
         self.dataset = table.dataset
         self.bad_items = table.bad_items
+        self.left_out = table.left_out
         self.caption_repairs = table.caption_repairs
         self.chunk_bounds = table.chunk_bounds
         self.encodings = table.encodings
@@ -89,11 +99,14 @@ class CaptionedImages:
         """Return item `index`. IndexError; one of BAD_ITEM_ERRORS if it is unusable."""
         row = self._row(index)
         key = self._key(row, index)
-        column = self._table.caption_column
-        captions = clean_captions(first_caption_value(row[column]))
+        # the image first: a row whose download failed is no damage, whatever its caption
+        file = self._image_file(row, key)
+        value = self._caption_value(row)
+        captions = clean_captions(value)
         if not captions:  # sources that are read in place are not scanned when they are opened
-            raise BadItemError(key, "no caption", f"column {column} holds none that can be used")
-        image = open_image(self._image_file(row, key), key, self.max_pixels)
+            raise BadItemError(key, unusable_reason(value),
+                               f"column {self._table.caption_column} holds none that can be used")
+        image = open_image(file, key, self.max_pixels)
         return CaptionedImage(image, captions, key)
 
     def identity(self) -> str:
@@ -121,7 +134,8 @@ class CaptionedImages:
         for start in range(0, len(rows), SCAN_ROWS):
             batch = rows[start:start + SCAN_ROWS]
             digest.update(repr([batch[name].to_pylist() for name in known]).encode())
-            digest.update(repr(caption_values(batch[captions])).encode())
+            values = caption_values(batch[captions], self._table.class_names)
+            digest.update(repr(values).encode())
             if "shard" in known:
                 shards.update(batch["shard"].to_pylist())
         for shard in sorted(shards):  # a set of strings has another order in every process
@@ -141,7 +155,7 @@ class CaptionedImages:
             row = self._row(index)
         except BadItemError:
             return []
-        return clean_captions(first_caption_value(row[self._table.caption_column]))
+        return clean_captions(self._caption_value(row))
 
     def all_captions(self) -> list[str]:
         """Return every caption of every item."""
@@ -157,7 +171,7 @@ class CaptionedImages:
             if start == end:
                 continue
             try:
-                values = caption_values(rows[start:end][column])
+                values = caption_values(rows[start:end][column], self._table.class_names)
             except BadItemError:  # its rows are counted when they are visited
                 continue
             for value in values:
@@ -190,6 +204,9 @@ class CaptionedImages:
             self._last = (number, self._rows[number])
         return self._last[1]
 
+    def _caption_value(self, row: Any) -> Any:
+        return first_caption_value(row[self._table.caption_column], self._table.class_names)
+
     def _key(self, row: Any, index: int) -> str:
         if "key" in row.column_names:
             value = row["key"][0].as_py()
@@ -215,7 +232,10 @@ class CaptionedImages:
         if isinstance(value, bytes):
             return value
         if not isinstance(value, str):
-            raise BadItemError(key, "no picture", f"column {column} holds neither bytes nor a path")
+            facts = {name: row[name][0].as_py() for name in STATUS_COLUMNS
+                     if name in row.column_names}
+            reason = DOWNLOAD_FAILED if download_failed(facts) else "no picture"
+            raise BadItemError(key, reason, f"column {column} holds neither bytes nor a path")
 
         path: Path | None = Path(value)
         if self._table.root is not None:

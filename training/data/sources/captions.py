@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+NOT_UTF8 = "not UTF-8"
 MAX_CAPTION_CHARS = 2_000  # more than any text encoder reads; bounds the cost of a hostile caption
 
 
@@ -19,7 +20,8 @@ class CleanCaption(NamedTuple):
 def clean_caption(value: object) -> CleanCaption:
     """str, or UTF-8 bytes -> text with single spaces, without NUL, at most MAX_CAPTION_CHARS.
 
-    Repairs are named "not text", "not UTF-8", "NUL characters", "too long" and "empty". Cleaning
+    Repairs are named "not text", "not UTF-8", "NUL characters", "too long" and "empty". Nothing is
+    left of bytes that are not UTF-8: what they say in another encoding cannot be known. Cleaning
     twice changes nothing. Never raises.
     """
     repairs = []
@@ -27,13 +29,12 @@ def clean_caption(value: object) -> CleanCaption:
         try:
             text = value.decode("utf-8")
         except UnicodeDecodeError:
-            text = value.decode("utf-8", errors="replace")
-            repairs.append("not UTF-8")
+            return CleanCaption("", (NOT_UTF8,))
     elif isinstance(value, str):
         # lone surrogates can be neither written nor tokenized
         text = value.encode("utf-8", errors="replace").decode("utf-8")
         if text != value:
-            repairs.append("not UTF-8")
+            repairs.append(NOT_UTF8)
     else:
         return CleanCaption("", ("not text",))
 
@@ -73,8 +74,15 @@ def clean_captions(value: object, counts: Counter | None = None) -> list[str]:
     return usable
 
 
-def caption_values(column: Any) -> list[Any]:
-    """Convert an Arrow column of captions to Python values, text as bytes.
+def unusable_reason(captions: object) -> str:
+    """Return why an item is dropped of whose captions `clean_captions` leaves nothing."""
+    repairs: Counter = Counter()
+    clean_captions(captions, repairs)
+    return f"caption {NOT_UTF8}" if repairs[NOT_UTF8] else "no caption"
+
+
+def caption_values(column: Any, class_names: Sequence[str] | None = None) -> list[Any]:
+    """Convert an Arrow column of captions to Python values, text as bytes, classes as text.
 
     Bytes because Arrow does not promise that its text is valid UTF-8.
     """
@@ -90,12 +98,23 @@ def caption_values(column: Any) -> list[Any]:
         column = column.cast(pa.large_binary())
     elif is_list and is_text(kind.value_type):
         column = column.cast(pa.large_list(pa.large_binary()))
-    return column.to_pylist()
+    return [_with_class_names(value, class_names) for value in column.to_pylist()]
 
 
-def first_caption_value(column: Any) -> Any:
+def first_caption_value(column: Any, class_names: Sequence[str] | None = None) -> Any:
     """Convert the first row of an Arrow column of captions, as text where it is valid UTF-8."""
     try:
-        return column[0].as_py()
+        return _with_class_names(column[0].as_py(), class_names)
     except UnicodeDecodeError:
         return caption_values(column)[0]
+
+
+def _with_class_names(value: Any, names: Sequence[str] | None) -> Any:
+    """Replace the numbers of classes by their names, or by their digits if they have none."""
+    if isinstance(value, list):
+        return [_with_class_names(one, names) for one in value]
+    if not isinstance(value, int) or isinstance(value, bool):  # True is an int, and no class
+        return value
+    if names is None:
+        return str(value)
+    return names[value] if 0 <= value < len(names) else None  # -1 is the hub's sign for no class

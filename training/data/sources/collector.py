@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from training.data.sources.captions import clean_captions
+from training.data.sources.captions import clean_captions, unusable_reason
 from training.data.sources.drops import BadItem
 from training.data.sources.options import ReadOptions
 
@@ -30,6 +30,8 @@ class Collector:
         self.columns: set[str] = set()
         self.encodings: Counter[str] = Counter()  # files of captions by their encoding
         self.hints: dict[str, None] = {}  # why items are unusable and what helps, in order
+        self.left_out: Counter[str] = Counter()  # of tars: failed downloads
+        self.folders_of_splits: dict[str, str] = {}  # of tars: one folder of each split
 
     def hint(self, text: str) -> None:
         """Keep what helps where nothing is usable: the first of each kind is enough."""
@@ -44,7 +46,7 @@ class Collector:
         """Add one item whose image is at `reference`; drop it if no caption is usable."""
         usable = clean_captions(captions, self.repairs)
         if not usable:
-            self.drop(key, "no caption")
+            self.drop(key, unusable_reason(captions))
             return
         self.columns |= metadata.keys()
         # a table holds no lone surrogates: json escapes them as \u, a key gets ? in their place

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tokenloom_common.errors import DataError, UserError
 
+DOWNLOAD_FAILED = "download failed"  # the reason of items that never arrived
 ALWAYS_TOLERATED = 10  # a few bad items never stop a run, however small the data
 
 
@@ -38,12 +39,13 @@ def format_reasons(reasons: Counter) -> str:
 class DropCounter:
     """Counts items seen and dropped while data is read once; raises when too many are bad.
 
-    The limit is max(10, `max_bad_fraction` * items seen).
+    The limit is max(10, `max_bad_fraction` * items seen). Failed downloads are no damage: they are
+    counted in `failed_downloads` alone.
     """
 
     def __init__(self, where: str, max_bad_fraction: float = 0.01) -> None:
         if not 0.0 <= max_bad_fraction <= 1.0:
-            raise UserError(f"max_bad_fraction {max_bad_fraction}: must lie in 0 to 1")
+            raise UserError(f"--data.max_bad_fraction {max_bad_fraction}: must lie in 0 to 1")
         self.where = where
         self.max_bad_fraction = max_bad_fraction
         self.seen = 0
@@ -51,6 +53,7 @@ class DropCounter:
         self.items: list[BadItem] = []
         self.opened: Counter = Counter()
         """Those of `reasons` that were found when the source was opened."""
+        self.failed_downloads = 0
 
     @property
     def dropped(self) -> int:
@@ -68,12 +71,15 @@ class DropCounter:
         """
         if not seen_before:
             self.seen += 1
+        if reason == DOWNLOAD_FAILED:
+            self.failed_downloads += 1
+            return
         self.reasons[reason] += 1
         self.items.append(BadItem(key, reason))
 
         limit = max(ALWAYS_TOLERATED, self.max_bad_fraction * self.seen)
         if self.dropped > limit:
-            raise DataError(f"{self.where}: {self.summary()}, more than max_bad_fraction "
+            raise DataError(f"{self.where}: {self.summary()}, more than --data.max_bad_fraction "
                             f"{self.max_bad_fraction:g} allows (last: {key}); look with "
                             "`tokenloom data check`")
 

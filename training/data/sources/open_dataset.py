@@ -5,6 +5,7 @@ All are rows of a Hugging Face `datasets.Dataset` (or of RowGroups, which looks 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,18 @@ from typing import Any
 from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.extras import require_extra
 from training.data.sources.captioned_images import SCAN_ROWS, CaptionedImages, ImageTable
-from training.data.sources.captions import caption_values, clean_captions
+from training.data.sources.captions import caption_values, clean_captions, unusable_reason
 from training.data.sources.collector import Collector
 from training.data.sources.drops import BadItem, format_reasons
 from training.data.sources.folder import read_classes, read_lists, read_sidecars
+from training.data.sources.left_out import (
+    DOWNLOADS_FAILED,
+    OTHER_SPLITS,
+    SPLIT_COLUMN,
+    STATUS_COLUMNS,
+    download_failed,
+    rows_of_train,
+)
 from training.data.sources.locate import FileLayout, find_files
 from training.data.sources.options import ReadOptions
 from training.data.sources.row_groups import RowGroups
@@ -26,6 +35,7 @@ from training.data.sources.table import (
     hub_splits,
     read_hub,
     read_parquet,
+    read_saved,
     readable_parquet,
 )
 from training.data.sources.tar import read_tars
@@ -45,6 +55,10 @@ class Source:
         """Return the files of the split."""
         return self.layout.choose(self.split)
 
+    def split_name(self) -> str:
+        """Return the name of the split."""
+        return self.layout.split_name(self.split)
+
 
 def open_dataset(path: str | Path, *, split: str | None = None, **options: Any) -> CaptionedImages:
     """Open captioned images at a local path or hub id.
@@ -56,7 +70,7 @@ def open_dataset(path: str | Path, *, split: str | None = None, **options: Any) 
     """
     data = load_source(path, split=split, **options)
     if not len(data):
-        reasons = format_reasons(data.dropped) or "it is empty"
+        reasons = format_reasons(data.dropped + data.left_out) or "it is empty"
         first = f"; first: {data.bad_items[0].key}" if data.bad_items else ""
         hints = "".join(f"; {hint}" for hint in data.hints)
         raise DataError(f"{path}: holds no usable item ({reasons}{first}){hints}")
@@ -110,28 +124,35 @@ def _table_in_memory(found: Collector, in_tar: bool = False) -> ImageTable:
     return ImageTable(found.to_dataset(in_tar), "captions", None if in_tar else "image",
                       bad_items=found.bad, caption_repairs=found.repairs,
                       packed_columns=sorted(found.columns), encodings=found.encodings,
-                      hints=list(found.hints))
+                      hints=list(found.hints), left_out=found.left_out)
 
 
 def _stream_tars(source: Source) -> ImageTable:
     found = open_tar_indexes(source.files(), source.layout.root, source.options)
     return ImageTable(found.dataset, "captions", None, bad_items=found.bad,
                       caption_repairs=found.repairs, packed_columns=found.columns,
-                      chunk_bounds=found.chunk_bounds)
+                      chunk_bounds=found.chunk_bounds, left_out=found.left_out)
 
 
 def _open_parquet(source: Source) -> ImageTable:
     root = source.layout.root
-    return _usable_rows(read_parquet(source.files(), root, source.options), root)
+    table = read_parquet(source.files(), root, source.split_name(), source.options)
+    return _usable_rows(table, root)
 
 
 def _stream_parquet(source: Source) -> ImageTable:
     root = source.layout.root
     files = readable_parquet(source.files(), root, source.options)
     # captions are looked at when a row is visited: scanning them here would read all shards
-    rows = RowGroups(files.good, source.options.streamed_rows)
+    rows = RowGroups(files.good, source.options.streamed_rows, source.split_name() == "train")
     return ImageTable(rows, files.caption_column, files.image_column, root=root,
-                      bad_items=files.bad, chunk_bounds=rows.chunk_bounds)
+                      bad_items=files.bad, chunk_bounds=rows.chunk_bounds,
+                      class_names=files.class_names, left_out=rows.left_out)
+
+
+def _open_saved(source: Source) -> ImageTable:
+    (folder,) = source.files()
+    return _usable_rows(read_saved(folder, source.split_name(), source.options), folder)
 
 
 def _open_hub(source: Source) -> ImageTable:
@@ -143,22 +164,29 @@ def _open_hub(source: Source) -> ImageTable:
 
 def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
     """Leave out and count the rows without a usable caption or without any image."""
-    import pyarrow.compute as pc
-
     repairs: Counter = Counter()
+    left_out: Counter = Counter()
     bad = list(table.bad)
     good = []
-    columns = [table.image_column, table.caption_column]  # no other column is read
-    rows = table.dataset.select_columns(columns).with_format("arrow")
+    facts = [name for name in STATUS_COLUMNS if name in table.dataset.column_names]
+    columns = {table.image_column, table.caption_column, *facts}  # no other column is read
+    rows = table.dataset.select_columns(list(columns)).with_format("arrow")
+    in_split = _rows_in_split(table)
     for start in range(0, len(rows), SCAN_ROWS):
         batch = rows[start:start + SCAN_ROWS]
-        no_image = pc.is_null(batch[table.image_column]).to_pylist()
-        for offset, captions in enumerate(caption_values(batch[table.caption_column])):
+        no_image = _without_image(batch[table.image_column])
+        statuses = batch.select(facts).to_pylist() if any(no_image) else []
+        values = caption_values(batch[table.caption_column], table.class_names)
+        for offset, captions in enumerate(values):
             row = start + offset
-            if no_image[offset]:
+            if in_split is not None and not in_split[row]:
+                left_out[OTHER_SPLITS] += 1
+            elif no_image[offset] and download_failed(statuses[offset]):
+                left_out[DOWNLOADS_FAILED] += 1
+            elif no_image[offset]:
                 bad.append(BadItem(f"row {row}", "no picture"))
             elif not clean_captions(captions, repairs):
-                bad.append(BadItem(f"row {row}", "no caption"))
+                bad.append(BadItem(f"row {row}", unusable_reason(captions)))
             else:
                 good.append(row)
 
@@ -166,7 +194,28 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
     if len(good) < len(dataset):  # `select` puts a list of indices before every later read
         dataset = dataset.select(good)
     return ImageTable(dataset, table.caption_column, table.image_column, root=root, bad_items=bad,
-                      caption_repairs=repairs)
+                      caption_repairs=repairs, class_names=table.class_names, left_out=left_out)
+
+
+def _rows_in_split(table: LoadedTable) -> list[bool] | None:
+    """Whether each row belongs to the split; None if all do."""
+    if table.split != "train" or SPLIT_COLUMN not in table.dataset.column_names:
+        return None
+    rows = table.dataset.select_columns([SPLIT_COLUMN]).with_format("arrow")
+    return rows_of_train(rows[:][SPLIT_COLUMN].to_pylist())
+
+
+def _without_image(column: Any) -> list[bool]:
+    """Whether each row of an Arrow column has no image: a null, or a struct of nulls."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    missing = pc.is_null(column)
+    if pa.types.is_struct(column.type):
+        empty = [pc.is_null(pc.struct_field(column, [number]))
+                 for number in range(column.type.num_fields)]
+        missing = pc.or_(missing, functools.reduce(pc.and_, empty))
+    return missing.to_pylist()
 
 
 READERS: dict[str, Callable[[Source], ImageTable]] = {
@@ -175,6 +224,7 @@ READERS: dict[str, Callable[[Source], ImageTable]] = {
     "classes": _open_classes,
     "parquet": _open_parquet,
     "tar": _open_tars,
+    "saved": _open_saved,
     "hub": _open_hub,
 }
 STREAMING_READERS: dict[str, Callable[[Source], ImageTable]] = {

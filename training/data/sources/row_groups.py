@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy
 
 from tokenloom_common.errors import RunFailedError, one_line
 from training.data.sources.drops import BadItemError
+from training.data.sources.left_out import OTHER_SPLITS, SPLIT_COLUMN, rows_of_train
 
 MAX_OPEN = 32  # files; a process may often have 1,024, and workers multiply them
 MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM}
@@ -27,13 +28,18 @@ class RowGroups:
     group, then the number of rows. Can be pickled, without the decoded row groups.
     """
 
-    def __init__(self, files: Sequence[Path], keep_rows: int) -> None:
-        """Every file must have a readable footer (`table.readable_parquet`)."""
+    def __init__(self, files: Sequence[Path], keep_rows: int, only_train: bool = False) -> None:
+        """Every file must have a readable footer (`table.readable_parquet`).
+
+        only_train: leave out the rows of other splits, where a column names splits.
+        """
         import pyarrow.parquet as pq
 
         self.files = list(files)
         self.keep_rows = keep_rows
+        self.left_out: Counter[str] = Counter()
         self._groups: list[tuple[int, int]] = []  # file, row group in it
+        self._chosen: dict[tuple[int, int], numpy.ndarray] = {}  # rows to use of a group
         self.chunk_bounds = [0]
         for number, path in enumerate(self.files):
             metadata = pq.read_metadata(path)
@@ -43,12 +49,42 @@ class RowGroups:
                 self.chunk_bounds.append(self.chunk_bounds[-1] + rows)
         self.column_names: list[str] = pq.read_schema(self.files[0]).names
         self._reset()
+        if only_train and SPLIT_COLUMN in self.column_names:
+            self._choose_train()
+            self._reset()
+
+    def _choose_train(self) -> None:
+        """Read the column of splits alone, and choose the rows of train."""
+        columns: list[list[object]] = []
+        for file, group in self._groups:
+            try:
+                columns.append(self._read_group(file, group, [SPLIT_COLUMN])[0].to_pylist())
+            except BadItemError:
+                columns.append([])  # its rows are counted as unusable when they are visited
+        chosen = rows_of_train([value for column in columns for value in column])
+        if chosen is None or all(chosen):
+            return
+
+        self.left_out[OTHER_SPLITS] = len(chosen) - sum(chosen)
+        sizes = numpy.diff(self.chunk_bounds).tolist()
+        groups = self._groups
+        self._groups = []
+        self.chunk_bounds = [0]
+        start = 0
+        for place, column, size in zip(groups, columns, sizes, strict=True):
+            if column:
+                self._chosen[place] = numpy.flatnonzero(chosen[start:start + len(column)])
+                size = len(self._chosen[place])
+                start += len(column)
+            if size:  # an empty group is no chunk to shuffle
+                self._groups.append(place)
+                self.chunk_bounds.append(self.chunk_bounds[-1] + size)
 
     def _reset(self) -> None:
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._bounds = numpy.array(self.chunk_bounds)
-        self._largest = int(numpy.diff(self._bounds).max())
+        self._largest = int(numpy.diff(self._bounds).max(initial=0))
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
@@ -111,7 +147,10 @@ class RowGroups:
         if number in self._kept:
             self._kept.move_to_end(number)
             return self._kept[number]
-        table = self._read_group(*self._groups[number])
+        file, group = self._groups[number]
+        table = self._read_group(file, group, self.column_names)
+        if (file, group) in self._chosen:
+            table = table.take(self._chosen[file, group])
         self._kept[number] = table
 
         # a bucket of the DataOrder may pass its shuffle_rows by part of its last row group
@@ -120,13 +159,13 @@ class RowGroups:
             self._kept.popitem(last=False)
         return table
 
-    def _read_group(self, file: int, group: int) -> Any:
+    def _read_group(self, file: int, group: int, columns: list[str]) -> Any:
         import pyarrow as pa
 
         path = self.files[file]
         try:
             parquet = self._file(file)
-            return parquet.read_row_group(group, columns=self.column_names, use_threads=False)
+            return parquet.read_row_group(group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             if getattr(error, "errno", None) in MACHINE_ERRORS:
                 raise RunFailedError(f"{path}: cannot be read ({one_line(error)})") from None

@@ -1,22 +1,40 @@
-"""Parquet files and data sets of the hub, read through `datasets`, which keeps a cache of them."""
+"""Tables that `datasets` reads: parquet files and the hub through its cache, save_to_disk."""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenloom_common.errors import (
     DataError,
     MissingFileError,
+    RunFailedError,
     UserError,
     nearest_name,
     one_line,
 )
-from training.data.sources.collector import CAPTION_COLUMNS, IMAGE_COLUMNS
+from training.data.sources.collector import (
+    CAPTION_COLUMNS,
+    CLASS_COLUMNS,
+    IMAGE_COLUMNS,
+    find_name,
+)
 from training.data.sources.drops import BadItem
-from training.data.sources.hf_datasets import quiet_datasets
+from training.data.sources.hf_datasets import (
+    STREAM_INSTEAD,
+    cache_failure,
+    cache_folder,
+    cache_name,
+    check_cache,
+    quiet_datasets,
+)
 from training.data.sources.options import EXPECTED, ReadOptions
+from training.data.sources.tree import PathGuard
+
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow files
 
 
 class LoadedTable(NamedTuple):
@@ -25,6 +43,8 @@ class LoadedTable(NamedTuple):
     dataset: Any
     image_column: str
     caption_column: str
+    class_names: list[str] | None  # of a caption column that holds numbers of classes
+    split: str
     bad: list[BadItem]
 
 
@@ -32,25 +52,39 @@ class ParquetFiles(NamedTuple):
     """Parquet files that can be read, the columns to use, and the files that cannot be read."""
 
     good: list[Path]
+    rows: int
     image_column: str
     caption_column: str
+    class_names: list[str] | None
     bad: list[BadItem]
 
 
-def pick_column(name: str | None, usual: tuple[str, ...], columns: list[str], what: str,
-                where: str) -> str:
-    """Return the named column, or the first usual one. UserError listing the columns otherwise."""
+def pick_columns(options: ReadOptions, columns: list[str], where: str) -> tuple[str, str]:
+    """Return the columns of images and of captions, which may be classes if there are no others.
+
+    UserError listing the columns if they are not there, or if several are classes.
+    """
+    image = _pick_column(options.image_column, IMAGE_COLUMNS, columns, "image", where)
+    caption = find_name(columns, options.caption_column, CAPTION_COLUMNS)
+    classes = [name for name in columns if name.lower() in CLASS_COLUMNS]
+    if caption is None and options.caption_column is None and len(classes) > 1:
+        raise UserError(f"{where}: no caption column, and several of classes "
+                        f"({', '.join(classes)}); choose one with --data.caption_column")
+    usual = (*CAPTION_COLUMNS, *CLASS_COLUMNS)
+    return image, _pick_column(options.caption_column, usual, columns, "caption", where)
+
+
+def _pick_column(name: str | None, usual: tuple[str, ...], columns: list[str], what: str,
+                 where: str) -> str:
+    found = find_name(columns, name, usual)
+    if found is not None:
+        return found
     listed = ", ".join(columns)
     if name is not None:
-        if name not in columns:
-            raise UserError(f"{where}: no column '{name}'{nearest_name(name, columns)} "
-                            f"(columns: {listed})")
-        return name
-    for candidate in usual:
-        if candidate in columns:
-            return candidate
+        raise UserError(f"{where}: no column '{name}'{nearest_name(name, columns)} "
+                        f"(columns: {listed})")
     raise UserError(f"{where}: no {what} column ({' or '.join(usual)}); columns: {listed}; name it "
-                    f"with {what}_column")
+                    f"with --data.{what}_column")
 
 
 def readable_parquet(files: list[Path], root: Path, options: ReadOptions) -> ParquetFiles:
@@ -61,13 +95,18 @@ def readable_parquet(files: list[Path], root: Path, options: ReadOptions) -> Par
     good: list[Path] = []
     bad: list[BadItem] = []
     columns: list[str] = []
+    total = 0
     for path in files:
         reason = None
         try:
             # of the first file that can be read; the others are compared below
             columns = columns or pq.read_schema(path).names
-            if not pq.read_metadata(path).num_rows:
+            rows = pq.read_metadata(path).num_rows
+            total += rows
+            if not rows:
                 reason = "parquet file without rows"
+        except UnicodeEncodeError:
+            reason = "file name that is not UTF-8"
         except (pa.ArrowException, OSError):
             reason = "broken parquet file"
         if reason is None:
@@ -78,50 +117,131 @@ def readable_parquet(files: list[Path], root: Path, options: ReadOptions) -> Par
         raise DataError(f"{root}: none of its {len(files):,} parquet files can be read "
                         f"(first: {bad[0].key}); copy or download them again")
 
-    image_column = pick_column(options.image_column, IMAGE_COLUMNS, columns, "image", str(root))
-    caption_column = pick_column(options.caption_column, CAPTION_COLUMNS, columns, "caption",
-                                 str(root))
+    image_column, caption_column = pick_columns(options, columns, str(root))
     # now, since a stream would meet another type only when it visits the file
-    _check_same_columns(good, (image_column, caption_column))
-    return ParquetFiles(good, image_column, caption_column, bad)
+    names = _check_same_columns(good, image_column, caption_column)
+    return ParquetFiles(good, total, image_column, caption_column, names, bad)
 
 
-def _check_same_columns(files: list[Path], columns: tuple[str, ...]) -> None:
+def _check_same_columns(files: list[Path], image_column: str, caption_column: str
+                        ) -> list[str] | None:
+    """Return the names of the classes in the caption column. DataError if files differ."""
     import pyarrow.parquet as pq
 
     first = pq.read_schema(files[0])
+    names = _schema_class_names(first, caption_column)
     for path in files[1:]:
         schema = pq.read_schema(path)
-        for column in columns:
+        for column in (image_column, caption_column):
             wanted = first.field(column).type
             found = schema.field(column).type if column in schema.names else None
             if found != wanted:
                 what = "is missing" if found is None else f"is {found}"
                 raise DataError(f"{path}: column '{column}' {what}, and {wanted} in "
                                 f"{files[0].name}; files of a split must have the same columns")
+        if _schema_class_names(schema, caption_column) != names:
+            raise DataError(f"{path}: the classes of column '{caption_column}' have other names "
+                            f"than in {files[0].name}; files of a split must have the same")
+    return names
 
 
-def read_parquet(files: list[Path], root: Path, options: ReadOptions) -> LoadedTable:
+def _schema_class_names(schema: Any, column: str) -> list[str] | None:
+    from datasets import Features
+
+    if b"huggingface" not in (schema.metadata or {}):  # as files have that `datasets` wrote
+        return None
+    return _class_names(Features.from_arrow_schema(schema), column)
+
+
+def _class_names(features: Any, column: str) -> list[str] | None:
+    from datasets import ClassLabel
+
+    feature = features[column]
+    feature = getattr(feature, "feature", feature)  # of a list: several classes per image
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def read_parquet(files: list[Path], root: Path, split: str, options: ReadOptions) -> LoadedTable:
     """Load parquet files as one table; unreadable files and errors as in `readable_parquet`."""
     found = readable_parquet(files, root, options)
-    paths = [str(path) for path in found.good]
-    dataset = _load("parquet", f"{root}: its parquet files cannot be read",
-                    name=_cache_name(found.good), data_files={"train": paths}, split="train")
+    dataset = _copied_parquet(found.good, root)
+    if len(dataset) != found.rows:
+        raise RunFailedError(f"{root}: its parquet files hold {found.rows:,} rows and their copy "
+                             f"in {cache_folder()} {len(dataset):,}; remove that copy")
     dataset = _without_decoding(dataset, found.image_column)
-    return LoadedTable(dataset, found.image_column, found.caption_column, found.bad)
+    return LoadedTable(dataset, found.image_column, found.caption_column, found.class_names,
+                       split, found.bad)
 
 
-def _cache_name(files: list[Path]) -> str:
-    """Name the cache entry by path, size, time and inode of every file.
+def _copied_parquet(files: list[Path], root: Path) -> Any:
+    """Return the rows of the copy in the cache of `datasets`, which is made if there is none."""
+    import pyarrow as pa
+    from datasets.data_files import DataFilesDict, DataFilesList
+    from datasets.exceptions import DatasetsError
+    from datasets.packaged_modules.parquet.parquet import Parquet
 
-    `datasets` itself was seen to serve the old rows after a folder was replaced by another with the
-    same names.
+    # by path, size, time and inode of every file: `datasets` itself was seen to serve the old rows
+    # after a folder was replaced by another with the same names
+    first, *others = files
+    name = f"tokenloom-{cache_name(first, [cache_name(path) for path in others])}"
+    needed = sum(path.stat().st_size for path in files)
+    check_cache(0, STREAM_INSTEAD)
+    try:
+        with (quiet_datasets(),
+              tempfile.TemporaryDirectory(prefix="tokenloom-", dir=cache_folder()) as links):
+            paths = []
+            for number, path in enumerate(files):
+                # `datasets` takes [ ] * and :: in a path for patterns and protocols
+                link = Path(links, f"{number}.parquet")
+                link.symlink_to(path.absolute())
+                paths.append(str(link))
+            # the builder and no load_dataset, which would look for patterns in the cache's own path
+            builder = Parquet(config_id=name, data_files=DataFilesDict(
+                {"train": DataFilesList(paths, origin_metadata=[])}))
+            if not Path(builder.cache_dir).is_dir():
+                check_cache(needed, STREAM_INSTEAD)
+            builder.download_and_prepare()
+            return builder.as_dataset(split="train")
+    except (DatasetsError, pa.ArrowException, OSError, ValueError) as error:
+        full = cache_failure(error, needed, STREAM_INSTEAD)
+        raise full or _unreadable(error, f"{root}: its parquet files cannot be read") from None
+
+
+def read_saved(folder: Path, split: str, options: ReadOptions) -> LoadedTable:
+    """Map the Arrow files of a folder of save_to_disk. DataError if it is damaged.
+
+    Nothing but the list of files in state.json is used of what else lies in the folder.
     """
-    facts = []
-    for path in files:
-        stat = path.stat()
-        facts.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino))
-    return f"tokenloom-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+    import pyarrow as pa
+    from datasets import Dataset, concatenate_datasets
+
+    tables = []
+    guard = PathGuard(folder, options.follow_links)
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        for entry in state["_data_files"]:
+            path = guard.inside(folder, entry["filename"])
+            if path is None:
+                raise ValueError(f"{entry['filename']} lies outside the folder")
+            # a file that ends between two batches of rows would be read without an error
+            with path.open("rb") as file:
+                file.seek(-len(END_OF_STREAM), os.SEEK_END)
+                if file.read() != END_OF_STREAM:
+                    raise ValueError(f"{path.name} is cut off")
+            tables.append(Dataset.from_file(str(path)))
+        dataset = concatenate_datasets(tables)
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError,
+            AttributeError) as error:
+        raise DataError(f"{folder}: a damaged folder of save_to_disk ({one_line(error)[:200]}); "
+                        "save or copy it again") from None
+    return _loaded(dataset, split, str(folder), options)
+
+
+def _loaded(dataset: Any, split: str, where: str, options: ReadOptions) -> LoadedTable:
+    image_column, caption_column = pick_columns(options, dataset.column_names, where)
+    names = _class_names(dataset.features, caption_column)
+    return LoadedTable(_without_decoding(dataset, image_column), image_column, caption_column,
+                       names, split, [])
 
 
 def read_hub(name: str, split: str | None, options: ReadOptions) -> LoadedTable:
@@ -131,39 +251,41 @@ def read_hub(name: str, split: str | None, options: ReadOptions) -> LoadedTable:
     if chosen not in known:
         raise UserError(f"{name}: no split '{chosen}'{nearest_name(chosen, known)} "
                         f"(splits: {', '.join(known)})")
-    dataset = _load(name, f"{name}: cannot be fetched from the hub", split=chosen)
-
-    columns = dataset.column_names
-    image_column = pick_column(options.image_column, IMAGE_COLUMNS, columns, "image", name)
-    caption_column = pick_column(options.caption_column, CAPTION_COLUMNS, columns, "caption", name)
-    return LoadedTable(_without_decoding(dataset, image_column), image_column, caption_column, [])
+    return _loaded(_fetch(name, chosen), chosen, name, options)
 
 
 def hub_splits(name: str) -> list[str]:
     """Return the splits of a hub data set. MissingFileError if it cannot be reached."""
     from datasets import get_dataset_split_names
 
+    check_cache(0)
     try:
         with quiet_datasets():
             return get_dataset_split_names(name)
     except Exception as error:
         # all exceptions: the hub's client lets those of its HTTP library through
-        raise MissingFileError(f"{name}: neither a local path nor a hub data set that can be "
-                               f"fetched ({one_line(error)[:200]}); expected {EXPECTED}") from None
+        missing = MissingFileError(f"{name}: neither a local path nor a hub data set that can be "
+                                   f"fetched ({one_line(error)[:200]}); expected {EXPECTED}")
+        raise cache_failure(error) or missing from None
 
 
-def _load(path: str, failure: str, **options: Any) -> Any:
+def _fetch(name: str, split: str) -> Any:
     import pyarrow as pa
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
         with quiet_datasets():
-            return load_dataset(path, **options)
+            return load_dataset(name, split=split)
     except (DatasetsError, pa.ArrowException, OSError, ValueError) as error:
-        # `datasets` wraps what happened in an error that says only that loading failed
-        cause = error.__cause__ or error
-        raise DataError(f"{failure}: {one_line(cause)[:300]}") from None
+        failure = _unreadable(error, f"{name}: cannot be fetched from the hub")
+        raise cache_failure(error) or failure from None
+
+
+def _unreadable(error: Exception, failure: str) -> DataError:
+    # `datasets` wraps what happened in an error that says only that loading failed
+    cause = error.__cause__ or error
+    return DataError(f"{failure}: {one_line(cause)[:300]}")
 
 
 def _without_decoding(dataset: Any, image_column: str) -> Any:

@@ -1,12 +1,13 @@
 """Indexes of tar shards: the headers of a shard are read once and kept in the cache of `datasets`.
 
     tokenloom-tar/ID.arrow  one row per item, as in Collector.to_dataset
-    tokenloom-tar/ID.json   number of rows, bad items, caption repairs, columns: written last
+    tokenloom-tar/ID.json   number of rows, bad items, caption repairs and so on: written last
+
+An index that cannot be kept, because the cache cannot be written, is held in memory.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
@@ -15,16 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenloom_common.errors import RunFailedError
 from tokenloom_common.files import sync_path
+from training.data.sources.archives import tar_folder
 from training.data.sources.collector import Collector
 from training.data.sources.drops import BadItem
-from training.data.sources.hf_datasets import quiet_datasets
+from training.data.sources.hf_datasets import cache_name, quiet_datasets
 from training.data.sources.options import ReadOptions
-from training.data.sources.tar import read_tars
+from training.data.sources.tar import read_tars, refuse_mixed_splits
 
-INDEX_FORMAT = 1  # raise it when the contents of an index change
-FACTS = {"bad", "repairs", "columns"}
+INDEX_FORMAT = 2  # raise it when the contents of an index change
+FACTS = {"bad", "repairs", "columns", "left_out", "folders_of_splits"}
 
 
 class TarItems(NamedTuple):
@@ -34,51 +35,62 @@ class TarItems(NamedTuple):
     bad: list[BadItem]
     repairs: Counter
     columns: list[str]
+    left_out: Counter
     chunk_bounds: list[int]  # first row of each shard, then the number of rows
 
 
-def open_tar_indexes(shards: Sequence[Path], root: Path, options: ReadOptions
-                     ) -> TarItems:
+def open_tar_indexes(shards: Sequence[Path], root: Path, options: ReadOptions) -> TarItems:
     """Map the index of every shard; read the headers of those that have none yet."""
     from datasets import concatenate_datasets
-    from datasets.config import HF_DATASETS_CACHE
 
-    cache = Path(HF_DATASETS_CACHE) / "tokenloom-tar"
     tables: list[Any] = []
+    left_out: Counter = Counter()
+    folders_of_splits: dict[str, str] = {}
     bad: list[BadItem] = []
     repairs: Counter = Counter()
     columns: set[str] = set()
     bounds = [0]
     with quiet_datasets():
         for shard in shards:
-            name = _index_name(shard, root, options)
-            path = cache / f"{name}.arrow"
-            index = _open_index(path)
-            if index is None:
-                _write_index(path, read_tars([shard], root, options))
-                index = _open_index(path)
-            if index is None:
-                raise RunFailedError(f"{path}: the index of {shard} was written and cannot be "
-                                     "read; look at the disk")
-
-            facts, table = index
+            facts, table = _shard_index(shard, root, options)
             bad += [BadItem(*item) for item in facts["bad"]]
             repairs.update(facts["repairs"])
             columns |= set(facts["columns"])
+            left_out.update(facts["left_out"])
+            folders_of_splits = {**facts["folders_of_splits"], **folders_of_splits}
             if facts["rows"]:  # an empty shard is no chunk to shuffle
                 tables.append(table)
                 bounds.append(bounds[-1] + facts["rows"])
         dataset = concatenate_datasets(tables) if tables else Collector().to_dataset(in_tar=True)
-    return TarItems(dataset, bad, repairs, sorted(columns), bounds)
+    refuse_mixed_splits(folders_of_splits, root)
+    return TarItems(dataset, bad, repairs, sorted(columns), left_out, bounds)
 
 
-def _index_name(shard: Path, root: Path, options: ReadOptions) -> str:
-    """Hash everything that decides the contents: a changed shard gets another index."""
-    stat = shard.stat()
-    facts = (INDEX_FORMAT, str(shard.resolve()), str(root), stat.st_size, stat.st_mtime_ns,
-             stat.st_ino, options.caption_column, options.image_column,
-             options.caption_ending, options.encoding)
-    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+def _shard_index(shard: Path, root: Path, options: ReadOptions) -> tuple[dict[str, Any], Any]:
+    """Return the facts and rows of a shard, from its index where there is one."""
+    # everything that decides the contents: a changed shard gets another index
+    name = cache_name(shard, INDEX_FORMAT, str(root), options.caption_column, options.image_column,
+                      options.caption_ending, options.encoding)
+    path = tar_folder() / f"{name}.arrow"
+    index = _open_index(path)
+    if index is not None and _has_shards(index[1]):
+        return index
+
+    found = read_tars([shard], root, options)
+    dataset = found.to_dataset(in_tar=True)
+    facts = {"rows": len(dataset), "bad": found.bad, "repairs": dict(found.repairs),
+             "columns": sorted(found.columns), "left_out": dict(found.left_out),
+             "folders_of_splits": found.folders_of_splits}
+    try:
+        _write_index(path, dataset, facts)
+    except OSError:  # full, or of another user: it is only read again at the next start
+        return facts, dataset
+    return _open_index(path) or (facts, dataset)
+
+
+def _has_shards(table: Any) -> bool:
+    """Whether the tar of the rows is there: an unpacked one may have been removed."""
+    return not len(table) or Path(table[0]["shard"]).is_file()
 
 
 def _open_index(path: Path) -> tuple[dict[str, Any], Any] | None:
@@ -95,10 +107,9 @@ def _open_index(path: Path) -> tuple[dict[str, Any], Any] | None:
     return (facts, table) if whole else None
 
 
-def _write_index(path: Path, found: Collector) -> None:
+def _write_index(path: Path, dataset: Any, facts: dict[str, Any]) -> None:
     import pyarrow as pa
 
-    dataset = found.to_dataset(in_tar=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     # a name of its own: other processes may be writing the same index
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -109,8 +120,6 @@ def _write_index(path: Path, found: Collector) -> None:
     os.replace(aside, path)
 
     # the facts come last: with them the index is whole
-    facts = {"rows": len(dataset), "bad": found.bad, "repairs": dict(found.repairs),
-             "columns": sorted(found.columns)}
     aside.write_text(json.dumps(facts), encoding="utf-8")
     sync_path(aside)
     os.replace(aside, path.with_suffix(".json"))
