@@ -65,6 +65,16 @@ def check_output_file(flag: str, path: str | Path, need_bytes: int = 0,
     return file
 
 
+def given_value(argv: Sequence[str], *flags: str) -> str | None:
+    """Return the last value of an option in unparsed arguments; None if it is not given."""
+    value = None
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        flag, has_value, text = argument.partition("=")
+        if flag in flags:
+            value = text if has_value else following
+    return value
+
+
 def _existing_kind(flag: str, path: str | Path, kind: str) -> Path:
     """Return the path. UserError if it is empty, no path, or something else than `kind`."""
     if not str(path):  # Path("") would be the working directory
@@ -108,19 +118,15 @@ def _try_to_write(flag: str, path: str | Path, place: Path, need_bytes: int, kin
         if not existing.is_dir():
             what = "a file" if existing.exists() else "a link to nothing"
             raise _unusable(flag, path, kind, f"{existing} is {what}")
-        _check_room(flag, path, existing, need_bytes, kind)
         # a folder of its own, so that processes which try at once do not meet
         with tempfile.TemporaryDirectory(dir=existing, prefix=".try-") as trial:
             folder = Path(trial).joinpath(*reversed(missing))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f".{place.name}{ASIDE}").write_bytes(b"0" * BLOCK_BYTES)
+        free = shutil.disk_usage(existing).free
     except OSError as error:
         reason = f"nothing can be made in {existing}: {_reason(error)}"
         raise _unusable(flag, path, kind, reason) from None
-
-
-def _check_room(flag: str, path: str | Path, existing: Path, need_bytes: int, kind: str) -> None:
-    free = shutil.disk_usage(existing).free
     if free < need_bytes:
         raise UserError(f"{flag} {str(path)[:200]}: not enough room: at least {_size(need_bytes)} "
                         f"are needed and {_size(free)} free; free some, or give another {kind}")
