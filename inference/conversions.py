@@ -44,9 +44,10 @@ def check_converted_folder(source: str | Path, out: str | Path) -> Path:
 
     That is: the source, another project's model, or files of any other kind.
     """
+    check_output_folder("OUT", out, ("*",))  # whatever it holds, which the rest is about
     # resolved: a link or a relative path may lead to the same folder
     folder, source_path = Path(out).resolve(), Path(source).resolve()
-    if str(out) and str(source) and (folder == source_path or folder in source_path.parents):
+    if str(source) and (folder == source_path or folder in source_path.parents):
         raise UserError(f"{out}: holds the source {source}, which would "
                         "be lost; give another folder")
     # most projects call it so: atomic_folder would take it for the file of an older conversion

@@ -66,7 +66,12 @@ def check_output_file(flag: str, path: str | Path, need_bytes: int = 0,
 
 
 def given_value(argv: Sequence[str], *flags: str) -> str | None:
-    """Return the last value of an option in unparsed arguments; None if it is not given."""
+    """Return the last value of an option in unparsed arguments; None if it is not given.
+
+    None also where help is asked for.
+    """
+    if {"-h", "--help"} & set(argv):
+        return None
     value = None
     for argument, following in zip(argv, [*argv[1:], None], strict=True):
         flag, has_value, text = argument.partition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def previous_build(out: str | Path, builder: str, arguments: Mapping[str, Any],
     """
     folder = Path(out)
     # an empty name is no folder, though Path("") is the working directory
-    is_folder = bool(str(out)) and folder.is_dir()
+    is_folder = bool(str(out)) and os.path.isdir(folder)  # False, not an error, of a long name
     earlier = _earlier_build(folder, builder, arguments) if is_folder else None
     if earlier is None:  # one that is reused may be where nothing can be written
         check_output_folder("--out", out, ("*",), need_bytes)
