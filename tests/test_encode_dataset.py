@@ -298,3 +298,13 @@ def test_too_many_unusable_pictures_end_the_run_and_a_new_start_meets_them_again
     for _ in range(2):
         with pytest.raises(DataError, match=r"dropped 11 of 22 .*max_bad_fraction"):
             encode(made, tmp_path / "tokens", group, data={"path": str(folder)})
+
+
+def test_a_disk_without_room_for_the_tokens_is_refused_before_they_are_made(made, tmp_path, group, monkeypatch):
+    tokens = encode(made, tmp_path / "first", group).image_tokens(0)
+    need = ROWS * tokens.size * 2  # bytes of uint16
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(need, 0, need - 1))
+    monkeypatch.setattr(shard_encoder.ShardEncoder, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(UserError, match=r"^--out .*: not enough room: at least "):
+        encode(made, tmp_path / "tokens", group)
+    assert not (tmp_path / "tokens").exists()

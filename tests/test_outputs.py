@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from tokenloom_common.errors import UserError
-from tokenloom_common.outputs import check_output_file, check_output_folder
+from tokenloom_common.files import atomic_folder
+from tokenloom_common.outputs import check_output_file, check_output_folder, given_value
+from training.data.builders.dataset_folder import previous_build, write_record
+from training.places import check_feature_cache
 
 
 def everything(folder):
@@ -119,3 +122,66 @@ def test_a_full_disk_is_refused_without_a_stated_need(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no space left on device"):
         check_output_folder("--out", tmp_path / "new")
     assert everything(tmp_path) == []
+
+
+# ---- what the commands state without torch
+
+def test_light_tables_agree_with_what_they_stand_for():
+    from typing import get_args
+
+    from inference.checkpoints.export import EXPORTERS
+    from inference.commands.options import WEIGHTS
+    from inference.conversions import EXPORT_ENDINGS, OWN_NAMES
+    from inference.decoder.projection import Precision
+    from inference.model_folder import GENERATION_NAME, PARTS
+    from inference.model_folder import INDEX_NAME as MODEL_INDEX
+    from tokenloom_common.pretrained import OWN_FILES
+    from training.data.text_features import OWN_FILES as CACHE_FILES
+    from training.places import FEATURE_FILES
+
+    assert get_args(Precision) == WEIGHTS
+    assert list(EXPORTERS) == list(EXPORT_ENDINGS)
+    assert {*OWN_FILES, *PARTS, MODEL_INDEX, GENERATION_NAME} == set(OWN_NAMES)
+    assert FEATURE_FILES == CACHE_FILES
+
+
+@pytest.mark.parametrize(("argv", "value"), [
+    (["--out", "a"], "a"), (["--out=a=b"], "a=b"), (["--out", "a", "--json", "b"], "b"), (["--out"], None),
+    (["--outer", "a"], None), (["--out="], ""), (["--out", "a", "--help"], None), ([], None)])
+def test_the_value_of_an_option_is_found_before_it_is_parsed(argv, value):
+    assert given_value(argv, "--out", "--json") == value
+
+
+# ---- places of the scripts
+
+def test_a_cache_of_text_features_is_checked_only_where_it_will_be_written(place):
+    (place / "cache").mkdir()
+    check_feature_cache(None)
+    check_feature_cache(str(place / "cache"))
+    with pytest.raises(UserError, match=r"^--text.feature_cache .*file is a file"):
+        check_feature_cache(str(place / "file" / "cache"))
+    (place / "cache" / "index.json").write_text("{}")
+    (place / "cache" / "more.txt").write_text("")
+    check_feature_cache(str(place / "cache"))  # read, and judged by its reader
+
+
+def test_a_build_that_is_reused_needs_no_place_to_write(tmp_path, monkeypatch):
+    arguments = {"size": 8}
+    out = tmp_path / "set"
+    (out / "data").mkdir(parents=True)
+    (out / "data" / "x.parquet").write_text("")
+    write_record(out, "shapes", arguments, ["data/x.parquet"], {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    assert previous_build(out, "shapes", arguments, need_bytes=1)["files"] == ["data/x.parquet"]
+    with pytest.raises(UserError, match="not enough room"):
+        previous_build(out, "shapes", {"size": 9}, need_bytes=1)
+
+
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old.txt").write_text("")
+    (tmp_path / "link").symlink_to("disk")
+    with atomic_folder(tmp_path / "link", ("*.txt",)) as aside:
+        (aside / "new.txt").write_text("")
+    assert everything(tmp_path) == [str(tmp_path / name) for name in ("disk", "disk/new.txt", "link")]
+    assert (tmp_path / "link").is_symlink()

@@ -73,10 +73,11 @@ def given_value(argv: Sequence[str], *flags: str) -> str | None:
     if {"-h", "--help"} & set(argv):
         return None
     value = None
-    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+    for index, argument in enumerate(argv):
         flag, has_value, text = argument.partition("=")
         if flag in flags:
-            value = text if has_value else following
+            following = argv[index + 1:index + 2]  # empty at the end
+            value = text if has_value else next(iter(following), None)
     return value
 
 
