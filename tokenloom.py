@@ -77,7 +77,7 @@ COMMANDS = {
                  "measure an image tokenizer or a text-to-image model"),
     "runs": ("training.commands.runs", "runs",
              "compare training runs in a table"),
-    "report": ("training.commands.runs", "report",
+    "report": ("training.commands.report", "report",
                "write one HTML page about a training run"),
 }
 """Command -> module, function taking argv, one line of help."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from tokenloom_common.errors import UserError, nearest_name, run_command
+from tokenloom_common.outputs import check_output_file, given_value
 
 BENCHMARKS = {
     "tokenizer": ("benchmarks.tokenizer",
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = BENCHMARKS[name]
 
     def run(argv: Sequence[str] | None) -> int:
+        # before the import, which takes seconds
+        out = given_value(rest, "--out", "--json")
+        if out is not None:
+            check_output_file("--out", out)
         # imported here, so that what one benchmark needs is no need of another
         return importlib.import_module(module).main(argv)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from benchmarks.harness import DTYPES
 from tokenloom_common.errors import OneLineParser, RunFailedError, UserError
 from tokenloom_common.files import write_json_atomic
+from tokenloom_common.outputs import check_output_file
 
 # ---- options
 
@@ -90,20 +90,7 @@ def say(benchmark: str, text: str) -> None:
 
 def check_output(name: str | None) -> Path | None:
     """Return the path of --out. UserError, before anything is measured, if it cannot be written."""
-    if name is None:
-        return None
-    path = Path(name)
-    if not name or path.is_dir():
-        raise UserError(f"--out {name or '(empty)'}: is not a file's name; give one such as "
-                        "results.json")
-    # a file in the folder, not at the path: an older document stays until there is a new one
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"--out {name[:200]}: cannot be written ({reason})") from None
-    return path
+    return None if name is None else check_output_file("--out", name)
 
 
 def finish(document: dict[str, Any], out: Path | None) -> None:

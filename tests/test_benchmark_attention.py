@@ -246,7 +246,7 @@ def test_compiled_code_is_forgotten_on_cuda_alone(monkeypatch):
     (["--repeats", "0"], "--repeats 0 must be at least 1"),
     (["--dtype", "fp8"], "invalid choice: 'fp8'"),
     (["--device", "tpu"], "invalid choice: 'tpu'"),
-    (["--out", "/nowhere/at/all.json"], "--out /nowhere/at/all.json: cannot be written"),
+    (["--out", "/proc/all.json"], "--out /proc/all.json: cannot be written"),
     (["--gird", "4"], "unrecognized arguments: --gird 4")])
 def test_mistakes_are_one_line_before_anything_is_measured(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(attention, "measure", lambda options: pytest.fail("measured"))

@@ -161,7 +161,7 @@ def test_a_trained_folder_is_drawn_from_its_own_captions(tmp_path):
     (["--batch", "0"], "--batch '0'"), (["--tokens", "17"], "--tokens 17: a picture of this model has 16"),
     (["--peers", "min-dale"], "unknown peer 'min-dale'; did you mean 'min-dalle'"), (["--jacobi", "1"], "--jacobi 1 is plain"),
     (["--repeats", "0"], "--repeats 0 must be at least 1"), (["--threads", "0"], "--threads 0"),
-    (["--json", "nowhere/x.json"], "nowhere/x.json: cannot be written"),
+    (["--json", "/proc/x.json"], "/proc/x.json: cannot be written"),
     (["--device", "cuda"], "no usable GPU")])
 def test_wrong_options_are_one_line(capsys, options, words):
     if options == ["--device", "cuda"] and torch.cuda.is_available():

@@ -268,8 +268,8 @@ def test_checkpointing_rows_switch_it_on(monkeypatch):
     (["tokenizer", "--repeats", "0"], "--repeats 0 must be at least 1"),
     (["tokenizer", "--preset", "vq16"], "unknown preset 'vq16'; did you mean 'vq-16'?"),
     (["tokenizer", "--dtype", "fp8"], "invalid choice: 'fp8'"),
-    (["tokenizer", "--out", "/nowhere/at/all.json"], "--out /nowhere/at/all.json: cannot be written"),
-    (["tokenizer", "--out", "."], "--out .: is not a file's name"),
+    (["tokenizer", "--out", "/proc/all.json"], "--out /proc/all.json: cannot be written"),
+    (["tokenizer", "--out", "."], "--out .: is a folder; give a file's name"),
     (["tokenizer", "--bach", "1"], "unrecognized arguments: --bach 1")])
 def test_mistakes_are_one_line_before_anything_is_measured(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(tokenizer, "measure", lambda options: pytest.fail("measured"))

@@ -100,9 +100,9 @@ def test_the_folder_that_a_command_runs_in_is_not_replaced(tmp_path, state, monk
     torch.save({"model": state}, tmp_path / "vq.pt")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for out in (".", ""):
+    for out, remedy in ((".", "give a name"), ("", "OUT is empty; give a folder")):
         assert tokenloom.main(["convert", "../vq.pt", out, "--resolution", "8"]) == 2
-        assert "give a name" in capsys.readouterr().err
+        assert remedy in capsys.readouterr().err
     assert tokenloom.main(["convert", "", "out"]) == 2
     assert "empty name" in capsys.readouterr().err
 

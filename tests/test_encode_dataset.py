@@ -340,3 +340,13 @@ def test_a_run_leaves_failed_downloads_out_of_its_count(tmp_path, group, caplog)
         assert (drops.problem, drops.total()) == (None, 0)
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: left out: 30 downloads failed", "left out: 30 downloads failed"]
+
+
+def test_a_disk_without_room_for_the_tokens_is_refused_before_they_are_made(made, tmp_path, group, monkeypatch):
+    tokens = encode(made, tmp_path / "first", group).image_tokens(0)
+    need = ROWS * tokens.size * 2  # bytes of uint16
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(need, 0, need - 1))
+    monkeypatch.setattr(shard_encoder.ShardEncoder, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(UserError, match=r"^--out .*: not enough room: at least "):
+        encode(made, tmp_path / "tokens", group)
+    assert not (tmp_path / "tokens").exists()

@@ -170,11 +170,11 @@ def test_wrong_uses_of_export_are_one_line(tmp_path):
     for kind, source, out, words in (
             ("tamin", folder, "x.ckpt", "did you mean 'taming'"), ("taming", tmp_path / "no", "x.ckpt", "no such model folder"),
             ("llamagen-vq", folder, "there.pt", "exists already"), ("taming", folder / "seq2seq", "x.ckpt", "holds kind"),
-            ("taming", folder, "x.txt", "cannot express norm_groups")):
+            ("taming", folder, "x.ckpt", "cannot express norm_groups")):
         with pytest.raises(UserError, match=words):
             export_checkpoint(kind, source, tmp_path / out)
     assert (tmp_path / "there.pt").read_bytes() == b"mine"
     VQGAN(VQGANConfig(channels=32, channel_multipliers=(1, 1), resolution=SIDE, attention_resolutions=(8,), num_res_blocks=1,
                       z_channels=32)).save_pretrained(tmp_path / "ours")
-    with pytest.raises(UserError, match=r"give a file that ends in \.pt"):
+    with pytest.raises(UserError, match=r"give a file that ends in \.pt, \.pth"):
         export_checkpoint("llamagen-vq", tmp_path / "ours", tmp_path / "x.txt")

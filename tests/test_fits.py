@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from training.engine.processes import Processes
 from training.planning import fits
 from training.planning.fits import MemoryFit, MemoryOptions, least_memory, refuse_what_cannot_fit
 from training.planning.plan import Plan, plan_of
-from training.planning.rank_memory import rank_memory, sharding_of
+from training.planning.rank_memory import checkpoint_bytes, rank_memory, sharding_of
 from training.train_matcher import MatcherTraining
 from training.train_seq2seq import Seq2SeqTraining
 from training.train_tokenizer import TokenizerTraining
@@ -172,3 +173,15 @@ def test_what_is_available_is_asked_of_the_device(monkeypatch):
     monkeypatch.setattr(fits, "available_memory", lambda device: asked.append(device) or memory_module.available_memory("cpu"))
     refuse_what_cannot_fit(seq2seq(), ALONE)
     assert asked == [torch.device("cpu")]
+
+
+def test_a_disk_without_room_for_a_checkpoint_and_the_export_is_refused(monkeypatch):
+    plan = seq2seq()
+    room = checkpoint_bytes(plan, plan.config.deepspeed.zero_stage) + plan.copy
+    for free, refused in ((room, False), (room - 1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(room, 0, free))
+        if not refused:
+            refuse_what_cannot_fit(plan, ALONE)
+            continue
+        with pytest.raises(UserError, match=r"^--run_dir -: not enough room: at least .* are needed"):
+            refuse_what_cannot_fit(plan, ALONE)

@@ -173,7 +173,8 @@ def test_durations(seconds, words):
     (["runs", "{}/nowhere"], None, "nowhere: no such folder"), (["runs", "{}"], None, "no run folder at or below it"),
     (["report", "{}"], None, "is no run folder"), (["report", "{}/nowhere"], None, "no such folder"),
     (["report", "{}/run", "--out", "{}"], "run", "is a folder; give a file"),
-    (["report", "{}/run", "--out", "{}/no/where.html"], "run", "is no folder; make it first"),
+    (["report", "{}/run", "--out", "{}/run/env.json/where.html"], "run", "env.json is a file"),
+    (["report", "{}/run", "--out", ""], "run", "--out is empty"),
     (["runs", "{}", "--sort", "luck"], "run", "invalid choice")])
 def test_mistakes_are_one_line(tmp_path, capsys, command, make, words):
     if make:

@@ -92,6 +92,8 @@ def atomic_folder(path: Path, own: Sequence[str]) -> Iterator[Path]:
     it holds an entry that matches no pattern in `own`.
     """
     refuse_others(path, own)  # before the work of the block
+    if path.is_symlink():  # a rename would replace the link, not what it leads to
+        path = path.resolve()
     with naming_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

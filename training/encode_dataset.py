@@ -9,11 +9,18 @@ real: deepspeed training/encode_dataset.py --image_tokenizer RUN/model --data.pa
 
 from __future__ import annotations
 
+import sys
+
+from training.places import check_token_folder, refuse_early
+
+if __name__ == "__main__":
+    refuse_early("encode_dataset.py")  # before the imports below, which take seconds
+
 import errno
 import fcntl
 import logging
+import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,11 +30,10 @@ from typing import IO, Any
 from tokenizer_image import load_tokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenloom_common.errors import DataError, RunFailedError, UserError, run_command
-from tokenloom_common.files import publish_folder, refuse_others
+from tokenloom_common.files import publish_folder
 from tokenloom_common.progress import progress
 from training.config.encoding import EncodeRunConfig
 from training.config.loading import load_config
-from training.data.origin import OWN_FILES as ORIGIN_FILES
 from training.data.origin import data_origin, write_origin
 from training.data.run_data import open_images
 from training.data.sources.captioned_images import CaptionedImages
@@ -40,8 +46,6 @@ from training.data.sources.drops import (
 from training.data.sources.open_dataset import list_splits
 from training.data.tokens.encoding_progress import (
     FAILURE_MARK,
-    RECORDS,
-    SETTINGS_NAME,
     FinishedShard,
     Shard,
     check_whole,
@@ -54,11 +58,10 @@ from training.data.tokens.encoding_progress import (
 from training.data.tokens.layouts import Layouts
 from training.data.tokens.shard_encoder import OthersFailedError, ShardEncoder
 from training.data.tokens.shards import (
-    INDEX_NAME,
-    SUFFIX,
     ShardFile,
     SplitIndex,
     TokenIndex,
+    token_dtype,
     write_index,
 )
 from training.data.tokens.views import view_names
@@ -70,8 +73,6 @@ from training.loop.log import setup_console
 
 log = logging.getLogger("training.encode_dataset")  # under a launcher __name__ is "__main__"
 
-# what a folder may hold that publishing replaces
-OWN_FILES = (INDEX_NAME, *ORIGIN_FILES, SETTINGS_NAME, RECORDS, f"*-?????-of-?????{SUFFIX}")
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one another: one may have hours of shards before it when the others
 are done."""
@@ -120,6 +121,7 @@ class DatasetEncoder:
                   for split, source in sources.items()}
 
         done = self.group.first_does(lambda: self._find_done(shards))
+        self.group.first_does(lambda: self._check_room(shards, done))
         for split, of_split in shards.items():
             done |= self._encode_split(sources[split], of_split, done)
         self.group.first_does(lambda: self._publish(shards, done))
@@ -144,7 +146,8 @@ class DatasetEncoder:
         self._lock = file
 
     def _splits(self) -> list[str]:
-        refuse_others(self.out, OWN_FILES)  # before hours of work, since publishing replaces it
+        # before hours of work, since publishing replaces the folder
+        check_token_folder(self.out)
         if self.out.is_dir() and any(self.out.iterdir()):
             log.warning("%s: the token shards there will be replaced", self.out)
         if self.config.splits is not None:
@@ -180,6 +183,16 @@ class DatasetEncoder:
                 if found:
                     done[shard.name] = found
         return done
+
+    def _check_room(self, shards: dict[str, list[Shard]], done: dict[str, FinishedShard]) -> None:
+        """Raise UserError if the tokens that are still to be written would fill the disk."""
+        missing = [shard for of_split in shards.values() for shard in of_split
+                   if shard.name not in done]
+        rows = sum(len(shard.rows) for shard in missing)
+        tokens = math.prod(self.tokenizer.grid) * len(view_names(self.config.views))
+        # captions and keys beside the tokens are not counted
+        each = tokens * token_dtype(self.tokenizer.codebook_size).itemsize
+        check_token_folder(self.out, need_bytes=rows * each)
 
     # ---- encode
 
@@ -279,6 +292,7 @@ def run(argv: Sequence[str] | None) -> int:
         setup_console(group.is_first)
         # each process writes shards of its own, which must be made in the same way
         check_same(group, config.plain(), "the config")
+        group.first_does(lambda: check_token_folder(config.out))
         DatasetEncoder(config, group).run()
     return 0
 

@@ -13,8 +13,14 @@ train.batch_size / (processes x train.accumulation). The text tower can start a 
 
 from __future__ import annotations
 
-import logging
 import sys
+
+from training.places import refuse_early
+
+if __name__ == "__main__":
+    refuse_early("train_matcher.py")  # before the imports below, which take seconds
+
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +32,7 @@ from inference.scoring.matcher import Matcher, MatcherConfig
 from inference.scoring.matcher_folder import MatcherScorer, save_matcher_folder
 from seq2seq import FrozenTextEncoder, TextSource, TextTokenizer
 from seq2seq.layers import recompute_activations
-from tokenloom_common.errors import UserError, run_command
+from tokenloom_common.errors import UserError
 from tokenloom_common.files import write_json_atomic
 from training.config.matcher import MatcherRunConfig
 from training.config.start_folders import TEXT_FOLDER
@@ -255,15 +261,10 @@ class MatcherTraining(Training):
         log.info("matcher: %s", folder)
 
 
-def run(argv: Sequence[str] | None) -> int:
-    """Train from command-line arguments."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train from command-line arguments; errors become one line and an exit code."""
     return train_from_command_line(argv, MatcherRunConfig, MatcherTraining, "train_matcher.py",
                                    __doc__ or "")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and turn errors into one line and an exit code."""
-    return run_command(run, argv, "train_matcher.py")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,14 @@ real: deepspeed training/train_seq2seq.py --config training/recipes/small_seq2se
 
 from __future__ import annotations
 
-import logging
 import sys
+
+from training.places import check_feature_cache, refuse_early
+
+if __name__ == "__main__":
+    refuse_early("train_seq2seq.py")  # before the imports below, which take seconds
+
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +25,7 @@ from inference import LoadedModel, SamplingParams, TextToImage, save_model_folde
 from seq2seq import TRANSFORMER_KINDS, ClassLabels, ImageTransformer, TextBatch
 from seq2seq.layers import recompute_activations
 from tokenizer_image.images import image_grid
-from tokenloom_common.errors import UserError, run_command
+from tokenloom_common.errors import UserError
 from tokenloom_common.files import write_json_atomic
 from training.config.seq2seq import Seq2SeqRunConfig
 from training.config.start_folders import IMAGE_FOLDER, TEXT_FOLDER
@@ -63,6 +69,7 @@ class Seq2SeqTraining(Training):
     def __init__(self, config: Seq2SeqRunConfig, group: Processes) -> None:
         super().__init__(config, group)
         self.micro_batch_size()  # a batch that cannot be divided is refused now
+        group.first_does(lambda: check_feature_cache(config.text.feature_cache))
 
         self.inputs = Seq2SeqInputs(config, group)
         self.image_tokenizer = self.inputs.image_tokenizer
@@ -84,10 +91,9 @@ class Seq2SeqTraining(Training):
 
     def _check_memory_and_text_start(self) -> None:
         model_config, config = self.inputs.model_config, self.config
-        tokenizer_config = self.image_tokenizer.config
 
         def check_memory() -> None:
-            plan = seq2seq_plan(config, self.precision, model_config, tokenizer_config)
+            plan = seq2seq_plan(config, self.precision, model_config, self.image_tokenizer.config)
             refuse_what_cannot_fit(plan, self.group)
 
         self.group.first_does(check_memory)
@@ -283,15 +289,10 @@ class Seq2SeqTraining(Training):
         log.info("model folder: %s", folder)
 
 
-def run(argv: Sequence[str] | None) -> int:
-    """Train from command-line arguments."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train from command-line arguments; errors become one line and an exit code."""
     return train_from_command_line(argv, Seq2SeqRunConfig, Seq2SeqTraining, "train_seq2seq.py",
                                    __doc__ or "")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and turn errors into one line and an exit code."""
-    return run_command(run, argv, "train_seq2seq.py")
 
 
 if __name__ == "__main__":

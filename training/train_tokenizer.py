@@ -10,8 +10,14 @@ real: deepspeed training/train_tokenizer.py --config training/recipes/small_toke
 
 from __future__ import annotations
 
-import logging
 import sys
+
+from training.places import refuse_early
+
+if __name__ == "__main__":
+    refuse_early("train_tokenizer.py")  # before the imports below, which take seconds
+
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +27,6 @@ from torch import Tensor, nn
 from tokenizer_image import LPIPS, ImageTokenizer, build_tokenizer
 from tokenizer_image.discriminators import build_discriminator
 from tokenizer_image.images import float_to_pixels, image_grid, pixels_to_images
-from tokenloom_common.errors import run_command
 from tokenloom_common.files import write_json_atomic
 from training.config.start_folders import facts_of_run
 from training.config.tokenizer import TokenizerRunConfig
@@ -282,15 +287,10 @@ class TokenizerTraining(Training):
         log.info("image tokenizer: %s", model.save_pretrained(run_dir / "model", card=card))
 
 
-def run(argv: Sequence[str] | None) -> int:
-    """Train from command-line arguments."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train from command-line arguments; errors become one line and an exit code."""
     return train_from_command_line(argv, TokenizerRunConfig, TokenizerTraining,
                                    "train_tokenizer.py", __doc__ or "")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and turn errors into one line and an exit code."""
-    return run_command(run, argv, "train_tokenizer.py")
 
 
 if __name__ == "__main__":

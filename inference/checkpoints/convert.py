@@ -8,21 +8,9 @@ from pathlib import Path
 from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
+from inference.conversions import CHECKPOINT_KINDS
 from tokenloom_common.errors import MissingFileError, choose
 from tokenloom_common.pretrained import PretrainedModule
-
-CHECKPOINT_KINDS: dict[str, str] = {
-    "taming": "VQGAN of taming-transformers or latent diffusion (.ckpt or .safetensors, with its "
-              "yaml), GumbelVQ too",
-    "llamagen-vq": "LlamaGen's VQ-16 and VQ-8 (.pt)",
-    "llamagen-gpt": "LlamaGen's transformers, of classes or of text (.pt)",
-    "diffusers-vq": "a VQModel folder of diffusers (aMUSEd's too)",
-    "min-dalle": "min-dalle's encoder.pt, decoder.pt, detoker.pt, vocab.json and merges.txt",
-    "dalle-mini": "DALL-E mini or mega: flax_model.msgpack with its config.json and tokenizer",
-    "vqgan-jax": "DALL-E mini's image tokenizer: flax_model.msgpack with its config.json",
-    "janus-vq": "the image tokenizer of Janus, as transformers or DeepSeek saves it",
-}
-"""Kind -> description. Its converter is `convert` in formats/KIND.py (with _ for -)."""
 
 
 def convert(kind: str | None, source: str | Path, options: ConvertOptions | None = None

@@ -9,7 +9,7 @@ from inference.checkpoints.files.msgpack_file import read_msgpack
 from inference.checkpoints.files.weights_file import SUFFIXES, find_weights, read_weights
 from inference.checkpoints.formats.min_dalle import SIZES
 from inference.checkpoints.formats.vqgan_jax import FLAX_WEIGHTS_NAME
-from inference.checkpoints.writing import is_ours
+from inference.conversions import is_ours
 from inference.model_folder import INDEX_NAME
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError

@@ -30,6 +30,7 @@ from inference.checkpoints.formats.vqgan_names import (
 )
 from inference.checkpoints.rules import tensor_names
 from inference.checkpoints.stored import read_checked
+from inference.conversions import check_exported_path
 from inference.model_folder import INDEX_NAME as MODEL_INDEX
 from inference.model_folder import PARTS
 from tokenizer_image import VQGAN, VQGANConfig
@@ -49,7 +50,6 @@ DIFFUSERS_VERSION = "0.42.1"  # the release that these files were tested with
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 CODEBOOK_USED_SLOTS = 65_536
 """Length of a training statistic that LlamaGen's strict loading wants to find."""
-TORCH_ENDINGS = (".pt", ".pth", ".safetensors")
 _BOOK = "quantizer.vq._codebook.embed"  # [1, K, D]
 
 
@@ -69,9 +69,7 @@ def export_checkpoint(kind: str, folder: str | Path, out: str | Path) -> Path:
     that the other project's code cannot express.
     """
     exporter = choose(EXPORTERS, kind, "kind of checkpoint to export")
-    path = Path(out)
-    if path.exists():
-        raise UserError(f"{path}: exists already; give another name, nothing is overwritten")
+    path = check_exported_path(kind, out)
     return exporter(resolve_folder(folder), path)
 
 
@@ -141,12 +139,9 @@ def _to_taming(folder: Path, out: Path) -> Path:
             for part in ("cluster_size", "embed_avg"):
                 state[f"quantize.embedding.{part}"] = tensors[f"quantizer.vq._codebook.{part}"][0]
 
-    beside = out.with_suffix(".yaml")
-    if beside.exists():  # asked before the weights are written
-        raise UserError(f"{beside}: exists already, and the yaml is written beside {out.name}; "
-                        "give another name")
-    _write_file(out, "state_dict", state, (".ckpt", ".pt", ".safetensors"))
-    write_text_atomic(beside, yaml.safe_dump(_taming_yaml(stored.config), sort_keys=False))
+    _write_file(out, "state_dict", state)
+    config_text = yaml.safe_dump(_taming_yaml(stored.config), sort_keys=False)
+    write_text_atomic(out.with_suffix(".yaml"), config_text)
     return out
 
 
@@ -177,7 +172,7 @@ def _to_llamagen(folder: Path, out: Path) -> Path:
     state = _renamed(stored, llamagen_name)
     state[CODEBOOK] = stored.tensors[_BOOK][0]  # [K, D]
     state["quantize.codebook_used"] = torch.zeros(CODEBOOK_USED_SLOTS)
-    _write_file(out, "model", state, TORCH_ENDINGS)
+    _write_file(out, "model", state)
     return out
 
 
@@ -214,7 +209,7 @@ def _to_diffusers(folder: Path, out: Path) -> Path:
 
 def _to_llamagen_gpt(folder: Path, out: Path) -> Path:
     """A `.pt` file that LlamaGen's transformers load."""
-    _write_file(out, "model", llamagen_state(folder), TORCH_ENDINGS)
+    _write_file(out, "model", llamagen_state(folder))
     return out
 
 
@@ -228,11 +223,8 @@ def _on_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("meta") for name, tensor in state.items()}
 
 
-def _write_file(out: Path, container: str, state: Mapping[str, Tensor],
-                endings: tuple[str, ...]) -> None:
+def _write_file(out: Path, container: str, state: Mapping[str, Tensor]) -> None:
     """Write `{container: state}`, or a flat safetensors file: whole or not at all."""
-    if out.suffix not in endings:
-        raise UserError(f"{out}: give a file that ends in {', '.join(endings)}")
     with naming_path(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp{out.suffix}")

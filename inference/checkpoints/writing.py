@@ -10,10 +10,9 @@ from typing import NamedTuple
 from inference.checkpoints.converted import ConvertedModel
 from inference.checkpoints.rules import ConvertedPart
 from tokenizer_image import ImageTokenizer
-from tokenloom_common.config import read_mapping
-from tokenloom_common.errors import UserError
 from tokenloom_common.files import atomic_folder, write_text_atomic
 from tokenloom_common.model_card import CARD_NAME, CardFacts, model_card
+from tokenloom_common.outputs import check_output_folder
 from tokenloom_common.pretrained import OWN_FILES
 
 
@@ -47,6 +46,8 @@ def write_converted(converted: ConvertedPart | ConvertedModel, source: str | Pat
     UserError if the folder holds other files.
     """
     wording, count = _wording(converted), count_parameters(converted)
+    # before the weights are read; at least 2 bytes of each number
+    check_output_folder("OUT", out, ("*",), need_bytes=2 * count)
     card = _card(converted, source, license_name)
     folder = Path(out)
 
@@ -58,30 +59,6 @@ def write_converted(converted: ConvertedPart | ConvertedModel, source: str | Pat
             converted.write(aside)
             write_text_atomic(aside / CARD_NAME, card)
     return wording.name, count
-
-
-def refuse_loss(source: str | Path, out: str | Path) -> None:
-    """UserError if writing the folder `out` would replace the source or another project's model."""
-    # resolved: a link or a relative path may lead to the same folder
-    folder, source_path = Path(out).resolve(), Path(source).resolve()
-    if folder == source_path or folder in source_path.parents:
-        raise UserError(f"{out}: holds the source {source}, which would "
-                        "be lost; give another folder")
-    # most projects call it so: atomic_folder would take it for the file of an older conversion
-    if (folder / "config.json").is_file() and not is_ours(folder):
-        raise UserError(f"{out}: holds another project's config.json, which would be lost; give "
-                        "another folder")
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether a folder has a config.json that Tokenloom wrote."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    try:
-        return {"kind", "schema_version"} <= read_mapping(path).keys()
-    except UserError:  # another project's file may hold anything
-        return False
 
 
 def count_parameters(converted: ConvertedPart | ConvertedModel) -> int:

@@ -7,14 +7,19 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from inference.checkpoints.convert import CHECKPOINT_KINDS, convert
-from inference.checkpoints.converted import ConvertedModel
-from inference.checkpoints.export import EXPORTERS, export_checkpoint
-from inference.checkpoints.options import ConvertOptions
-from inference.checkpoints.rules import ConvertedPart
-from inference.checkpoints.writing import refuse_loss, write_converted
-from tokenloom_common.errors import OneLineParser, UserError
+from inference.conversions import (
+    CHECKPOINT_KINDS,
+    EXPORT_ENDINGS,
+    check_converted_folder,
+    check_exported_path,
+)
+from tokenloom_common.errors import OneLineParser, UserError, choose
+
+if TYPE_CHECKING:
+    from inference.checkpoints.converted import ConvertedModel
+    from inference.checkpoints.rules import ConvertedPart
 
 _CONVERT_EXAMPLES = """examples:
   tokenloom convert taming last.ckpt vqgan --config model.yaml
@@ -31,7 +36,14 @@ def convert_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom convert`: print the folder's name on stdout, notes and the next step on stderr."""
     args = _convert_parser().parse_args(argv)
     kind, source, out = _split_names(args.names)
-    refuse_loss(source, out)  # before the reading, which takes minutes for a large model
+    if kind is not None:
+        choose(CHECKPOINT_KINDS, kind, "kind of checkpoint")
+    # before the imports, which take seconds, and the reading, which takes minutes for a large model
+    check_converted_folder(source, out)
+    from inference.checkpoints.convert import convert
+    from inference.checkpoints.options import ConvertOptions
+    from inference.checkpoints.writing import write_converted
+
     options = ConvertOptions(
         config=args.config, resolution=args.resolution, image_tokenizer=args.image_tokenizer,
         text_encoder=args.text_encoder, classes=args.classes,
@@ -90,6 +102,8 @@ def _convert_parser() -> argparse.ArgumentParser:
 
 def _next_step(converted: ConvertedPart | ConvertedModel, out: str) -> str:
     """A command to try with the result."""
+    from inference.checkpoints.converted import ConvertedModel
+
     out = shlex.quote(out)  # the line is to be pasted into a shell
     if isinstance(converted, ConvertedModel):
         return f'try: tokenloom generate "..." --model {out} --out pictures'
@@ -105,11 +119,15 @@ def export_command(argv: Sequence[str] | None = None) -> int:
         prog="tokenloom export",
         description="Write a Tokenloom folder as another project's checkpoint, bit-exact.",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EXPORT_EXAMPLES)
-    parser.add_argument("kind", metavar="KIND", help=", ".join(EXPORTERS))
+    parser.add_argument("kind", metavar="KIND", help=", ".join(EXPORT_ENDINGS))
     parser.add_argument("folder", metavar="DIR",
                         help="a model folder, or the folder of one of its parts")
     parser.add_argument("out", metavar="OUT",
                         help="file to write (diffusers-vq: folder); never overwritten")
     args = parser.parse_args(argv)
+    choose(EXPORT_ENDINGS, args.kind, "kind of checkpoint to export")
+    check_exported_path(args.kind, args.out)  # before the import, which takes seconds
+    from inference.checkpoints.export import export_checkpoint
+
     print(export_checkpoint(args.kind, args.folder, args.out))
     return 0

@@ -6,18 +6,19 @@ import argparse
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import TYPE_CHECKING
 
-import torch
-
-from inference.decoder.calibration import fastest_threads
-from inference.decoder.projection import Precision
-from inference.pipeline import TextToImage
-from inference.requests import text_like
-from inference.sampling import SamplingParams
 from tokenloom_common.errors import OneLineParser, UserError
 
+if TYPE_CHECKING:
+    from inference.pipeline import TextToImage
+    from inference.sampling import SamplingParams
+
+# Imports of torch are inside the functions: a parser is made before it is known that the command
+# can run.
 MAX_THREADS = 4096  # also the largest Jacobi window
+WEIGHTS = ("float32", "bfloat16", "int8")
+"""Names of `inference.decoder.projection.Precision`."""
 
 
 def command_parser(name: str, description: str, examples: str) -> OneLineParser:
@@ -49,7 +50,7 @@ def caption_text(argument: str) -> str:
 def add_speed_options(parser: OneLineParser) -> None:
     """Add options for speed; the images stay the same, up to the rounding of --weights."""
     parser.add_argument(
-        "--weights", choices=get_args(Precision), help="of the generator (default: float32 on the "
+        "--weights", choices=WEIGHTS, help="of the generator (default: float32 on the "
         "CPU, bfloat16 on CUDA); int8 is smaller and faster, and rounds")
     parser.add_argument(
         "--jacobi", type=int, default=1, metavar="W", help="work on W tokens at once: the same "
@@ -66,11 +67,17 @@ def check_speed_options(args: argparse.Namespace) -> None:
         if value is not None and not 1 <= value <= MAX_THREADS:
             raise UserError(f"--{name} {value} must be 1 to {MAX_THREADS:,}")
     if args.threads is not None:
+        import torch
+
         torch.set_num_threads(args.threads)
 
 
 def calibrate_threads(model: TextToImage, images: int, params: SamplingParams) -> None:
     """Set torch's threads to the number that is fastest for a decoder step of this many images."""
+    import torch
+
+    from inference.decoder.calibration import fastest_threads
+
     most = torch.get_num_threads()
     if most > 1:
         rows = images if params.guidance_scale == 1 else 2 * images
@@ -79,6 +86,10 @@ def calibrate_threads(model: TextToImage, images: int, params: SamplingParams) -
 
 def _decoder_step(model: TextToImage, rows: int) -> Callable[[], object]:
     """Return one decoder step of `rows` rows, halfway down a meaningless image, to be timed."""
+    import torch
+
+    from inference.requests import text_like
+
     decoder = model.decoder
     text = text_like(model.text_tokenizer.null_caption(), model.seq2seq.image_embedding.weight)
     groups = [decoder.prefill(text, rows)]
@@ -125,6 +136,8 @@ def add_sampling_options(parser: OneLineParser, several_scales: bool = False) ->
 def given_params(args: argparse.Namespace, defaults: SamplingParams,
                  guidance: float | None) -> SamplingParams:
     """Return `defaults` with what the command line changes. UserError for a value out of range."""
+    from inference.sampling import SamplingParams
+
     values = defaults.plain()
     # guidance is an argument, since --guidance may be a list (several_scales)
     if guidance is not None:

@@ -6,14 +6,13 @@ import json
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tokenloom_common.errors import RunFailedError, UserError
+from tokenloom_common.errors import RunFailedError
 
 PNG_KEY = "tokenloom"
 """Text chunk of a PNG file that holds everything needed to draw the image again."""
@@ -26,23 +25,12 @@ def png_metadata(values: dict[str, Any]) -> PngInfo:
     return info
 
 
-def output_folder(name: str) -> Path:
-    """Create the folder of --out, if need be.
-
-    UserError, before anything is sampled, if it cannot be written to.
-    """
-    out = Path(name)
-    if not name:
-        raise UserError("--out is empty; give a folder")
+def make_folder(out: Path) -> None:
+    """Create the folder of --out, which was checked at the start of the command, if need be."""
     try:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out}: is a file; give a folder")
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):  # permissions alone do not tell whether writing works
-            pass
     except OSError as error:
-        raise UserError(f"--out {name[:200]}: cannot be written to ({error.strerror})") from None
-    return out
+        raise RunFailedError(f"{out}: could not be made ({error.strerror})") from None
 
 
 def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:

@@ -1,38 +1,12 @@
-"""`tokenloom reconstruct`: send images through the image tokenizer and back."""
-
-# Axes: H W pixels
+"""`tokenloom reconstruct`: its options, and the check of --out before anything slow is imported."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import numpy
-import torch
-from PIL import Image
 
 from inference.commands.options import add_revision, command_parser
-from inference.commands.picture_files import free_path, output_folder, save_png
-from inference.model_folder import load_image_tokenizer
-from tokenizer_image import ImageTokenizer
-from tokenizer_image.images import (
-    MAX_IMAGE_PIXELS,
-    BadImageError,
-    float_to_pixels,
-    image_grid,
-    image_to_pixels,
-    open_image,
-    pixels_to_float,
-    pixels_to_images,
-)
-from tokenizer_image.tiling import decode_tiled, encode_tiled
-from tokenloom_common.devices import choose_device
-from tokenloom_common.errors import OneLineParser, UserError
-from tokenloom_common.progress import progress
-
-MAX_PSNR = 100.0  # dB, also of images that are equal
+from tokenloom_common.errors import OneLineParser
+from tokenloom_common.outputs import BLOCK_BYTES, check_output_folder
 
 
 def reconstruct(argv: Sequence[str] | None = None) -> int:
@@ -41,30 +15,11 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     1 if some could not be read.
     """
     args = _parser().parse_args(argv)
-    device = choose_device(args.device)
-    if args.max_pixels < 1:
-        raise UserError(f"--max-pixels {args.max_pixels}: must be at least 1")
-    tokenizer = load_image_tokenizer(args.model, device, args.revision)
-    tokenizer.config.check_encodes(args.model)
-    out = output_folder(args.out)
+    out = check_output_folder("--out", args.out, need_bytes=len(args.image) * BLOCK_BYTES)
+    # imports torch, which takes seconds
+    from inference.commands.rebuild_pictures import rebuild_pictures
 
-    failed = 0
-    for name in progress(args.image, "reconstruct", unit="picture"):
-        try:
-            pixels = _read_pixels(name, tokenizer, args)
-        except BadImageError as error:
-            if len(args.image) == 1:
-                raise  # the only one: its error is the command's
-            print(f"tokenloom reconstruct: skipped: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        pair, psnr = _reconstruct(tokenizer, pixels, args.tiles, device)
-        path = free_path(out, f"{Path(name).stem}-reconstruction")
-        save_png(pair, path)
-        print(f"{path}\t{psnr:.2f} dB")
-    if failed == len(args.image):
-        raise UserError(f"none of {failed} pictures could be read")
-    return 1 if failed else 0
+    return rebuild_pictures(args, out)
 
 
 def _parser() -> OneLineParser:
@@ -83,60 +38,10 @@ def _parser() -> OneLineParser:
         "--tiles", action="store_true", help="keep each picture's own size, in overlapping tiles "
         "of the tokenizer's resolution (default: its centre square, resized to that resolution)")
     parser.add_argument(
-        "--max-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N",
-        help=f"width x height of the largest picture that is read (default {MAX_IMAGE_PIXELS:,}); "
+        "--max-pixels", type=int, metavar="N",
+        help="width x height of the largest picture that is read (default 25,000,000); "
         "a larger JPEG is read at 1/2, 1/4 or 1/8 of its size, except with --tiles; others are "
         "refused")
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     return parser
-
-
-def _read_pixels(name: str, tokenizer: ImageTokenizer, args: argparse.Namespace) -> numpy.ndarray:
-    """Read an image as uint8 [H, W, 3], at the tokenizer's resolution or (for tiles) at its own."""
-    # a shrunk JPEG has not its own size any more
-    image = open_image(Path(name), max_pixels=args.max_pixels, shrink=not args.tiles,
-                       limit_name="--max-pixels")
-    if args.tiles:
-        return _whole_cells(image, name, tokenizer)
-    return image_to_pixels(image, tokenizer.config.resolution)
-
-
-def _whole_cells(image: Image.Image, name: str, tokenizer: ImageTokenizer) -> numpy.ndarray:
-    """Crop the image's centre to whole code cells, uint8 [H, W, 3].
-
-    BadImageError if it is too small.
-    """
-    cell, side = tokenizer.config.downsampling, tokenizer.config.resolution
-    full_width, full_height = image.size
-    width = full_width // cell * cell
-    height = full_height // cell * cell
-    if min(width, height) < side:
-        raise BadImageError(
-            name, "too small", f"{full_width} x {full_height} pixels, tiles need {side} x {side} "
-            "or more; leave --tiles out")
-    left = (full_width - width) // 2
-    top = (full_height - height) // 2
-    pixels = numpy.asarray(image.convert("RGB"))
-    # in numpy: Pillow's crop has a limit of its own
-    return pixels[top: top + height, left: left + width].copy()
-
-
-def _reconstruct(tokenizer: ImageTokenizer, pixels: numpy.ndarray, tiled: bool,
-                 device: str) -> tuple[Image.Image, float]:
-    """Return original and reconstruction side by side, and the PSNR in dB; pixels [H, W, 3]."""
-    original = torch.from_numpy(pixels)[None]  # [1, H, W, 3]
-    image = pixels_to_float(original).to(device)
-    if tiled:
-        decoded = decode_tiled(tokenizer, encode_tiled(tokenizer, image))
-    else:
-        decoded = tokenizer.decode(tokenizer.encode(image))
-    rebuilt = float_to_pixels(decoded).cpu()
-
-    # of uint8 pixels, as they are saved: peak 255
-    error = float((original.double() - rebuilt.double()).square().mean())
-    psnr = MAX_PSNR
-    if error > 0:
-        psnr = min(MAX_PSNR, float(10 * numpy.log10(255.0**2 / error)))
-    pair = pixels_to_images(torch.cat([original, rebuilt]))
-    return image_grid(pair, columns=2), psnr

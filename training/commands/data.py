@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenloom_common.errors import DataError, OneLineParser, UserError
 from tokenloom_common.files import write_json_atomic
+from tokenloom_common.outputs import check_output_file
 
 EXAMPLES = """examples:
   tokenloom data emoji --out data/emoji --size 64
@@ -46,7 +47,7 @@ def _parser() -> OneLineParser:
 def _add_emoji(commands: Any) -> None:
     parser = _command(commands, "emoji", _emoji,
                       "real emoji pictures in several drawing styles, with captions")
-    parser.add_argument("--out", type=Path, required=True,
+    parser.add_argument("--out", type=_folder, required=True,
                         help="folder to build (new, empty, or an earlier build)")
     parser.add_argument("--size", type=int, default=64, help="pixels on a side (default 64)")
     parser.add_argument("--styles", nargs="+", metavar="STYLE", help="drawing styles, with commas "
@@ -65,7 +66,7 @@ def _add_emoji(commands: Any) -> None:
 def _add_shapes(commands: Any) -> None:
     parser = _command(commands, "shapes", _shapes,
                       "synthetic scenes whose captions are exactly true")
-    parser.add_argument("--out", type=Path, required=True,
+    parser.add_argument("--out", type=_folder, required=True,
                         help="folder to build (new, empty, or an earlier build)")
     parser.add_argument("--size", type=int, default=32, help="pixels on a side (default 32)")
     parser.add_argument("--num_scenes", "--num-scenes", type=int, default=2000, metavar="N",
@@ -86,8 +87,14 @@ def _add_check(commands: Any) -> None:
     parser.add_argument("--image_column", "--image-column", help="default: image")
     parser.add_argument("--streaming", action="store_true", help="read parquet and tar shards "
                         "where they lie, without a copy in the cache of `datasets`")
-    parser.add_argument("--json", type=Path, metavar="FILE",
+    parser.add_argument("--json", metavar="FILE",
                         help="also write the whole report there")
+
+
+def _folder(text: str) -> Path:
+    if not text:  # Path("") would be the working directory
+        raise argparse.ArgumentTypeError("is empty; give a folder")
+    return Path(text)
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> OneLineParser:
@@ -139,14 +146,13 @@ def _counts(count_of: dict[str, int]) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    # before the imports, which take seconds, and the check, which may take minutes
+    out = arguments.json
+    if out is not None:
+        _check_report_place(out)
     from training.data.check import format_report
     from training.data.tokens.check import format_token_report
 
-    out = arguments.json
-    # before the check, which may take minutes
-    if out and out.exists() and not _is_report(out):
-        raise UserError(f"--json {out}: exists and is not a report of this command; give another "
-                        "file")
     try:
         report = _checked(arguments)
     except DataError as error:  # nothing usable is this command's finding, not its failure to work
@@ -155,7 +161,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     print(format_token_report(report) if "damaged" in report else format_report(report))
     if out:
-        write_json_atomic(out, report)
+        write_json_atomic(Path(out), report)
     return 0 if report["usable"] and not report.get("damaged") else 1
 
 
@@ -174,6 +180,14 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{arguments.path}: token shards, whose columns have fixed names; leave "
                         "--caption-column, --image-column and --streaming out")
     return check_tokens(arguments.path, arguments.split)
+
+
+def _check_report_place(out: str) -> None:
+    """Raise UserError if --json cannot be written, or is a file that is no earlier report."""
+    path = check_output_file("--json", out)
+    if path.exists() and not _is_report(path):
+        raise UserError(f"--json {path}: exists and is not a report of this command; give another "
+                        "file")
 
 
 def _is_report(path: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from inference.commands.options import add_sampling_options
 from tokenloom_common.errors import OneLineParser, UserError, nearest_name
 from training.evaluation.options import (
     COMPOSITION_CHOICES,
@@ -18,6 +19,7 @@ from training.evaluation.options import (
     GeneratorEvaluationOptions,
     TokenizerEvaluationOptions,
 )
+from training.evaluation.report_place import check_generator_place, check_tokenizer_place
 
 EXAMPLES = """examples:
   tokenloom evaluate tokenizer --model demo/model --data data/emoji --split unseen_concept \\
@@ -45,7 +47,6 @@ GENERATOR_EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns 0. Raises UserError and its kin."""
-    # not argparse's subparsers: building the generator's parser imports torch, and takes seconds
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         _parser().parse_args([])  # exits: an argument is missing
@@ -94,8 +95,6 @@ def _tokenizer_parser() -> OneLineParser:
 
 
 def _generator_parser() -> OneLineParser:
-    from inference.commands.options import add_sampling_options  # not above: it takes seconds
-
     parser = OneLineParser(prog=f"tokenloom {GENERATOR_COMMAND}", epilog=GENERATOR_EXAMPLES,
                            description="Sample a text-to-image model on the captions of a split, "
                            "and measure the pictures.", allow_abbrev=False,
@@ -154,6 +153,7 @@ def evaluate_tokenizer_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom evaluate tokenizer`: write a folder, print the headline numbers."""
     args = _tokenizer_parser().parse_args(argv)
     options = TokenizerEvaluationOptions(**_fields(TokenizerEvaluationOptions, args))
+    check_tokenizer_place(args.out, options.save_reference)
     # after the options are known to be right: this import takes seconds
     from training.evaluation.tokenizer_report import evaluate_tokenizer
 
@@ -168,6 +168,7 @@ def evaluate_generator_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom evaluate generator`: write a folder, print the headline numbers."""
     args = _generator_parser().parse_args(argv)
     options = GeneratorEvaluationOptions(**_fields(GeneratorEvaluationOptions, args))
+    check_generator_place(args.out)
     # after the options are known to be right: these imports take seconds
     from training.evaluation.generator_report import evaluate_generator
     from training.evaluation.headline import headline

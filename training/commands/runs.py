@@ -1,4 +1,4 @@
-"""The commands `runs` (a table of run folders) and `report` (one page about a run)."""
+"""The command `runs`: a table of run folders."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenloom_common.errors import OneLineParser, UserError
-from tokenloom_common.files import write_text_atomic
-from training.runs.facts import RunFacts, find_runs, read_run
-from training.runs.page import duration, gibibytes, page, percent, whole
+from tokenloom_common.errors import OneLineParser
+from training.runs.facts import RunFacts, find_runs
+from training.runs.page import duration, gibibytes, percent, whole
 
 # also the keys of a line in --json
 COLUMNS = ("run", "kind", "status", "steps", "loss", "held-out", "best", "samples/s", "tokens/s",
@@ -110,25 +109,3 @@ def _shown(name: str, line: dict[str, Any]) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def report(argv: Sequence[str] | None = None) -> int:
-    """`tokenloom report RUN`: one self-contained HTML page."""
-    parser = OneLineParser(prog="tokenloom report",
-                           description="Write one self-contained HTML page about a run.",
-                           epilog="examples:\n  tokenloom report runs/seq2seq\n"
-                                  "  tokenloom report runs/seq2seq --out seq2seq.html",
-                           formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
-    args = parser.parse_args(argv)
-
-    run = read_run(args.run)
-    out = args.out or args.run / "report.html"
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file, such as {out / 'report.html'}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: {out.parent} is no folder; make it first")
-    write_text_atomic(out, page(run))
-    print(out)
-    return 0

@@ -40,19 +40,21 @@ from training.evaluation.plots import plot_lines
 from training.evaluation.questions import Question, choose_questions
 from training.evaluation.real_images import RealImages, measure_real_images
 from training.evaluation.report_files import (
-    REPORT_NAME,
-    check_out,
     default_split,
     package_versions,
     reproducible_cudnn,
+)
+from training.evaluation.report_place import (
+    CURVE_NAME,
+    GENERATOR_FILES,
+    GENERATOR_SHEET,
+    REPORT_NAME,
+    check_generator_place,
 )
 from training.evaluation.scorers import Scorers, load_scorers
 from training.evaluation.sheets import labelled_grid
 
 SCHEMA_VERSION = 1
-SHEET_NAME = "contact_sheet.png"
-CURVE_NAME = "guidance.png"
-OWN_FILES = (REPORT_NAME, SHEET_NAME, CURVE_NAME)
 DEFAULT_CAPTIONS = 500
 DEFAULT_DIVERSITY_CAPTIONS = 16
 DEFAULT_DIVERSITY_IMAGES = 4  # of each of these captions
@@ -85,7 +87,7 @@ def evaluate_generator(model: str | Path, data: str | Path,
     target = EvaluationTarget(str(model), str(data), split, device, out_name)
     chosen_device = choose_device(device)
     if out is not None:
-        check_out(out, OWN_FILES, GENERATOR_COMMAND)
+        check_generator_place(out)
     choose({**EXTRACTORS, "none": None}, options.features, "feature extractor")
 
     pipeline = TextToImage.from_pretrained(target.model, chosen_device,
@@ -267,9 +269,9 @@ def _hashes(folder_or_hub_id: str | Path) -> dict[str, str]:
 
 
 def _write(out: Path, report: dict[str, Any], real: RealImages, runs: list[SamplingRun]) -> None:
-    with atomic_folder(out.resolve(), OWN_FILES) as folder:
+    with atomic_folder(out.resolve(), GENERATOR_FILES) as folder:
         write_json_atomic(folder / REPORT_NAME, report)
-        _sheet(real, runs).save(folder / SHEET_NAME, format="PNG")
+        _sheet(real, runs).save(folder / GENERATOR_SHEET, format="PNG")
         if len(runs) > 1:
             scales = [run.params.guidance_scale for run in runs]
             panels = curve_panels([run.metrics for run in runs])

@@ -15,7 +15,7 @@ from tokenizer_image import LPIPS, ImageTokenizer
 from tokenizer_image.fingerprint import code_fingerprint
 from tokenizer_image.perceptual import NETWORKS
 from tokenloom_common.devices import choose_device
-from tokenloom_common.errors import UserError, choose
+from tokenloom_common.errors import choose
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from training.data.sources.captioned_images import CaptionedImages
 from training.data.sources.open_dataset import open_dataset
@@ -39,19 +39,20 @@ from training.evaluation.reconstruction import (
     reconstructed_batches,
 )
 from training.evaluation.report_files import (
-    REPORT_NAME,
-    check_out,
-    check_writable,
     default_split,
     package_versions,
     reproducible_cudnn,
     with_units,
 )
+from training.evaluation.report_place import (
+    REPORT_NAME,
+    TOKENIZER_FILES,
+    TOKENIZER_SHEET,
+    check_tokenizer_place,
+)
 from training.evaluation.sheets import side_by_side
 
 SCHEMA_VERSION = 1
-SHEET_NAME = "side_by_side.png"
-OWN_FILES = (REPORT_NAME, SHEET_NAME)
 SHOWN_IMAGES = 10
 
 
@@ -101,27 +102,17 @@ def evaluate_tokenizer(model: str | Path, data: str | Path,
     if options.save_reference is not None and metrics.frechet and metrics.frechet.measured:
         save_reference(Path(options.save_reference), metrics.frechet.measured)
     if out is not None and sheet is not None:
-        with atomic_folder(Path(out).resolve(), OWN_FILES) as folder:
+        with atomic_folder(Path(out).resolve(), TOKENIZER_FILES) as folder:
             write_json_atomic(folder / REPORT_NAME, report)
-            sheet.save(folder / SHEET_NAME, format="PNG")
+            sheet.save(folder / TOKENIZER_SHEET, format="PNG")
     return report
 
 
 def _check_files(options: TokenizerEvaluationOptions, out: str | Path | None) -> None:
     """Raise UserError if a file to write would replace something that is not ours."""
-    if out is not None:
-        check_out(out, OWN_FILES, TOKENIZER_COMMAND)
-    if options.save_reference is None:
-        return
-    path = Path(options.save_reference)
-    if path.suffix != ".npz":
-        raise UserError(f"--save-reference {path}: give a name that ends in .npz")
-    if out is not None and Path(out).resolve() in path.resolve().parents:
-        raise UserError(f"--save-reference {path}: lies in --out, which is replaced as a whole; "
-                        "give another folder")
-    check_writable("--save-reference", path)
-    if path.exists():
-        load_reference(path)  # an earlier reference may be replaced, and nothing else
+    check_tokenizer_place(out, options.save_reference)
+    if options.save_reference is not None and Path(options.save_reference).exists():
+        load_reference(Path(options.save_reference))  # an earlier one may be replaced, nothing else
 
 
 def _sheet(tokenizer: ImageTokenizer, source: CaptionedImages,

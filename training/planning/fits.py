@@ -20,9 +20,15 @@ from tokenloom_common.errors import UserError
 from training.config.matcher import MatcherRunConfig
 from training.config.run import RunConfig
 from training.engine.processes import Processes, processes_here
+from training.places import check_run_dir
 from training.planning.activations import Activations
 from training.planning.plan import Plan
-from training.planning.rank_memory import RankMemory, rank_memory, sharding_of
+from training.planning.rank_memory import (
+    RankMemory,
+    checkpoint_bytes,
+    rank_memory,
+    sharding_of,
+)
 
 MOST_GPUS = 4096  # where the search for a remedy ends
 
@@ -170,8 +176,12 @@ def least_memory(memory: RankMemory, activations: Activations) -> int:
 def refuse_what_cannot_fit(plan: Plan, group: Processes) -> None:
     """UserError, before anything is allocated, when this process's device cannot hold the run.
 
-    On a CPU all processes of a machine share its memory.
+    On a CPU all processes of a machine share its memory. UserError too for a disk without room for
+    a checkpoint and the export.
     """
+    checkpoint = checkpoint_bytes(plan, plan.config.deepspeed.zero_stage)
+    check_run_dir(plan.config.run_dir, need_bytes=checkpoint + plan.copy)
+
     available = available_memory(group.device)
     if available is None:  # the system does not say: let the run try
         return

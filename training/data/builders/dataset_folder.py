@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import UserError
 from tokenloom_common.files import write_json_atomic
+from tokenloom_common.outputs import check_output_folder
 from training.data.sources.hf_datasets import quiet_datasets
 
 BUILD_NAME = "build.json"
@@ -16,15 +18,23 @@ FORMAT_VERSION = 1  # raise it when a builder makes other rows of the same argum
 OWN_NAMES = {"data", "README.md", "ATTRIBUTION.md", BUILD_NAME}
 
 
-def previous_build(out: Path, builder: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+def previous_build(out: str | Path, builder: str, arguments: Mapping[str, Any],
+                   need_bytes: int = 0) -> dict[str, Any] | None:
     """Return the report of an earlier build with the same arguments; None if `out` may be written.
 
-    UserError if `out` is a file, or holds anything but an earlier build of the same builder.
+    need_bytes: room that a build takes at least. UserError if `out` cannot be written to, or holds
+    anything but an earlier build of the same builder.
     """
-    if not out.exists():
-        return None
-    if not out.is_dir():
-        raise UserError(f"{out}: is a file; give a folder")
+    folder = Path(out)
+    # an empty name is no folder, though Path("") is the working directory
+    is_folder = bool(str(out)) and os.path.isdir(folder)  # False, not an error, of a long name
+    earlier = _earlier_build(folder, builder, arguments) if is_folder else None
+    if earlier is None:  # one that is reused may be where nothing can be written
+        check_output_folder("--out", out, ("*",), need_bytes)
+    return earlier
+
+
+def _earlier_build(out: Path, builder: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     names = {item.name for item in out.iterdir()}
     if not names:
         return None
@@ -32,8 +42,8 @@ def previous_build(out: Path, builder: str, arguments: Mapping[str, Any]) -> dic
     record = _read_record(out)
     # never delete what a user may have put there
     if record is None or record.get("builder") != builder or not names <= OWN_NAMES:
-        raise UserError(f"{out}: not empty, and not an earlier build of `tokenloom data {builder}` "
-                        "alone; give a new folder or empty this one")
+        raise UserError(f"--out {out}: not empty, and not an earlier build of `tokenloom data "
+                        f"{builder}` alone; give a new folder or empty this one")
 
     # other arguments: None, so that the builder replaces what is there
     is_same = (record.get("format") == FORMAT_VERSION

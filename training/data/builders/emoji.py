@@ -56,11 +56,13 @@ log = logging.getLogger(__name__)
 SOURCES = ("auto", "npm", "pip")
 HELD_OUT = 0.05  # of the families, and again of the (emoji, style) pairs that are left
 MIN_SIZE, MAX_SIZE = 8, 512
+PICTURE_BYTES = 200  # picture and captions in a parquet file take at least so much
+LEAST_CONCEPTS = 1000  # of any style, if --num_concepts does not limit them
 
 ArtOfStyles = dict[str, dict[str, Art]]  # by style, then by emoji code
 
 
-def build_emoji(out: Path, size: int = 64, styles: Sequence[str] | None = None,
+def build_emoji(out: str | Path, size: int = 64, styles: Sequence[str] | None = None,
                 source: str = "auto", num_concepts: int | None = None,
                 include_tones: bool = False, seed: int = 0) -> dict[str, Any]:
     """Build the set at `out` and return the contents of build.json, and `reused`.
@@ -70,12 +72,13 @@ def build_emoji(out: Path, size: int = 64, styles: Sequence[str] | None = None,
     reused: True if the same set was there already.
     UserError for wrong arguments; RunFailedError if packages cannot be had.
     """
-    out = Path(out)
     arguments = _check_arguments(size, styles, source, num_concepts, include_tones, seed)
-    earlier = previous_build(out, "emoji", arguments)
+    least = PICTURE_BYTES * (num_concepts or LEAST_CONCEPTS)
+    earlier = previous_build(out, "emoji", arguments, least)
     if earlier is not None:
         log.info("%s: already built with these arguments", out)
         return {**earlier, "reused": True}
+    out = Path(out)
 
     # before the packages are fetched, which may take minutes
     for module in ("datasets", "resvg_py"):

@@ -43,23 +43,24 @@ log = logging.getLogger(__name__)
 MIN_SIZE, MAX_SIZE, MAX_OBJECTS = 16, 512, 4
 UNSEEN_SHARE = 0.1  # of the scenes
 UNSEEN_COMBINATIONS = 4  # of 42 pairs of colour and shape, at most the number of shapes
+SCENE_BYTES = 200  # picture and captions in a parquet file take at least so much
 ATTEMPTS = 100  # at a scene that no earlier one equals
 
 
-def build_shapes(out: Path, size: int = 32, num_scenes: int = 2000, seed: int = 0,
+def build_shapes(out: str | Path, size: int = 32, num_scenes: int = 2000, seed: int = 0,
                  max_objects: int = 2) -> dict[str, Any]:
     """Build the set at `out` and return the contents of build.json, and `reused`.
 
     reused: True if the same set was there already.
     UserError for arguments out of range, or if `out` holds something else.
     """
-    out = Path(out)
     _check_arguments(size, num_scenes, max_objects)
     arguments = {"size": size, "num_scenes": num_scenes, "seed": seed, "max_objects": max_objects}
-    earlier = previous_build(out, "shapes", arguments)
+    earlier = previous_build(out, "shapes", arguments, num_scenes * SCENE_BYTES)
     if earlier is not None:
         log.info("%s: already built with these arguments", out)
         return {**earlier, "reused": True}
+    out = Path(out)
     require_extra("datasets", "building a dataset of shapes")
 
     started = time.monotonic()

@@ -1,0 +1,104 @@
+"""Where each training script writes: checked before the script imports torch, and again, by the
+first process for all, before any work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tokenloom_common.config import read_mapping
+from tokenloom_common.errors import UserError, run_command
+from tokenloom_common.outputs import check_output_folder, given_value
+from training.config.loading import find_recipe
+from training.data.origin import OWN_FILES as ORIGIN_FILES
+from training.data.tokens.encoding_progress import RECORDS, SETTINGS_NAME
+from training.data.tokens.shards import INDEX_NAME, SUFFIX
+
+TOKEN_FILES = (INDEX_NAME, *ORIGIN_FILES, SETTINGS_NAME, RECORDS, f"*-?????-of-?????{SUFFIX}")
+"""Name patterns of a folder of token shards, which is replaced as a whole."""
+FEATURE_FILES = ("index.json", "captions.json", "features.npy", "offsets.npy")
+"""Names of a cache of text features."""
+DEMO_FILES = ("data", "tokenizer", "tokens", "seq2seq", "model", "phases", "samples.png",
+              "curves.png", "report.json", ".*")
+DEMO_BYTES = 20 << 20  # of the quick one
+
+
+def check_run_dir(run_dir: str | Path, need_bytes: int = 0) -> None:
+    """Raise UserError if a run cannot write there; files of others stay where they are."""
+    check_output_folder("--run_dir", run_dir, need_bytes=need_bytes)
+
+
+def check_token_folder(out: str | Path, need_bytes: int = 0) -> None:
+    """Raise UserError if token shards cannot be written there, or files of others would be lost."""
+    check_output_folder("--out", out, TOKEN_FILES, need_bytes)
+
+
+def check_demo_folder(out: str | Path) -> None:
+    """Raise UserError if the demo cannot write there, or it holds files of others."""
+    check_output_folder("--out", out, DEMO_FILES, DEMO_BYTES, replaced=False)
+
+
+def check_feature_cache(folder: str | None) -> None:
+    """Raise UserError if a cache that is not there yet cannot be written; None: no cache."""
+    if folder is None:
+        return
+    path = Path(folder)
+    is_there = path.is_dir() and any(path.iterdir())
+    if not is_there:
+        check_output_folder("--text.feature_cache", folder, FEATURE_FILES)
+
+
+SCRIPTS: dict[str, tuple[str, Callable[[str], None]]] = {
+    "train_tokenizer.py": ("run_dir", check_run_dir),
+    "train_seq2seq.py": ("run_dir", check_run_dir),
+    "train_matcher.py": ("run_dir", check_run_dir),
+    "encode_dataset.py": ("out", check_token_folder),
+    "demo": ("out", check_demo_folder),
+}
+"""Script -> the key of its config that names the place, and the check of that place."""
+
+
+def refuse_early(script: str) -> None:
+    """Check the place that the command line names; if it is no good, say so and end the process.
+
+    Wrong options are left to the script's own parser, which comes later.
+    """
+    key, check = SCRIPTS[script]
+
+    def run(argv: Sequence[str] | None) -> int:
+        place = _named_place(argv or (), key)
+        if place is None:
+            return 0
+        try:
+            check(place)
+        except UserError as error:
+            # the processes of a machine have the same place: the first one of them speaks
+            error.raised_everywhere = (  # type: ignore[attr-defined]
+                os.environ.get("LOCAL_RANK", "0") != "0")
+            raise
+        return 0
+
+    code = run_command(run, sys.argv[1:], script)
+    if code:
+        sys.exit(code)
+
+
+def _named_place(argv: Sequence[str], key: str) -> str | None:
+    """Return the value of --KEY, or of the key in the last --config that has it; None: not given.
+
+    None also for arguments that cannot be read.
+    """
+    given = given_value(argv, f"--{key}")
+    if given is not None:
+        return given
+    config = given_value(argv, "--config")
+    if config is None:
+        return None
+    try:
+        value = read_mapping(find_recipe(config)).get(key)
+    except (UserError, OSError):
+        return None
+    return value if isinstance(value, str) else None
