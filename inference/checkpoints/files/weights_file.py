@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inference.checkpoints.files.torch_file import checked, read_torch_file
-from tokenloom_common.errors import MissingFileError, UserError, one_line
+from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.file_contents import not_whole
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -71,9 +72,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())  # safe_open itself cannot be iterated
             return {name: file.get_tensor(name) for name in names}
-    except _SAFETENSORS_ERRORS as error:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)[:160]}); "
-                        "download it again") from None
+    except _SAFETENSORS_ERRORS:
+        raise not_whole(path, "safetensors file") from None
 
 
 def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
