@@ -118,7 +118,8 @@ def test_the_average_is_taken_and_the_option_takes_the_other(tmp_path, raw, aver
     lambda s: {"state_dict": s, "optimizer": {"exp_avg": s}, "g_optim": {"ema": s}},
     lambda s: {"ema": s, "steps": 3}, lambda s: {"online": below("ema_model.", s)}, lambda s: s,
     lambda s: {"model": s, "state_dict": s}, lambda s: {"model": s, "ema": dict(s)},
-    lambda s: {"state_dict": {**s, **below("loss.ema.", s), **below("model_ema.", {"diffusion_modelconv": torch.zeros(2)})}},
+    lambda s: {"state_dict": {**s, **below("loss.ema.", make_state(SHAPE, seed=3)),
+                              **below("model_ema.", {"diffusion_modelconv": torch.zeros(2)})}},
     lambda s: {"schema": {"a": torch.zeros(2)}, "weights": s}],
     ids=["optimizer", "average alone", "prefix alone", "bare", "one dict twice", "same tensors", "other networks", "schema"])
 def test_a_file_with_one_set_has_no_note(tmp_path, raw, payload):
