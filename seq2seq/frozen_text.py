@@ -23,7 +23,8 @@ from torch import Tensor
 from seq2seq.frozen_text_files import encoder_fingerprint, load_encoder
 from seq2seq.text_tokenizer import TextBatch
 from tokenloom_common.config import StrictConfig
-from tokenloom_common.errors import MissingFileError, UserError, one_line
+from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.file_contents import not_whole
 from tokenloom_common.hub import is_hub_id
 from tokenloom_common.pretrained import SavedAsConfig, read_config
 
@@ -245,9 +246,8 @@ def read_null_features(folder: Path, config: FrozenTextConfig) -> Tensor:
         raise MissingFileError(f"{path}: missing; copy the model folder again")
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); copy it "
-                        "again") from None
+    except (SafetensorError, OSError, ValueError):
+        raise not_whole(path, "safetensors file", "copy it again") from None
 
     wanted = (config.text_length, config.feature_width)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

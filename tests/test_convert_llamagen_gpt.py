@@ -12,6 +12,7 @@ from torch import Tensor
 from inference import SamplingParams, TextToImage
 from inference.checkpoints import ConvertOptions, convert
 from inference.checkpoints.converted import ConvertedModel
+from inference.checkpoints.files.weight_choice import ChosenWeights
 from inference.checkpoints.rules import ConvertedPart, multiplier
 from inference.checkpoints.writing import write_converted
 from inference.decoder.cached_decoder import CachedDecoder
@@ -229,7 +230,7 @@ def test_published_sizes_are_known_by_their_shapes(tmp_path, monkeypatch, name, 
     layers, heads, width, inner, of_classes, of_text = PUBLISHED[name]
     sizes = Sizes(width, heads, heads, layers, inner, 16_384, 16, 1001, features)
     weights = {key: torch.empty(shape, device="meta") for key, shape in shapes(sizes).items()}
-    monkeypatch.setattr("inference.checkpoints.formats.llamagen_gpt.read_weights", lambda *_: weights)
+    monkeypatch.setattr("inference.checkpoints.formats.llamagen_gpt.read_weights", lambda *_: ChosenWeights(weights))
     (tmp_path / "x.pt").touch()
     part = convert("llamagen-gpt", tmp_path / "x.pt", ConvertOptions(resolution=256))
     preset = {key: value for key, value in PRESETS[f"llamagen-{name}"].items() if key != "kind"}

@@ -116,9 +116,9 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, folder):
         ({"decoder.pt": ""}, {}, "decoder.pt: missing"),
         ({"detoker.pt": ""}, {}, "detoker.pt: missing"),
         ({"encoder.pt": "encoder_mini.pt"}, {"encoder.pt": {}}, "holds both sizes"),
-        ({}, {"encoder.pt": {"x": torch.ones(2)}}, "lacks encoder.embed_tokens.weight"),
+        ({}, {"encoder.pt": {"x": torch.ones(2)}}, "no tensor is called embed_tokens.weight"),
         ({}, {"decoder.pt": {"embed_tokens.weight": torch.ones(2)}}, "expected a matrix"),
-        ({}, {"detoker.pt": {"x": torch.ones(2)}}, "no levels")]
+        ({}, {"detoker.pt": {"x": torch.ones(2)}}, "no tensor is called decoder.conv_in.weight")]
     for number, (moved, changed, words) in enumerate(cases):
         place = arrange(folder, tmp_path / str(number), {ours: theirs for ours, theirs in {**whole, **moved}.items()
                                                          if theirs and ours not in changed})
@@ -136,6 +136,21 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, folder):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match="names no attention_head_count"):
         convert("min-dalle", folder, ConvertOptions(tmp_path / "x.json"))
+
+
+def test_an_average_is_taken_of_all_files_or_of_none(tmp_path, folder, states):
+    place = arrange(folder, tmp_path / "m", {name: name for name in ("vocab.json", "merges.txt", "detoker.pt")})
+    for side, state in states.items():
+        average = {name: tensor * 2 for name, tensor in state.items()}
+        torch.save({"model": state, "ema": average}, place / f"{side}.pt")
+    found: Any = convert("min-dalle", place, ConvertOptions(folder / "heads.json"))
+    for side in ("encoder", "decoder"):
+        expected = states[side]["embed_tokens.weight"] * 2
+        assert torch.equal(found.seq2seq.weights[f"{side}.embed_tokens.weight"], expected)
+    assert [note.split(":")[0] for note in found.notes[:2]] == ["encoder.pt", "decoder.pt"]
+    torch.save(states["decoder"], place / "decoder.pt")
+    with pytest.raises(UserError, match=r"one of encoder\.pt and decoder\.pt holds an average and the other does not"):
+        convert("min-dalle", place, ConvertOptions(folder / "heads.json"))
 
 
 @pytest.mark.parametrize(("side", "name", "change", "words"), [

@@ -54,7 +54,7 @@ def test_the_command_says_it_in_one_line_and_writes_nothing(tmp_path, state, cap
     torch.save({"model": state}, tmp_path / "vq.pt")
     for argv, words in (
             (["other.pt", "out"], "is no checkpoint whose kind can be told"), (["hostile.pt", "out"], "refused"),
-            (["llamagen-vq", "other.pt", "out"], "no levels numbered from 0"),
+            (["llamagen-vq", "other.pt", "out"], "no tensor is called encoder.conv_in.weight"),
             (["taming", "other.pt", "out"], "no tensor is called"),
             (["nope.pt", "out"], "no such file or folder"), (["lamagen-vq", "vq.pt", "out"], "did you mean 'llamagen-vq'"),
             (["vq.pt", "taken"], "holds other files (diary.txt)"), (["vq.pt"], "give [KIND] SRC OUT"),

@@ -22,6 +22,8 @@ from torch import Tensor
 from inference.checkpoints import ConvertOptions, convert, from_checkpoint
 from inference.checkpoints.files.torch_file import HARMLESS
 from inference.checkpoints.files.weights_file import read_weights
+from inference.checkpoints.formats.llamagen_vq import LAYOUT
+from inference.checkpoints.formats.vqgan_names import LANDMARK
 from tests.hostile_files import Runs
 from tests.vqgan_references import Shape, make_state
 from tokenloom_common.errors import MissingFileError, UserError
@@ -58,7 +60,7 @@ def test_a_bare_pickle_runs_nothing_either(tmp_path):
     mark = tmp_path / "mark"
     (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(Runs(os.system, f"touch {mark}")))
     with pytest.raises(UserError, match=r"bare\.ckpt"):
-        read_weights(tmp_path / "bare.ckpt")
+        read_weights(tmp_path / "bare.ckpt", LAYOUT)
     assert not mark.exists()
 
 
@@ -67,8 +69,7 @@ def test_a_stand_in_is_no_way_to_code(tmp_path, state):
     path = tmp_path / "args.pt"
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-4, nested=argparse.Namespace(name="x")),
                 "seen": collections.defaultdict(list, {"a": [1]}), "where": Path("/etc/passwd")}, path)
-    payload = read_weights(path)
-    assert payload.keys() == state.keys()
+    assert read_weights(path, LAYOUT).tensors.keys() == state.keys()
 
 
 def test_harmless_classes_are_no_functions():
@@ -87,7 +88,7 @@ def test_an_index_that_leaves_its_folder_is_refused(tmp_path, file):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"encoder.conv_in.weight": file}}))
     with pytest.raises(UserError, match="outside its folder"):
-        read_weights(index)
+        read_weights(index, LAYOUT)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": 3}', "\x00", "{}", '{"weight_map": ["a"]}', "[" * 100_000])
@@ -95,7 +96,7 @@ def test_a_damaged_index_is_one_line(tmp_path, text):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
     with pytest.raises(UserError, match="index") as error:
-        read_weights(index)
+        read_weights(index, LAYOUT)
     assert "\n" not in str(error.value)
 
 
@@ -105,22 +106,22 @@ def test_a_shard_that_lacks_a_tensor_or_is_not_there(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}))
     with pytest.raises(MissingFileError, match=r"one\.safetensors"):
-        read_weights(index)
+        read_weights(index, LAYOUT)
     save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
     with pytest.raises(UserError, match="lacks 1 tensors that the index places in it \\(b\\)"):
-        read_weights(index)
+        read_weights(index, LAYOUT)
 
 
 def test_archives_of_other_kinds_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("../../outside.txt", "x")
     with pytest.raises(UserError, match=r"without torch's data\.pkl"):
-        read_weights(tmp_path / "a.pt")
+        read_weights(tmp_path / "a.pt", LAYOUT)
     assert not (tmp_path.parent.parent / "outside.txt").exists()
     for name, words in (("a.zip", "not a weights file"), ("no.pt", "no such file")):
         (tmp_path / "a.zip").write_bytes(b"PK")
         with pytest.raises(UserError, match=words):
-            read_weights(tmp_path / name)
+            read_weights(tmp_path / name, LAYOUT)
 
 
 def test_an_archive_that_claims_to_span_disks_is_one_line(tmp_path, state):
@@ -130,7 +131,7 @@ def test_an_archive_that_claims_to_span_disks_is_one_line(tmp_path, state):
     end = data.rindex(b"PK\5\6")
     (tmp_path / "vq.pt").write_bytes(data[:end] + struct.pack("<4sLQL", b"PK\6\7", 0, 0, 2) + data[end:])
     with pytest.raises(UserError, match="not a whole torch checkpoint"):
-        read_weights(tmp_path / "vq.pt")
+        read_weights(tmp_path / "vq.pt", LAYOUT)
 
 
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, state):
@@ -141,7 +142,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, state):
         for entry in plain.infolist():
             packed.writestr(entry.filename, plain.read(entry))
     with pytest.raises(UserError, match="not as torch writes it"):
-        read_weights(tmp_path / "bomb.pt")
+        read_weights(tmp_path / "bomb.pt", LAYOUT)
 
 
 # ---- sizes
@@ -175,7 +176,7 @@ def test_a_header_that_lies_is_one_line(tmp_path, state, change):
 def test_a_header_of_another_length_is_one_line(tmp_path, length):
     (tmp_path / "vq.safetensors").write_bytes(struct.pack("<Q", length) + b"{}" * 50)
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        read_weights(tmp_path / "vq.safetensors")
+        read_weights(tmp_path / "vq.safetensors", LAYOUT)
 
 
 def test_a_tensor_that_claims_more_than_its_file_is_refused(tmp_path, state):
@@ -187,9 +188,9 @@ def test_a_tensor_that_claims_more_than_its_file_is_refused(tmp_path, state):
 
 
 def test_only_dense_tensors_are_read(tmp_path):
-    torch.save({"a": torch.zeros(1), "b": torch.zeros(2, 2).to_sparse()}, tmp_path / "odd.pt")
-    with pytest.raises(UserError, match="b"):
-        read_weights(tmp_path / "odd.pt")
+    torch.save({LANDMARK: torch.zeros(1), "b": torch.zeros(2, 2).to_sparse()}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="tensor b is"):
+        read_weights(tmp_path / "odd.pt", LAYOUT)
 
 
 # ---- mutations

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenloom_common.errors import MissingFileError, UserError, one_line
+from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.file_contents import not_whole
 from tokenloom_common.tensor_writer import ALIGNMENT, INDEX_NAME
 
 WEIGHTS_NAME = "model.safetensors"
@@ -79,9 +80,8 @@ def _tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
                 tensor = file.get_tensor(name)
                 aligned = tensor.data_ptr() % ALIGNMENT == 0  # kernels round differently if not
                 yield name, tensor if aligned else tensor.clone()
-    except _DAMAGE as error:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)[:200]}); copy or "
-                        "download it again") from None
+    except _DAMAGE:
+        raise not_whole(path, "safetensors file", "copy or download it again") from None
 
 
 def _shards(folder: Path) -> dict[str, set[str]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 
 from inference.checkpoints.converted import ConvertedModel
@@ -12,6 +13,7 @@ from inference.conversions import CHECKPOINT_KINDS
 from tokenloom_common.errors import MissingFileError, choose
 from tokenloom_common.pretrained import PretrainedModule
 
+log = logging.getLogger(__name__)
 
 def convert(kind: str | None, source: str | Path, options: ConvertOptions | None = None
             ) -> ConvertedPart | ConvertedModel:
@@ -45,18 +47,23 @@ def convert(kind: str | None, source: str | Path, options: ConvertOptions | None
 def from_checkpoint(kind: str | None, source: str | Path, config: str | Path | None = None, *,
                     resolution: int | None = None, image_tokenizer: str | Path | None = None,
                     text_encoder: str | None = None, classes: str | Path | None = None,
-                    like_transformers: bool = False) -> PretrainedModule | object:
+                    weight_set: str | None = None, like_transformers: bool = False
+                    ) -> PretrainedModule | object:
     """Load a published checkpoint: an image tokenizer, a transformer, or a whole TextToImage.
 
     kind: a name in `inference.checkpoints.CHECKPOINT_KINDS`; None finds it from the source. The
     rest: see ConvertOptions. UserError in one line for a file of another kind, missing, unexpected
-    or mis-shaped tensors, a file that asks for code.
+    or mis-shaped tensors, a file that asks for code. What was assumed, and which of several sets of
+    weights was taken, is logged as warnings.
     """
     options = ConvertOptions(
         config=_optional_path(config), resolution=resolution,
         image_tokenizer=_optional_path(image_tokenizer), text_encoder=text_encoder,
-        classes=_optional_path(classes), like_transformers=like_transformers)
-    return convert(kind, source, options).load()
+        classes=_optional_path(classes), weight_set=weight_set, like_transformers=like_transformers)
+    converted = convert(kind, source, options)
+    for note in converted.notes:
+        log.warning("%s: %s", source, note)
+    return converted.load()
 
 
 def _optional_path(value: str | Path | None) -> Path | None:

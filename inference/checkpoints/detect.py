@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from inference.checkpoints.files.msgpack_file import read_msgpack
-from inference.checkpoints.files.weights_file import SUFFIXES, find_weights, read_weights
+from inference.checkpoints.files.weights_file import SUFFIXES, find_weights, tensor_names
 from inference.checkpoints.formats.min_dalle import SIZES
 from inference.checkpoints.formats.vqgan_jax import FLAX_WEIGHTS_NAME
 from inference.conversions import is_ours
@@ -15,7 +15,6 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
 
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "last", "consolidated")
-_CONTAINERS = ("ema", "state_dict", "model", "module")  # those of all kinds together
 
 
 def detect(source: Path) -> str:
@@ -54,7 +53,7 @@ def _kinds_of_folder(folder: Path) -> set[str]:
         return set()
     if len(weights) == 1:
         return _kinds_of_file(weights[0])
-    return _kinds_by_tensors(read_weights(find_weights(folder, _STEMS, "a checkpoint")))
+    return _kinds_by_tensors(tensor_names(find_weights(folder, _STEMS, "a checkpoint")))
 
 
 def _kinds_by_configs(folder: Path) -> set[str]:
@@ -89,7 +88,7 @@ def _kinds_of_flax(path: Path) -> set[str]:
 def _kinds_of_file(path: Path) -> set[str]:
     if path.suffix == ".msgpack":
         return _kinds_of_flax(path)
-    return _kinds_by_tensors(read_weights(path, _CONTAINERS))
+    return _kinds_by_tensors(tensor_names(path))
 
 
 def _kinds_by_tensors(names: Iterable[str]) -> set[str]:

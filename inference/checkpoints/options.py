@@ -25,6 +25,9 @@ class ConvertOptions:
     """Folder or hub id of the frozen text encoder that a transformer reads."""
     classes: Path | None = None
     """File with the names of a transformer's classes, one per line."""
+    weight_set: str | None = None
+    """Of a file with several sets of weights: `ema` for the average, `raw` for the weights of the
+    last step, or a set's own name in the file. None: what the project's own sampler takes."""
     like_transformers: bool = False
     """janus-vq: search codes as transformers' code does, not as the model was trained."""
 

@@ -25,7 +25,8 @@ _CONVERT_EXAMPLES = """examples:
   tokenloom convert taming last.ckpt vqgan --config model.yaml
   tokenloom convert vq_ds16_c2i.pt vq16
   tokenloom convert llamagen-gpt c2i_B_256.pt c2i --image-tokenizer vq16
-  tokenloom convert min-dalle pretrained/ dalle-mini"""
+  tokenloom convert min-dalle pretrained/ dalle-mini
+  tokenloom convert taming last.ckpt vqgan --weight-set raw"""
 _EXPORT_EXAMPLES = """examples:
   tokenloom export taming runs/tokenizer/model vqgan.ckpt
   tokenloom export diffusers-vq demo/model vqvae
@@ -47,7 +48,7 @@ def convert_command(argv: Sequence[str] | None = None) -> int:
     options = ConvertOptions(
         config=args.config, resolution=args.resolution, image_tokenizer=args.image_tokenizer,
         text_encoder=args.text_encoder, classes=args.classes,
-        like_transformers=args.like_transformers)
+        weight_set=args.weight_set, like_transformers=args.like_transformers)
 
     converted = convert(kind, source, options)
     name, parameters = write_converted(converted, source, out, args.license)
@@ -92,6 +93,9 @@ def _convert_parser() -> argparse.ArgumentParser:
              "of text: FLAN-T5 XL)")
     add("--classes", type=Path, metavar="FILE",
         help="class names, one per line in the order of their numbers (default: the numbers)")
+    add("--weight-set", metavar="SET",
+        help="of a file with several sets of weights: ema (the average), raw, or a set's name as "
+             "the note gives it (default: what the project's own sampler takes)")
     add("--like-transformers", action="store_true",
         help="janus-vq: search codes as transformers does (raw lengths), not "
              "as the model was trained")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenloom_common.errors import UserError, one_line
+from tokenloom_common.errors import UserError
+from tokenloom_common.file_contents import not_whole
 
+WHAT = "torch checkpoint"
 MAX_PICKLE_BYTES = 256 << 20  # the pickle beside the tensors' own bytes: names, shapes, settings
 _ZIP_ERRORS = (zipfile.BadZipFile, OSError, ValueError)  # zipfile trusts offsets in the file
 
@@ -77,10 +80,11 @@ def read_torch_file(path: Path) -> Any:
     stand_ins: list[Any] = [(StandIn, name) for name in HARMLESS]
     stand_ins += [(replacement, name) for name, replacement in MAPPINGS.items()]
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             if is_zip:  # torch lists the classes of zip files only; else the unpickler refuses them
                 _refuse_classes(path)
             # torch wrote no zip before 1.6, and the older format cannot be mapped
+            warnings.simplefilter("ignore")  # torch's, on pickles of others
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
         raise
@@ -88,17 +92,17 @@ def read_torch_file(path: Path) -> Any:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named:
             raise _refused(path, named[1]) from None
-        raise _damaged(path, error) from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise _damaged(path, error) from None
+        raise not_whole(path, WHAT) from None
+    except Exception:  # a damaged pickle can raise anything
+        raise not_whole(path, WHAT) from None
 
 
 def _is_zip(path: Path) -> bool:
     """Whether it is a zip file, as torch writes since 1.6. UserError for a damaged one."""
     try:
         return zipfile.is_zipfile(path)
-    except _ZIP_ERRORS as error:
-        raise _damaged(path, error) from None
+    except _ZIP_ERRORS:
+        raise not_whole(path, WHAT) from None
 
 
 def _refuse_other_archives(path: Path) -> None:
@@ -106,13 +110,17 @@ def _refuse_other_archives(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (*_ZIP_ERRORS, NotImplementedError) as error:
-        raise _damaged(path, error) from None
+    except (*_ZIP_ERRORS, NotImplementedError):
+        raise not_whole(path, WHAT) from None
 
     pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise UserError(f"{path}: an archive without torch's data.pkl; unpack it first and give "
                         "the checkpoint inside")
+    # written by torch.jit.save: its code folder is a program
+    if any("/code/" in entry.filename for entry in entries):
+        raise UserError(f"{path}: a TorchScript program, not weights; save the state_dict() of the "
+                        "module that it holds with torch.save")
     # compressed entries cannot be mapped, and may unpack to far more than the file's size
     is_compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if is_compressed or pickles[0].file_size > MAX_PICKLE_BYTES:
@@ -133,11 +141,6 @@ def _refused(path: Path, *names: str) -> UserError:
     return UserError(f"{path}: refused: beside tensors it asks for {', '.join(names[:3])}{more}, "
                      "which could run code; nothing of it was run. If you trust its source, load "
                      "it there and save its tensors alone")
-
-
-def _damaged(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: not a whole torch checkpoint ({one_line(error)[:160]}); "
-                     "download it again")
 
 
 def checked(name: str, value: Tensor, path: Path) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,53 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inference.checkpoints.files.torch_file import checked, read_torch_file
-from tokenloom_common.errors import MissingFileError, UserError, one_line
+from inference.checkpoints.files.weight_choice import ChosenWeights, choose_set
+from inference.checkpoints.files.weight_sets import (
+    WeightsLayout,
+    containers_of,
+    plain_name,
+)
+from tokenloom_common.errors import MissingFileError, UserError
+from tokenloom_common.file_contents import not_whole
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-CONTAINERS = ("state_dict", "model", "module")
-"""Keys of the weights in a torch file, in search order: Lightning, plain scripts, DeepSpeed."""
 MAX_INDEX_BYTES = 64 << 20  # about half a million tensors
 # safetensors first: it is mapped as it is, and cannot ask for code
 _ENDINGS = (".safetensors", ".safetensors.index.json", *TORCH_SUFFIXES, ".bin.index.json")
-# FSDP, torch.compile, activation checkpointing
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 _SAFETENSORS_ERRORS = (SafetensorError, OSError, ValueError, RuntimeError, AttributeError,
                        OverflowError, TypeError)
 
 
-def read_weights(path: Path, containers: Sequence[str] = CONTAINERS) -> dict[str, Tensor]:
-    """All tensors of a weights file, or of the shards that an index.json names.
+def read_weights(path: Path, layout: WeightsLayout, wanted: str | None = None) -> ChosenWeights:
+    """One set of weights of a file, or of the shards that an index.json names.
 
-    containers: keys under which a torch file may keep its weights. Names lose the parts that
-    wrappers (FSDP, torch.compile, DDP) add. UserError in one line for any other file.
+    wanted: --weight-set; None for the set that the project's own sampler takes. Names lose the
+    prefix of the set, and the parts that wrappers (FSDP, torch.compile, DDP) add. UserError in one
+    line for any other file, for another kind of model, and for a file without the wanted set.
     """
-    if path.name.endswith(".index.json"):
-        return _unwrapped(_read_shards(path, containers), path)
-    return _unwrapped(_read_file(path, containers), path)
+    payload = _read(path)
+    chosen = choose_set(payload, layout, wanted, path)
+    if chosen is None:
+        raise _not_of_this_kind(payload, layout, path)
+    dense = {name: checked(name, tensor, path) for name, tensor in chosen.tensors.items()}
+    return replace(chosen, tensors=dense)
+
+
+def _not_of_this_kind(payload: Mapping, layout: WeightsLayout, path: Path) -> UserError:
+    names = sorted(name for container in containers_of(payload) for name in container.tensors)
+    if not names:
+        keys = ", ".join(str(key)[:40] for key in list(payload)[:5])
+        return UserError(f"{path}: holds no tensors by name (found {keys or 'nothing'})")
+    some = ", ".join(" ".join(name.split())[:80] for name in names[:3])
+    return UserError(f"{path}: no tensor is called {' or '.join(layout.landmarks)}, so it is "
+                     f"another kind of checkpoint (it has {some}, ...)")
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of all tensors in all containers of a file, without what wrappers add."""
+    return [plain_name(name) for container in containers_of(_read(path))
+            for name in container.tensors]
 
 
 def find_weights(folder: Path, stems: Sequence[str], what: str) -> Path:
@@ -55,13 +79,22 @@ def find_weights(folder: Path, stems: Sequence[str], what: str) -> Path:
                            "with .safetensors, .bin, .pt)")
 
 
-def _read_file(path: Path, containers: Sequence[str]) -> dict[str, Tensor]:
+def _read(path: Path) -> Mapping[Any, Any]:
+    """The content of a file, or every tensor of the shards that an index names."""
+    return _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
+
+
+def _read_file(path: Path) -> Mapping[Any, Any]:
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _tensors_in(read_torch_file(path), containers, path)
+        payload = read_torch_file(path)
+        if not isinstance(payload, Mapping):
+            raise UserError(f"{path}: holds {type(payload).__name__}, expected a mapping of names "
+                            "to tensors")
+        return payload
     raise UserError(f"{path}: not a weights file ({', '.join(SUFFIXES)}, "
                     "or an index.json of shards)")
 
@@ -71,12 +104,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())  # safe_open itself cannot be iterated
             return {name: file.get_tensor(name) for name in names}
-    except _SAFETENSORS_ERRORS as error:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)[:160]}); "
-                        "download it again") from None
+    except _SAFETENSORS_ERRORS:
+        raise not_whole(path, "safetensors file") from None
 
 
-def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
+def _read_shards(index: Path) -> dict[str, Tensor]:
     """Every tensor from the shard that the index names for it."""
     if index.stat().st_size > MAX_INDEX_BYTES:
         raise UserError(f"{index}: {index.stat().st_size:,} bytes is too large "
@@ -92,7 +124,7 @@ def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
         # "" and ".." are caught too: they name the folder itself or its parent
         if not file or Path(file).name != file or file.startswith("."):
             raise UserError(f"{index}: names a file outside its folder ({file!r}); refused")
-        found = _read_file(index.parent / file, containers)
+        found = _read_file(index.parent / file)
         # tensors that the index does not name are left out: it is the list of the model's tensors
         wanted = [name for name, place in files.items() if place == file]
         lacking = [name for name in wanted if name not in found]
@@ -101,56 +133,3 @@ def _read_shards(index: Path, containers: Sequence[str]) -> dict[str, Tensor]:
                             f"places in it ({lacking[0]})")
         tensors |= {name: found[name] for name in wanted}
     return tensors
-
-
-def _tensors_in(payload: Any, containers: Sequence[str], path: Path) -> dict[str, Tensor]:
-    """The tensors in a torch file: of the first container that has some, else at the top."""
-    if not isinstance(payload, Mapping):
-        raise UserError(f"{path}: holds {type(payload).__name__}, expected a "
-                        "mapping of names to tensors")
-    for key in containers:
-        if _holds_tensors(payload.get(key)):
-            payload = payload[key]
-            break
-
-    tensors = {}
-    for key, value in payload.items():
-        if isinstance(value, Tensor):  # beside them stand steps, arguments, optimizer states
-            tensors[str(key)] = checked(str(key), value, path)
-    if not tensors:
-        keys = ", ".join(str(key)[:40] for key in list(payload)[:5])
-        raise UserError(f"{path}: holds no tensors by name (found {keys or 'nothing'}; looked into "
-                        f"{', '.join(containers)})")
-    return tensors
-
-
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
-
-
-def _unwrapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Tensors by names without what wrappers add. UserError if two would get one name."""
-    # DistributedDataParallel puts `module.` before every name; before some it belongs to the model
-    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
-    unwrapped: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        plain = name.removeprefix(prefix)
-        for wrapper in _WRAPPERS:
-            plain = plain.replace(wrapper, "")
-        if plain in unwrapped:
-            raise UserError(f"{path}: holds {plain} twice, with and without a wrapper's prefix")
-        unwrapped[plain] = tensor
-    return unwrapped
-
-
-def below(tensors: Mapping[str, Tensor], prefixes: Sequence[str], known: str, where: Path
-          ) -> dict[str, Tensor]:
-    """The tensors under the first prefix that has one named `known`, without the prefix."""
-    for prefix in prefixes:
-        if prefix + known in tensors:
-            # the rest of a larger model (a second stage, a language model) is dropped here
-            inside = [name for name in tensors if name.startswith(prefix)]
-            return {name.removeprefix(prefix): tensors[name] for name in inside}
-    some = ", ".join(sorted(tensors)[:3])
-    raise UserError(f"{where}: no tensor is called {known}, so it is another kind of checkpoint "
-                    f"(it has {some}, ...)")

@@ -8,16 +8,20 @@ codebook rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from inference.checkpoints.files.weight_choice import AVERAGE, RAW, ChosenWeights
+from inference.checkpoints.files.weight_sets import WeightsLayout
 from inference.checkpoints.files.weights_file import find_weights, read_weights
 from inference.checkpoints.formats.vqgan_names import (
     ATTENTION_MATRIX,
     CODEBOOK,
     DEFAULT_RESOLUTION,
+    LANDMARK,
     MAX_LEVELS,
     NORM_GROUPS,
     VQGANShapes,
@@ -32,8 +36,10 @@ from tokenizer_image import VQGAN, VQGANConfig
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 
-STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16",
-         "diffusion_pytorch_model.non_ema", "model")
+STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16", "model")
+RAW_STEM = "diffusion_pytorch_model.non_ema"
+"""The raw weights, where the file without `.non_ema` holds their average."""
+LAYOUT = WeightsLayout((LANDMARK,))
 SUBFOLDERS = ("vqvae", "movq", "vae")  # of a pipeline's folder
 _ATTENTION_BEFORE_0_17 = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
                           ".proj_attn.": ".to_out.0."}
@@ -45,7 +51,7 @@ _UP, _UP_ATTENTION = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     """The folder of a VQModel, or of a pipeline with one in vqvae/."""
-    options.refuse_unread("diffusers-vq", "resolution")
+    options.refuse_unread("diffusers-vq", "resolution", "weight_set")
     folder = vq_folder(source)
     path = folder / "config.json"
     config = read_mapping(path)
@@ -54,8 +60,8 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
             raise UserError(f"{path}: {name} {config[name]!r} is not what a VQGAN here has "
                             f"({' or '.join(values)})")
 
-    tensors = read_weights(find_weights(folder, STEMS, "a VQModel"))
-    weights = {_current_name(name): tensor for name, tensor in tensors.items()}
+    chosen = _read_chosen(folder, options.weight_set)
+    weights = {_current_name(name): tensor for name, tensor in chosen.tensors.items()}
     # levels by the config and not by the tensors, so that a missing level is reported by its names
     widths = config.get("block_out_channels")
     levels = len(widths) if isinstance(widths, list) else 0
@@ -63,15 +69,45 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
         raise UserError(f"{path}: block_out_channels {widths!r}: expected a width for each level")
 
     resolution = options.resolution or DEFAULT_RESOLUTION
-    notes: tuple[str, ...] = ()
+    notes = chosen.notes
     if options.resolution is None:
-        notes = (f"resolution {resolution}: a VQModel's config does not say it (--resolution)",)
+        notes += (f"resolution {resolution}: a VQModel's config does not say it (--resolution)",)
     shapes = VQGANShapes(weights, diffusers_name, levels, folder)
     quantizer = quantizer_settings(l2_normalize=False)  # it searches by plain distance
     norm_groups = config.get("norm_num_groups", NORM_GROUPS)
     ours = shapes.config(resolution, quantizer, shapes.code_shape(), norm_groups)
     _compare(config, ours, path)
     return vqgan_part(ours, weights, diffusers_name, codebook_rules(), folder, notes=notes)
+
+
+def _read_chosen(folder: Path, weight_set: str | None) -> ChosenWeights:
+    """The weights of a folder; of the average and the raw ones, which are files of their own.
+
+    UserError if --weight-set asks for one that is not there.
+    """
+    average, raw = _has(folder, *STEMS), _has(folder, RAW_STEM)
+    if not (average and raw):
+        path = find_weights(folder, (*STEMS, RAW_STEM), "a VQModel")
+        return read_weights(path, LAYOUT, weight_set)
+
+    if weight_set not in (None, RAW, AVERAGE):
+        raise UserError(f"--weight-set {weight_set}: {folder} holds {AVERAGE} and {RAW}; give one "
+                        "of them")
+    takes_raw = weight_set == RAW
+    path = find_weights(folder, (RAW_STEM,) if takes_raw else STEMS, "a VQModel")
+    other = find_weights(folder, STEMS if takes_raw else (RAW_STEM,), "a VQModel")
+    taken, given = ("raw weights", AVERAGE) if takes_raw else ("average", RAW)
+    note = (f"took the {taken} `{path.name}`; also there: `{other.name}` "
+            f"(--weight-set {given})")
+    return replace(read_weights(path, LAYOUT), is_average=not takes_raw, notes=(note,))
+
+
+def _has(folder: Path, *stems: str) -> bool:
+    try:
+        find_weights(folder, stems, "a VQModel")
+    except MissingFileError:
+        return False
+    return True
 
 
 def vq_folder(source: Path) -> Path:

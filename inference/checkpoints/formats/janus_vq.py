@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inference.checkpoints.files.weights_file import below, find_weights, read_weights
+from inference.checkpoints.files.weight_sets import WeightsLayout
+from inference.checkpoints.files.weights_file import find_weights, read_weights
 from inference.checkpoints.formats.llamagen_vq import LEVELS, llamagen_vqgan
 from inference.checkpoints.formats.taming import LEVELS as TAMING_LEVELS
 from inference.checkpoints.formats.vqgan_names import (
+    LANDMARK,
     VQGANShapes,
     codebook_rules,
     count_levels,
@@ -28,18 +30,20 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
 
 DEFAULT_RESOLUTION = 384  # of Janus and Janus-Pro: 24 x 24 codes of 16 pixels
-PREFIXES = ("", "model.vqmodel.", "vqmodel.", "gen_vision_model.")
-"""Prefixes: alone; in transformers' whole Janus, with and without a head; in DeepSeek's."""
+# prefixes: alone; in transformers' whole Janus (with `model.` before it or not); in DeepSeek's
+LAYOUT = WeightsLayout((LANDMARK,), ("", "vqmodel.", "gen_vision_model."))
 
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     """A folder (of the tokenizer alone or of the whole model) or a weights file."""
-    options.refuse_unread("janus-vq", "resolution", "like_transformers", "config")
+    options.refuse_unread("janus-vq", "resolution", "like_transformers", "config",
+                          "weight_set")
     path = find_weights(source, ("model", "pytorch_model"), "Janus") if source.is_dir() else source
     config_path = options.config or path.parent / "config.json"
     # the config.json beside the weights is optional, one that is given is not
     config = read_mapping(config_path) if options.config or config_path.is_file() else {}
-    weights = below(read_weights(path), PREFIXES, "encoder.conv_in.weight", path)
+    chosen = read_weights(path, LAYOUT, options.weight_set)
+    weights = chosen.tensors
     # DeepSeek kept LlamaGen's names, transformers renamed the tensors to taming's
     by_deepseek = any(name.startswith("encoder.conv_blocks.") for name in weights)
     levels = count_levels(weights, LEVELS if by_deepseek else TAMING_LEVELS, path)
@@ -47,7 +51,9 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     # a resolution that is given wins: the network takes any, its config states one
     known = options.resolution or _resolution(config, levels, config_path)
     resolution = known or DEFAULT_RESOLUTION
-    notes = () if known else (f"resolution {resolution}: no config.json says it (--resolution)",)
+    notes = chosen.notes
+    if not known:
+        notes += (f"resolution {resolution}: no config.json says it (--resolution)",)
 
     if by_deepseek:
         if options.like_transformers:  # DeepSeek's own code searches as the model was trained

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from inference.checkpoints.converted import ConvertedModel
+from inference.checkpoints.files.weight_sets import WeightsLayout
 from inference.checkpoints.files.weights_file import find_weights, read_weights
 from inference.checkpoints.formats.llamagen_settings import ModelArgs, choose_grid, read_classes
 from inference.checkpoints.options import ConvertOptions
@@ -28,8 +29,10 @@ from seq2seq.presets import LLAMAGEN, LLAMAGEN_HEADS
 from tokenizer_image import ImageTokenizer, load_tokenizer
 from tokenloom_common.errors import UserError
 
-CONTAINERS = ("model", "module", "state_dict")
-"""Keys of the weights with DistributedDataParallel, DeepSpeed, Lightning; FSDP has none."""
+# containers with DistributedDataParallel, DeepSpeed, Lightning; FSDP has none. LlamaGen's sampling
+# scripts take `model` even where its trainer kept an average beside it
+LAYOUT = WeightsLayout(("tok_embeddings.weight",), containers=("model", "module", "state_dict"),
+                       prefers_average=False)
 STEMS = ("model", "pytorch_model", "consolidated")
 CLASSES = "cls_embedding.embedding_table.weight"
 NULL = "cls_embedding.uncond_embedding"  # [T, F], learned features of no caption
@@ -60,11 +63,12 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart | ConvertedM
     transformer alone.
     """
     options.refuse_unread("llamagen-gpt", "config", "resolution", "image_tokenizer", "text_encoder",
-                          "classes")
+                          "classes", "weight_set")
     path = source
     if source.is_dir():
         path = find_weights(source, STEMS, "LlamaGen's transformer")
-    weights = read_weights(path, CONTAINERS)
+    chosen = read_weights(path, LAYOUT, options.weight_set)
+    weights = chosen.tensors
     of_text = CLASSES not in weights
     # a file of another project has neither, and would fail later with a long list of names
     if of_text and NULL not in weights:
@@ -75,7 +79,8 @@ def convert(source: Path, options: ConvertOptions) -> ConvertedPart | ConvertedM
     args = ModelArgs.of(source, options.config)
     tokenizer = None if options.image_tokenizer is None else load_tokenizer(options.image_tokenizer)
     grid, grid_notes = choose_grid(tokenizer, args, options, path)
-    part = _transformer(weights, _config(weights, args, grid, path), path, grid_notes)
+    part = _transformer(weights, _config(weights, args, grid, path), path,
+                        (*chosen.notes, *grid_notes))
     # a transformer alone is useful too: as --init_from of a run
     if tokenizer is None:
         return _alone(part, "--image-tokenizer", of_text)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from inference.checkpoints.files.weight_sets import WeightsLayout
 from inference.checkpoints.files.weights_file import find_weights, read_weights
 from inference.checkpoints.formats.vqgan_names import (
     DEFAULT_RESOLUTION,
+    LANDMARK,
     VQGANShapes,
     codebook_rules,
     count_levels,
@@ -20,17 +23,20 @@ from inference.checkpoints.formats.vqgan_names import (
 from inference.checkpoints.options import ConvertOptions
 from inference.checkpoints.rules import ConvertedPart
 
-CONTAINERS = ("ema", "model", "state_dict")  # the order in which LlamaGen's own scripts look
+# the order in which LlamaGen's own scripts look, after `ema`
+LAYOUT = WeightsLayout((LANDMARK,), containers=("model", "state_dict"))
 LEVELS = r"encoder\.conv_blocks\.(\d+)\."
 IGNORED = ("quantize.codebook_used",)  # a statistic of the training
 
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     """A `.pt` file, or the folder of its Hub wrapper."""
-    options.refuse_unread("llamagen-vq", "resolution")
+    options.refuse_unread("llamagen-vq", "resolution", "weight_set")
     if source.is_dir():
         source = find_weights(source, ("model", "pytorch_model"), "LlamaGen's VQ model")
-    return llamagen_vqgan(read_weights(source, CONTAINERS), options.resolution, source)
+    weights = read_weights(source, LAYOUT, options.weight_set)
+    part = llamagen_vqgan(weights.tensors, options.resolution, source)
+    return replace(part, notes=(*weights.notes, *part.notes))
 
 
 def llamagen_vqgan(weights: Mapping[str, Tensor], resolution: int | None, where: Path

@@ -20,6 +20,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from inference.checkpoints.converted import ConvertedModel
+from inference.checkpoints.files.weight_choice import ChosenWeights
+from inference.checkpoints.files.weight_sets import WeightsLayout
 from inference.checkpoints.files.weights_file import read_weights
 from inference.checkpoints.formats.bart import BartSource, bart_part, check_sizes, head_count
 from inference.checkpoints.formats.vqgan_names import (
@@ -44,6 +46,8 @@ CODES = 2**14  # that its token loop draws from
 PAD_ID = 1  # that its code takes for padding, whatever the vocabulary says
 NORM_EPS = 1e-5  # PyTorch's default; taming's VQGAN has 1e-6
 DEFAULTS = SamplingParams(guidance_scale=16.0, top_k=256, temperature=1.0)  # of its generate_image
+LAYOUT = WeightsLayout(("embed_tokens.weight",))
+DETOKENIZER_LAYOUT = WeightsLayout(("decoder.conv_in.weight",))
 SIZES = ("dalle_bart_mega", "dalle_bart_mini")
 _SUFFIXES = ("", "_mini")
 
@@ -58,19 +62,34 @@ class _Files(NamedTuple):
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedModel:
     """The package's folder, one of its two sizes, or a folder (or its encoder.pt) of five files."""
-    options.refuse_unread("min-dalle", "config")
+    options.refuse_unread("min-dalle", "config", "weight_set")
     files = _find(source)
-    weights = {f"encoder.{name}": tensor for name, tensor in read_weights(files.encoder).items()}
-    weights |= {f"decoder.{name}": tensor for name, tensor in read_weights(files.decoder).items()}
+    encoder, decoder, detokenizer = _read(files, options.weight_set)
+    weights = {f"encoder.{name}": tensor for name, tensor in encoder.tensors.items()}
+    weights |= {f"decoder.{name}": tensor for name, tensor in decoder.tensors.items()}
     bart = _bart_source(weights, files.decoder.parent, _heads(options.config))
     check_sizes(bart)
     transformer = bart_part(bart)
 
     text = _text_tokenizer(files, transformer, source)
     side = transformer.config.grid[0]
-    detokenizer = detokenizer_part(read_weights(files.detokenizer), side, files.detokenizer)
-    notes = (*transformer.notes, "pictures come from codes only: min-dalle has no image encoder")
-    return ConvertedModel(detokenizer, transformer, text, DEFAULTS, notes)
+    image_tokenizer = detokenizer_part(detokenizer.tensors, side, files.detokenizer)
+    notes = (*encoder.notes, *decoder.notes, *detokenizer.notes, *transformer.notes,
+             "pictures come from codes only: min-dalle has no image encoder")
+    return ConvertedModel(image_tokenizer, transformer, text, DEFAULTS, notes)
+
+
+def _read(files: _Files, weight_set: str | None
+          ) -> tuple[ChosenWeights, ChosenWeights, ChosenWeights]:
+    """The weights of encoder, decoder and detokenizer: averages, or none of them one."""
+    encoder = read_weights(files.encoder, LAYOUT, weight_set)
+    decoder = read_weights(files.decoder, LAYOUT, weight_set)
+    detokenizer = read_weights(files.detokenizer, DETOKENIZER_LAYOUT, weight_set)
+    if encoder.is_average != decoder.is_average:
+        raise UserError(f"{files.encoder.parent}: one of {files.encoder.name} and "
+                        f"{files.decoder.name} holds an average and the other does not, and the "
+                        "two belong together; give files of one kind of weights")
+    return encoder, decoder, detokenizer
 
 
 def _heads(config: Path | None) -> int | None:

@@ -14,10 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from inference.checkpoints.files.weights_file import SUFFIXES, below, read_weights
+from inference.checkpoints.files.weight_sets import WeightsLayout, is_average_name
+from inference.checkpoints.files.weights_file import SUFFIXES, read_weights
 from inference.checkpoints.formats.vqgan_names import (
     CODEBOOK,
     DEFAULT_RESOLUTION,
+    LANDMARK,
     VQGANShapes,
     add_head_axis,
     codebook_rules,
@@ -33,8 +35,8 @@ from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import MissingFileError, UserError
 
 LEVELS = r"encoder\.down\.(\d+)\."
-PREFIXES = ("", "first_stage_model.", "model.", "vae.", "vqvae.")
-"""Prefixes of a VQGAN in larger checkpoints: second stages of taming and others, ruDALL-E."""
+# prefixes in larger checkpoints: second stages of taming and latent diffusion, ruDALL-E
+LAYOUT = WeightsLayout((LANDMARK,), ("", "first_stage_model.", "vae.", "vqvae."))
 # of training only. model_ema: latent diffusion's averages, whose names have lost their dots;
 # colorize: a random projection to look at segmentations with
 IGNORED = ("loss.*", "discriminator.*", "perceptual_loss.*", "model_ema.*", "colorize")
@@ -45,18 +47,18 @@ _GUMBEL_RULES = {f"quantizer.{part}": Rule((f"quantize.{part}",))
 
 def convert(source: Path, options: ConvertOptions) -> ConvertedPart:
     """A `.ckpt`, `.pt` or `.safetensors` file, or a run's folder (checkpoints/ and configs/)."""
-    options.refuse_unread("taming", "config", "resolution")
-    path = _checkpoint_of(source) if source.is_dir() else source
+    options.refuse_unread("taming", "config", "resolution", "weight_set")
+    path, notes = _checkpoint_of(source) if source.is_dir() else (source, ())
     yaml_path = options.config or _find_yaml(source, path)
-    weights = below(read_weights(path), PREFIXES, "encoder.conv_in.weight", path)
+    weights = read_weights(path, LAYOUT, options.weight_set)
     in_yaml = _read_yaml(yaml_path) if yaml_path else {}  # the weights are enough without it
 
     resolution = agreed_resolution(in_yaml.get("resolution"), options.resolution, yaml_path)
-    notes: tuple[str, ...] = ()
+    notes += weights.notes
     if resolution is None:
-        notes = (f"resolution {DEFAULT_RESOLUTION}: without its yaml the file does not say it "
-                 "(--config, --resolution)",)
-    part = taming_vqgan(weights, resolution or DEFAULT_RESOLUTION, path, notes)
+        notes += (f"resolution {DEFAULT_RESOLUTION}: without its yaml the file does not say it "
+                  "(--config, --resolution)",)
+    part = taming_vqgan(weights.tensors, resolution or DEFAULT_RESOLUTION, path, notes)
     _compare(in_yaml, part.config, yaml_path)  # the tensors decide; another yaml is a mistake
     return part
 
@@ -102,8 +104,8 @@ def _moving_average_rules() -> dict[str, Rule]:
             f"{prefix}embed_avg": Rule((EMBED_AVG,), add_head_axis)}
 
 
-def _checkpoint_of(folder: Path) -> Path:
-    """The only checkpoint in a run's folder, or the one called last, model or vqgan."""
+def _checkpoint_of(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """The only checkpoint in a run's folder, or the one called last, model or vqgan, and notes."""
     found = []
     for place in (folder, folder / "checkpoints"):
         if place.is_dir():
@@ -114,7 +116,12 @@ def _checkpoint_of(folder: Path) -> Path:
     if len(candidates) != 1:
         raise MissingFileError(f"{folder}: holds {len(found)} weights files, and none alone is "
                                "last.ckpt; give the file itself")
-    return candidates[0]
+    taken = candidates[0]
+    averages = sorted(path.name for path in found if path != taken and is_average_name(path.stem))
+    if not averages:
+        return taken, ()
+    return taken, (f"took {taken.name}; also there: {', '.join(averages)}, an average by its "
+                   "name (give the file itself)",)
 
 
 def _find_yaml(source: Path, path: Path) -> Path | None:

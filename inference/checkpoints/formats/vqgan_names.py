@@ -25,6 +25,7 @@ from tokenloom_common.errors import UserError
 Naming = Callable[[str, int], str]
 """(our name outside the quantizer, number of levels) -> the source's name."""
 
+LANDMARK = "encoder.conv_in.weight"  # that every VQGAN with an encoder has
 CODEBOOK = "quantize.embedding.weight"  # [K, D], in every project but GumbelVQ
 NORM_GROUPS = 32  # in every published VQGAN; only diffusers' config states it
 DEFAULT_RESOLUTION = 256  # of the published models, for files that do not state theirs
