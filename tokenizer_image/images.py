@@ -34,6 +34,8 @@ _OTHER_FORMATS = (
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftyp", "HEIC/AVIF or video"),
     (0, b"%PDF", "PDF"), (0, b"<svg", "SVG"), (0, b"8BPS", "Photoshop"),
     (0, b"\0\0\0\x0cjP", "JPEG 2000"), (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\1\0", "ICO"))
+_POINTERS = {b"version https://git-lfs": "Git LFS: run `git lfs pull`",
+             b"/annex/objects/": "git-annex: run `git annex get`"}
 _OUR_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"BM")
 
 
@@ -145,6 +147,9 @@ def _is_truncated(error: Exception, head: bytes, file: BinaryIO) -> bool:
 
 def _unidentified(head: bytes, name: str) -> BadImageError:
     """Return the error for a file that Pillow does not know, from its first bytes."""
+    for start, remedy in _POINTERS.items():
+        if head.startswith(start):
+            return BadImageError(name, "not downloaded", f"a pointer of {remedy}")
     for offset, magic, format_name in _OTHER_FORMATS:
         if head[offset:].startswith(magic):
             return BadImageError(name, "unknown format", f"{format_name} is not read; {READ_HINT}")

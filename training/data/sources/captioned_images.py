@@ -106,7 +106,7 @@ class CaptionedImages:
         if not captions:  # sources that are read in place are not scanned when they are opened
             raise BadItemError(key, unusable_reason(value),
                                f"column {self._table.caption_column} holds none that can be used")
-        image = open_image(file, key, self.max_pixels)
+        image = open_image(file, key, self.max_pixels, limit_name="--data.max_pixels")
         return CaptionedImage(image, captions, key)
 
     def identity(self) -> str:

@@ -30,11 +30,11 @@ def read_lists(tree: FileTree, lists: list[Path], split: str, options: ReadOptio
     return found
 
 
-def read_sidecars(layout: FileLayout, split: str, options: ReadOptions) -> Collector:
-    """Read images with caption files beside them; every line is a caption."""
+def read_sidecars(layout: FileLayout, images: list[Path], options: ReadOptions) -> Collector:
+    """Read images of one split with caption files beside them; every line is a caption."""
     found = Collector()
     guard = PathGuard(layout.root, options.follow_links)
-    for image in layout.splits[split]:
+    for image in images:
         key = image.relative_to(layout.root).as_posix()
         files = layout.captions.get(image, [])
         if not files:
@@ -42,7 +42,7 @@ def read_sidecars(layout: FileLayout, split: str, options: ReadOptions) -> Colle
         elif _is_usable(found, guard, key, image, [file.path for file in files]):
             _add_captioned(found, key, image, files, options)
 
-    folders = {image.parent for image in layout.splits[split]}
+    folders = {image.parent for image in images}
     for path in layout.unused_captions:
         if path.parent in folders:
             found.drop(path.relative_to(layout.root).as_posix(), "no picture for the caption file")
@@ -101,15 +101,14 @@ def _record(text: str, found: Collector) -> dict[str, Any]:
     return {}
 
 
-def read_classes(layout: FileLayout, split: str, options: ReadOptions) -> Collector:
+def read_classes(tree: FileTree, images: list[Path], options: ReadOptions) -> Collector:
     """Read images whose captions are the names of their folders: the outermost that differ."""
     found = Collector()
-    guard = PathGuard(layout.root, options.follow_links)
-    tree = layout.tree
+    guard = PathGuard(tree.root, options.follow_links)
     below = {folder: tree.image_splits.below(tree.relative(folder))
              for folder in tree.image_folders}
     wrappers = _wrapper_folders(set(below.values()))
-    for image in layout.splits[split]:
+    for image in images:
         key = str(tree.relative(image))
         names = below[image.parent]
         if len(names) <= wrappers:

@@ -52,7 +52,7 @@ class Source:
     options: ReadOptions
 
     def files(self) -> list[Path]:
-        """Return the files of the split."""
+        """Return the files of the split. UserError if there is no such split."""
         return self.layout.choose(self.split)
 
     def split_name(self) -> str:
@@ -98,20 +98,16 @@ def load_source(path: str | Path, *, split: str | None = None, **options: Any) -
 
 
 def _open_metadata(source: Source) -> ImageTable:
-    split = source.layout.split_name(source.split)
-    return _table_in_memory(read_lists(source.layout.tree, source.files(), split, source.options))
+    found = read_lists(source.layout.tree, source.files(), source.split_name(), source.options)
+    return _table_in_memory(found)
 
 
 def _open_sidecars(source: Source) -> ImageTable:
-    source.files()  # refuses a split that is not there
-    split = source.layout.split_name(source.split)
-    return _table_in_memory(read_sidecars(source.layout, split, source.options))
+    return _table_in_memory(read_sidecars(source.layout, source.files(), source.options))
 
 
 def _open_classes(source: Source) -> ImageTable:
-    source.files()
-    split = source.layout.split_name(source.split)
-    return _table_in_memory(read_classes(source.layout, split, source.options))
+    return _table_in_memory(read_classes(source.layout.tree, source.files(), source.options))
 
 
 def _open_tars(source: Source) -> ImageTable:
