@@ -195,6 +195,7 @@ def test_nothing_slow_is_imported_for_a_refusal(tmp_path):
         assert not has_torch, name
 
 
+@pytest.mark.long
 def test_of_several_processes_the_first_of_a_machine_says_it(tmp_path):
     (tmp_path / "file").write_text("mine")
     for local_rank, lines in (("0", 1), ("1", 0)):

@@ -43,24 +43,21 @@ def check_output_folder(flag: str, path: str | Path, own: Sequence[str] | None =
     if own is None or not replaced:
         _try_to_write(flag, path, folder / "x", need_bytes, "folder")
         return folder
-    if os.path.ismount(folder):
-        raise UserError(f"{flag} {path}: is a mount point, which cannot be replaced as a whole; "
-                        f"give a folder in it, such as {Path(path) / 'out'}")
     # beside the folder, where it is written first; through a link, beside what it leads to
     place = folder.resolve() if folder.is_symlink() else folder
+    if os.path.ismount(place):
+        raise UserError(f"{flag} {path}: is a mount point, which cannot be replaced as a whole; "
+                        f"give a folder in it, such as {Path(path) / 'out'}")
     _try_to_write(flag, path, place, need_bytes, "folder")
     return folder
 
 
-def check_output_file(flag: str, path: str | Path, need_bytes: int = 0,
-                      overwrite: bool = True) -> Path:
+def check_output_file(flag: str, path: str | Path, need_bytes: int = 0) -> Path:
     """Return the file to write; UserError, naming the option, if it cannot be. Makes nothing.
 
-    need_bytes: room that it takes at least. overwrite: whether it may exist.
+    need_bytes: room that it takes at least.
     """
     file = _existing_kind(flag, path, "file")
-    if not overwrite and os.path.lexists(file):
-        raise UserError(f"{flag} {path}: exists already; give another name, nothing is overwritten")
     _try_to_write(flag, path, file, need_bytes, "file")
     return file
 

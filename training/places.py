@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ FEATURE_FILES = ("index.json", "captions.json", "features.npy", "offsets.npy")
 DEMO_FILES = ("data", "tokenizer", "tokens", "seq2seq", "model", "phases", "samples.png",
               "curves.png", "report.json", ".*")
 DEMO_BYTES = 20 << 20  # of the quick one
+HEAD_START = 3.0  # seconds: a launcher kills the first process as soon as another has ended
 
 
 def check_run_dir(run_dir: str | Path, need_bytes: int = 0) -> None:
@@ -76,8 +78,9 @@ def refuse_early(script: str) -> None:
             check(place)
         except UserError as error:
             # the processes of a machine have the same place: the first one of them speaks
-            error.raised_everywhere = (  # type: ignore[attr-defined]
-                os.environ.get("LOCAL_RANK", "0") != "0")
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                error.raised_everywhere = True  # type: ignore[attr-defined]
+                time.sleep(HEAD_START)
             raise
         return 0
 

@@ -57,7 +57,6 @@ SOURCES = ("auto", "npm", "pip")
 HELD_OUT = 0.05  # of the families, and again of the (emoji, style) pairs that are left
 MIN_SIZE, MAX_SIZE = 8, 512
 PICTURE_BYTES = 200  # picture and captions in a parquet file take at least so much
-LEAST_CONCEPTS = 1000  # of any style, if --num_concepts does not limit them
 
 ArtOfStyles = dict[str, dict[str, Art]]  # by style, then by emoji code
 
@@ -73,8 +72,7 @@ def build_emoji(out: str | Path, size: int = 64, styles: Sequence[str] | None = 
     UserError for wrong arguments; RunFailedError if packages cannot be had.
     """
     arguments = _check_arguments(size, styles, source, num_concepts, include_tones, seed)
-    least = PICTURE_BYTES * (num_concepts or LEAST_CONCEPTS)
-    earlier = previous_build(out, "emoji", arguments, least)
+    earlier = previous_build(out, "emoji", arguments, PICTURE_BYTES * (num_concepts or 1000))
     if earlier is not None:
         log.info("%s: already built with these arguments", out)
         return {**earlier, "reused": True}
