@@ -18,7 +18,7 @@ from tests.source_files import (
 )
 from tokenloom_common.errors import DataError, MissingFileError, RunFailedError, run_command
 from training.commands.data import main
-from training.data.sources import table
+from training.data.sources import parquet_copy
 from training.data.sources.open_dataset import open_dataset
 
 NAMES = ["set [12]", "set [!a]", "a*b", "q?", "{a,b}", "**", "x::y", "zip::a", "~", "~root", "#1", "100%41", "it's", "file:",
@@ -50,15 +50,15 @@ def test_relative_paths_and_links_are_copied_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("d", "./d/train.parquet", "link [1].parquet"):
         assert open_dataset(path).all_captions() == ["mine"]
-    copies = list((Path(table.cache_folder()) / "parquet").glob("tokenloom-*"))
+    copies = list((Path(parquet_copy.cache_folder()) / "parquet").glob("tokenloom-*"))
     assert len([path for path in copies if path.is_dir()]) == 1
-    assert not list(Path(table.cache_folder()).glob("tokenloom-*"))  # the links are gone
+    assert not list(Path(parquet_copy.cache_folder()).glob("tokenloom-*"))  # the links are gone
 
 
 def test_a_copy_with_other_rows_than_the_files_is_refused(tmp_path, monkeypatch):
     write_parquet(tmp_path / "train.parquet", [as_bytes(PNG)] * 3, ["a", "b", "c"])
-    copied = table._copied_parquet
-    monkeypatch.setattr(table, "_copied_parquet", lambda files, root: copied(files, root).select([0, 1]))
+    load = parquet_copy._load
+    monkeypatch.setattr(parquet_copy, "_load", lambda *more: load(*more).select([0, 1]))
     with pytest.raises(RunFailedError, match=r"hold 3 rows and their copy in .* 2; remove that copy"):
         open_dataset(tmp_path)
 
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path, monkeyp
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "train.parquet"))
 
     monkeypatch.setattr("datasets.DatasetBuilder.download_and_prepare", refuse)
-    with pytest.raises(DataError, match=r"its parquet files cannot be read: .*permission denied"):
+    with pytest.raises(DataError, match=r"one of its parquet files cannot be read: .*permission denied"):
         open_dataset(tmp_path)
 
 

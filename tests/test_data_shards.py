@@ -78,6 +78,35 @@ def test_parquet_text_that_is_not_utf8_is_unusable(tmp_path, wrong):
     assert caught.value.reason == "caption not UTF-8" and streamed.captions(0) == []
 
 
+def test_categories_that_are_not_utf8_are_damage(tmp_path):  # Arrow itself refuses to read them
+    names = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"a dog"], pa.binary()).buffers())
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), names)
+    write_parquet(tmp_path / "train.parquet", [as_bytes(PNG)] * 3, column)
+    with pytest.raises(DataError, match=r"train\.parquet cannot be read: .*Invalid UTF8"):
+        open_dataset(tmp_path)
+    with pytest.raises(BadItemError, match=r"broken parquet file: .*Invalid UTF8"):
+        open_dataset(tmp_path, streamed_rows=1)[0]
+
+
+def test_the_file_that_is_damaged_in_its_middle_is_named(tmp_path, capfd):
+    for number in range(3):
+        write_parquet(tmp_path / f"train-{number}.parquet", [as_bytes(PNG)] * 3, ["a"] * 3)
+    content = (tmp_path / "train-1.parquet").read_bytes()
+    (tmp_path / "train-1.parquet").write_bytes(content[:4] + b"\xff" * 40 + content[44:])
+    with pytest.raises(DataError, match=r"train-1\.parquet cannot be read: .*") as caught:
+        open_dataset(tmp_path)
+    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+
+
+def test_file_names_that_are_not_utf8_are_named(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [as_bytes(PNG)], ["a"])
+    path.rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.parquet"))
+    write_parquet(tmp_path / "b.parquet", [as_bytes(PNG)], ["b"])
+    for rows in (0, 1):
+        data = open_dataset(tmp_path, streamed_rows=rows)
+        assert data.all_captions() == ["b"] and data.dropped == {"file name that is not UTF-8": 1}
+
+
 def test_a_caption_that_is_not_utf8_costs_only_itself(tmp_path):
     values = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"a dog"], pa.binary()).buffers())
     write_parquet(tmp_path / "train.parquet", [as_bytes(PNG)], pa.ListArray.from_arrays(pa.array([0, 2]), values))

@@ -98,6 +98,7 @@ def classes(names: list[str] | None, values: list, column: str = "label", kind: 
     (None, pa.int64(), [3, 0, -1], [["3"], ["0"], ["-1"]]),
     (None, pa.uint8(), [7, 255, 0], [["7"], ["255"], ["0"]]),
     (None, pa.string(), ["cat", "dog", "cat"], [["cat"], ["dog"], ["cat"]]),
+    (None, pa.float64(), [2.0, 0.0, 2.0], [["2"], ["0"], ["2"]]),
     (["a", "b", "c"], pa.list_(pa.int64()), [[0, 2], [1], [2]], [["a", "c"], ["b"], ["c"]])])
 def test_classes_are_captions(tmp_path, rows, names, kind, values, captions):
     pq.write_table(classes(names, values, kind=kind), tmp_path / "train.parquet")

@@ -91,6 +91,8 @@ def caption_values(column: Any, class_names: Sequence[str] | None = None) -> lis
     def is_text(kind: Any) -> bool:
         return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
+    if pa.types.is_dictionary(column.type):  # as pandas writes categories
+        column = column.cast(column.type.value_type)
     kind = column.type
     # to the large types (64-bit offsets), which both widths can be cast to
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
@@ -113,6 +115,8 @@ def _with_class_names(value: Any, names: Sequence[str] | None) -> Any:
     """Replace the numbers of classes by their names, or by their digits if they have none."""
     if isinstance(value, list):
         return [_with_class_names(one, names) for one in value]
+    if isinstance(value, float) and value.is_integer():  # as pandas writes what has gaps
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):  # True is an int, and no class
         return value
     if names is None:

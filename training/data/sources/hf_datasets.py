@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenloom_common.errors import RunFailedError
+from tokenloom_common.errors import DataError, RunFailedError, one_line
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
@@ -20,7 +20,7 @@ STREAM_INSTEAD = ", or --data.streaming true"
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Switch off the progress bars of `datasets` and the hub client's warnings within the block."""
+    """Switch off progress bars and warnings of `datasets` and the hub's client within the block."""
     from datasets.utils.logging import (
         disable_progress_bar,
         enable_progress_bar,
@@ -30,13 +30,16 @@ def quiet_datasets() -> Iterator[None]:
     # both are global: leave them as the caller had them
     bars_were_on = is_progress_bar_enabled()
     hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
+    own_log = logging.getLogger("datasets")
+    levels = hub_log.level, own_log.level
     disable_progress_bar()
     hub_log.setLevel(logging.ERROR)
+    own_log.setLevel(logging.CRITICAL)  # it logs errors, with paths of its own, and raises them
     try:
         yield
     finally:
-        hub_log.setLevel(level)
+        hub_log.setLevel(levels[0])
+        own_log.setLevel(levels[1])
         if bars_were_on:
             enable_progress_bar()
 
@@ -88,6 +91,12 @@ def cache_failure(error: BaseException, needed: int = 0, way_on: str = ""
                 return _cannot_be_written(cause, way_on)
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def unreadable(error: Exception, failure: str) -> DataError:
+    """Return the error for data that `datasets` cannot read, with the cause that it wraps."""
+    cause = error.__cause__ or error
+    return DataError(f"{failure}: {one_line(cause)[:300]}")
 
 
 def _cannot_be_written(error: OSError, way_on: str) -> RunFailedError:

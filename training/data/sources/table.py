@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenloom_common.errors import (
     DataError,
     MissingFileError,
-    RunFailedError,
     UserError,
     nearest_name,
     one_line,
@@ -24,14 +22,13 @@ from training.data.sources.collector import (
 )
 from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import (
-    STREAM_INSTEAD,
     cache_failure,
-    cache_folder,
-    cache_name,
     check_cache,
     quiet_datasets,
+    unreadable,
 )
 from training.data.sources.options import EXPECTED, ReadOptions
+from training.data.sources.parquet_copy import copied_parquet
 from training.data.sources.tree import PathGuard
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow files
@@ -164,47 +161,10 @@ def _class_names(features: Any, column: str) -> list[str] | None:
 def read_parquet(files: list[Path], root: Path, split: str, options: ReadOptions) -> LoadedTable:
     """Load parquet files as one table; unreadable files and errors as in `readable_parquet`."""
     found = readable_parquet(files, root, options)
-    dataset = _copied_parquet(found.good, root)
-    if len(dataset) != found.rows:
-        raise RunFailedError(f"{root}: its parquet files hold {found.rows:,} rows and their copy "
-                             f"in {cache_folder()} {len(dataset):,}; remove that copy")
+    dataset = copied_parquet(found.good, found.rows, root)
     dataset = _without_decoding(dataset, found.image_column)
     return LoadedTable(dataset, found.image_column, found.caption_column, found.class_names,
                        split, found.bad)
-
-
-def _copied_parquet(files: list[Path], root: Path) -> Any:
-    """Return the rows of the copy in the cache of `datasets`, which is made if there is none."""
-    import pyarrow as pa
-    from datasets.data_files import DataFilesDict, DataFilesList
-    from datasets.exceptions import DatasetsError
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
-    # by path, size, time and inode of every file: `datasets` itself was seen to serve the old rows
-    # after a folder was replaced by another with the same names
-    first, *others = files
-    name = f"tokenloom-{cache_name(first, [cache_name(path) for path in others])}"
-    needed = sum(path.stat().st_size for path in files)
-    check_cache(0, STREAM_INSTEAD)
-    try:
-        with (quiet_datasets(),
-              tempfile.TemporaryDirectory(prefix="tokenloom-", dir=cache_folder()) as links):
-            paths = []
-            for number, path in enumerate(files):
-                # `datasets` takes [ ] * and :: in a path for patterns and protocols
-                link = Path(links, f"{number}.parquet")
-                link.symlink_to(path.absolute())
-                paths.append(str(link))
-            # the builder and no load_dataset, which would look for patterns in the cache's own path
-            builder = Parquet(config_id=name, data_files=DataFilesDict(
-                {"train": DataFilesList(paths, origin_metadata=[])}))
-            if not Path(builder.cache_dir).is_dir():
-                check_cache(needed, STREAM_INSTEAD)
-            builder.download_and_prepare()
-            return builder.as_dataset(split="train")
-    except (DatasetsError, pa.ArrowException, OSError, ValueError) as error:
-        full = cache_failure(error, needed, STREAM_INSTEAD)
-        raise full or _unreadable(error, f"{root}: its parquet files cannot be read") from None
 
 
 def read_saved(folder: Path, split: str, options: ReadOptions) -> LoadedTable:
@@ -278,14 +238,8 @@ def _fetch(name: str, split: str) -> Any:
         with quiet_datasets():
             return load_dataset(name, split=split)
     except (DatasetsError, pa.ArrowException, OSError, ValueError) as error:
-        failure = _unreadable(error, f"{name}: cannot be fetched from the hub")
+        failure = unreadable(error, f"{name}: cannot be fetched from the hub")
         raise cache_failure(error) or failure from None
-
-
-def _unreadable(error: Exception, failure: str) -> DataError:
-    # `datasets` wraps what happened in an error that says only that loading failed
-    cause = error.__cause__ or error
-    return DataError(f"{failure}: {one_line(cause)[:300]}")
 
 
 def _without_decoding(dataset: Any, image_column: str) -> Any:
