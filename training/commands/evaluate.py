@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import OneLineParser, UserError, nearest_name
+from training.commands.reading_options import add_reading_options, given_reading
 from training.evaluation.options import (
     COMPOSITION_CHOICES,
     GENERATOR_COMMAND,
@@ -90,6 +91,7 @@ def _tokenizer_parser() -> OneLineParser:
                         help="save the statistics of the measured pictures, for --reference")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     parser.add_argument("--out", required=True, help="folder for report.json and side_by_side.png")
+    add_reading_options(parser)
     return parser
 
 
@@ -129,6 +131,7 @@ def _generator_parser() -> OneLineParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     parser.add_argument("--out", required=True, help="folder for report.json, contact_sheet.png "
                         "and, with several guidance scales, guidance.png")
+    add_reading_options(parser)
     return parser
 
 
@@ -153,6 +156,7 @@ def _fields(options: type[EvaluationOptions], args: argparse.Namespace) -> dict[
 def evaluate_tokenizer_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom evaluate tokenizer`: write a folder, print the headline numbers."""
     args = _tokenizer_parser().parse_args(argv)
+    args.reading = given_reading(args)
     options = TokenizerEvaluationOptions(**_fields(TokenizerEvaluationOptions, args))
     # after the options are known to be right: this import takes seconds
     from training.evaluation.tokenizer_report import evaluate_tokenizer
@@ -167,6 +171,7 @@ def evaluate_tokenizer_command(argv: Sequence[str] | None = None) -> int:
 def evaluate_generator_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom evaluate generator`: write a folder, print the headline numbers."""
     args = _generator_parser().parse_args(argv)
+    args.reading = given_reading(args)
     options = GeneratorEvaluationOptions(**_fields(GeneratorEvaluationOptions, args))
     # after the options are known to be right: these imports take seconds
     from training.evaluation.generator_report import evaluate_generator
