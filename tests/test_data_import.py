@@ -215,7 +215,8 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
     assert main(["import", "table", str(source), "--out", str(tmp_path / "o o")]) == 0
     shown = capsys.readouterr()
     assert f"warning: 1 of 2 pictures are not below {source} (such as gone.jpg)" in shown.err
-    built, following = shown.out.splitlines()
+    built, captions, following = shown.out.splitlines()
+    assert captions == f"captions of {source / 'captions.tsv'}"
     for part in ("1 train", "1 no caption", "1 empty or huge file", "1 broken line", "1 image without a caption"):
         assert part in built
     assert following == f"next: tokenloom data check '{tmp_path / 'o o'}'"

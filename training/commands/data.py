@@ -34,6 +34,7 @@ IMPORT_KINDS = {
     "diffusiondb": "2M or large: part-*/part-*.json, metadata.parquet, or both",
     "table": "captions.csv, .tsv or .txt with a picture's name and a caption in each line",
 }
+SHOWN_ANNOTATIONS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,6 +174,8 @@ def _import(arguments: argparse.Namespace) -> int:
         print(f"tokenloom data import: warning: {report['missing']:,} of {total:,} pictures are "
               f"not below {report['images_below']} (such as {names})", file=sys.stderr)
     _print_build(arguments.out, report)
+    more = " and others" if len(report["annotations"]) > SHOWN_ANNOTATIONS else ""
+    print(f"captions of {', '.join(report['annotations'][:SHOWN_ANNOTATIONS])}{more}")
     print(f"next: tokenloom data check {shlex.quote(str(arguments.out))}")
     return 0
 
