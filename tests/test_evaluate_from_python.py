@@ -9,8 +9,9 @@ import pytest
 
 import tokenloom
 from tests import tiny
-from tests.bad_images import corrupt_png
+from tests.bad_images import corrupt_png, encode
 from tests.evaluation_images import report_in
+from tests.source_files import as_bytes, own_cache, write_parquet  # noqa: F401 (own_cache is a fixture)
 from tokenloom import (
     GeneratorEvaluationOptions,
     TokenizerEvaluationOptions,
@@ -61,6 +62,28 @@ def test_a_generators_report_is_that_of_the_command(folders, tmp_path):
     evaluate_generator(folders["model"], folders["data"], options, device="cpu", out=tmp_path / "python")
     picture = "contact_sheet.png"
     assert (tmp_path / "python" / picture).read_bytes() == (tmp_path / "command" / picture).read_bytes()
+
+
+def test_both_commands_read_data_that_needs_an_option_to_be_read(folders, tmp_path):
+    images = [as_bytes(encode(picture, "PNG")) for picture in tiny.pictures(4, 20)]
+    data = write_parquet(tmp_path / "data" / "train.parquet", images, ["wrong"] * 4, alt=tiny.CAPTIONS[:4])
+    reading = {"caption_column": "alt"}
+    own = {"tokenizer": ["--lpips", "none"], "generator": ["--num-captions", "4"]}
+    for name, options in own.items():
+        argv = ["--model", folders["model"], "--data", data, "--data.caption_column", "alt", "--features", "none",
+                "--device", "cpu", "--out", tmp_path / name, *options]
+        assert tokenloom.main(["evaluate", name, *map(str, argv)]) == 0
+    assert report_in(tmp_path / "tokenizer")["data"]["reading"] == reading
+    report = report_in(tmp_path / "generator")
+    assert report["options"]["reading"] == reading
+    assert {question["caption"] for question in report["questions"]} == set(tiny.CAPTIONS[:4])
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "generator"])
+def test_a_wrong_way_of_reading_is_refused_before_the_model_is_loaded(tmp_path, capsys, name):
+    argv = ["evaluate", name, "--model", "gone", "--data", "gone", "--out", str(tmp_path / "o"), "--format", "folders"]
+    assert tokenloom.main(argv) == 2
+    assert "unknown data.format 'folders'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "changes", "words"), [

@@ -27,6 +27,7 @@ FOLDERS = {
     "tokenloom convert": ("OUT", ["/nowhere/last.ckpt"]),
     "tokenloom data emoji": ("--out", []),
     "tokenloom data shapes": ("--out", []),
+    "tokenloom data import": ("--out", ["coco", "/nowhere/coco"]),
     "tokenloom evaluate tokenizer": ("--out", ["--model", MODEL, "--data", DATA]),
     "tokenloom evaluate generator": ("--out", ["--model", MODEL, "--data", DATA]),
     "train_tokenizer.py": ("--run_dir", ["--config", "small_tokenizer", "--data.path", DATA]),

@@ -1,9 +1,11 @@
-"""`tokenloom data emoji|shapes|check`: build a captioned data set, or check one."""
+"""`tokenloom data emoji|shapes|import|check`: build a captioned data set, or check one."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,29 @@ from typing import Any
 from tokenloom_common.errors import DataError, OneLineParser, UserError
 from tokenloom_common.files import write_json_atomic
 from tokenloom_common.outputs import check_output_file
+from training.commands.next_command import after_images, after_tokens
+from training.commands.reading_options import add_reading_options, given_reading
 
 EXAMPLES = """examples:
   tokenloom data emoji --out data/emoji --size 64
   tokenloom data emoji --out data/emoji32 --size 32 --num_concepts 400 --styles noto,twemoji
   tokenloom data shapes --out data/shapes --num_scenes 5000
+  tokenloom data import coco downloads/coco --out data/coco
+  tokenloom data import flickr30k downloads/flickr30k --out data/flickr30k
   tokenloom data check data/emoji --split train --json report.json
+  tokenloom data check photos --caption-ending .tags
   tokenloom data check runs/tokens
 """
+
+IMPORT_KINDS = {
+    "coco": "COCO 2014 or 2017 (captions_*.json), or Karpathy's splits (dataset_coco.json)",
+    "flickr30k": "results.csv, results_*.token, captions.txt, flickr_annotations_30k.csv or "
+                 "dataset_flickr30k.json",
+    "flickr8k": "captions.txt, Flickr8k.token.txt or dataset_flickr8k.json",
+    "diffusiondb": "2M or large: part-*/part-*.json, metadata.parquet, or both",
+    "table": "captions.csv, .tsv or .txt with a picture's name and a caption in each line",
+}
+SHOWN_ANNOTATIONS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,10 +53,11 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="tokenloom data", description=__doc__, epilog=EXAMPLES,
                            allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    # argparse's own metavar would be {emoji,shapes,check}
-    commands = parser.add_subparsers(required=True, metavar="emoji|shapes|check")
+    # argparse's own metavar would be {emoji,shapes,import,check}
+    commands = parser.add_subparsers(required=True, metavar="emoji|shapes|import|check")
     _add_emoji(commands)
     _add_shapes(commands)
+    _add_import(commands)
     _add_check(commands)
     return parser
 
@@ -76,19 +94,35 @@ def _add_shapes(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides the scenes (default 0)")
 
 
+def _add_import(commands: Any) -> None:
+    parser = _command(commands, "import", _import,
+                      "published data sets into parquet shards, with their pictures as they are")
+    parser.add_argument("kind", metavar="KIND", help="one of the table below")
+    parser.add_argument("source", metavar="SRC", nargs="?", type=Path,
+                        help="the folder that it was unpacked to")
+    parser.add_argument("--out", type=_folder, required=True,
+                        help="folder to build (new, empty, or an earlier import)")
+    parser.add_argument("--annotations", type=Path, nargs="+", metavar="FILE",
+                        help="files of captions (default: found below SRC by their names)")
+    parser.add_argument("--images", type=Path, metavar="DIR",
+                        help="the folder that the pictures are below (default: SRC)")
+    parser.add_argument("--encoding", metavar="NAME", help="of annotations without a byte order "
+                        "mark, such as cp1252 (default: UTF-8)")
+    parser.add_argument("--follow-links", "--follow_links", action="store_true",
+                        help="take pictures that links lead to out of SRC")
+    table = "\n".join(f"  {name:<12} {about}" for name, about in IMPORT_KINDS.items())
+    parser.epilog = f"kinds:\n{table}\n\n{parser.epilog}"
+
+
 def _add_check(commands: Any) -> None:
-    parser = _command(commands, "check", _check, "counts, sizes, captions, duplicates, every "
-                      "unusable item; hashes of token shards")
+    parser = _command(commands, "check", _check, "how data is read, counts, sizes, captions, "
+                      "duplicates, every unusable item, and what to run next; token shards, too")
     parser.add_argument("path", help="folder, parquet file, tar shards such as "
                         "'data/{000..012}.tar', hub id; or token shards")
-    parser.add_argument("--split", help="default: train, or the only one")
-    parser.add_argument("--caption_column", "--caption-column",
-                        help="default: text, captions, caption or prompt")
-    parser.add_argument("--image_column", "--image-column", help="default: image")
-    parser.add_argument("--streaming", action="store_true", help="read parquet and tar shards "
-                        "where they lie, without a copy in the cache of `datasets`")
+    parser.add_argument("--split", "--data.split", help="default: train, or the only one")
     parser.add_argument("--json", metavar="FILE",
                         help="also write the whole report there")
+    add_reading_options(parser, streaming=True)
 
 
 def _folder(text: str) -> Path:
@@ -132,6 +166,27 @@ def _shapes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    from training.data.builders.imports.importing import import_data
+
+    if arguments.source is None:
+        raise UserError(f"{arguments.kind}: give the kind of the data and its folder, as in "
+                        f"`tokenloom data import KIND SRC --out DIR` ({', '.join(IMPORT_KINDS)})")
+    report = import_data(arguments.kind, arguments.source, arguments.out,
+                         annotations=arguments.annotations or (), images=arguments.images,
+                         encoding=arguments.encoding, follow_links=arguments.follow_links)
+    if report["missing"]:
+        total = report["missing"] + sum(report["pairs"].values())
+        names = ", ".join(report["missing_such_as"])
+        print(f"tokenloom data import: warning: {report['missing']:,} of {total:,} pictures are "
+              f"not below {report['images_below']} (such as {names})", file=sys.stderr)
+    _print_build(arguments.out, report)
+    more = " and others" if len(report["annotations"]) > SHOWN_ANNOTATIONS else ""
+    print(f"captions of {', '.join(report['annotations'][:SHOWN_ANNOTATIONS])}{more}")
+    print(f"next: tokenloom data check {shlex.quote(str(arguments.out))}")
+    return 0
+
+
 def _print_build(out: Path, report: dict[str, Any]) -> None:
     done = f"built in {report['seconds']:g} s"
     if report["reused"]:  # `seconds` is then that of the earlier build
@@ -160,6 +215,7 @@ def _check(arguments: argparse.Namespace) -> int:
         return 1
 
     print(format_token_report(report) if "damaged" in report else format_report(report))
+    print(f"next: {report['next']}")
     if out:
         write_json_atomic(Path(out), report)
     return 0 if report["usable"] and not report.get("damaged") else 1
@@ -170,16 +226,20 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     from training.data.check import check_data
     from training.data.tokens.check import check_tokens, is_token_folder
 
-    if not is_token_folder(arguments.path):
-        return check_data(arguments.path, split=arguments.split,
-                          caption_column=arguments.caption_column,
-                          # each row is read once, in order
-                          image_column=arguments.image_column,
-                          streamed_rows=1 if arguments.streaming else 0)
-    if arguments.caption_column or arguments.image_column or arguments.streaming:
-        raise UserError(f"{arguments.path}: token shards, whose columns have fixed names; leave "
-                        "--caption-column, --image-column and --streaming out")
-    return check_tokens(arguments.path, arguments.split)
+    reading = given_reading(arguments)
+    if is_token_folder(arguments.path):
+        if reading or arguments.streaming:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in reading) or "--streaming"
+            raise UserError(f"{arguments.path}: token shards, which are read in one way; leave "
+                            f"{names} out")
+        report = check_tokens(arguments.path, arguments.split)
+        return {**report, "next": after_tokens(report)}
+
+    # each row is read once, in order
+    report = check_data(arguments.path, split=arguments.split, **reading,
+                        streamed_rows=1 if arguments.streaming else 0)
+    given = {**reading, **({"streaming": True} if arguments.streaming else {})}
+    return {**report, "next": after_images(report, given)}
 
 
 def _check_report_place(out: str) -> None:

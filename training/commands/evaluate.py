@@ -11,6 +11,7 @@ from typing import Any
 
 from inference.commands.options import add_sampling_options
 from tokenloom_common.errors import OneLineParser, UserError, nearest_name
+from training.commands.reading_options import add_reading_options, given_reading
 from training.evaluation.options import (
     COMPOSITION_CHOICES,
     GENERATOR_COMMAND,
@@ -91,6 +92,7 @@ def _tokenizer_parser() -> OneLineParser:
                         help="save the statistics of the measured pictures, for --reference")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     parser.add_argument("--out", required=True, help="folder for report.json and side_by_side.png")
+    add_reading_options(parser)
     return parser
 
 
@@ -128,6 +130,7 @@ def _generator_parser() -> OneLineParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     parser.add_argument("--out", required=True, help="folder for report.json, contact_sheet.png "
                         "and, with several guidance scales, guidance.png")
+    add_reading_options(parser)
     return parser
 
 
@@ -152,6 +155,7 @@ def _fields(options: type[EvaluationOptions], args: argparse.Namespace) -> dict[
 def evaluate_tokenizer_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom evaluate tokenizer`: write a folder, print the headline numbers."""
     args = _tokenizer_parser().parse_args(argv)
+    args.reading = given_reading(args)
     options = TokenizerEvaluationOptions(**_fields(TokenizerEvaluationOptions, args))
     check_tokenizer_place(args.out, options.save_reference)
     # after the options are known to be right: this import takes seconds
@@ -167,6 +171,7 @@ def evaluate_tokenizer_command(argv: Sequence[str] | None = None) -> int:
 def evaluate_generator_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom evaluate generator`: write a folder, print the headline numbers."""
     args = _generator_parser().parse_args(argv)
+    args.reading = given_reading(args)
     options = GeneratorEvaluationOptions(**_fields(GeneratorEvaluationOptions, args))
     check_generator_place(args.out)
     # after the options are known to be right: these imports take seconds

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenloom_common.errors import UserError
 from tokenloom_common.progress import progress
 from training.data.sources.captioned_images import (
     BAD_ITEM_ERRORS,
@@ -17,7 +18,10 @@ from training.data.sources.captioned_images import (
 )
 from training.data.sources.drops import DOWNLOAD_FAILED, BadItem
 from training.data.sources.left_out import DOWNLOADS_FAILED
+from training.data.sources.locate import FileLayout, find_files
 from training.data.sources.open_dataset import load_source
+from training.data.sources.options import ReadOptions
+from training.data.sources.table import hub_split_sizes
 
 LISTED_ITEMS = 20  # unusable items that the report for a person names
 FREQUENT_CAPTIONS = 5
@@ -29,6 +33,7 @@ class Totals:
     def __init__(self) -> None:
         self.widths: list[int] = []
         self.heights: list[int] = []
+        self.shorter_sides: list[int] = []
         self.caption_lengths: list[int] = []
         self.captions_per_image: list[int] = []
         self.captions: Counter[str] = Counter()
@@ -39,6 +44,7 @@ class Totals:
         width, height = item.image.size
         self.widths.append(width)
         self.heights.append(height)
+        self.shorter_sides.append(min(width, height))
         self.captions_per_image.append(len(item.captions))
         self.caption_lengths += [len(caption) for caption in item.captions]
         self.captions.update(item.captions)
@@ -55,6 +61,7 @@ def check_data(path: str | Path, *, split: str | None = None, **options: Any) ->
 
     Arguments and errors as of `open_dataset`, but unusable items are reported.
     """
+    layout = find_files(path, ReadOptions(**options))
     data = load_source(path, split=split, **options)
     bad = list(data.bad_items)
     left_out = Counter(data.left_out)
@@ -70,8 +77,41 @@ def check_data(path: str | Path, *, split: str | None = None, **options: Any) ->
             bad.append(BadItem(data.key(index), error.reason))
             continue
         totals.add(item)
-    return {"path": str(path), "split": split, **_report(totals, data, bad),
+    report = _report(totals, data, bad)
+    return {"path": str(path), "split": split, "format": layout.format,
+            "reason": layout.reason,
+            "splits": _split_sizes(path, layout, split, report["items"], options), **report,
             "left_out": dict(left_out)}
+
+
+def _split_sizes(path: str | Path, layout: FileLayout, split: str | None, items: int,
+                 options: dict[str, Any]) -> dict[str, int | None]:
+    """Return the number of items of each split; None where it is not known.
+
+    items: those of the split that was checked.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sizes: dict[str, int | None]
+    if layout.format == "hub":
+        sizes = hub_split_sizes(str(path))
+    else:
+        sizes = dict.fromkeys(layout.splits)
+    checked = split or ("train" if "train" in sizes else next(iter(sizes)))
+    sizes[checked] = items
+    for name, files in layout.splits.items():
+        if name == checked:
+            continue
+        try:
+            if layout.format == "parquet":
+                sizes[name] = sum(pq.read_metadata(file).num_rows for file in files)
+            else:
+                other = load_source(path, split=name, **options)
+                sizes[name] = len(other) + len(other.bad_items)
+        except (UserError, OSError, pa.ArrowException):
+            sizes[name] = None  # damaged, which its own check will say
+    return sizes
 
 
 def _report(totals: Totals, data: CaptionedImages, bad: list[BadItem]) -> dict[str, Any]:
@@ -86,15 +126,18 @@ def _report(totals: Totals, data: CaptionedImages, bad: list[BadItem]) -> dict[s
         "usable": usable,
         "width": _range(totals.widths),
         "height": _range(totals.heights),
+        "shorter_side": _range(totals.shorter_sides),
         "captions": len(totals.caption_lengths),
         "captions_per_image": _range(totals.captions_per_image),
         "caption_characters": _range(totals.caption_lengths),
         "caption_repairs": dict(data.caption_repairs),
+        "encodings": dict(data.encodings),
         "columns": data.columns,
         "duplicate_pictures": sum(len(keys) - 1 for keys in duplicates),
         "duplicate_picture_groups": duplicates,
         "duplicate_captions": captions.total() - len(captions),
         "most_frequent_captions": frequent,
+        "hints": data.hints,
         "unusable_by_reason": dict(reasons.most_common()),
         "unusable": [item._asdict() for item in bad],
     }
@@ -109,7 +152,11 @@ def _range(values: Sequence[int]) -> dict[str, float] | None:
 def format_report(report: dict[str, Any]) -> str:
     """Format the report as lines for a person."""
     split = f" (split {report['split']})" if report["split"] else ""
+    sizes = [f"{name} {'(size not known)' if size is None else f'{size:,}'}"
+             for name, size in report["splits"].items()]
     lines = [f"{report['path']}{split}",
+             f"read as            {report['reason']}",
+             f"splits             {', '.join(sizes)}",
              f"usable images      {report['usable']:,} of {report['items']:,}"]
     if report["usable"]:
         lines += _usable_lines(report)
@@ -117,6 +164,9 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"other columns      {', '.join(report['columns'])}")
     if report["caption_repairs"]:
         lines.append(f"captions repaired  {_format_counts(report['caption_repairs'])}")
+    if report["encodings"]:
+        found = [f"{name} {count:,}" for name, count in report["encodings"].items()]
+        lines.append(f"encodings          {', '.join(found)}")
     lines += [f"{name:<18} {count:,}" for name, count in report["left_out"].items()]
     return "\n".join([*lines, *_unusable_lines(report)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def evaluate_generator(model: str | Path, data: str | Path,
     # the loss is measured on real images, so a decoder alone will not do
     pipeline.image_tokenizer.config.check_encodes(target.model)
     settings = _sampling_settings(options, pipeline.default_params)
-    source = open_dataset(target.data, split=split)
+    source = open_dataset(target.data, split=split, **options.reading)
     questions = _questions(pipeline, source, options)
     scorers = load_scorers(options, target.data, pipeline, questions, chosen_device)
     # the loss needs no sampling, so that it is the same at every scale
@@ -215,7 +215,7 @@ def _report(target: EvaluationTarget, options: GeneratorEvaluationOptions, model
         "real": alignment_metrics(real.observations, real.questions, scorers, options.seed),
         "model": _model_section(target, model),
         "matcher": matcher,
-        "data": _data_section(target, source, real),
+        "data": _data_section(target, source, real, options.reading),
         "options": _options_section(target, options),
         "device": str(model.device),
         "versions": package_versions(),
@@ -235,11 +235,11 @@ def _model_section(target: EvaluationTarget, model: TextToImage) -> dict[str, An
     }
 
 
-def _data_section(target: EvaluationTarget, source: CaptionedImages,
-                  real: RealImages) -> dict[str, Any]:
+def _data_section(target: EvaluationTarget, source: CaptionedImages, real: RealImages,
+                  reading: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "path": target.data,
-        "split": target.split or default_split(target.data),
+        "split": target.split or default_split(target.data, **reading),
         "rows": len(source),
         "left_out_when_opened": dict(source.dropped),
         "captions": len(real.questions),

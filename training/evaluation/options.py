@@ -6,9 +6,10 @@ imported here, so that a wrong option is refused before torch is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenloom_common.errors import UserError
 
@@ -38,6 +39,7 @@ class EvaluationOptions:
     features: network of the Frechet distance, a key of `features.EXTRACTORS`, or "none".
     inception_weights: weights file, for features "inception" alone, which needs it.
     reference: .npz with statistics of real images to measure the Frechet distance against.
+    reading: how the data is read; fields of ReadOptions, such as {"format": "classes"}.
     """
 
     seed: int = 0
@@ -45,6 +47,7 @@ class EvaluationOptions:
     features: str = "effnet-lite0"
     inception_weights: str | Path | None = None
     reference: str | Path | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # `features` itself is checked later: its table of names imports torch

@@ -30,9 +30,9 @@ def with_units(values: dict[str, tuple[Any, str]]) -> dict[str, dict[str, Any]]:
     return {name: {"value": value, "unit": unit} for name, (value, unit) in values.items()}
 
 
-def default_split(path: str) -> str:
+def default_split(path: str, **reading: Any) -> str:
     """Return the split that `open_dataset` takes when none is named."""
-    names = list_splits(path)
+    names = list_splits(path, **reading)
     return "train" if "train" in names or len(names) != 1 else names[0]
 
 

@@ -86,8 +86,8 @@ def evaluate_tokenizer(model: str | Path, data: str | Path,
     tokenizer = load_image_tokenizer(target.model, chosen_device)
     tokenizer.config.check_encodes(target.model)  # a converted detokenizer has no encoder
     # splits are listed before the slow part: for a hub id that can fail
-    target = replace(target, split=split or default_split(target.data))
-    source = open_dataset(target.data, split=split)
+    target = replace(target, split=split or default_split(target.data, **options.reading))
+    source = open_dataset(target.data, split=split, **options.reading)
     extractor, reference = load_frechet_inputs(options, tokenizer, chosen_device)
     lpips = None if options.lpips == "none" else LPIPS.load(options.lpips).to(chosen_device)
     measured = ReconstructionOptions(options.num_images, options.seed, options.batch_size, lpips,
@@ -171,6 +171,7 @@ def _report(target: EvaluationTarget, options: TokenizerEvaluationOptions,
         "data": {
             "path": target.data,
             "split": target.split,
+            "reading": dict(options.reading),
             "rows": len(source),
             "left_out_when_opened": dict(source.dropped),
             "pictures": len(metrics.rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from training.data.sources.hf_datasets import quiet_datasets
 
 BUILD_NAME = "build.json"
 FORMAT_VERSION = 1  # raise it when a builder makes other rows of the same arguments
+GROUP_ROWS = 256  # a stream reads whole row groups
+GROUP_BYTES = 64 << 20
+SHARD_BYTES = 500_000_000
 OWN_NAMES = {"data", "README.md", "ATTRIBUTION.md", BUILD_NAME}
 
 
@@ -80,6 +84,60 @@ def write_splits(folder: Path, splits: Mapping[str, list[dict[str, Any]]],
     return names
 
 
+class ShardWriter:
+    """Write the rows of one split to parquet shards; memory holds no more than a row group."""
+
+    def __init__(self, folder: Path, split: str, features: Any) -> None:
+        self._pattern = f"data/{split}-{{:05d}}-of-{{:05d}}.parquet"
+        self._folder = folder
+        self._schema = features.arrow_schema  # it tells `datasets` which column is an image
+        self._shards: list[Path] = []
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0  # of images in `_rows`
+        self._shard_bytes = 0
+        self._writer: Any = None
+
+    def add(self, row: dict[str, Any], num_bytes: int) -> None:
+        """Write a row. num_bytes: the size of its image."""
+        self._rows.append(row)
+        self._bytes += num_bytes
+        if len(self._rows) == GROUP_ROWS or self._bytes >= GROUP_BYTES:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._writer is None:
+            path = self._folder / f"data/{len(self._shards)}-{uuid.uuid4().hex}.part"
+            path.parent.mkdir(exist_ok=True)
+            self._shards.append(path)
+            self._writer = pq.ParquetWriter(path, self._schema)
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._shard_bytes += self._bytes
+        self._rows = []
+        self._bytes = 0
+        if self._shard_bytes >= SHARD_BYTES:
+            self._close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+        self._shard_bytes = 0
+
+    def finish(self) -> list[str]:
+        """Write what is left, and return the names of the shards."""
+        if self._rows:
+            self._write_group()
+        self._close()
+        names = []
+        for number, path in enumerate(self._shards):  # how many there are is known only now
+            names.append(self._pattern.format(number, len(self._shards)))
+            path.rename(self._folder / names[-1])
+        return names
+
+
 def write_record(folder: Path, builder: str, arguments: Mapping[str, Any], files: list[str],
                  report: Mapping[str, Any]) -> dict[str, Any]:
     """Write build.json and return its contents."""
@@ -93,7 +151,6 @@ def card_head(licence: str, names: list[str]) -> str:
     """Format the YAML block that opens a data card: licence, task, and the file of each split."""
     lines = ["---", f"license: {licence}", "task_categories:", "- text-to-image", "language:",
              "- en", "configs:", "- config_name: default", "  data_files:"]
-    for name in names:
-        split = Path(name).name.split("-")[0]
-        lines += [f"  - split: {split}", f"    path: {name}"]
+    for split in dict.fromkeys(Path(name).name.split("-")[0] for name in names):
+        lines += [f"  - split: {split}", f"    path: data/{split}-*"]
     return "\n".join([*lines, "---", ""])

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from tokenizer_image.images import BadImageError, open_image
+from tokenizer_image.images import MAX_IMAGE_PIXELS, BadImageError, open_image
 from training.data.sources.captions import (
     caption_values,
     clean_captions,
@@ -68,9 +68,9 @@ class CaptionedImages:
     then the number of rows; None for data that is not read in place.
     """
 
-    def __init__(self, path: str, table: ImageTable, max_pixels: int) -> None:
+    def __init__(self, path: str, table: ImageTable, max_pixels: int | None) -> None:
         self.path = path
-        self.max_pixels = max_pixels
+        self.max_pixels = max_pixels or MAX_IMAGE_PIXELS
         self.dataset = table.dataset
         self.bad_items = table.bad_items
         self.left_out = table.left_out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenizer_image.images import MAX_IMAGE_PIXELS
 from tokenloom_common.errors import UserError, choose
 
 FORMATS = {
@@ -35,7 +34,8 @@ class ReadOptions:
     """Python's name of the encoding of captions without a byte order mark; None is UTF-8."""
     follow_links: bool = False
     """Follow links that lead out of the folder."""
-    max_pixels: int = MAX_IMAGE_PIXELS
+    max_pixels: int | None = None
+    """Width x height of the largest image; None is that of `open_image`."""
     streamed_rows: int = 0
     """Read parquet and tar shards in place, with so many rows in memory; 0 is through a cache."""
 

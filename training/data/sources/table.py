@@ -14,6 +14,7 @@ from tokenloom_common.errors import (
     nearest_name,
     one_line,
 )
+from training.data.sources.advice import URL_COLUMNS
 from training.data.sources.collector import (
     CAPTION_COLUMNS,
     CLASS_COLUMNS,
@@ -80,6 +81,10 @@ def _pick_column(name: str | None, usual: tuple[str, ...], columns: list[str], w
     if name is not None:
         raise UserError(f"{where}: no column '{name}'{nearest_name(name, columns)} "
                         f"(columns: {listed})")
+    urls = [column for column in columns if column.lower() in URL_COLUMNS]
+    if what == "image" and urls:
+        raise UserError(f"{where}: lists URLs (column {urls[0]}), not images: download them first, "
+                        "with img2dataset for example")
     raise UserError(f"{where}: no {what} column ({' or '.join(usual)}); columns: {listed}; name it "
                     f"with --data.{what}_column")
 
@@ -227,6 +232,19 @@ def hub_splits(name: str) -> list[str]:
         missing = MissingFileError(f"{name}: neither a local path nor a hub data set that can be "
                                    f"fetched ({one_line(error)[:200]}); expected {EXPECTED}")
         raise cache_failure(error) or missing from None
+
+
+def hub_split_sizes(name: str) -> dict[str, int | None]:
+    """Return the rows of each split of a hub data set; None where its card does not say."""
+    from datasets import load_dataset_builder
+
+    sizes: dict[str, int | None] = dict.fromkeys(hub_splits(name))
+    try:
+        with quiet_datasets():
+            known = load_dataset_builder(name).info.splits or {}
+    except Exception:  # as in hub_splits, which has reached it
+        known = {}
+    return {split: getattr(known.get(split), "num_examples", None) for split in sizes}
 
 
 def _fetch(name: str, split: str) -> Any:

@@ -72,7 +72,7 @@ class FileTree:
 def walk_tree(root: Path, follow_links: bool) -> FileTree:
     """Find the files below a folder. Links to folders are followed on request, each once."""
     tree = FileTree(root)
-    for folder, names in _folders(root, follow_links, tree.links):
+    for folder, names in walk_folders(root, follow_links, tree.links):
         if "state.json" in names and any(name.endswith(".arrow") for name in names):
             tree.saved.append(folder)
             continue
@@ -81,8 +81,8 @@ def walk_tree(root: Path, follow_links: bool) -> FileTree:
     return tree
 
 
-def _folders(root: Path, follow_links: bool, passed_over: list[Path]
-             ) -> Iterator[tuple[Path, list[str]]]:
+def walk_folders(root: Path, follow_links: bool, passed_over: list[Path]
+                 ) -> Iterator[tuple[Path, list[str]]]:
     """Yield every folder with its sorted file names; put links that are not followed aside."""
     real_root = Path(os.path.realpath(root))
     seen = {real_root}  # links may lead in circles, or to the same folder twice

@@ -1,0 +1,1 @@
+"""Import published data sets; importing.py is the entrance."""
