@@ -95,8 +95,8 @@ def test_the_command_measures_with_the_real_networks(run, folders, tmp_path):
     report = report_in(tmp_path / "out")
     assert set(report) == {"command", "schema_version", "metrics", "frechet", "lpips", "tokenizer", "data", "options",
                            "versions"}
-    assert list(report["metrics"]) == ["psnr", "ssim", "lpips_alexnet", "EffNet-FD", "codebook_usage", "codebook_perplexity",
-                                       "bits_per_pixel", "pictures"]
+    assert list(report["metrics"]) == ["psnr", "ssim", "lpips_alexnet", "reconstruction_spread", "EffNet-FD", "codebook_usage",
+                                       "codebook_perplexity", "bits_per_pixel", "pictures"]
     assert "FID" not in (tmp_path / "out" / "report.json").read_text()
     values = {name: metric["value"] for name, metric in report["metrics"].items()}
     assert all(math.isfinite(value) for value in values.values())
@@ -209,7 +209,8 @@ def test_a_saved_reference_gives_the_same_number_and_says_whose_it_is(run, tmp_p
 def test_a_number_can_be_left_out(run, tmp_path):
     assert run(out=tmp_path / "a", features="none").code == 0
     report = report_in(tmp_path / "a")
-    assert list(report["metrics"]) == ["psnr", "ssim", "codebook_usage", "codebook_perplexity", "bits_per_pixel", "pictures"]
+    assert list(report["metrics"]) == ["psnr", "ssim", "reconstruction_spread", "codebook_usage", "codebook_perplexity",
+                                       "bits_per_pixel", "pictures"]
     assert report["frechet"] is None
     assert report["lpips"] is None
 

@@ -43,8 +43,8 @@ from training.loop.loop import Task
 from training.loop.script import train_from_command_line
 from training.loop.trained import Training, add_prefix, open_held_out_pictures, with_prefix
 from training.objectives.adversary import Adversary
-from training.objectives.codebook_health import CodebookHealth
 from training.objectives.tokenizer import TokenizerObjective
+from training.objectives.tokenizer_health import TokenizerHealth
 from training.planning.fits import refuse_what_cannot_fit
 from training.planning.flops import tokenizer_forward_flops
 from training.planning.plan import tokenizer_plan
@@ -152,7 +152,7 @@ class TokenizerTraining(Training):
         self.objective = TokenizerObjective(config.loss, self.perceptual,
                                             self.adversary.terms if self.adversary else None)
         seed_everything(config.seed, group.rank)  # dropout and noise differ between the processes
-        self.health = CodebookHealth(config, group, len(self.visits))
+        self.health = TokenizerHealth(config, group, len(self.visits))
 
     # ---- training
 
@@ -186,7 +186,6 @@ class TokenizerTraining(Training):
         result = self.tokenizer(image.to(DTYPES[self.precision]))
         # codes that an average or a restart rewrote, or the optimizer's copies would undo it
         self.engine.take_over(self.tokenizer.take_rewritten())
-        self.health.update(result.codes, self.tokenizer.take_restarts())
 
         total, terms = self.objective(result, image, self.tokenizer.last_layer, step)
         # so that a message about a term that is not finite names it once
@@ -197,13 +196,14 @@ class TokenizerTraining(Training):
         if self.adversary:
             terms |= self.adversary.train(image, result.reconstruction, step)
         self.update_average()
+        self.health.update(image, result, self.tokenizer.take_restarts(), step)
 
         # as tensors, like all terms that the log averages
         scheduled = {name: torch.tensor(value) for name, value in schedules.items()}
         return {"loss": total.detach(), **terms, **scheduled}
 
     def metrics(self) -> dict[str, float]:
-        """Return windowed codebook usage and perplexity, and unusable images."""
+        """Return the health of codebook and reconstructions, and unusable images."""
         return self.health.report() | super().metrics()
 
     def parts(self) -> dict[str, nn.Module]:
@@ -232,7 +232,7 @@ class TokenizerTraining(Training):
     def sample(self, step: int) -> None:
         """Write originals above their reconstructions, curves.png and codebook.png."""
         model = self.full_model()
-        counts = self.health.counts()  # before the return: it sums over all processes
+        counts = self.health.codebook.counts()  # before the return: it sums over all processes
         if not self.group.is_first:
             return
         self._draw_curves(counts)
@@ -254,7 +254,7 @@ class TokenizerTraining(Training):
         if self.adversary:
             panels.append(("logits of the discriminator", rows, ["logits_real", "logits_fake"]))
         plot_curves(panels, run_dir / "curves.png", small_too=True)
-        self.health.draw(counts, run_dir / "metrics.jsonl", run_dir / "codebook.png")
+        self.health.codebook.draw(counts, run_dir / "metrics.jsonl", run_dir / "codebook.png")
 
     def validate(self, step: int) -> Measured:
         """Measure the PSNR of the held-out images after a step."""
@@ -270,7 +270,7 @@ class TokenizerTraining(Training):
     def finish(self) -> None:
         """Measure the held-out split and export run_dir/model."""
         model = self.full_model()
-        counts = self.health.counts()
+        counts = self.health.codebook.counts()
         self.drops.say()
         if not self.group.is_first:
             return
@@ -285,6 +285,7 @@ class TokenizerTraining(Training):
 
         card = tokenizer_card(self.config, model, len(self.visits), report)
         log.info("image tokenizer: %s", model.save_pretrained(run_dir / "model", card=card))
+        self.health.reconstruction.check_export(model, self.visits)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from tokenloom_common.progress import progress
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.evaluation.image_metrics.features import FeatureExtractor
 from training.evaluation.image_metrics.frechet import Frechet, measure_frechet, preparation
+from training.evaluation.image_metrics.image_spread import ImageSpread
 from training.evaluation.image_metrics.pixel_metrics import WINDOW, Moments, psnr, ssim
 from training.evaluation.image_metrics.reference import ImageHash, ReferenceStatistics
 
@@ -73,26 +74,39 @@ def _count_codes(codes: Tensor, codebook_size: int) -> Tensor:
     return torch.bincount(codes.flatten().cpu(), minlength=codebook_size)
 
 
+def _empty_spread(tokenizer: ImageTokenizer) -> ImageSpread:
+    return ImageSpread(tokenizer.config.resolution, tokenizer.config.resolution)
+
+
+def _add_to_spread(spread: ImageSpread, batch: ReconstructedBatch) -> None:
+    spread.update(pixels_to_float(batch.original), pixels_to_float(batch.reconstruction))
+
+
 def evaluate_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages,
                             batch_size: int = 64, quiet: bool = False) -> dict[str, Any]:
     """Return mean PSNR in dB (8-bit RGB at the tokenizer's resolution) and codebook usage.
 
-    DataError if no image is usable.
+    And `reconstruction_spread` where images differ (ImageSpread.kept). DataError if no image is
+    usable.
     """
     unusable: Counter[str] = Counter()
     code_counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)  # [K]
+    spread = _empty_spread(tokenizer)
     psnrs = []
     rows = range(len(source))
     for batch in reconstructed_batches(tokenizer, source, rows, batch_size, unusable, quiet):
         code_counts += _count_codes(batch.codes, len(code_counts))
         psnrs.append(psnr(batch.reconstruction, batch.original))
+        _add_to_spread(spread, batch)
     if not psnrs:
         raise DataError("no usable picture to measure reconstruction on")
 
     values = torch.cat(psnrs)
     usage = usage_of_counts(code_counts)
-    return {"psnr": float(values.mean()), "pictures": len(values), "unusable": unusable.total(),
-            "codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity}
+    report = {"psnr": float(values.mean()), "pictures": len(values), "unusable": unusable.total(),
+              "codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity}
+    kept = spread.kept()
+    return report if kept is None else report | {"reconstruction_spread": kept}
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,8 @@ class ReconstructionOptions:
 class ReconstructionMetrics:
     """Measured values.
 
-    rows, psnr_per_image: one entry per image. fingerprint: hash of the images.
+    rows, psnr_per_image: one entry per image. spread: ImageSpread.kept, None if images do not
+    differ. fingerprint: hash of the images.
     """
 
     rows: list[int]
@@ -123,6 +138,7 @@ class ReconstructionMetrics:
     psnr: float
     ssim: float
     lpips: float | None
+    spread: float | None
     usage: Usage
     frechet: Frechet | None
     unusable: Counter[str] = field(default_factory=Counter)
@@ -164,6 +180,7 @@ def measure_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages,
     dimensions = extractor.dimensions if extractor else 0
     original_moments = Moments(dimensions)
     reconstruction_moments = Moments(dimensions)
+    spread = _empty_spread(tokenizer)
     kept: list[int] = []
     psnrs, ssims, lpips_values = [], [], []  # [B] of each batch
     for batch in reconstructed_batches(tokenizer, source, rows, options.batch_size, unusable):
@@ -172,6 +189,7 @@ def measure_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages,
         code_counts += _count_codes(batch.codes, len(code_counts))
         psnrs.append(psnr(batch.reconstruction, batch.original))
         ssims.append(ssim(batch.reconstruction, batch.original))
+        _add_to_spread(spread, batch)
         if options.lpips is not None:
             lpips_values.append(_lpips(options.lpips, batch.original, batch.reconstruction))
         if extractor is not None:
@@ -192,8 +210,8 @@ def measure_reconstruction(tokenizer: ImageTokenizer, source: CaptionedImages,
         rows=kept, psnr_per_image=all_psnrs.tolist(), psnr=float(all_psnrs.mean()),
         ssim=float(torch.cat(ssims).mean()),
         lpips=float(torch.cat(lpips_values).mean()) if lpips_values else None,
-        usage=usage_of_counts(code_counts), frechet=frechet, unusable=unusable,
-        fingerprint=image_hash.hexdigest())
+        spread=spread.kept(), usage=usage_of_counts(code_counts), frechet=frechet,
+        unusable=unusable, fingerprint=image_hash.hexdigest())
 
 
 def _check_resolution(side: int, lpips: LPIPS | None) -> None:

@@ -69,8 +69,9 @@ def evaluate_tokenizer(model: str | Path, data: str | Path,
         (but for `options.save_reference`).
 
     The report is the content of report.json. `report["metrics"]` maps name to {"value", "unit"}:
-    psnr in dB, ssim, lpips_*, the Frechet distance, codebook_usage, codebook_perplexity,
-    bits_per_pixel, pictures. All are taken on 8-bit RGB at the tokenizer's resolution.
+    psnr in dB, ssim, lpips_*, reconstruction_spread, the Frechet distance, codebook_usage,
+    codebook_perplexity, bits_per_pixel, pictures. All are taken on 8-bit RGB at the tokenizer's
+    resolution.
 
     UserError for a wrong model, data, option or `out`, before anything is measured; DataError
     (a UserError) if no image, or for a Frechet distance only one, can be read.
@@ -203,6 +204,9 @@ def _headline(lpips: str, tokenizer: ImageTokenizer, extractor: FeatureExtractor
     values["ssim"] = (metrics.ssim, "(1 = equal)")
     if metrics.lpips is not None:
         values[f"lpips_{lpips}"] = (metrics.lpips, "(0 = equal)")
+    if metrics.spread is not None:
+        values["reconstruction_spread"] = (metrics.spread,
+                                           "(0 = every picture comes out the same)")
     if extractor is not None and metrics.frechet is not None:
         values[extractor.metric_name] = (metrics.frechet.distance, "(squared distance, 0 = equal)")
     values["codebook_usage"] = (metrics.usage.usage, "of all codes")

@@ -24,7 +24,8 @@ from training.runs.metrics import read_metrics, sample_grids
 
 GROUPS = {"optim": ("lr", "grad_norm", "skipped_steps"),
           "speed": ("samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_bytes"),
-          "codebook": ("codebook_usage", "codebook_perplexity", "dead_codes", "restarted_codes"),
+          "codebook": ("codebook_usage", "codebook_perplexity", "dead_codes", "restarted_codes",
+                       "reconstruction_spread"),
           "data": ("dropped_items",),
           "validation": ("validation_loss", "validation_psnr", "validation_top1"),
           "other": ("accuracy", "scale", "generator_weight", "logits_real", "logits_fake",

@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 
 # codes seen per code of the codebook, before a share of unused ones means anything
 ENOUGH_CODES = 10
+# way from the threshold to full use, after which a warning is taken back
+RECOVERY = 0.2
+# codes by perplexity: with fewer, images may fail to come through for want of codes
+FEW_CODES = 2.0
 
 
 class CodebookHealth:
@@ -42,29 +46,38 @@ class CodebookHealth:
         self.usage.update(codes)
         self._restarts += restarts
 
-    def report(self) -> dict[str, float]:
+    def report(self, is_blank: bool = False) -> dict[str, float]:
         """Return the numbers of a log line. All processes must call it.
 
-        restarted_codes counts since the last one.
+        restarted_codes counts since the last one. is_blank: the images do not come through.
         """
-        counts = self.counts()
-        report = usage_of_counts(counts)
-        self._warn(report, int(counts.sum()))
+        report = usage_of_counts(self.counts())
+        self._warn(report, is_blank)
         restarts, self._restarts = self._restarts, 0
         return {"codebook_usage": report.usage, "codebook_perplexity": report.perplexity,
                 "dead_codes": report.dead_codes, "restarted_codes": restarts}
 
-    def _warn(self, report: Usage, seen: int) -> None:
-        """Warn once of unused codes, and once more after the usage had recovered."""
-        if self.config.train.trained_part == "decoder":  # whose codes are fixed
+    def _warn(self, report: Usage, is_blank: bool) -> None:
+        """Warn once of unused codes, and say when they are in use again."""
+        config = self.config
+        if config.train.trained_part == "decoder":  # whose codes are fixed
             return
-        size = self.config.model.codebook_size
-        is_low = report.usage < self.config.codebook.warn_below
+        size, threshold = config.model.codebook_size, config.codebook.warn_below
+        if report.usage >= threshold:
+            # not at the threshold itself, around which the share of codes of a window varies
+            has_recovered = report.usage >= threshold + RECOVERY * (1 - threshold)
+            if self._warned and has_recovered:
+                log.info("the codebook has recovered: %.0f %% of the %s codes are in use "
+                         "(perplexity %.0f)", 100 * report.usage, f"{size:,}", report.perplexity)
+                self._warned = False
+            return
+
         # few codes so far leave many of them unseen by chance
-        if not is_low or seen < ENOUGH_CODES * size:
-            self._warned = self._warned and is_low
-            return
-        if not self._warned:
+        is_early = report.codes_seen < ENOUGH_CODES * size
+        # a decoder that does not listen to its codes does not to more of them: seen with every
+        # remedy below
+        is_unheard = is_blank and report.perplexity >= FEW_CODES
+        if not (self._warned or is_early or is_unheard):
             self._warned = True
             log.warning("only %.0f %% of the %s codes are in use (perplexity %.0f, over the last "
                         "%s pictures): the rest is wasted. Try %s", 100 * report.usage, f"{size:,}",
@@ -117,10 +130,12 @@ class CodebookHealth:
     def state(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint."""
         # in a checkpoint, so that the log lines of a resumed run equal an uninterrupted one's
-        return {**self.usage.state_dict(), "restarts": torch.tensor(self._restarts)}
+        return {**self.usage.state_dict(), "restarts": torch.tensor(self._restarts),
+                "warned": torch.tensor(self._warned)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Continue from `state`."""
         self._restarts = int(state["restarts"])
+        self._warned = bool(state["warned"])
         self.usage.load_state_dict({name: tensor for name, tensor in state.items()
-                                    if name != "restarts"})
+                                    if name not in ("restarts", "warned")})

@@ -113,6 +113,10 @@ def tokenizer_card(run: TokenizerRunConfig, model: ImageTokenizer, rows: int,
                     ("share of the codes in use", "codebook_usage", report["codebook_usage"]),
                     ("perplexity of the codes", "codebook_perplexity",
                      report["codebook_perplexity"]))
+        kept = report.get("reconstruction_spread")  # none of images that do not differ
+        if kept is not None:
+            what = "share kept of what tells pictures apart"
+            measured = (*measured, (what, "reconstruction_spread", kept))
     return RunResult(run, run.data, rows, facts, measured, LIMITS).card(
         title="Image tokenizer",
         summary=f"Pictures to discrete codes and back (`{model.kind}`), trained with Tokenloom.",

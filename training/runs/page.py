@@ -26,7 +26,8 @@ CURVES = {
     "model FLOPs utilization": "mfu",
     "share of time waiting for data": "data_wait",
     "memory, bytes": "memory_bytes",
-    "codebook in use": "codebook_usage"}
+    "codebook in use": "codebook_usage",
+    "differences between pictures kept": "reconstruction_spread"}
 """Title -> name in metrics.jsonl; names that a run does not log are left out."""
 TERMS_LEFT_OUT = {"step", "elapsed_s", "skipped_steps", "dropped_items"}
 LAST_GRIDS = 4
