@@ -19,7 +19,6 @@ if __name__ == "__main__":
 import errno
 import fcntl
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -57,13 +56,7 @@ from training.data.tokens.encoding_progress import (
 )
 from training.data.tokens.layouts import Layouts
 from training.data.tokens.shard_encoder import OthersFailedError, ShardEncoder
-from training.data.tokens.shards import (
-    ShardFile,
-    SplitIndex,
-    TokenIndex,
-    token_dtype,
-    write_index,
-)
+from training.data.tokens.shards import ShardFile, SplitIndex, TokenIndex, write_index
 from training.data.tokens.views import view_names
 from training.engine.agreement import check_same, check_shared
 from training.engine.launch import processes
@@ -162,9 +155,7 @@ class DatasetEncoder:
     def _facts(self, sources: dict[str, CaptionedImages]) -> dict[str, Any]:
         """Return the facts that an earlier run, whose shards are kept, must share with this one."""
         config = self.config
-        data = {"path": str(Path(config.data.path).resolve()),
-                "caption_column": config.data.caption_column,
-                "image_column": config.data.image_column}
+        data = {**config.data.reading(), "path": str(Path(config.data.path).resolve())}
         rows = {split: [len(source), source.identity()] for split, source in sources.items()}
         # so that every process has a shard of the longest split to write
         longest = max(len(source) for source in sources.values())
@@ -189,10 +180,7 @@ class DatasetEncoder:
         missing = [shard for of_split in shards.values() for shard in of_split
                    if shard.name not in done]
         rows = sum(len(shard.rows) for shard in missing)
-        tokens = math.prod(self.tokenizer.grid) * len(view_names(self.config.views))
-        # captions and keys beside the tokens are not counted
-        each = tokens * token_dtype(self.tokenizer.codebook_size).itemsize
-        check_token_folder(self.out, need_bytes=rows * each)
+        check_token_folder(self.out, need_bytes=rows * self.shards.row_bytes())
 
     # ---- encode
 

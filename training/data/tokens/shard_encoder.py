@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from training.data.sources.drops import DropCounter
 from training.data.tokens.encoding_progress import FAILURE_MARK, FinishedShard, Shard, mark_done
 from training.data.tokens.layouts import Layouts
 from training.data.tokens.shards import ShardFile, token_dtype, write_shard
-from training.data.tokens.views import image_views
+from training.data.tokens.views import image_views, view_names
 from training.data.visits.loader import reraising_loader
 
 
@@ -65,6 +66,11 @@ class ShardEncoder:
                  drops: DropCounter, device: torch.device) -> None:
         self.tokenizer, self.config, self.aside = tokenizer, config, aside
         self.drops, self.device = drops, device
+
+    def row_bytes(self) -> int:
+        """Return the least bytes of a row: those of its tokens, without captions and key."""
+        tokens = math.prod(self.tokenizer.grid) * len(view_names(self.config.views))
+        return tokens * token_dtype(self.tokenizer.codebook_size).itemsize
 
     def encode(self, source: CaptionedImages, shard: Shard, bar: Any) -> FinishedShard:
         """Encode and write the rows of `shard`. OthersFailedError if another process has failed."""
