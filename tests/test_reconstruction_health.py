@@ -124,15 +124,16 @@ def test_few_images_between_two_log_lines_wait_for_more(caplog, log_every):
     assert pictures >= 64
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5], ids=["blank", "few codes"])
 @pytest.mark.parametrize("stop", [5, 195, 214, 235])
-def test_a_resumed_run_says_the_same(caplog, stop):
-    whole = feed(make_health(), range(300), 0.05, MANY_CODES)
+def test_a_resumed_run_says_the_same(caplog, stop, share):
+    whole = feed(make_health(), range(300), share, MANY_CODES)
     words = [record.getMessage() for record in caplog.records]
     caplog.clear()
     first, second = make_health(), make_health()
-    lines = feed(first, range(stop), 0.05, MANY_CODES)
+    lines = feed(first, range(stop), share, MANY_CODES)
     second.restore({name: tensor.clone() for name, tensor in first.state().items()})
-    lines += feed(second, range(stop, 300), 0.05, MANY_CODES)
+    lines += feed(second, range(stop, 300), share, MANY_CODES)
     assert lines == whole
     assert [record.getMessage() for record in caplog.records] == words != []
 
