@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tests import launching
-from tests.tokenizer_runs import VQ, config, make_data, train
+from tests.tokenizer_runs import MODEL, VQ, config, make_data, train
 from tokenizer_image import Reconstruction
 from tokenloom_common.config import dotted_names, merge
 from training.config.tokenizer import TokenizerRunConfig
@@ -31,7 +31,7 @@ ALL_CODES = torch.arange(16).repeat(4).view(1, 8, 8)
 
 
 def make_health(**changes) -> TokenizerHealth:
-    run = config(Path("data"), Path("run"), model={**VQ, **changes.pop("model", {})}, codebook={"warn_below": 0.9}, **changes)
+    run = config(Path("data"), Path("run"), model=changes.pop("model", VQ), codebook={"warn_below": 0.9}, **changes)
     return TokenizerHealth(run, ALONE, images=16)
 
 
@@ -124,15 +124,16 @@ def test_few_images_between_two_log_lines_wait_for_more(caplog, log_every):
     assert pictures >= 64
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5], ids=["blank", "few codes"])
 @pytest.mark.parametrize("stop", [5, 195, 214, 235])
-def test_a_resumed_run_says_the_same(caplog, stop):
-    whole = feed(make_health(), range(300), 0.05, MANY_CODES)
+def test_a_resumed_run_says_the_same(caplog, stop, share):
+    whole = feed(make_health(), range(300), share, MANY_CODES)
     words = [record.getMessage() for record in caplog.records]
     caplog.clear()
     first, second = make_health(), make_health()
-    lines = feed(first, range(stop), 0.05, MANY_CODES)
+    lines = feed(first, range(stop), share, MANY_CODES)
     second.restore({name: tensor.clone() for name, tensor in first.state().items()})
-    lines += feed(second, range(stop, 300), 0.05, MANY_CODES)
+    lines += feed(second, range(stop, 300), share, MANY_CODES)
     assert lines == whole
     assert [record.getMessage() for record in caplog.records] == words != []
 
@@ -144,6 +145,7 @@ RUNS = {
     "half and half": {"loss": {"l2_weight": 1.0}},
     "squares": {"loss": {"l1_weight": 0.0, "l2_weight": 4.0}},
     "strong squares": {"loss": {"l1_weight": 0.0, "l2_weight": 30.0}, "train": {"steps": 1000}},
+    "no commitment": {"model": MODEL, "loss": {"l1_weight": 0.0, "l2_weight": 1.0}},
     "slow": {"optim": {"lr": 1e-5}},
     "perceptual alone": {"loss": {"l1_weight": 0.0, "perceptual_weight": 1.0}},
 }
@@ -164,7 +166,8 @@ def test_advice_names_options_that_the_run_can_take_and_has_not_taken(caplog, ch
     TokenizerRunConfig.parse(run, "advice")  # all at once is possible too
 
 
-@pytest.mark.parametrize(("name", "absent"), [("squares", "l1_weight"), ("strong squares", "loss"), ("slow", "optim.lr")])
+@pytest.mark.parametrize(("name", "absent"), [("squares", "l1_weight"), ("strong squares", "loss"),
+                                             ("no commitment", "loss"), ("slow", "optim.lr")])
 def test_what_a_run_does_already_is_no_advice(caplog, name, absent):
     feed(make_health(**RUNS[name]), range(300), 0.0)
     assert absent not in said(caplog, "do not come through")[0]

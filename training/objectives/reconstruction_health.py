@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenizer_image import ImageTokenizer
+from tokenizer_image.quantizer_config import READ_BY_KIND
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.visits.images import ImageVisits, collate_pixels
 from training.data.visits.order import ItemId
@@ -27,7 +28,9 @@ EARLY_STEPS = (200, 2000)
 """Least and most steps after the warm-up in which low numbers are no sign of anything; between them
 a twentieth of the run. A discrete VAE passed the threshold at step 155."""
 FEW_STEPS = 240  # fewer teach even a small network little
-STRONG_L2 = 20  # weight above the commitment term also where images hardly differ, as thin lines do
+STRONG_L2 = 80
+"""Times the commitment weight: l2_weight is above that term also where images hardly differ, as
+thin lines do."""
 LOW_LR = 1e-4  # slow, but no reason for images that do not come through
 BATCH = 8  # images that the export is checked with at a time
 
@@ -117,13 +120,20 @@ class ReconstructionHealth:
         # the least L1 error of a pixel that is background in most images is background in all
         if loss.l1_weight:
             advice.append(f"--loss.l1_weight 0 --loss.l2_weight {max(4, loss.l2_weight):g}")
-        elif loss.l2_weight < STRONG_L2:
-            advice.append(f"--loss.l2_weight {STRONG_L2}")
+        elif loss.l2_weight < self._strong_l2():
+            advice.append(f"--loss.l2_weight {self._strong_l2():g}")
         if lr > LOW_LR:
             advice.append(f"--optim.lr {max(LOW_LR, lr / 4):g}")
         if steps >= FEW_STEPS:
             advice.append("longer training")
         return advice
+
+    def _strong_l2(self) -> float:
+        """The l2_weight that outweighs the commitment term; 0 without one."""
+        quantizer = getattr(self.config.model, "quantizer", None)  # none in a discrete VAE
+        if quantizer is None or "commitment_weight" not in READ_BY_KIND[quantizer.kind]:
+            return 0.0
+        return STRONG_L2 * quantizer.commitment_weight
 
     def state(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint."""
