@@ -275,5 +275,5 @@ def test_check_reports_what_shards_hold_and_what_is_damaged(shards, capsys):
 def test_check_refuses_what_token_shards_do_not_have(shards):
     with pytest.raises(UserError, match="did you mean 'train'"):
         data_command(["check", str(shards), "--split", "trian"])
-    with pytest.raises(UserError, match="fixed names"):
+    with pytest.raises(UserError, match="read in one way"):
         data_command(["check", str(shards), "--caption-column", "text"])
