@@ -24,7 +24,7 @@ from training.data.sources.drops import DOWNLOAD_FAILED, BadItem, BadItemError
 from training.data.sources.left_out import STATUS_COLUMNS, download_failed
 from training.data.sources.row_groups import RowGroups
 from training.data.sources.tar import read_member
-from training.data.sources.tree import PathGuard
+from training.data.sources.tree import PathGuard, is_file
 
 BAD_ITEM_ERRORS = (BadImageError, BadItemError)
 """Errors of a single item: catch them, count by `.reason`, go on."""
@@ -243,7 +243,7 @@ class CaptionedImages:
             path = PathGuard(self._table.root).below(self._table.root, value)
         if path is None:
             raise BadItemError(key, "path outside the folder", value)
-        if not path.is_file():
+        if not is_file(path):
             raise BadItemError(key, "missing file", str(path))
         return path
 

@@ -17,6 +17,7 @@ CAPTION_COLUMNS = ("text", "captions", "caption", "prompt")
 CLASS_COLUMNS = ("label", "labels", "class", "cls", "category", "fine_label")
 """Columns of classes, whose names or numbers are the captions where there are no others."""
 MAX_HINTS = 2
+SHOWN_NAMES = 20
 MAX_TEXT_BYTES = 1 << 20  # of one caption file or one line of metadata
 
 
@@ -75,6 +76,13 @@ def find_name(columns: Collection[str], chosen: str | None, usual: Sequence[str]
         return chosen if chosen in columns else None
     in_lower_case = {name.strip().lower(): name for name in reversed(list(columns))}
     return next((in_lower_case[name] for name in usual if name in in_lower_case), None)
+
+
+def shown_names(names: Collection[str]) -> str:
+    """Format the names of columns; of very many, as a list taken for a table has, the first."""
+    shown = ", ".join(list(names)[:SHOWN_NAMES])
+    more = len(names) - SHOWN_NAMES
+    return f"{shown} and {more:,} more" if more > 0 else shown
 
 
 def pick_captions(record: Mapping[str, Any], options: ReadOptions) -> str | None:

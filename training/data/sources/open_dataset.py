@@ -16,13 +16,13 @@ from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.extras import require_extra
 from training.data.sources.captioned_images import SCAN_ROWS, CaptionedImages, ImageTable
 from training.data.sources.captions import caption_values, clean_captions, unusable_reason
-from training.data.sources.collector import Collector
+from training.data.sources.collector import Collector, find_name
 from training.data.sources.drops import BadItem, format_reasons
 from training.data.sources.folder import read_classes, read_lists, read_sidecars
 from training.data.sources.left_out import (
     DOWNLOADS_FAILED,
     OTHER_SPLITS,
-    SPLIT_COLUMN,
+    SPLIT_COLUMNS,
     STATUS_COLUMNS,
     download_failed,
     rows_of_train,
@@ -147,7 +147,10 @@ def _stream_parquet(source: Source) -> ImageTable:
 
 
 def _open_saved(source: Source) -> ImageTable:
-    (folder,) = source.files()
+    folder, *others = source.files()
+    if others:
+        raise UserError(f"{source.path}: holds several folders of save_to_disk ({folder.name}, "
+                        f"{others[0].name}); give the one that is meant")
     return _usable_rows(read_saved(folder, source.split_name(), source.options), folder)
 
 
@@ -195,10 +198,11 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
 
 def _rows_in_split(table: LoadedTable) -> list[bool] | None:
     """Whether each row belongs to the split; None if all do."""
-    if table.split != "train" or SPLIT_COLUMN not in table.dataset.column_names:
+    column = find_name(table.dataset.column_names, None, SPLIT_COLUMNS)
+    if table.split != "train" or column is None:
         return None
-    rows = table.dataset.select_columns([SPLIT_COLUMN]).with_format("arrow")
-    return rows_of_train(rows[:][SPLIT_COLUMN].to_pylist())
+    rows = table.dataset.select_columns([column]).with_format("arrow")
+    return rows_of_train(rows[:][column].to_pylist())
 
 
 def _without_image(column: Any) -> list[bool]:

@@ -95,9 +95,25 @@ def _steps(folder: PurePosixPath) -> Iterator[tuple[PurePosixPath, str]]:
         parent /= name
 
 
+def _counterparts(names: set[str]) -> dict[str, str]:
+    """Return the splits of names that are equal but for the word: DIV2K_train_HR, DIV2K_valid_HR.
+
+    Not of `train station` and `test tube`, which are classes.
+    """
+    alike: dict[str, dict[str, str]] = {}
+    for name in names:
+        parts = re.split(r"([^A-Za-z]+)", name)
+        for place, part in enumerate(parts):
+            if part.lower() in SPLIT_WORDS:
+                pattern = "".join([*parts[:place], "*", *parts[place + 1:]]).lower()
+                alike.setdefault(pattern, {})[name] = SPLIT_WORDS[part.lower()]
+    groups = [group for group in alike.values() if len(set(group.values())) > 1]
+    return {name: split for group in groups for name, split in group.items()}
+
+
 def _split_names(names: set[str]) -> dict[str, str]:
     """Return the splits that neighbouring folders are; empty where they are no splits."""
-    known = {name: split for name in names if (split := folder_split(name))}
+    known = {name: split for name in names if (split := folder_split(name))} | _counterparts(names)
     others = names - known.keys()
     if not known or (set(known.values()) == {"train"} and len(others) > MAX_OTHER_SPLITS):
         return {}

@@ -29,7 +29,7 @@ from training.data.sources.hf_datasets import (
 )
 from training.data.sources.options import EXPECTED, ReadOptions
 from training.data.sources.parquet_copy import copied_parquet
-from training.data.sources.tree import PathGuard
+from training.data.sources.tree import SAVED_STATE, PathGuard
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow files
 
@@ -102,8 +102,6 @@ def readable_parquet(files: list[Path], root: Path, options: ReadOptions) -> Par
             total += rows
             if not rows:
                 reason = "parquet file without rows"
-        except UnicodeEncodeError:
-            reason = "file name that is not UTF-8"
         except (pa.ArrowException, OSError):
             reason = "broken parquet file"
         if reason is None:
@@ -178,7 +176,7 @@ def read_saved(folder: Path, split: str, options: ReadOptions) -> LoadedTable:
     tables = []
     guard = PathGuard(folder, options.follow_links)
     try:
-        state = json.loads((folder / "state.json").read_bytes())
+        state = json.loads((folder / SAVED_STATE).read_bytes())
         for entry in state["_data_files"]:
             path = guard.inside(folder, entry["filename"])
             if path is None:
