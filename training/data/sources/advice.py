@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from tokenloom_common.errors import UserError
+from training.data.sources.collector import shown_names
 from training.data.sources.metadata import ImageList
 from training.data.sources.options import EXPECTED, ReadOptions
 from training.data.sources.sidecars import RECORD_ENDING, caption_endings
-from training.data.sources.tree import FileTree
+from training.data.sources.tree import IMAGE_SUFFIXES, UNREAD_IMAGES, FileTree
 
 SHOWN_ENDINGS = 5
 SHOWN_LISTS = 3
 HEAD_BYTES = 1 << 16
 ARCHIVES = (".zip", ".rar", ".7z", ".zst")
-UNREAD_IMAGES = (".tif", ".tiff", ".heic", ".avif", ".jxl", ".jp2", ".svg", ".npy", ".psd")
 URL_COLUMNS = ("url", "image_url", "img_url")
 
 
@@ -54,6 +54,8 @@ def _import_kind(tree: FileTree) -> str | None:
             return "coco"
         if name == "results.csv" or name.endswith(".token"):
             return "flickr30k"
+        if name == "captions.txt":
+            return "flickr8k"
         if name.endswith(".json") and name.startswith("part-"):
             return "diffusiondb"
     return None
@@ -66,8 +68,11 @@ def _lists(tree: FileTree, options: ReadOptions) -> list[str]:
         if any(name.strip().lower() in URL_COLUMNS or "://" in name for name in columns):
             ways.append(f"{tree.relative(path)} lists URLs, not images: download them first, with "
                         "img2dataset for example")
+        elif not tree.images:
+            ways.append(f"{tree.relative(path)} may list images, but no file here ends as they do: "
+                        f"{' '.join(IMAGE_SUFFIXES)}")
         else:
-            ways.append(f"{tree.relative(path)} has the columns {', '.join(columns) or '(none)'}: "
+            ways.append(f"{tree.relative(path)} has the columns {shown_names(columns) or 'none'}: "
                         "name those of image and caption with --data.image_column and "
                         "--data.caption_column")
     return ways

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from training.data.sources.captions import clean_captions, unusable_reason
+from training.data.sources.captions import class_names, clean_captions, unusable_reason
 from training.data.sources.drops import BadItem
 from training.data.sources.options import ReadOptions
 
@@ -32,7 +32,7 @@ class Collector:
         self.encodings: Counter[str] = Counter()  # files of captions by their encoding
         self.hints: dict[str, None] = {}  # why items are unusable and what helps, in order
         self.left_out: Counter[str] = Counter()  # of tars: failed downloads
-        self.folders_of_splits: dict[str, str] = {}  # of tars: one folder of each split
+        self.folders: dict[str, str] = {}  # in tars, and the first shard with each
 
     def hint(self, text: str) -> None:
         """Keep what helps where nothing is usable: the first of each kind is enough."""
@@ -95,6 +95,4 @@ def pop_captions(record: dict[str, Any], options: ReadOptions) -> object:
     name = pick_captions(record, options)
     if name is None:
         return None
-    value = record.pop(name)  # popped: what is left of the record is the metadata
-    # the number of a class; True is an int as well, and no class
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return class_names(record.pop(name))  # popped: what is left of the record is the metadata

@@ -13,7 +13,7 @@ from training.data.sources.locate import FileLayout
 from training.data.sources.metadata import ImageList
 from training.data.sources.options import ReadOptions
 from training.data.sources.sidecars import RECORD_ENDING, CaptionFile
-from training.data.sources.tree import FileTree, PathGuard
+from training.data.sources.tree import UNREAD_IMAGES, FileTree, PathGuard
 
 
 def read_lists(tree: FileTree, lists: list[Path], split: str, options: ReadOptions) -> Collector:
@@ -115,6 +115,12 @@ def read_classes(tree: FileTree, images: list[Path], options: ReadOptions) -> Co
             found.drop(key, "no class folder")
         elif _is_usable(found, guard, key, image, []):
             found.add(key, names[wrappers], {}, image=_image_reference(image))
+
+    folders = {image.parent for image in images}
+    for path in tree.others:
+        here = path.parent in folders or path.parent not in tree.image_folders
+        if here and path.suffix.lower() in UNREAD_IMAGES:
+            found.drop(str(tree.relative(path)), f"{path.suffix.lower()} file, which is not read")
     return found
 
 

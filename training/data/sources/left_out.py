@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.data.sources.splits import folder_split
+from training.data.sources.splits import SPLIT_WORDS, folder_split
 
 DOWNLOADS_FAILED = "downloads failed"
 OTHER_SPLITS = "rows of other splits (column split)"
@@ -36,6 +36,6 @@ def rows_of_train(values: Sequence[object]) -> list[bool] | None:
     Rows with another value, such as `restval`, count as rows of another split.
     """
     stated = {value: stated_split(value) for value in set(values)}
-    if not any(isinstance(value, str) and folder_split(value.strip()) for value in stated):
+    if set(SPLIT_WORDS.values()).isdisjoint(stated.values()):
         return None
     return [stated[value] == "train" for value in values]

@@ -133,10 +133,10 @@ def _list_codec(path: Path, encoding: str | None) -> str:
         if error.line is None:
             raise DataError(f"{path}: {error}; save it as UTF-8, or say what it is with "
                             "--data.encoding") from None
-    codec = text_codec(head, encoding)
-    # reading in pieces insists on a mark where decoding a whole text takes this order for granted
-    needs_mark = codecs.lookup(codec).name in ("utf-16", "utf-32")
-    return f"{codec}-le" if needs_mark and text_codec(head) == "utf-8" else codec
+    codec = codecs.lookup(text_codec(head, encoding)).name
+    # reading in pieces insists on a mark, without which decoding a whole text takes this order
+    has_mark = text_codec(head) == codec
+    return f"{codec}-le" if codec in ("utf-16", "utf-32") and not has_mark else codec
 
 
 def _is_undecoded(record: dict[str, Any], codec: str) -> bool:

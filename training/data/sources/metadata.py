@@ -10,7 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from tokenloom_common.errors import DataError, UserError
-from training.data.sources.collector import IMAGE_COLUMNS, Collector, find_name, pick_captions, shown_names
+from training.data.sources.collector import (
+    IMAGE_COLUMNS,
+    Collector,
+    find_name,
+    pick_captions,
+    shown_names,
+)
 from training.data.sources.left_out import SPLIT_COLUMNS, stated_split
 from training.data.sources.list_lines import list_columns, parquet_columns, read_records
 from training.data.sources.options import ReadOptions
@@ -147,12 +153,16 @@ class ImageList:
 
     @cached_property
     def _by_loose_name(self) -> dict[str, Path]:
-        """Images below the list's folder by path and by base name, in any case; the unique ones."""
+        """Images below the list's folder by path or base name, in any case or without ending.
+
+        Only names that a single image has.
+        """
         found: dict[str, list[Path]] = {}
         for image in self.tree.images:
             if image.is_relative_to(self.path.parent):
                 below = image.relative_to(self.path.parent).as_posix()
-                for name in {_loose(below), _loose(image.name)}:
+                names = {below, image.name, posixpath.splitext(below)[0], image.stem}
+                for name in set(map(_loose, names)):
                     found.setdefault(name, []).append(image)
         return {name: images[0] for name, images in found.items() if len(images) == 1}
 

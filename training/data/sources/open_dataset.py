@@ -127,7 +127,7 @@ def _stream_tars(source: Source) -> ImageTable:
     found = open_tar_indexes(source.files(), source.layout.root, source.options)
     return ImageTable(found.dataset, "captions", None, bad_items=found.bad,
                       caption_repairs=found.repairs, packed_columns=found.columns,
-                      chunk_bounds=found.chunk_bounds, left_out=found.left_out)
+                      chunk_bounds=found.chunk_bounds, left_out=found.left_out, hints=found.hints)
 
 
 def _open_parquet(source: Source) -> ImageTable:

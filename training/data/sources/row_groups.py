@@ -57,11 +57,16 @@ class RowGroups:
 
     def _choose_train(self, name: str) -> None:
         """Read the column of splits alone, and choose the rows of train."""
+        import pyarrow.parquet as pq
+
         columns: list[list[object]] = []
         for file, group in self._groups:
             try:
                 columns.append(self._read_group(file, group, [name])[name].to_pylist())
-            except (BadItemError, KeyError):  # damaged, or a file without such a column
+            except KeyError:  # a file without such a column, as if it held nulls
+                rows = pq.read_metadata(self.files[file]).row_group(group).num_rows
+                columns.append([None] * rows)
+            except BadItemError:
                 columns.append([])  # its rows are counted as unusable when they are visited
         chosen = rows_of_train([value for column in columns for value in column])
         if chosen is None or all(chosen):

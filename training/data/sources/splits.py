@@ -61,19 +61,23 @@ class SplitFolders:
                        if (splits := _split_names(names))}
 
     def split(self, folder: PurePosixPath) -> str | None:
-        """Return the split of the files in a folder: that of the outermost folder that is one."""
-        for parent, name in _steps(folder):
-            split = self._names.get(parent, {}).get(name)
-            if split:
-                return split
-        return None
+        """Return the split of the files in a folder, if any folder on the way to it is one."""
+        return self._find(folder)[1]
 
     def below(self, folder: PurePosixPath) -> tuple[str, ...]:
         """Return the names of the folders below the one that is the split, from the outermost."""
+        return folder.relative_to(self._find(folder)[0]).parts
+
+    def _find(self, folder: PurePosixPath) -> tuple[PurePosixPath, str | None]:
+        """Return the outermost folder that is a split, and which; `train/val` is held out."""
+        found: tuple[PurePosixPath, str | None] = (PurePosixPath("."), None)
         for parent, name in _steps(folder):
-            if self._names.get(parent, {}).get(name):
-                return folder.relative_to(parent / name).parts
-        return folder.parts
+            split = self._names.get(parent, {}).get(name)
+            if split and split != "train":
+                return parent / name, split
+            if split and found[1] is None:
+                found = (parent / name, split)
+        return found
 
     def split_of_file(self, path: PurePosixPath) -> str:
         """Return the split of a shard or list; 'train' if neither its folders nor its name say.
@@ -100,15 +104,19 @@ def _counterparts(names: set[str]) -> dict[str, str]:
 
     Not of `train station` and `test tube`, which are classes.
     """
-    alike: dict[str, dict[str, str]] = {}
+    alike: dict[tuple[str, str], dict[str, str]] = {}  # by what is around the word
     for name in names:
-        parts = re.split(r"([^A-Za-z]+)", name)
-        for place, part in enumerate(parts):
-            if part.lower() in SPLIT_WORDS:
-                pattern = "".join([*parts[:place], "*", *parts[place + 1:]]).lower()
-                alike.setdefault(pattern, {})[name] = SPLIT_WORDS[part.lower()]
-    groups = [group for group in alike.values() if len(set(group.values())) > 1]
-    return {name: split for group in groups for name, split in group.items()}
+        for word in re.finditer(r"[a-z]+", name.lower()):
+            split = SPLIT_WORDS.get(word[0])
+            if split:
+                rest = (name[:word.start()].lower(), name[word.end():].lower())
+                alike.setdefault(rest, {})[name] = split
+
+    found: dict[str, str] = {}
+    for group in alike.values():
+        if len(set(group.values())) > 1:
+            found |= group
+    return found
 
 
 def _split_names(names: set[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from training.data.sources.collector import (
     CLASS_COLUMNS,
     IMAGE_COLUMNS,
     find_name,
+    shown_names,
 )
 from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import (
@@ -74,9 +75,12 @@ def pick_columns(options: ReadOptions, columns: list[str], where: str) -> tuple[
 def _pick_column(name: str | None, usual: tuple[str, ...], columns: list[str], what: str,
                  where: str) -> str:
     found = find_name(columns, name, usual)
+    if found is not None and columns.count(found) > 1:
+        raise UserError(f"{where}: {columns.count(found)} columns are called {found}; give each a "
+                        "name of its own")
     if found is not None:
         return found
-    listed = ", ".join(columns)
+    listed = shown_names(columns)
     if name is not None:
         raise UserError(f"{where}: no column '{name}'{nearest_name(name, columns)} "
                         f"(columns: {listed})")
@@ -110,7 +114,7 @@ def readable_parquet(files: list[Path], root: Path, options: ReadOptions) -> Par
             bad.append(BadItem(path.relative_to(root).as_posix(), reason))
     if not good:
         raise DataError(f"{root}: none of its {len(files):,} parquet files can be read "
-                        f"(first: {bad[0].key}); copy or download them again")
+                        f"(first: {bad[0].key}, {bad[0].reason}); copy or download them again")
 
     image_column, caption_column = pick_columns(options, columns, str(root))
     # now, since a stream would meet another type only when it visits the file

@@ -11,7 +11,7 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tokenloom_common.errors import UserError
@@ -21,7 +21,7 @@ from training.data.sources.collector import MAX_TEXT_BYTES, Collector, pop_capti
 from training.data.sources.drops import BadItemError
 from training.data.sources.left_out import DOWNLOADS_FAILED, download_failed
 from training.data.sources.options import ReadOptions
-from training.data.sources.splits import folder_split
+from training.data.sources.splits import SplitFolders
 from training.data.sources.tree import IMAGE_SUFFIXES
 
 MAX_MEMBER_BYTES = 64 << 20  # of an image, which is read into memory whole
@@ -55,17 +55,21 @@ def read_tars(shards: Sequence[Path], root: Path, options: ReadOptions) -> Colle
         except (tarfile.TarError, OSError) as error:
             cut = "unexpected end" in str(error)
             found.drop(name, "truncated tar" if cut else "broken tar")
-    refuse_mixed_splits(found.folders_of_splits, root)
+    refuse_mixed_splits(found.folders, root)
     return found
 
 
 def refuse_mixed_splits(folders: dict[str, str], root: Path) -> None:
     """Raise UserError if the members of shards that are read together are different splits.
 
-    folders: one folder of each split, in its shard.
+    folders: those of the members, and where each of them is.
     """
-    if len(folders) > 1:
-        first, second = list(folders.values())[:2]
+    splits = SplitFolders(map(PurePosixPath, folders))
+    examples: dict[str, str] = {}
+    for folder, place in folders.items():
+        examples.setdefault(splits.split(PurePosixPath(folder)) or "train", place)
+    if len(examples) > 1:
+        first, second = list(examples.values())[:2]
         raise UserError(f"{root}: tar shards that are read together hold different splits, {first} "
                         f"and {second}: pack each split into shards of its own, such as train.tar "
                         "and validation.tar")
@@ -148,6 +152,10 @@ def _samples(members: dict[str, Members], images: Sequence[str], texts: Sequence
             yield from ((name, parts[name]) for name in whole)
 
 
+def _extension(chosen: str) -> str:
+    return chosen.strip().lstrip(".").lower()
+
+
 class SampleReader:
     """Turns the samples of one shard into items."""
 
@@ -156,15 +164,14 @@ class SampleReader:
         """path: of the tar that is read; name: of the shard, for people."""
         self.file, self.path, self.name = file, path, name
         self.found, self.options = found, options
-        self.known_folders: set[str] = set()
         self.image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
         if options.image_column:
-            self.image_extensions = (options.image_column,)
+            self.image_extensions = (_extension(options.image_column),)
         self.text_extensions: tuple[str, ...] = TEXT_EXTENSIONS
         if options.caption_column:
-            self.text_extensions = (options.caption_column,)
+            self.text_extensions = (_extension(options.caption_column),)
         elif options.caption_ending:
-            self.text_extensions = (options.caption_ending.strip().lstrip(".").lower(),)
+            self.text_extensions = (_extension(options.caption_ending),)
 
     def add(self, key: str, sample: Members) -> None:
         """Add a sample to what was found, or count it as unusable or as a failed download."""
@@ -192,7 +199,8 @@ class SampleReader:
             self.found.drop(name, "member too large")
             return
 
-        self._note_split(key)
+        folder = key.rpartition("/")[0]
+        self.found.folders.setdefault(folder, f"{self.name}:{folder}/" if folder else name)
         self.found.add(name, captions, metadata, shard=str(self.path), offset=offset, size=size)
 
     def _captions(self, sample: Members) -> tuple[object, dict[str, Any]]:
@@ -233,19 +241,6 @@ class SampleReader:
         offset, size = member
         self.file.seek(offset)
         return self.file.read(min(size, MAX_TEXT_BYTES))
-
-    def _note_split(self, key: str) -> None:
-        """Remember one folder of each split: what no folder says to be held out is train."""
-        parent = key.rpartition("/")[0]
-        if parent in self.known_folders:
-            return
-        self.known_folders.add(parent)
-        for folder in parent.split("/"):
-            split = folder_split(folder)
-            if split:
-                self.found.folders_of_splits.setdefault(split, f"{self.name}:{folder}/")
-                return
-        self.found.folders_of_splits.setdefault("train", f"{self.name}:{key}")
 
 
 def read_member(shard: str, offset: int, size: int, key: str) -> bytes:

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 from tokenloom_common.files import sync_path
 from training.data.sources.archives import tar_folder
-from training.data.sources.collector import Collector
+from training.data.sources.collector import MAX_HINTS, Collector
 from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import cache_name, quiet_datasets
 from training.data.sources.options import ReadOptions
 from training.data.sources.tar import read_tars, refuse_mixed_splits
 
-INDEX_FORMAT = 2  # raise it when the contents of an index change
-FACTS = {"bad", "repairs", "columns", "left_out", "folders_of_splits"}
+INDEX_FORMAT = 3  # raise it when the contents of an index change
+FACTS = {"bad", "repairs", "columns", "left_out", "folders", "hints"}
 
 
 class TarItems(NamedTuple):
@@ -36,6 +36,7 @@ class TarItems(NamedTuple):
     repairs: Counter
     columns: list[str]
     left_out: Counter
+    hints: list[str]
     chunk_bounds: list[int]  # first row of each shard, then the number of rows
 
 
@@ -45,7 +46,8 @@ def open_tar_indexes(shards: Sequence[Path], root: Path, options: ReadOptions) -
 
     tables: list[Any] = []
     left_out: Counter = Counter()
-    folders_of_splits: dict[str, str] = {}
+    folders: dict[str, str] = {}
+    hints: dict[str, None] = {}
     bad: list[BadItem] = []
     repairs: Counter = Counter()
     columns: set[str] = set()
@@ -57,13 +59,15 @@ def open_tar_indexes(shards: Sequence[Path], root: Path, options: ReadOptions) -
             repairs.update(facts["repairs"])
             columns |= set(facts["columns"])
             left_out.update(facts["left_out"])
-            folders_of_splits = {**facts["folders_of_splits"], **folders_of_splits}
+            folders = {**facts["folders"], **folders}
+            hints |= dict.fromkeys(facts["hints"])
             if facts["rows"]:  # an empty shard is no chunk to shuffle
                 tables.append(table)
                 bounds.append(bounds[-1] + facts["rows"])
         dataset = concatenate_datasets(tables) if tables else Collector().to_dataset(in_tar=True)
-    refuse_mixed_splits(folders_of_splits, root)
-    return TarItems(dataset, bad, repairs, sorted(columns), left_out, bounds)
+    refuse_mixed_splits(folders, root)
+    return TarItems(dataset, bad, repairs, sorted(columns), left_out, list(hints)[:MAX_HINTS],
+                    bounds)
 
 
 def _shard_index(shard: Path, root: Path, options: ReadOptions) -> tuple[dict[str, Any], Any]:
@@ -80,7 +84,7 @@ def _shard_index(shard: Path, root: Path, options: ReadOptions) -> tuple[dict[st
     dataset = found.to_dataset(in_tar=True)
     facts = {"rows": len(dataset), "bad": found.bad, "repairs": dict(found.repairs),
              "columns": sorted(found.columns), "left_out": dict(found.left_out),
-             "folders_of_splits": found.folders_of_splits}
+             "folders": found.folders, "hints": list(found.hints)}
     try:
         _write_index(path, dataset, facts)
     except OSError:  # full, or of another user: it is only read again at the next start

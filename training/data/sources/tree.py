@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from tokenloom_common.errors import UserError
-
 from training.data.sources.splits import SplitFolders
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
+UNREAD_IMAGES = (".tif", ".tiff", ".heic", ".avif", ".jxl", ".jp2", ".svg", ".npy", ".psd")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LIST_SUFFIXES = (".jsonl", ".csv", ".tsv")
 SAVED_STATE = "state.json"  # of a folder of `Dataset.save_to_disk`
@@ -91,7 +91,7 @@ def walk_tree(root: Path, follow_links: bool) -> FileTree:
         try:
             str(path).encode()
         except UnicodeEncodeError:  # no table can hold it, and no reader of Arrow open it
-            raise UserError(f"{ascii(str(path))}: a name that is not UTF-8; rename it") from None
+            raise UserError(f"{str(path)!a}: a name that is not UTF-8; rename it") from None
     return tree
 
 
