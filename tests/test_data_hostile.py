@@ -298,3 +298,11 @@ def test_extensions_in_tars_are_chosen_in_any_case(tmp_path, options):
 def test_several_classes_of_an_image_in_a_record_are_captions(tmp_path):
     write_tar(tmp_path / "0.tar", [("0.png", PNG), ("0.json", b'{"labels": [3, true, 5]}')])
     assert open_dataset(tmp_path)[0].captions == ["3", "5"]
+
+
+@pytest.mark.parametrize("column", ["URL", "image_url", " Url "])
+def test_a_table_of_urls_is_to_be_downloaded_first(tmp_path, column):
+    pq.write_table(pa.table({column: ["https://example.org/a.jpg"], "TEXT": ["a"]}), tmp_path / "x.parquet")
+    for path in (tmp_path, tmp_path / "x.parquet"):
+        with pytest.raises(UserError, match="lists URLs, not images: download them first"):
+            open_dataset(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tokenloom_common.errors import UserError
-from training.data.sources.collector import shown_names
+from training.data.sources.collector import DOWNLOAD_FIRST, lists_urls, shown_names
 from training.data.sources.metadata import ImageList
 from training.data.sources.options import EXPECTED, ReadOptions
 from training.data.sources.sidecars import RECORD_ENDING, caption_endings
@@ -16,7 +16,6 @@ SHOWN_ENDINGS = 5
 SHOWN_LISTS = 3
 HEAD_BYTES = 1 << 16
 ARCHIVES = (".zip", ".rar", ".7z", ".zst")
-URL_COLUMNS = ("url", "image_url", "img_url")
 
 
 def advice_for(tree: FileTree, options: ReadOptions) -> str:
@@ -65,9 +64,8 @@ def _lists(tree: FileTree, options: ReadOptions) -> list[str]:
     ways = []
     for path in [*tree.lists, *tree.parquet][:SHOWN_LISTS]:
         columns = ImageList(path, tree, options).columns
-        if any(name.strip().lower() in URL_COLUMNS or "://" in name for name in columns):
-            ways.append(f"{tree.relative(path)} lists URLs, not images: download them first, with "
-                        "img2dataset for example")
+        if lists_urls(columns):
+            ways.append(f"{tree.relative(path)} {DOWNLOAD_FIRST}")
         elif not tree.images:
             ways.append(f"{tree.relative(path)} may list images, but no file here ends as they do: "
                         f"{' '.join(IMAGE_SUFFIXES)}")

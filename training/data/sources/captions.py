@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from tokenloom_common.text_files import text_lines
+
 NOT_UTF8 = "not UTF-8"
 MAX_CAPTION_CHARS = 2_000  # more than any text encoder reads; bounds the cost of a hostile caption
 
@@ -49,6 +51,11 @@ def clean_caption(value: object) -> CleanCaption:
     if not text:
         repairs.append("empty")
     return CleanCaption(text, tuple(repairs))
+
+
+def caption_lines(text: str) -> list[str]:
+    """Return the lines of a caption file that hold a caption each."""
+    return [line for line in text_lines(text) if line.strip()]
 
 
 def clean_captions(value: object, counts: Counter | None = None) -> list[str]:

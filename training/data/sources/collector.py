@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from tokenloom_common.text_files import TextDecodeError
 from training.data.sources.captions import class_names, clean_captions, unusable_reason
 from training.data.sources.drops import BadItem
 from training.data.sources.options import ReadOptions
@@ -16,6 +17,8 @@ IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
 CAPTION_COLUMNS = ("text", "captions", "caption", "prompt")
 CLASS_COLUMNS = ("label", "labels", "class", "cls", "category", "fine_label")
 """Columns of classes, whose names or numbers are the captions where there are no others."""
+URL_COLUMNS = ("url", "image_url", "img_url")
+DOWNLOAD_FIRST = "lists URLs, not images: download them first, with img2dataset for example"
 MAX_HINTS = 2
 SHOWN_NAMES = 20
 MAX_TEXT_BYTES = 1 << 20  # of one caption file or one line of metadata
@@ -42,6 +45,23 @@ class Collector:
     def drop(self, key: str, reason: str) -> None:
         """Count one unusable item."""
         self.bad.append(BadItem(key, reason))
+
+    def drop_undecoded(self, key: str, name: str, error: TextDecodeError) -> None:
+        """Count one item whose captions, in the file of this name, are in another encoding."""
+        self.drop(key, f"caption {error}")
+        self.hint(f"{name} is {error}; save captions as UTF-8, or say what they are with "
+                  "--data.encoding")
+
+    def parse_record(self, text: str) -> dict[str, Any]:
+        """Parse the JSON beside an image; a broken one is counted: a text may lie there too."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            return record
+        self.repairs["broken json beside a picture"] += 1
+        return {}
 
     def add(self, key: str, captions: object, metadata: dict[str, Any], **reference: Any) -> None:
         """Add one item whose image is at `reference`; drop it if no caption is usable."""
@@ -83,6 +103,11 @@ def shown_names(names: Collection[str]) -> str:
     shown = ", ".join(list(names)[:SHOWN_NAMES])
     more = len(names) - SHOWN_NAMES
     return f"{shown} and {more:,} more" if more > 0 else shown
+
+
+def lists_urls(columns: Collection[str]) -> bool:
+    """Whether columns hold URLs of images; a list without names of columns begins with one."""
+    return any(name.strip().lower() in URL_COLUMNS or "://" in name for name in columns)
 
 
 def pick_captions(record: Mapping[str, Any], options: ReadOptions) -> str | None:

@@ -46,24 +46,17 @@ class FileLayout:
     captions: dict[Path, list[CaptionFile]] = field(default_factory=dict)  # of each image
     unused_captions: list[Path] = field(default_factory=list)
 
-    def choose(self, split: str | None) -> list[Path]:
-        """Return the files of a split; None is train, or the only split.
+    def choose(self, split: str | None) -> str:
+        """Return the name of a split; None is train, or the only split.
 
         UserError listing the splits if there is no such split.
         """
-        name = self.split_name(split)
+        only = next(iter(self.splits)) if len(self.splits) == 1 else "train"
+        name = split or only
         if name not in self.splits:
             raise UserError(f"{self.root}: no split '{name}'{nearest_name(name, self.splits)} "
                             f"(splits: {', '.join(self.splits)})")
-        return self.splits[name]
-
-    def split_name(self, split: str | None) -> str:
-        """Return the name of a split; None is train, or the only split."""
-        if split:
-            return split
-        if "train" in self.splits or len(self.splits) > 1:
-            return "train"
-        return next(iter(self.splits))
+        return name
 
 
 def find_files(path: str | Path, options: ReadOptions) -> FileLayout:

@@ -32,6 +32,7 @@ from training.data.sources.options import ReadOptions
 from training.data.sources.row_groups import RowGroups
 from training.data.sources.table import (
     LoadedTable,
+    hub_split,
     hub_splits,
     read_hub,
     read_parquet,
@@ -48,16 +49,13 @@ class Source:
 
     path: str
     layout: FileLayout
-    split: str | None
+    split: str
     options: ReadOptions
 
+    @property
     def files(self) -> list[Path]:
-        """Return the files of the split. UserError if there is no such split."""
-        return self.layout.choose(self.split)
-
-    def split_name(self) -> str:
-        """Return the name of the split."""
-        return self.layout.split_name(self.split)
+        """The files of the split."""
+        return self.layout.splits[self.split]
 
 
 def open_dataset(path: str | Path, *, split: str | None = None, **options: Any) -> CaptionedImages:
@@ -93,26 +91,19 @@ def load_source(path: str | Path, *, split: str | None = None, **options: Any) -
         raise UserError(f"{path}: streaming reads parquet and tar shards where they lie; this is "
                         f"another kind of data ({layout.format}), so leave data.streaming out")
     readers = STREAMING_READERS if streaming else READERS
-    table = readers[layout.format](Source(str(path), layout, split, chosen))
+    name = hub_split(str(path), split) if layout.format == "hub" else layout.choose(split)
+    table = readers[layout.format](Source(str(path), layout, name, chosen))
     return CaptionedImages(str(path), table, chosen.max_pixels)
 
 
-def _open_metadata(source: Source) -> ImageTable:
-    found = read_lists(source.layout.tree, source.files(), source.split_name(), source.options)
-    return _table_in_memory(found)
-
-
-def _open_sidecars(source: Source) -> ImageTable:
-    return _table_in_memory(read_sidecars(source.layout, source.files(), source.options))
-
-
-def _open_classes(source: Source) -> ImageTable:
-    return _table_in_memory(read_classes(source.layout.tree, source.files(), source.options))
-
-
 def _open_tars(source: Source) -> ImageTable:
-    found = read_tars(source.files(), source.layout.root, source.options)
+    found = read_tars(source.files, source.layout.root, source.options)
     return _table_in_memory(found, in_tar=True)
+
+
+def _collected(read: Callable[[FileLayout, str, ReadOptions], Collector], source: Source
+               ) -> ImageTable:
+    return _table_in_memory(read(source.layout, source.split, source.options))
 
 
 def _table_in_memory(found: Collector, in_tar: bool = False) -> ImageTable:
@@ -124,7 +115,7 @@ def _table_in_memory(found: Collector, in_tar: bool = False) -> ImageTable:
 
 
 def _stream_tars(source: Source) -> ImageTable:
-    found = open_tar_indexes(source.files(), source.layout.root, source.options)
+    found = open_tar_indexes(source.files, source.layout.root, source.options)
     return ImageTable(found.dataset, "captions", None, bad_items=found.bad,
                       caption_repairs=found.repairs, packed_columns=found.columns,
                       chunk_bounds=found.chunk_bounds, left_out=found.left_out, hints=found.hints)
@@ -132,26 +123,26 @@ def _stream_tars(source: Source) -> ImageTable:
 
 def _open_parquet(source: Source) -> ImageTable:
     root = source.layout.root
-    table = read_parquet(source.files(), root, source.split_name(), source.options)
+    table = read_parquet(source.files, root, source.split, source.options)
     return _usable_rows(table, root)
 
 
 def _stream_parquet(source: Source) -> ImageTable:
     root = source.layout.root
-    files = readable_parquet(source.files(), root, source.options)
+    files = readable_parquet(source.files, root, source.options)
     # captions are looked at when a row is visited: scanning them here would read all shards
-    rows = RowGroups(files.good, source.options.streamed_rows, source.split_name() == "train")
+    rows = RowGroups(files.good, source.options.streamed_rows, source.split == "train")
     return ImageTable(rows, files.caption_column, files.image_column, root=root,
                       bad_items=files.bad, chunk_bounds=rows.chunk_bounds,
                       class_names=files.class_names, left_out=rows.left_out)
 
 
 def _open_saved(source: Source) -> ImageTable:
-    folder, *others = source.files()
+    folder, *others = source.files
     if others:
         raise UserError(f"{source.path}: holds several folders of save_to_disk ({folder.name}, "
                         f"{others[0].name}); give the one that is meant")
-    return _usable_rows(read_saved(folder, source.split_name(), source.options), folder)
+    return _usable_rows(read_saved(folder, source.split, source.options), folder)
 
 
 def _open_hub(source: Source) -> ImageTable:
@@ -219,9 +210,9 @@ def _without_image(column: Any) -> list[bool]:
 
 
 READERS: dict[str, Callable[[Source], ImageTable]] = {
-    "metadata": _open_metadata,
-    "sidecar": _open_sidecars,
-    "classes": _open_classes,
+    "metadata": functools.partial(_collected, read_lists),
+    "sidecar": functools.partial(_collected, read_sidecars),
+    "classes": functools.partial(_collected, read_classes),
     "parquet": _open_parquet,
     "tar": _open_tars,
     "saved": _open_saved,

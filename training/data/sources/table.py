@@ -17,8 +17,10 @@ from tokenloom_common.errors import (
 from training.data.sources.collector import (
     CAPTION_COLUMNS,
     CLASS_COLUMNS,
+    DOWNLOAD_FIRST,
     IMAGE_COLUMNS,
     find_name,
+    lists_urls,
     shown_names,
 )
 from training.data.sources.drops import BadItem
@@ -84,6 +86,8 @@ def _pick_column(name: str | None, usual: tuple[str, ...], columns: list[str], w
     if name is not None:
         raise UserError(f"{where}: no column '{name}'{nearest_name(name, columns)} "
                         f"(columns: {listed})")
+    if what == "image" and lists_urls(columns):
+        raise UserError(f"{where}: {DOWNLOAD_FIRST} (columns: {listed})")
     raise UserError(f"{where}: no {what} column ({' or '.join(usual)}); columns: {listed}; name it "
                     f"with --data.{what}_column")
 
@@ -206,14 +210,19 @@ def _loaded(dataset: Any, split: str, where: str, options: ReadOptions) -> Loade
                        names, split, [])
 
 
-def read_hub(name: str, split: str | None, options: ReadOptions) -> LoadedTable:
-    """Load a data set of the hub by its id. MissingFileError if it cannot be reached."""
+def hub_split(name: str, split: str | None) -> str:
+    """Return the name of a split of the hub; None is train, or the first. UserError if missing."""
     known = hub_splits(name)  # a small request first: a wrong split costs no download
     chosen = split or ("train" if "train" in known else known[0])
     if chosen not in known:
         raise UserError(f"{name}: no split '{chosen}'{nearest_name(chosen, known)} "
                         f"(splits: {', '.join(known)})")
-    return _loaded(_fetch(name, chosen), chosen, name, options)
+    return chosen
+
+
+def read_hub(name: str, split: str, options: ReadOptions) -> LoadedTable:
+    """Load a data set of the hub by its id. MissingFileError if it cannot be reached."""
+    return _loaded(_fetch(name, split), split, name, options)
 
 
 def hub_splits(name: str) -> list[str]:

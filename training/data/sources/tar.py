@@ -7,7 +7,6 @@ passed over. Links, devices and sparse members are ignored.
 
 from __future__ import annotations
 
-import json
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tokenloom_common.errors import UserError
-from tokenloom_common.text_files import TextDecodeError, decode_text, text_lines
+from tokenloom_common.text_files import TextDecodeError, decode_text
 from training.data.sources.archives import BrokenArchiveError, plain_tar
+from training.data.sources.captions import caption_lines
 from training.data.sources.collector import MAX_TEXT_BYTES, Collector, pop_captions
 from training.data.sources.drops import BadItemError
 from training.data.sources.left_out import DOWNLOADS_FAILED, download_failed
@@ -184,9 +184,7 @@ class SampleReader:
         try:
             captions, metadata = self._captions(sample)
         except TextDecodeError as error:
-            self.found.drop(name, f"caption {error}")
-            self.found.hint(f"{name} is {error}; save captions as UTF-8, or say what they are with "
-                            "--data.encoding")
+            self.found.drop_undecoded(name, name, error)
             return
         if image is None and download_failed(metadata):
             self.found.left_out[DOWNLOADS_FAILED] += 1
@@ -219,23 +217,19 @@ class SampleReader:
         for extension in extensions:
             if extension in sample:
                 text = decode_text(self._read(sample[extension]), self.options.encoding)
-                lines = [line for line in text_lines(text) if line.strip()]
+                lines = caption_lines(text)
                 if lines:
                     return lines
         return []
 
     def _metadata(self, member: tuple[int, int], required: bool) -> dict[str, Any]:
         try:
-            record = json.loads(decode_text(self._read(member), self.options.encoding))
-        except (ValueError, RecursionError) as error:
-            if required and isinstance(error, TextDecodeError):
+            text = decode_text(self._read(member), self.options.encoding)
+        except TextDecodeError:
+            if required:
                 raise
-            record = None
-        if isinstance(record, dict):
-            return record
-        # the image and a .txt beside it may still be fine
-        self.found.repairs["broken json beside a picture"] += 1
-        return {}
+            text = ""  # counted as broken
+        return self.found.parse_record(text)
 
     def _read(self, member: tuple[int, int]) -> bytes:
         offset, size = member
