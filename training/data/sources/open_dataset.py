@@ -96,29 +96,28 @@ def load_source(path: str | Path, *, split: str | None = None, **options: Any) -
     return CaptionedImages(str(path), table, chosen.max_pixels)
 
 
-def _open_tars(source: Source) -> ImageTable:
-    found = read_tars(source.files, source.layout.root, source.options)
-    return _table_in_memory(found, in_tar=True)
-
-
 def _collected(read: Callable[[FileLayout, str, ReadOptions], Collector], source: Source
                ) -> ImageTable:
-    return _table_in_memory(read(source.layout, source.split, source.options))
+    found = read(source.layout, source.split, source.options)
+    return _collected_table(found, found.to_dataset(in_tar=False), image_column="image")
 
 
-def _table_in_memory(found: Collector, in_tar: bool = False) -> ImageTable:
-    # nothing is cached, so nothing can be stale
-    return ImageTable(found.to_dataset(in_tar), "captions", None if in_tar else "image",
-                      bad_items=found.bad, caption_repairs=found.repairs,
-                      packed_columns=sorted(found.columns), encodings=found.encodings,
-                      hints=list(found.hints), left_out=found.left_out)
+def _open_tars(source: Source) -> ImageTable:
+    found = read_tars(source.files, source.layout.root, source.options)
+    return _collected_table(found, found.to_dataset(in_tar=True))
 
 
 def _stream_tars(source: Source) -> ImageTable:
-    found = open_tar_indexes(source.files, source.layout.root, source.options)
-    return ImageTable(found.dataset, "captions", None, bad_items=found.bad,
-                      caption_repairs=found.repairs, packed_columns=found.columns,
-                      chunk_bounds=found.chunk_bounds, left_out=found.left_out, hints=found.hints)
+    items = open_tar_indexes(source.files, source.layout.root, source.options)
+    return _collected_table(items.found, items.dataset, chunk_bounds=items.chunk_bounds)
+
+
+def _collected_table(found: Collector, dataset: Any, image_column: str | None = None,
+                     chunk_bounds: list[int] | None = None) -> ImageTable:
+    return ImageTable(dataset, "captions", image_column, bad_items=found.bad,
+                      caption_repairs=found.repairs, packed_columns=sorted(found.columns),
+                      chunk_bounds=chunk_bounds, encodings=found.encodings,
+                      hints=list(found.hints), left_out=found.left_out)
 
 
 def _open_parquet(source: Source) -> ImageTable:
@@ -132,9 +131,10 @@ def _stream_parquet(source: Source) -> ImageTable:
     files = readable_parquet(source.files, root, source.options)
     # captions are looked at when a row is visited: scanning them here would read all shards
     rows = RowGroups(files.good, source.options.streamed_rows, source.split == "train")
-    return ImageTable(rows, files.caption_column, files.image_column, root=root,
-                      bad_items=files.bad, chunk_bounds=rows.chunk_bounds,
-                      class_names=files.class_names, left_out=rows.left_out)
+    used = files.columns
+    return ImageTable(rows, used.caption, used.image, root=root, bad_items=files.bad,
+                      chunk_bounds=rows.chunk_bounds, class_names=used.class_names,
+                      left_out=rows.left_out)
 
 
 def _open_saved(source: Source) -> ImageTable:
@@ -159,14 +159,15 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
     bad = list(table.bad)
     good = []
     facts = [name for name in STATUS_COLUMNS if name in table.dataset.column_names]
-    columns = {table.image_column, table.caption_column, *facts}  # no other column is read
+    used = table.columns
+    columns = {used.image, used.caption, *facts}  # no other column is read
     rows = table.dataset.select_columns(list(columns)).with_format("arrow")
     in_split = _rows_in_split(table)
     for start in range(0, len(rows), SCAN_ROWS):
         batch = rows[start:start + SCAN_ROWS]
-        no_image = _without_image(batch[table.image_column])
+        no_image = _without_image(batch[used.image])
         statuses = batch.select(facts).to_pylist() if any(no_image) else []
-        values = caption_values(batch[table.caption_column], table.class_names)
+        values = caption_values(batch[used.caption], used.class_names)
         for offset, captions in enumerate(values):
             row = start + offset
             if in_split is not None and not in_split[row]:
@@ -183,8 +184,8 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
     dataset = table.dataset
     if len(good) < len(dataset):  # `select` puts a list of indices before every later read
         dataset = dataset.select(good)
-    return ImageTable(dataset, table.caption_column, table.image_column, root=root, bad_items=bad,
-                      caption_repairs=repairs, class_names=table.class_names, left_out=left_out)
+    return ImageTable(dataset, used.caption, used.image, root=root, bad_items=bad,
+                      caption_repairs=repairs, class_names=used.class_names, left_out=left_out)
 
 
 def _rows_in_split(table: LoadedTable) -> list[bool] | None:

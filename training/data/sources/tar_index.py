@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenloom_common.files import sync_path
 from training.data.sources.archives import tar_folder
-from training.data.sources.collector import MAX_HINTS, Collector
+from training.data.sources.collector import Collector
 from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import cache_name, quiet_datasets
 from training.data.sources.options import ReadOptions
@@ -29,14 +28,10 @@ FACTS = {"bad", "repairs", "columns", "left_out", "folders", "hints"}
 
 
 class TarItems(NamedTuple):
-    """Items of tar shards."""
+    """Items of tar shards, read through their indexes."""
 
+    found: Collector  # what the indexes say, without the rows
     dataset: Any  # memory-mapped, one row per item
-    bad: list[BadItem]
-    repairs: Counter
-    columns: list[str]
-    left_out: Counter
-    hints: list[str]
     chunk_bounds: list[int]  # first row of each shard, then the number of rows
 
 
@@ -45,29 +40,24 @@ def open_tar_indexes(shards: Sequence[Path], root: Path, options: ReadOptions) -
     from datasets import concatenate_datasets
 
     tables: list[Any] = []
-    left_out: Counter = Counter()
-    folders: dict[str, str] = {}
-    hints: dict[str, None] = {}
-    bad: list[BadItem] = []
-    repairs: Counter = Counter()
-    columns: set[str] = set()
+    found = Collector()
     bounds = [0]
     with quiet_datasets():
         for shard in shards:
             facts, table = _shard_index(shard, root, options)
-            bad += [BadItem(*item) for item in facts["bad"]]
-            repairs.update(facts["repairs"])
-            columns |= set(facts["columns"])
-            left_out.update(facts["left_out"])
-            folders = {**facts["folders"], **folders}
-            hints |= dict.fromkeys(facts["hints"])
+            found.bad += [BadItem(*item) for item in facts["bad"]]
+            found.repairs.update(facts["repairs"])
+            found.columns |= set(facts["columns"])
+            found.left_out.update(facts["left_out"])
+            found.folders = {**facts["folders"], **found.folders}
+            for hint in facts["hints"]:
+                found.hint(hint)
             if facts["rows"]:  # an empty shard is no chunk to shuffle
                 tables.append(table)
                 bounds.append(bounds[-1] + facts["rows"])
-        dataset = concatenate_datasets(tables) if tables else Collector().to_dataset(in_tar=True)
-    refuse_mixed_splits(folders, root)
-    return TarItems(dataset, bad, repairs, sorted(columns), left_out, list(hints)[:MAX_HINTS],
-                    bounds)
+        dataset = concatenate_datasets(tables) if tables else found.to_dataset(in_tar=True)
+    refuse_mixed_splits(found.folders, root)
+    return TarItems(found, dataset, bounds)
 
 
 def _shard_index(shard: Path, root: Path, options: ReadOptions) -> tuple[dict[str, Any], Any]:
