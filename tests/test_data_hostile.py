@@ -306,3 +306,44 @@ def test_a_table_of_urls_is_to_be_downloaded_first(tmp_path, column):
     for path in (tmp_path, tmp_path / "x.parquet"):
         with pytest.raises(UserError, match="lists URLs, not images: download them first"):
             open_dataset(path)
+
+
+@pytest.mark.parametrize("names, text", [
+    (["train/a.png", "val/a.png"], "file_name,text\na.png,good"), (["images/train/a.png"], "file_name,text\ntrain/a.png,good"),
+    (["images/x/a.png", "images/y/a.png"], "file_name,text\nX\\A,good")])
+def test_names_without_their_outer_folders_are_found_where_one_image_fits(tmp_path, names, text):
+    write_images(tmp_path, *names, caption=False)
+    (tmp_path / "train.csv").write_text(text)
+    assert open_dataset(tmp_path, format="metadata", split="train").all_captions() == ["good"]
+
+
+def test_a_list_in_a_folder_of_its_own_names_the_images_beside_it(tmp_path):
+    write_images(tmp_path, "images/a.png", caption=False)
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "captions.csv").write_text("image,caption\na.png,good\n")
+    assert open_dataset(tmp_path).all_captions() == ["good"]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("metadata.jsonl", '[{"file_name": "a.png", "text": "good"},\n {"file_name": "b.png", "text": "good"}]'),
+    ("metadata.jsonl", '\ufeff{"file_name": "a.png", "text": "good"}\n\ufeff{"file_name": "b.png", "text": "good"}'),
+    ("metadata.csv", "\ufeff\ufefffile_name,text\na.png,good\nb.png,good")])
+def test_arrays_and_marks_of_files_put_together(tmp_path, name, text):
+    data = open_dataset(write_csv(tmp_path, text, name))
+    assert data.all_captions() == ["good", "good"] and not data.dropped
+
+
+@pytest.mark.parametrize("values", [[["train"], ["val"]], [{"a": 1}, {"a": 2}], [1.5, None]])
+def test_a_split_column_of_other_things_names_no_splits(tmp_path, values):
+    write_parquet(tmp_path / "x.parquet", [as_bytes(PNG)] * 2, ["a", "b"], split=values)
+    for rows in (0, 1):
+        assert open_dataset(tmp_path, streamed_rows=rows).all_captions() == ["a", "b"]
+
+
+def test_chosen_columns_are_found_in_any_case_and_others_are_named(tmp_path):
+    folder = write_csv(tmp_path / "d", "Picture File,Tags\na.png,good")
+    assert open_dataset(folder, image_column="picture file", caption_column="TAGS").all_captions() == ["good"]
+    with pytest.raises(UserError, match=r"no column 'nope' \(columns: Picture File, Tags\)"):
+        open_dataset(folder, image_column="nope")
+    pq.write_table(pa.table({"Pixels": [PNG], "Tags": ["good"]}), tmp_path / "x.parquet")
+    assert open_dataset(tmp_path / "x.parquet", image_column="pixels", caption_column="tags").all_captions() == ["good"]

@@ -91,10 +91,12 @@ class Collector:
 
 
 def find_name(columns: Collection[str], chosen: str | None, usual: Sequence[str]) -> str | None:
-    """Return the chosen column, or the first usual one in any case; None if it is not there."""
-    if chosen is not None:
-        return chosen if chosen in columns else None
+    """Return the chosen column, or the first usual one, in any case; None if it is not there."""
+    if chosen in columns:
+        return chosen
     in_lower_case = {name.strip().lower(): name for name in reversed(list(columns))}
+    if chosen is not None:
+        usual = [chosen.strip().lower()]
     return next((in_lower_case[name] for name in usual if name in in_lower_case), None)
 
 

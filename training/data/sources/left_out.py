@@ -35,7 +35,7 @@ def rows_of_train(values: Sequence[object]) -> list[bool] | None:
 
     Rows with another value, such as `restval`, count as rows of another split.
     """
-    stated = {value: stated_split(value) for value in set(values)}
-    if set(SPLIT_WORDS.values()).isdisjoint(stated.values()):
+    splits = [stated_split(value) for value in values]
+    if set(SPLIT_WORDS.values()).isdisjoint(splits):
         return None
-    return [stated[value] == "train" for value in values]
+    return [split == "train" for split in splits]

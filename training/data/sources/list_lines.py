@@ -104,10 +104,8 @@ def read_records(path: Path, found: Collector, encoding: str | None
 
 def _lines(path: Path, encoding: str | None) -> Iterator[_Line]:
     with _open_text(path, _list_codec(path, encoding)) as file:
-        if path.suffix.lower() == ".json":
-            yield from _json_array(file, path)
-        elif path.suffix.lower() == ".jsonl":
-            yield from _json_lines(file)
+        if path.suffix.lower() in JSON_ENDINGS:
+            yield from _json_records(file, path)
         else:
             yield from _csv_lines(file, path)
 
@@ -159,16 +157,16 @@ def _json_lines(file: TextIO) -> Iterator[_Line]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.lstrip(BYTE_ORDER_MARK))  # files put together by `cat`
         except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
             record = None
         yield _Line(number, record if isinstance(record, dict) else None)
 
 
-def _json_array(file: TextIO, path: Path) -> Iterator[_Line]:
-    """Read one array of records, or a line each under this ending as well."""
+def _json_records(file: TextIO, path: Path) -> Iterator[_Line]:
+    """Read a record from each line, or one array of records, whichever ending the file has."""
     start = file.tell()
-    is_array = file.read(1 << 10).lstrip().startswith("[")
+    is_array = re.match(r"\s*\[\s*\{", file.read(1 << 10))
     file.seek(start)
     if not is_array:
         yield from _json_lines(file)
@@ -193,7 +191,7 @@ def _csv_header(file: TextIO, path: Path) -> _Header:
     number = 0
     head = "\n"
     while head and not head.strip():  # lines above the names: empty ones, or Excel's sep=;
-        head = file.readline(MAX_TEXT_BYTES)
+        head = file.readline(MAX_TEXT_BYTES).lstrip(BYTE_ORDER_MARK)
         number += 1
         sep = re.fullmatch(r'"?sep=(.)"?', head.strip("\r\n"))
         if sep:

@@ -103,6 +103,9 @@ class ImageList:
                 raise DataError(f"{self.path}: no line of it can be read: give it lines of JSON "
                                 "objects, or names of columns above its values")
             listed = shown_names(self.columns)
+            chosen = self.options.image_column
+            if chosen is not None:
+                raise UserError(f"{self.path}: no column '{chosen}' (columns: {listed})")
             raise UserError(f"{self.path}: no column with the names of the images (file_name or "
                             f"image); columns: {listed}; name it with --data.image_column")
         own = self.own_split()
@@ -130,7 +133,7 @@ class ImageList:
         if isinstance(name, str) and name:
             image = self._image(name)
             if image is not None and image.is_relative_to(self.tree.root):
-                by_folder = self.tree.image_splits.split(self.tree.relative(image).parent)
+                by_folder = self._folder_split(image)
         return held_out((stated, by_folder, own))
 
     def _key(self, name: str) -> str:
@@ -149,22 +152,29 @@ class ImageList:
         for other in (folder / name, self.tree.root / name):
             if is_file(other):
                 return other if self.guard.allows(other) else None
-        return self._by_loose_name.get(_loose(posixpath.normpath(name)), path)
+        images = self._by_loose_name.get(_loose(posixpath.normpath(name)), [])
+        if len(images) > 1 and self.own_split() is not None:  # train.csv beside train/ and val/
+            images = [image for image in images if self._folder_split(image) == self.own_split()]
+        return images[0] if len(images) == 1 else path
+
+    def _folder_split(self, image: Path) -> str | None:
+        return self.tree.image_splits.split(self.tree.relative(image.parent))
 
     @cached_property
-    def _by_loose_name(self) -> dict[str, Path]:
-        """Images below the list's folder by path or base name, in any case or without ending.
+    def _by_loose_name(self) -> dict[str, list[Path]]:
+        """Images by their names without outer folders, in any case, with and without ending.
 
-        Only names that a single image has.
+        Those below the list's folder, or all where none lies there.
         """
+        below = [image for image in self.tree.images if image.is_relative_to(self.path.parent)]
         found: dict[str, list[Path]] = {}
-        for image in self.tree.images:
-            if image.is_relative_to(self.path.parent):
-                below = image.relative_to(self.path.parent).as_posix()
-                names = {below, image.name, posixpath.splitext(below)[0], image.stem}
-                for name in set(map(_loose, names)):
-                    found.setdefault(name, []).append(image)
-        return {name: images[0] for name, images in found.items() if len(images) == 1}
+        for image in below or self.tree.images:
+            parts = self.tree.relative(image).parts
+            for start in range(len(parts)):
+                name = _loose("/".join(parts[start:]))
+                found.setdefault(name, []).append(image)
+                found.setdefault(posixpath.splitext(name)[0], []).append(image)
+        return found
 
 
 def _loose(name: str) -> str:

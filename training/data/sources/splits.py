@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -20,6 +21,7 @@ _SPLIT_FOLDER = re.compile(
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")  # the hub's names of files of a split
 
 
+@functools.lru_cache  # a column of splits repeats a few values
 def folder_split(name: str) -> str | None:
     """Return the split that a folder of this name is, if its name says so."""
     match = _SPLIT_FOLDER.fullmatch(name)
