@@ -17,7 +17,6 @@ from tokenizer_image.images import BadImageError, open_image
 from training.data.sources.captions import (
     caption_values,
     clean_captions,
-    first_caption_value,
     unusable_reason,
 )
 from training.data.sources.drops import DOWNLOAD_FAILED, BadItem, BadItemError
@@ -205,7 +204,7 @@ class CaptionedImages:
         return self._last[1]
 
     def _caption_value(self, row: Any) -> Any:
-        return first_caption_value(row[self._table.caption_column], self._table.class_names)
+        return caption_values(row[self._table.caption_column], self._table.class_names)[0]
 
     def _key(self, row: Any, index: int) -> str:
         if "key" in row.column_names:

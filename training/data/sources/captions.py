@@ -110,14 +110,6 @@ def caption_values(column: Any, names: Sequence[str] | None = None) -> list[Any]
     return [class_names(value, names) for value in column.to_pylist()]
 
 
-def first_caption_value(column: Any, names: Sequence[str] | None = None) -> Any:
-    """Convert the first row of an Arrow column of captions, as text where it is valid UTF-8."""
-    try:
-        return class_names(column[0].as_py(), names)
-    except UnicodeDecodeError:
-        return caption_values(column)[0]
-
-
 def class_names(value: Any, names: Sequence[str] | None = None) -> Any:
     """Replace the numbers of classes by their names, or by their digits if they have none."""
     if isinstance(value, list):

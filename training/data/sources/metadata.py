@@ -152,7 +152,7 @@ class ImageList:
         for other in (folder / name, self.tree.root / name):
             if is_file(other):
                 return other if self.guard.allows(other) else None
-        images = self._by_loose_name.get(_loose(posixpath.normpath(name)), [])
+        images = self._loosely_named(_loose(posixpath.normpath(name)))
         if len(images) > 1 and self.own_split() is not None:  # train.csv beside train/ and val/
             images = [image for image in images if self._folder_split(image) == self.own_split()]
         return images[0] if len(images) == 1 else path
@@ -160,20 +160,24 @@ class ImageList:
     def _folder_split(self, image: Path) -> str | None:
         return self.tree.image_splits.split(self.tree.relative(image.parent))
 
+    def _loosely_named(self, name: str) -> list[Path]:
+        stem, ending = posixpath.splitext(name)
+        with_ending = [image for image in self._by_loose_name.get(stem, [])
+                       if image.suffix.lower() == ending]
+        return with_ending or self._by_loose_name.get(name, [])
+
     @cached_property
     def _by_loose_name(self) -> dict[str, list[Path]]:
-        """Images by their names without outer folders, in any case, with and without ending.
+        """Images by their names without outer folders and without ending, in any case.
 
         Those below the list's folder, or all where none lies there.
         """
         below = [image for image in self.tree.images if image.is_relative_to(self.path.parent)]
         found: dict[str, list[Path]] = {}
         for image in below or self.tree.images:
-            parts = self.tree.relative(image).parts
+            parts = self.tree.relative(image).with_suffix("").parts
             for start in range(len(parts)):
-                name = _loose("/".join(parts[start:]))
-                found.setdefault(name, []).append(image)
-                found.setdefault(posixpath.splitext(name)[0], []).append(image)
+                found.setdefault(_loose("/".join(parts[start:])), []).append(image)
         return found
 
 
