@@ -187,7 +187,7 @@ def test_splits_in_one_tar_are_never_mixed(tmp_path, first, second):
     write_tar(tmp_path / "0.tar", [(f"{d}/{n}.{kind}", content) for n, d in enumerate((first, second))
                                    for kind, content in (("png", PNG), ("txt", b"a"))])
     for rows in (0, 1, 1):
-        with pytest.raises(UserError, match=f"{Path(first).name}/ and 0.tar:{Path(second).name}/: pack each split") as caught:
+        with pytest.raises(UserError, match=f"{first}/ and 0.tar:{second}/: pack each split") as caught:
             open_dataset(tmp_path, streamed_rows=rows)
         assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from tokenloom_common.errors import UserError
+from training.data.sources.collector import DOWNLOAD_FIRST, lists_urls, shown_names
 from training.data.sources.metadata import ImageList
 from training.data.sources.options import EXPECTED, ReadOptions
 from training.data.sources.sidecars import RECORD_ENDING, caption_endings
-from training.data.sources.tree import FileTree
+from training.data.sources.tree import IMAGE_SUFFIXES, UNREAD_IMAGES, FileTree
 
 SHOWN_ENDINGS = 5
 SHOWN_LISTS = 3
 HEAD_BYTES = 1 << 16
 ARCHIVES = (".zip", ".rar", ".7z", ".zst")
-UNREAD_IMAGES = (".tif", ".tiff", ".heic", ".avif", ".jxl", ".jp2", ".svg", ".npy", ".psd")
-URL_COLUMNS = ("url", "image_url", "img_url")
 
 
 def advice_for(tree: FileTree, options: ReadOptions) -> str:
@@ -54,6 +53,8 @@ def _import_kind(tree: FileTree) -> str | None:
             return "coco"
         if name == "results.csv" or name.endswith(".token"):
             return "flickr30k"
+        if name == "captions.txt":
+            return "flickr8k"
         if name.endswith(".json") and name.startswith("part-"):
             return "diffusiondb"
     return None
@@ -63,11 +64,13 @@ def _lists(tree: FileTree, options: ReadOptions) -> list[str]:
     ways = []
     for path in [*tree.lists, *tree.parquet][:SHOWN_LISTS]:
         columns = ImageList(path, tree, options).columns
-        if any(name.strip().lower() in URL_COLUMNS or "://" in name for name in columns):
-            ways.append(f"{tree.relative(path)} lists URLs, not images: download them first, with "
-                        "img2dataset for example")
+        if lists_urls(columns):
+            ways.append(f"{tree.relative(path)} {DOWNLOAD_FIRST}")
+        elif not tree.images:
+            ways.append(f"{tree.relative(path)} may list images, but no file here ends as they do: "
+                        f"{' '.join(IMAGE_SUFFIXES)}")
         else:
-            ways.append(f"{tree.relative(path)} has the columns {', '.join(columns) or '(none)'}: "
+            ways.append(f"{tree.relative(path)} has the columns {shown_names(columns) or 'none'}: "
                         "name those of image and caption with --data.image_column and "
                         "--data.caption_column")
     return ways

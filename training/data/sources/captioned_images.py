@@ -17,14 +17,13 @@ from tokenizer_image.images import MAX_IMAGE_PIXELS, BadImageError, open_image
 from training.data.sources.captions import (
     caption_values,
     clean_captions,
-    first_caption_value,
     unusable_reason,
 )
 from training.data.sources.drops import DOWNLOAD_FAILED, BadItem, BadItemError
 from training.data.sources.left_out import STATUS_COLUMNS, download_failed
 from training.data.sources.row_groups import RowGroups
 from training.data.sources.tar import read_member
-from training.data.sources.tree import PathGuard
+from training.data.sources.tree import PathGuard, is_file
 
 BAD_ITEM_ERRORS = (BadImageError, BadItemError)
 """Errors of a single item: catch them, count by `.reason`, go on."""
@@ -205,7 +204,7 @@ class CaptionedImages:
         return self._last[1]
 
     def _caption_value(self, row: Any) -> Any:
-        return first_caption_value(row[self._table.caption_column], self._table.class_names)
+        return caption_values(row[self._table.caption_column], self._table.class_names)[0]
 
     def _key(self, row: Any, index: int) -> str:
         if "key" in row.column_names:
@@ -243,7 +242,7 @@ class CaptionedImages:
             path = PathGuard(self._table.root).below(self._table.root, value)
         if path is None:
             raise BadItemError(key, "path outside the folder", value)
-        if not path.is_file():
+        if not is_file(path):
             raise BadItemError(key, "missing file", str(path))
         return path
 

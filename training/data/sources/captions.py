@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from tokenloom_common.text_files import text_lines
+
 NOT_UTF8 = "not UTF-8"
 MAX_CAPTION_CHARS = 2_000  # more than any text encoder reads; bounds the cost of a hostile caption
 
@@ -51,6 +53,11 @@ def clean_caption(value: object) -> CleanCaption:
     return CleanCaption(text, tuple(repairs))
 
 
+def caption_lines(text: str) -> list[str]:
+    """Return the lines of a caption file that hold a caption each."""
+    return [line for line in text_lines(text) if line.strip()]
+
+
 def clean_captions(value: object, counts: Counter | None = None) -> list[str]:
     """Return the usable captions, in order. Every repair is added to `counts`.
 
@@ -81,7 +88,7 @@ def unusable_reason(captions: object) -> str:
     return f"caption {NOT_UTF8}" if repairs[NOT_UTF8] else "no caption"
 
 
-def caption_values(column: Any, class_names: Sequence[str] | None = None) -> list[Any]:
+def caption_values(column: Any, names: Sequence[str] | None = None) -> list[Any]:
     """Convert an Arrow column of captions to Python values, text as bytes, classes as text.
 
     Bytes because Arrow does not promise that its text is valid UTF-8.
@@ -100,21 +107,13 @@ def caption_values(column: Any, class_names: Sequence[str] | None = None) -> lis
         column = column.cast(pa.large_binary())
     elif is_list and is_text(kind.value_type):
         column = column.cast(pa.large_list(pa.large_binary()))
-    return [_with_class_names(value, class_names) for value in column.to_pylist()]
+    return [class_names(value, names) for value in column.to_pylist()]
 
 
-def first_caption_value(column: Any, class_names: Sequence[str] | None = None) -> Any:
-    """Convert the first row of an Arrow column of captions, as text where it is valid UTF-8."""
-    try:
-        return _with_class_names(column[0].as_py(), class_names)
-    except UnicodeDecodeError:
-        return caption_values(column)[0]
-
-
-def _with_class_names(value: Any, names: Sequence[str] | None) -> Any:
+def class_names(value: Any, names: Sequence[str] | None = None) -> Any:
     """Replace the numbers of classes by their names, or by their digits if they have none."""
     if isinstance(value, list):
-        return [_with_class_names(one, names) for one in value]
+        return [class_names(one, names) for one in value]
     if isinstance(value, float) and value.is_integer():  # as pandas writes what has gaps
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):  # True is an int, and no class

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from training.data.sources.captions import clean_captions, unusable_reason
+from tokenloom_common.text_files import TextDecodeError
+from training.data.sources.captions import class_names, clean_captions, unusable_reason
 from training.data.sources.drops import BadItem
 from training.data.sources.options import ReadOptions
 
@@ -16,7 +17,10 @@ IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
 CAPTION_COLUMNS = ("text", "captions", "caption", "prompt")
 CLASS_COLUMNS = ("label", "labels", "class", "cls", "category", "fine_label")
 """Columns of classes, whose names or numbers are the captions where there are no others."""
+URL_COLUMNS = ("url", "image_url", "img_url")
+DOWNLOAD_FIRST = "lists URLs, not images: download them first, with img2dataset for example"
 MAX_HINTS = 2
+SHOWN_NAMES = 20
 MAX_TEXT_BYTES = 1 << 20  # of one caption file or one line of metadata
 
 
@@ -31,7 +35,7 @@ class Collector:
         self.encodings: Counter[str] = Counter()  # files of captions by their encoding
         self.hints: dict[str, None] = {}  # why items are unusable and what helps, in order
         self.left_out: Counter[str] = Counter()  # of tars: failed downloads
-        self.folders_of_splits: dict[str, str] = {}  # of tars: one folder of each split
+        self.folders: dict[str, str] = {}  # in tars, and the first shard with each
 
     def hint(self, text: str) -> None:
         """Keep what helps where nothing is usable: the first of each kind is enough."""
@@ -41,6 +45,23 @@ class Collector:
     def drop(self, key: str, reason: str) -> None:
         """Count one unusable item."""
         self.bad.append(BadItem(key, reason))
+
+    def drop_undecoded(self, key: str, name: str, error: TextDecodeError) -> None:
+        """Count one item whose captions, in the file of this name, are in another encoding."""
+        self.drop(key, f"caption {error}")
+        self.hint(f"{name} is {error}; save captions as UTF-8, or say what they are with "
+                  "--data.encoding")
+
+    def parse_record(self, text: str) -> dict[str, Any]:
+        """Parse the JSON beside an image; a broken one is counted: a text may lie there too."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            return record
+        self.repairs["broken json beside a picture"] += 1
+        return {}
 
     def add(self, key: str, captions: object, metadata: dict[str, Any], **reference: Any) -> None:
         """Add one item whose image is at `reference`; drop it if no caption is usable."""
@@ -70,11 +91,25 @@ class Collector:
 
 
 def find_name(columns: Collection[str], chosen: str | None, usual: Sequence[str]) -> str | None:
-    """Return the chosen column, or the first usual one in any case; None if it is not there."""
-    if chosen is not None:
-        return chosen if chosen in columns else None
+    """Return the chosen column, or the first usual one, in any case; None if it is not there."""
+    if chosen in columns:
+        return chosen
     in_lower_case = {name.strip().lower(): name for name in reversed(list(columns))}
+    if chosen is not None:
+        usual = [chosen.strip().lower()]
     return next((in_lower_case[name] for name in usual if name in in_lower_case), None)
+
+
+def shown_names(names: Collection[str]) -> str:
+    """Format the names of columns; of very many, as a list taken for a table has, the first."""
+    shown = ", ".join(list(names)[:SHOWN_NAMES])
+    more = len(names) - SHOWN_NAMES
+    return f"{shown} and {more:,} more" if more > 0 else shown
+
+
+def lists_urls(columns: Collection[str]) -> bool:
+    """Whether columns hold URLs of images; a list without names of columns begins with one."""
+    return any(name.strip().lower() in URL_COLUMNS or "://" in name for name in columns)
 
 
 def pick_captions(record: Mapping[str, Any], options: ReadOptions) -> str | None:
@@ -87,6 +122,4 @@ def pop_captions(record: dict[str, Any], options: ReadOptions) -> object:
     name = pick_captions(record, options)
     if name is None:
         return None
-    value = record.pop(name)  # popped: what is left of the record is the metadata
-    # the number of a class; True is an int as well, and no class
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return class_names(record.pop(name))  # popped: what is left of the record is the metadata

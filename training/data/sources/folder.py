@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from tokenloom_common.text_files import TextDecodeError, decode_text, text_codec, text_lines
+from tokenloom_common.text_files import TextDecodeError, decode_text, text_codec
+from training.data.sources.captions import caption_lines
 from training.data.sources.collector import MAX_TEXT_BYTES, Collector, pop_captions
 from training.data.sources.locate import FileLayout
 from training.data.sources.metadata import ImageList
 from training.data.sources.options import ReadOptions
 from training.data.sources.sidecars import RECORD_ENDING, CaptionFile
-from training.data.sources.tree import FileTree, PathGuard
+from training.data.sources.tree import UNREAD_IMAGES, PathGuard
 
 
-def read_lists(tree: FileTree, lists: list[Path], split: str, options: ReadOptions) -> Collector:
+def read_lists(layout: FileLayout, split: str, options: ReadOptions) -> Collector:
     """Read the rows of a split of lists of images; a broken line costs that line only."""
     found = Collector()
-    for path in lists:
-        for row in ImageList(path, tree, options).rows(split, found):
+    for path in layout.splits[split]:
+        for row in ImageList(path, layout.tree, options).rows(split, found):
             captions = pop_captions(row.record, options)
             found.add(row.key, captions, row.record, image=_image_reference(row.image))
             if captions is None:
@@ -30,9 +30,10 @@ def read_lists(tree: FileTree, lists: list[Path], split: str, options: ReadOptio
     return found
 
 
-def read_sidecars(layout: FileLayout, images: list[Path], options: ReadOptions) -> Collector:
+def read_sidecars(layout: FileLayout, split: str, options: ReadOptions) -> Collector:
     """Read images of one split with caption files beside them; every line is a caption."""
     found = Collector()
+    images = layout.splits[split]
     guard = PathGuard(layout.root, options.follow_links)
     for image in images:
         key = image.relative_to(layout.root).as_posix()
@@ -76,34 +77,22 @@ def _add_captioned(found: Collector, key: str, image: Path, files: list[CaptionF
         try:
             text = decode_text(raw, options.encoding)
         except TextDecodeError as error:
-            found.drop(key, f"caption {error}")
-            found.hint(f"{file.path.name} is {error}; save such files as UTF-8, or say what they "
-                       "are with --data.encoding")
+            found.drop_undecoded(key, file.path.name, error)
             return
         found.encodings[text_codec(raw, options.encoding).upper()] += 1
         if file.ending == RECORD_ENDING:
-            metadata = _record(text, found)
+            metadata = found.parse_record(text)
             captions = captions or pop_captions(metadata, options)
         else:
-            captions = [line for line in text_lines(text) if line.strip()]
+            captions = caption_lines(text)
     found.add(key, captions, metadata, image=_image_reference(image))
 
 
-def _record(text: str, found: Collector) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        record = None
-    if isinstance(record, dict):
-        return record
-    # the image and a caption file beside it may still be fine
-    found.repairs["broken json beside a picture"] += 1
-    return {}
-
-
-def read_classes(tree: FileTree, images: list[Path], options: ReadOptions) -> Collector:
+def read_classes(layout: FileLayout, split: str, options: ReadOptions) -> Collector:
     """Read images whose captions are the names of their folders: the outermost that differ."""
     found = Collector()
+    tree = layout.tree
+    images = layout.splits[split]
     guard = PathGuard(tree.root, options.follow_links)
     below = {folder: tree.image_splits.below(tree.relative(folder))
              for folder in tree.image_folders}
@@ -115,6 +104,12 @@ def read_classes(tree: FileTree, images: list[Path], options: ReadOptions) -> Co
             found.drop(key, "no class folder")
         elif _is_usable(found, guard, key, image, []):
             found.add(key, names[wrappers], {}, image=_image_reference(image))
+
+    folders = {image.parent for image in images}
+    for path in tree.others:
+        here = path.parent in folders or path.parent not in tree.image_folders
+        if here and path.suffix.lower() in UNREAD_IMAGES:
+            found.drop(str(tree.relative(path)), f"{path.suffix.lower()} file, which is not read")
     return found
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.data.sources.splits import folder_split
+from training.data.sources.splits import SPLIT_WORDS, folder_split
 
 DOWNLOADS_FAILED = "downloads failed"
 OTHER_SPLITS = "rows of other splits (column split)"
 
-SPLIT_COLUMN = "split"
+SPLIT_COLUMNS = ("split",)  # in any case
 STATUS_COLUMNS = ("status", "error_message")  # as img2dataset, the usual downloader, writes them
 SUCCESS = {"success", "ok", "200"}
 
@@ -23,12 +23,19 @@ def download_failed(record: Mapping[str, Any]) -> bool:
     return str(status).strip().lower() not in SUCCESS
 
 
+def stated_split(value: object) -> str | None:
+    """Return the split that a value of a split column names: `val2017` is validation."""
+    if not isinstance(value, str) or not value.strip():
+        return None
+    return folder_split(value.strip()) or value.strip()
+
+
 def rows_of_train(values: Sequence[object]) -> list[bool] | None:
     """Whether each row belongs to the split train, by its split column; None if that names none.
 
     Rows with another value, such as `restval`, count as rows of another split.
     """
-    splits = {value: folder_split(value) for value in set(values) if isinstance(value, str)}
-    if not any(splits.values()):
+    splits = [stated_split(value) for value in values]
+    if set(SPLIT_WORDS.values()).isdisjoint(splits):
         return None
-    return [isinstance(value, str) and splits[value] == "train" for value in values]
+    return [split == "train" for split in splits]

@@ -46,24 +46,17 @@ class FileLayout:
     captions: dict[Path, list[CaptionFile]] = field(default_factory=dict)  # of each image
     unused_captions: list[Path] = field(default_factory=list)
 
-    def choose(self, split: str | None) -> list[Path]:
-        """Return the files of a split; None is train, or the only split.
+    def choose(self, split: str | None) -> str:
+        """Return the name of a split; None is train, or the only split.
 
         UserError listing the splits if there is no such split.
         """
-        name = self.split_name(split)
+        only = next(iter(self.splits)) if len(self.splits) == 1 else "train"
+        name = split or only
         if name not in self.splits:
             raise UserError(f"{self.root}: no split '{name}'{nearest_name(name, self.splits)} "
                             f"(splits: {', '.join(self.splits)})")
-        return self.splits[name]
-
-    def split_name(self, split: str | None) -> str:
-        """Return the name of a split; None is train, or the only split."""
-        if split:
-            return split
-        if "train" in self.splits or len(self.splits) > 1:
-            return "train"
-        return next(iter(self.splits))
+        return name
 
 
 def find_files(path: str | Path, options: ReadOptions) -> FileLayout:
@@ -74,7 +67,7 @@ def find_files(path: str | Path, options: ReadOptions) -> FileLayout:
     """
     options.check()
     text = str(path)
-    root = Path(text).expanduser()
+    root = _home(text)
     if root.is_dir():
         return _find_in_folder(root, options)
     if root.is_file():
@@ -87,6 +80,13 @@ def find_files(path: str | Path, options: ReadOptions) -> FileLayout:
     pattern = ("; a path is a name, not a pattern: give the folder, or shards as {000..012}.tar"
                if re.search(r"[*?\[]", text) else "")
     raise MissingFileError(f"{text}: no such file or folder{pattern}; expected {EXPECTED}")
+
+
+def _home(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~NAME of no user of this machine is a name like any other
+        return Path(text)
 
 
 def _single_file(path: Path, text: str, options: ReadOptions) -> FileLayout:
@@ -216,7 +216,7 @@ def _list_layout(tree: FileTree, lists: list[Path], options: ReadOptions) -> Fil
 
 
 def _brace_files(text: str) -> FileLayout:
-    files = [Path(name).expanduser() for name in expand_braces(text)]
+    files = [_home(name) for name in expand_braces(text)]
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         shown = ", ".join(missing[:NAMED_MISSING])

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import posixpath
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from tokenloom_common.errors import UserError
-from training.data.sources.collector import IMAGE_COLUMNS, Collector, find_name, pick_captions
+from tokenloom_common.errors import DataError, UserError
+from training.data.sources.collector import (
+    IMAGE_COLUMNS,
+    Collector,
+    find_name,
+    pick_captions,
+    shown_names,
+)
+from training.data.sources.left_out import SPLIT_COLUMNS, stated_split
 from training.data.sources.list_lines import list_columns, parquet_columns, read_records
 from training.data.sources.options import ReadOptions
-from training.data.sources.splits import SPLIT_WORDS, file_split, held_out
-from training.data.sources.tree import FileTree, PathGuard
+from training.data.sources.splits import file_split, held_out
+from training.data.sources.tree import FileTree, PathGuard, is_file
 
 NAME_COLUMNS = ("file_name", "filename", "image_file_name", "image_name", "image", "img",
                 "image_path", "img_path", "image_file", "file_path", "filepath", "file", "path",
                 "picture")
 """Usual columns with the names of images; `datasets` calls it file_name."""
-SPLIT_COLUMN = "split"
+
+
+SHOWN_CHARS = 300  # of a path that was made up
 
 
 class Row(NamedTuple):
@@ -48,6 +59,11 @@ class ImageList:
         """Column with the names of the images, if one is known."""
         return find_name(self.columns, self.options.image_column, NAME_COLUMNS)
 
+    @cached_property
+    def split_column(self) -> str | None:
+        """Column with the splits of the rows, if there is one."""
+        return find_name(self.columns, None, SPLIT_COLUMNS)
+
     @property
     def has_captions(self) -> bool:
         """Whether a column with captions is known."""
@@ -66,7 +82,7 @@ class ImageList:
     def _rows_differ(self) -> bool:
         """Whether rows may belong to several splits."""
         folders = map(self.tree.relative, self.tree.image_folders)
-        return SPLIT_COLUMN in self.columns or any(map(self.tree.image_splits.split, folders))
+        return self.split_column is not None or any(map(self.tree.image_splits.split, folders))
 
     def splits(self) -> list[str]:
         """Return the splits that its rows belong to."""
@@ -83,7 +99,13 @@ class ImageList:
         UserError listing the columns if none is known to name images.
         """
         if self.name_column is None:
-            listed = ", ".join(self.columns) or "none"
+            if not self.columns:
+                raise DataError(f"{self.path}: no line of it can be read: give it lines of JSON "
+                                "objects, or names of columns above its values")
+            listed = shown_names(self.columns)
+            chosen = self.options.image_column
+            if chosen is not None:
+                raise UserError(f"{self.path}: no column '{chosen}' (columns: {listed})")
             raise UserError(f"{self.path}: no column with the names of the images (file_name or "
                             f"image); columns: {listed}; name it with --data.image_column")
         own = self.own_split()
@@ -97,25 +119,21 @@ class ImageList:
             image = self._image(name)
             if image is None:
                 found.drop(f"{where} ({name})", "path outside the folder")
-            elif not image.is_file():
+            elif not is_file(image):
                 found.drop(self._key(name), "missing file")
-                found.hint(f"looked for {image}")
+                found.hint(f"looked for {str(image)[:SHOWN_CHARS]}")
             else:
                 yield Row(self._key(name), image, record)
 
     def _row_split(self, record: dict[str, Any], own: str | None) -> str:
         """Return the split of a row: what its column, its image's folder or the list holds out."""
-        stated = record.get(SPLIT_COLUMN)
-        if isinstance(stated, str) and stated:
-            stated = SPLIT_WORDS.get(stated.strip().lower(), stated.strip())
-        else:
-            stated = None
+        stated = stated_split(record.get(self.split_column or ""))
         name = record.get(self.name_column or "")
         by_folder = None
         if isinstance(name, str) and name:
             image = self._image(name)
             if image is not None and image.is_relative_to(self.tree.root):
-                by_folder = self.tree.image_splits.split(self.tree.relative(image).parent)
+                by_folder = self._folder_split(image)
         return held_out((stated, by_folder, own))
 
     def _key(self, name: str) -> str:
@@ -127,26 +145,45 @@ class ImageList:
         """Return the path of a named image, which may be missing; None if it is not allowed."""
         folder = self.path.parent
         path = self.guard.inside(folder, name)
-        if path is None or path.is_file():
+        if path is None or is_file(path):
             return path
-        # written on Windows; or as seen from the root of the data; or without its folder
-        for other in (folder / name.replace("\\", "/"),
-                      self.tree.root / name.replace("\\", "/")):
-            if other.is_file():
+        # written on Windows; or as seen from the root of the data
+        name = name.replace("\\", "/")
+        for other in (folder / name, self.tree.root / name):
+            if is_file(other):
                 return other if self.guard.allows(other) else None
-        return self._by_base_name.get(name, path)
+        images = self._loosely_named(_loose(posixpath.normpath(name)))
+        if len(images) > 1 and self.own_split() is not None:  # train.csv beside train/ and val/
+            images = [image for image in images if self._folder_split(image) == self.own_split()]
+        return images[0] if len(images) == 1 else path
+
+    def _folder_split(self, image: Path) -> str | None:
+        return self.tree.image_splits.split(self.tree.relative(image.parent))
+
+    def _loosely_named(self, name: str) -> list[Path]:
+        stem, ending = posixpath.splitext(name)
+        with_ending = [image for image in self._by_loose_name.get(stem, [])
+                       if image.suffix.lower() == ending]
+        return with_ending or self._by_loose_name.get(name, [])
 
     @cached_property
-    def _by_base_name(self) -> dict[str, Path]:
-        """Images below the list's folder by their base names, which must be unique."""
-        found: dict[str, Path] = {}
-        twice = set()
-        for image in self.tree.images:
-            if image.is_relative_to(self.path.parent):
-                if image.name in found:
-                    twice.add(image.name)
-                found[image.name] = image
-        return {name: path for name, path in found.items() if name not in twice}
+    def _by_loose_name(self) -> dict[str, list[Path]]:
+        """Images by their names without outer folders and without ending, in any case.
+
+        Those below the list's folder, or all where none lies there.
+        """
+        below = [image for image in self.tree.images if image.is_relative_to(self.path.parent)]
+        found: dict[str, list[Path]] = {}
+        for image in below or self.tree.images:
+            parts = self.tree.relative(image).with_suffix("").parts
+            for start in range(len(parts)):
+                found.setdefault(_loose("/".join(parts[start:])), []).append(image)
+        return found
+
+
+def _loose(name: str) -> str:
+    """Fold the case, which Windows ignores, and accents to one form: macOS takes them apart."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def is_list_of_images(path: Path, tree: FileTree, options: ReadOptions) -> bool:
@@ -154,7 +191,10 @@ def is_list_of_images(path: Path, tree: FileTree, options: ReadOptions) -> bool:
     if not tree.images:
         return False
     images = ImageList(path, tree, options)
-    return images.name_column is not None and images.has_captions
+    try:
+        return images.name_column is not None and images.has_captions
+    except DataError:  # no list at all, but something that lies beside the data
+        return False
 
 
 def image_tables(paths: Sequence[Path], options: ReadOptions) -> list[Path]:

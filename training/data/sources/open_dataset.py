@@ -16,13 +16,13 @@ from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.extras import require_extra
 from training.data.sources.captioned_images import SCAN_ROWS, CaptionedImages, ImageTable
 from training.data.sources.captions import caption_values, clean_captions, unusable_reason
-from training.data.sources.collector import Collector
+from training.data.sources.collector import Collector, find_name
 from training.data.sources.drops import BadItem, format_reasons
 from training.data.sources.folder import read_classes, read_lists, read_sidecars
 from training.data.sources.left_out import (
     DOWNLOADS_FAILED,
     OTHER_SPLITS,
-    SPLIT_COLUMN,
+    SPLIT_COLUMNS,
     STATUS_COLUMNS,
     download_failed,
     rows_of_train,
@@ -32,6 +32,7 @@ from training.data.sources.options import ReadOptions
 from training.data.sources.row_groups import RowGroups
 from training.data.sources.table import (
     LoadedTable,
+    hub_split,
     hub_splits,
     read_hub,
     read_parquet,
@@ -48,16 +49,13 @@ class Source:
 
     path: str
     layout: FileLayout
-    split: str | None
+    split: str
     options: ReadOptions
 
+    @property
     def files(self) -> list[Path]:
-        """Return the files of the split. UserError if there is no such split."""
-        return self.layout.choose(self.split)
-
-    def split_name(self) -> str:
-        """Return the name of the split."""
-        return self.layout.split_name(self.split)
+        """The files of the split."""
+        return self.layout.splits[self.split]
 
 
 def open_dataset(path: str | Path, *, split: str | None = None, **options: Any) -> CaptionedImages:
@@ -93,62 +91,58 @@ def load_source(path: str | Path, *, split: str | None = None, **options: Any) -
         raise UserError(f"{path}: streaming reads parquet and tar shards where they lie; this is "
                         f"another kind of data ({layout.format}), so leave data.streaming out")
     readers = STREAMING_READERS if streaming else READERS
-    table = readers[layout.format](Source(str(path), layout, split, chosen))
+    name = hub_split(str(path), split) if layout.format == "hub" else layout.choose(split)
+    table = readers[layout.format](Source(str(path), layout, name, chosen))
     return CaptionedImages(str(path), table, chosen.max_pixels)
 
 
-def _open_metadata(source: Source) -> ImageTable:
-    found = read_lists(source.layout.tree, source.files(), source.split_name(), source.options)
-    return _table_in_memory(found)
-
-
-def _open_sidecars(source: Source) -> ImageTable:
-    return _table_in_memory(read_sidecars(source.layout, source.files(), source.options))
-
-
-def _open_classes(source: Source) -> ImageTable:
-    return _table_in_memory(read_classes(source.layout.tree, source.files(), source.options))
+def _collected(read: Callable[[FileLayout, str, ReadOptions], Collector], source: Source
+               ) -> ImageTable:
+    found = read(source.layout, source.split, source.options)
+    return _collected_table(found, found.to_dataset(in_tar=False), image_column="image")
 
 
 def _open_tars(source: Source) -> ImageTable:
-    found = read_tars(source.files(), source.layout.root, source.options)
-    return _table_in_memory(found, in_tar=True)
-
-
-def _table_in_memory(found: Collector, in_tar: bool = False) -> ImageTable:
-    # nothing is cached, so nothing can be stale
-    return ImageTable(found.to_dataset(in_tar), "captions", None if in_tar else "image",
-                      bad_items=found.bad, caption_repairs=found.repairs,
-                      packed_columns=sorted(found.columns), encodings=found.encodings,
-                      hints=list(found.hints), left_out=found.left_out)
+    found = read_tars(source.files, source.layout.root, source.options)
+    return _collected_table(found, found.to_dataset(in_tar=True))
 
 
 def _stream_tars(source: Source) -> ImageTable:
-    found = open_tar_indexes(source.files(), source.layout.root, source.options)
-    return ImageTable(found.dataset, "captions", None, bad_items=found.bad,
-                      caption_repairs=found.repairs, packed_columns=found.columns,
-                      chunk_bounds=found.chunk_bounds, left_out=found.left_out)
+    items = open_tar_indexes(source.files, source.layout.root, source.options)
+    return _collected_table(items.found, items.dataset, chunk_bounds=items.chunk_bounds)
+
+
+def _collected_table(found: Collector, dataset: Any, image_column: str | None = None,
+                     chunk_bounds: list[int] | None = None) -> ImageTable:
+    return ImageTable(dataset, "captions", image_column, bad_items=found.bad,
+                      caption_repairs=found.repairs, packed_columns=sorted(found.columns),
+                      chunk_bounds=chunk_bounds, encodings=found.encodings,
+                      hints=list(found.hints), left_out=found.left_out)
 
 
 def _open_parquet(source: Source) -> ImageTable:
     root = source.layout.root
-    table = read_parquet(source.files(), root, source.split_name(), source.options)
+    table = read_parquet(source.files, root, source.split, source.options)
     return _usable_rows(table, root)
 
 
 def _stream_parquet(source: Source) -> ImageTable:
     root = source.layout.root
-    files = readable_parquet(source.files(), root, source.options)
+    files = readable_parquet(source.files, root, source.options)
     # captions are looked at when a row is visited: scanning them here would read all shards
-    rows = RowGroups(files.good, source.options.streamed_rows, source.split_name() == "train")
-    return ImageTable(rows, files.caption_column, files.image_column, root=root,
-                      bad_items=files.bad, chunk_bounds=rows.chunk_bounds,
-                      class_names=files.class_names, left_out=rows.left_out)
+    rows = RowGroups(files.good, source.options.streamed_rows, source.split == "train")
+    used = files.columns
+    return ImageTable(rows, used.caption, used.image, root=root, bad_items=files.bad,
+                      chunk_bounds=rows.chunk_bounds, class_names=used.class_names,
+                      left_out=rows.left_out)
 
 
 def _open_saved(source: Source) -> ImageTable:
-    (folder,) = source.files()
-    return _usable_rows(read_saved(folder, source.split_name(), source.options), folder)
+    folder, *others = source.files
+    if others:
+        raise UserError(f"{source.path}: holds several folders of save_to_disk ({folder.name}, "
+                        f"{others[0].name}); give the one that is meant")
+    return _usable_rows(read_saved(folder, source.split, source.options), folder)
 
 
 def _open_hub(source: Source) -> ImageTable:
@@ -165,14 +159,15 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
     bad = list(table.bad)
     good = []
     facts = [name for name in STATUS_COLUMNS if name in table.dataset.column_names]
-    columns = {table.image_column, table.caption_column, *facts}  # no other column is read
+    used = table.columns
+    columns = {used.image, used.caption, *facts}  # no other column is read
     rows = table.dataset.select_columns(list(columns)).with_format("arrow")
     in_split = _rows_in_split(table)
     for start in range(0, len(rows), SCAN_ROWS):
         batch = rows[start:start + SCAN_ROWS]
-        no_image = _without_image(batch[table.image_column])
+        no_image = _without_image(batch[used.image])
         statuses = batch.select(facts).to_pylist() if any(no_image) else []
-        values = caption_values(batch[table.caption_column], table.class_names)
+        values = caption_values(batch[used.caption], used.class_names)
         for offset, captions in enumerate(values):
             row = start + offset
             if in_split is not None and not in_split[row]:
@@ -189,16 +184,17 @@ def _usable_rows(table: LoadedTable, root: Path) -> ImageTable:
     dataset = table.dataset
     if len(good) < len(dataset):  # `select` puts a list of indices before every later read
         dataset = dataset.select(good)
-    return ImageTable(dataset, table.caption_column, table.image_column, root=root, bad_items=bad,
-                      caption_repairs=repairs, class_names=table.class_names, left_out=left_out)
+    return ImageTable(dataset, used.caption, used.image, root=root, bad_items=bad,
+                      caption_repairs=repairs, class_names=used.class_names, left_out=left_out)
 
 
 def _rows_in_split(table: LoadedTable) -> list[bool] | None:
     """Whether each row belongs to the split; None if all do."""
-    if table.split != "train" or SPLIT_COLUMN not in table.dataset.column_names:
+    column = find_name(table.dataset.column_names, None, SPLIT_COLUMNS)
+    if table.split != "train" or column is None:
         return None
-    rows = table.dataset.select_columns([SPLIT_COLUMN]).with_format("arrow")
-    return rows_of_train(rows[:][SPLIT_COLUMN].to_pylist())
+    rows = table.dataset.select_columns([column]).with_format("arrow")
+    return rows_of_train(rows[:][column].to_pylist())
 
 
 def _without_image(column: Any) -> list[bool]:
@@ -215,9 +211,9 @@ def _without_image(column: Any) -> list[bool]:
 
 
 READERS: dict[str, Callable[[Source], ImageTable]] = {
-    "metadata": _open_metadata,
-    "sidecar": _open_sidecars,
-    "classes": _open_classes,
+    "metadata": functools.partial(_collected, read_lists),
+    "sidecar": functools.partial(_collected, read_sidecars),
+    "classes": functools.partial(_collected, read_classes),
     "parquet": _open_parquet,
     "tar": _open_tars,
     "saved": _open_saved,

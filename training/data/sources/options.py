@@ -46,7 +46,7 @@ class ReadOptions:
         if self.encoding is not None:
             try:
                 b"a".decode(self.encoding, "replace")  # also refuses codecs that give no text
-            except LookupError:
+            except (LookupError, ValueError):  # ValueError: of codecs for other things than texts
                 raise UserError(f"data.encoding {self.encoding}: no such encoding; give Python's "
                                 "name of one, such as cp1252, latin-1 or gb18030") from None
         ending = self.caption_ending

@@ -12,8 +12,9 @@ from typing import Any
 import numpy
 
 from tokenloom_common.errors import RunFailedError, one_line
+from training.data.sources.collector import find_name
 from training.data.sources.drops import BadItemError
-from training.data.sources.left_out import OTHER_SPLITS, SPLIT_COLUMN, rows_of_train
+from training.data.sources.left_out import OTHER_SPLITS, SPLIT_COLUMNS, rows_of_train
 
 MAX_OPEN = 32  # files; a process may often have 1,024, and workers multiply them
 MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM}
@@ -49,16 +50,22 @@ class RowGroups:
                 self.chunk_bounds.append(self.chunk_bounds[-1] + rows)
         self.column_names: list[str] = pq.read_schema(self.files[0]).names
         self._reset()
-        if only_train and SPLIT_COLUMN in self.column_names:
-            self._choose_train()
+        column = find_name(self.column_names, None, SPLIT_COLUMNS)
+        if only_train and column is not None:
+            self._choose_train(column)
             self._reset()
 
-    def _choose_train(self) -> None:
+    def _choose_train(self, name: str) -> None:
         """Read the column of splits alone, and choose the rows of train."""
+        import pyarrow.parquet as pq
+
         columns: list[list[object]] = []
         for file, group in self._groups:
             try:
-                columns.append(self._read_group(file, group, [SPLIT_COLUMN])[0].to_pylist())
+                columns.append(self._read_group(file, group, [name])[name].to_pylist())
+            except KeyError:  # a file without such a column, as if it held nulls
+                rows = pq.read_metadata(self.files[file]).row_group(group).num_rows
+                columns.append([None] * rows)
             except BadItemError:
                 columns.append([])  # its rows are counted as unusable when they are visited
         chosen = rows_of_train([value for column in columns for value in column])

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenloom_common.errors import UserError
+from tokenloom_common.text_files import decode_text
 from training.data.sources.collector import pick_captions
 from training.data.sources.options import ReadOptions
 from training.data.sources.tree import FileTree
 
 CAPTION_ENDINGS = (".txt", ".caption")
+FIRST_RECORDS = 20  # that are looked at for captions
 RECORD_ENDING = ".json"  # a downloader's record, with the caption among other facts
 
 
@@ -82,16 +84,19 @@ def describe_captions(captions: dict[Path, list[CaptionFile]]) -> str:
 
 
 def has_captions(captions: dict[Path, list[CaptionFile]], options: ReadOptions) -> bool:
-    """Whether some image has a caption file, or the first record beside one a caption."""
+    """Whether some image has a caption file, or one of the first records beside them a caption."""
     records = []
     for files in captions.values():
         if files[0].ending != RECORD_ENDING:
             return True
         records.append(files[0].path)
-    if not records:
-        return False
-    try:
-        record = json.loads(records[0].read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and pick_captions(record, options) is not None
+    for path in records[:FIRST_RECORDS]:
+        if not path.is_file():  # a pipe would be waited for
+            continue
+        try:
+            record = json.loads(decode_text(path.read_bytes(), options.encoding))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and pick_captions(record, options) is not None:
+            return True
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -20,6 +21,7 @@ _SPLIT_FOLDER = re.compile(
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")  # the hub's names of files of a split
 
 
+@functools.lru_cache  # a column of splits repeats a few values
 def folder_split(name: str) -> str | None:
     """Return the split that a folder of this name is, if its name says so."""
     match = _SPLIT_FOLDER.fullmatch(name)
@@ -61,19 +63,23 @@ class SplitFolders:
                        if (splits := _split_names(names))}
 
     def split(self, folder: PurePosixPath) -> str | None:
-        """Return the split of the files in a folder: that of the outermost folder that is one."""
-        for parent, name in _steps(folder):
-            split = self._names.get(parent, {}).get(name)
-            if split:
-                return split
-        return None
+        """Return the split of the files in a folder, if any folder on the way to it is one."""
+        return self._find(folder)[1]
 
     def below(self, folder: PurePosixPath) -> tuple[str, ...]:
         """Return the names of the folders below the one that is the split, from the outermost."""
+        return folder.relative_to(self._find(folder)[0]).parts
+
+    def _find(self, folder: PurePosixPath) -> tuple[PurePosixPath, str | None]:
+        """Return the outermost folder that is a split, and which; `train/val` is held out."""
+        found: tuple[PurePosixPath, str | None] = (PurePosixPath("."), None)
         for parent, name in _steps(folder):
-            if self._names.get(parent, {}).get(name):
-                return folder.relative_to(parent / name).parts
-        return folder.parts
+            split = self._names.get(parent, {}).get(name)
+            if split and split != "train":
+                return parent / name, split
+            if split and found[1] is None:
+                found = (parent / name, split)
+        return found
 
     def split_of_file(self, path: PurePosixPath) -> str:
         """Return the split of a shard or list; 'train' if neither its folders nor its name say.
@@ -95,9 +101,29 @@ def _steps(folder: PurePosixPath) -> Iterator[tuple[PurePosixPath, str]]:
         parent /= name
 
 
+def _counterparts(names: set[str]) -> dict[str, str]:
+    """Return the splits of names that are equal but for the word: DIV2K_train_HR, DIV2K_valid_HR.
+
+    Not of `train station` and `test tube`, which are classes.
+    """
+    alike: dict[tuple[str, str], dict[str, str]] = {}  # by what is around the word
+    for name in names:
+        for word in re.finditer(r"[a-z]+", name.lower()):
+            split = SPLIT_WORDS.get(word[0])
+            if split:
+                rest = (name[:word.start()].lower(), name[word.end():].lower())
+                alike.setdefault(rest, {})[name] = split
+
+    found: dict[str, str] = {}
+    for group in alike.values():
+        if len(set(group.values())) > 1:
+            found |= group
+    return found
+
+
 def _split_names(names: set[str]) -> dict[str, str]:
     """Return the splits that neighbouring folders are; empty where they are no splits."""
-    known = {name: split for name in names if (split := folder_split(name))}
+    known = {name: split for name in names if (split := folder_split(name))} | _counterparts(names)
     others = names - known.keys()
     if not known or (set(known.values()) == {"train"} and len(others) > MAX_OTHER_SPLITS):
         return {}

@@ -18,8 +18,11 @@ from training.data.sources.advice import URL_COLUMNS
 from training.data.sources.collector import (
     CAPTION_COLUMNS,
     CLASS_COLUMNS,
+    DOWNLOAD_FIRST,
     IMAGE_COLUMNS,
     find_name,
+    lists_urls,
+    shown_names,
 )
 from training.data.sources.drops import BadItem
 from training.data.sources.hf_datasets import (
@@ -30,34 +33,38 @@ from training.data.sources.hf_datasets import (
 )
 from training.data.sources.options import EXPECTED, ReadOptions
 from training.data.sources.parquet_copy import copied_parquet
-from training.data.sources.tree import PathGuard
+from training.data.sources.tree import SAVED_STATE, PathGuard
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow files
 
 
+class Columns(NamedTuple):
+    """The columns to use."""
+
+    image: str
+    caption: str
+    class_names: list[str] | None = None  # of a caption column that holds numbers of classes
+
+
 class LoadedTable(NamedTuple):
-    """A loaded table with the columns to use, and the files that could not be read."""
+    """A loaded table, and the files that could not be read."""
 
     dataset: Any
-    image_column: str
-    caption_column: str
-    class_names: list[str] | None  # of a caption column that holds numbers of classes
+    columns: Columns
     split: str
     bad: list[BadItem]
 
 
 class ParquetFiles(NamedTuple):
-    """Parquet files that can be read, the columns to use, and the files that cannot be read."""
+    """Parquet files that can be read, and those that cannot."""
 
     good: list[Path]
     rows: int
-    image_column: str
-    caption_column: str
-    class_names: list[str] | None
+    columns: Columns
     bad: list[BadItem]
 
 
-def pick_columns(options: ReadOptions, columns: list[str], where: str) -> tuple[str, str]:
+def pick_columns(options: ReadOptions, columns: list[str], where: str) -> Columns:
     """Return the columns of images and of captions, which may be classes if there are no others.
 
     UserError listing the columns if they are not there, or if several are classes.
@@ -69,22 +76,23 @@ def pick_columns(options: ReadOptions, columns: list[str], where: str) -> tuple[
         raise UserError(f"{where}: no caption column, and several of classes "
                         f"({', '.join(classes)}); choose one with --data.caption_column")
     usual = (*CAPTION_COLUMNS, *CLASS_COLUMNS)
-    return image, _pick_column(options.caption_column, usual, columns, "caption", where)
+    return Columns(image, _pick_column(options.caption_column, usual, columns, "caption", where))
 
 
 def _pick_column(name: str | None, usual: tuple[str, ...], columns: list[str], what: str,
                  where: str) -> str:
     found = find_name(columns, name, usual)
+    if found is not None and columns.count(found) > 1:
+        raise UserError(f"{where}: {columns.count(found)} columns are called {found}; give each a "
+                        "name of its own")
     if found is not None:
         return found
-    listed = ", ".join(columns)
+    listed = shown_names(columns)
     if name is not None:
         raise UserError(f"{where}: no column '{name}'{nearest_name(name, columns)} "
                         f"(columns: {listed})")
-    urls = [column for column in columns if column.lower() in URL_COLUMNS]
-    if what == "image" and urls:
-        raise UserError(f"{where}: lists URLs (column {urls[0]}), not images: download them first, "
-                        "with img2dataset for example")
+    if what == "image" and lists_urls(columns):
+        raise UserError(f"{where}: {DOWNLOAD_FIRST} (columns: {listed})")
     raise UserError(f"{where}: no {what} column ({' or '.join(usual)}); columns: {listed}; name it "
                     f"with --data.{what}_column")
 
@@ -107,8 +115,6 @@ def readable_parquet(files: list[Path], root: Path, options: ReadOptions) -> Par
             total += rows
             if not rows:
                 reason = "parquet file without rows"
-        except UnicodeEncodeError:
-            reason = "file name that is not UTF-8"
         except (pa.ArrowException, OSError):
             reason = "broken parquet file"
         if reason is None:
@@ -117,34 +123,32 @@ def readable_parquet(files: list[Path], root: Path, options: ReadOptions) -> Par
             bad.append(BadItem(path.relative_to(root).as_posix(), reason))
     if not good:
         raise DataError(f"{root}: none of its {len(files):,} parquet files can be read "
-                        f"(first: {bad[0].key}); copy or download them again")
+                        f"(first: {bad[0].key}, {bad[0].reason}); copy or download them again")
 
-    image_column, caption_column = pick_columns(options, columns, str(root))
     # now, since a stream would meet another type only when it visits the file
-    names = _check_same_columns(good, image_column, caption_column)
-    return ParquetFiles(good, total, image_column, caption_column, names, bad)
+    used = _check_same_columns(good, pick_columns(options, columns, str(root)))
+    return ParquetFiles(good, total, used, bad)
 
 
-def _check_same_columns(files: list[Path], image_column: str, caption_column: str
-                        ) -> list[str] | None:
-    """Return the names of the classes in the caption column. DataError if files differ."""
+def _check_same_columns(files: list[Path], columns: Columns) -> Columns:
+    """Return the columns with the names of the classes. DataError if files differ."""
     import pyarrow.parquet as pq
 
     first = pq.read_schema(files[0])
-    names = _schema_class_names(first, caption_column)
+    names = _schema_class_names(first, columns.caption)
     for path in files[1:]:
         schema = pq.read_schema(path)
-        for column in (image_column, caption_column):
+        for column in (columns.image, columns.caption):
             wanted = first.field(column).type
             found = schema.field(column).type if column in schema.names else None
             if found != wanted:
                 what = "is missing" if found is None else f"is {found}"
                 raise DataError(f"{path}: column '{column}' {what}, and {wanted} in "
                                 f"{files[0].name}; files of a split must have the same columns")
-        if _schema_class_names(schema, caption_column) != names:
-            raise DataError(f"{path}: the classes of column '{caption_column}' have other names "
+        if _schema_class_names(schema, columns.caption) != names:
+            raise DataError(f"{path}: the classes of column '{columns.caption}' have other names "
                             f"than in {files[0].name}; files of a split must have the same")
-    return names
+    return columns._replace(class_names=names)
 
 
 def _schema_class_names(schema: Any, column: str) -> list[str] | None:
@@ -167,9 +171,8 @@ def read_parquet(files: list[Path], root: Path, split: str, options: ReadOptions
     """Load parquet files as one table; unreadable files and errors as in `readable_parquet`."""
     found = readable_parquet(files, root, options)
     dataset = copied_parquet(found.good, found.rows, root)
-    dataset = _without_decoding(dataset, found.image_column)
-    return LoadedTable(dataset, found.image_column, found.caption_column, found.class_names,
-                       split, found.bad)
+    dataset = _without_decoding(dataset, found.columns.image)
+    return LoadedTable(dataset, found.columns, split, found.bad)
 
 
 def read_saved(folder: Path, split: str, options: ReadOptions) -> LoadedTable:
@@ -183,7 +186,7 @@ def read_saved(folder: Path, split: str, options: ReadOptions) -> LoadedTable:
     tables = []
     guard = PathGuard(folder, options.follow_links)
     try:
-        state = json.loads((folder / "state.json").read_bytes())
+        state = json.loads((folder / SAVED_STATE).read_bytes())
         for entry in state["_data_files"]:
             path = guard.inside(folder, entry["filename"])
             if path is None:
@@ -203,20 +206,24 @@ def read_saved(folder: Path, split: str, options: ReadOptions) -> LoadedTable:
 
 
 def _loaded(dataset: Any, split: str, where: str, options: ReadOptions) -> LoadedTable:
-    image_column, caption_column = pick_columns(options, dataset.column_names, where)
-    names = _class_names(dataset.features, caption_column)
-    return LoadedTable(_without_decoding(dataset, image_column), image_column, caption_column,
-                       names, split, [])
+    columns = pick_columns(options, dataset.column_names, where)
+    columns = columns._replace(class_names=_class_names(dataset.features, columns.caption))
+    return LoadedTable(_without_decoding(dataset, columns.image), columns, split, [])
 
 
-def read_hub(name: str, split: str | None, options: ReadOptions) -> LoadedTable:
-    """Load a data set of the hub by its id. MissingFileError if it cannot be reached."""
+def hub_split(name: str, split: str | None) -> str:
+    """Return the name of a split of the hub; None is train, or the first. UserError if missing."""
     known = hub_splits(name)  # a small request first: a wrong split costs no download
     chosen = split or ("train" if "train" in known else known[0])
     if chosen not in known:
         raise UserError(f"{name}: no split '{chosen}'{nearest_name(chosen, known)} "
                         f"(splits: {', '.join(known)})")
-    return _loaded(_fetch(name, chosen), chosen, name, options)
+    return chosen
+
+
+def read_hub(name: str, split: str, options: ReadOptions) -> LoadedTable:
+    """Load a data set of the hub by its id. MissingFileError if it cannot be reached."""
+    return _loaded(_fetch(name, split), split, name, options)
 
 
 def hub_splits(name: str) -> list[str]:

@@ -7,21 +7,21 @@ passed over. Links, devices and sparse members are ignored.
 
 from __future__ import annotations
 
-import json
 import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tokenloom_common.errors import UserError
-from tokenloom_common.text_files import TextDecodeError, decode_text, text_lines
+from tokenloom_common.text_files import TextDecodeError, decode_text
 from training.data.sources.archives import BrokenArchiveError, plain_tar
+from training.data.sources.captions import caption_lines
 from training.data.sources.collector import MAX_TEXT_BYTES, Collector, pop_captions
 from training.data.sources.drops import BadItemError
 from training.data.sources.left_out import DOWNLOADS_FAILED, download_failed
 from training.data.sources.options import ReadOptions
-from training.data.sources.splits import folder_split
+from training.data.sources.splits import SplitFolders
 from training.data.sources.tree import IMAGE_SUFFIXES
 
 MAX_MEMBER_BYTES = 64 << 20  # of an image, which is read into memory whole
@@ -55,17 +55,21 @@ def read_tars(shards: Sequence[Path], root: Path, options: ReadOptions) -> Colle
         except (tarfile.TarError, OSError) as error:
             cut = "unexpected end" in str(error)
             found.drop(name, "truncated tar" if cut else "broken tar")
-    refuse_mixed_splits(found.folders_of_splits, root)
+    refuse_mixed_splits(found.folders, root)
     return found
 
 
 def refuse_mixed_splits(folders: dict[str, str], root: Path) -> None:
     """Raise UserError if the members of shards that are read together are different splits.
 
-    folders: one folder of each split, in its shard.
+    folders: those of the members, and where each of them is.
     """
-    if len(folders) > 1:
-        first, second = list(folders.values())[:2]
+    splits = SplitFolders(map(PurePosixPath, folders))
+    examples: dict[str, str] = {}
+    for folder, place in folders.items():
+        examples.setdefault(splits.split(PurePosixPath(folder)) or "train", place)
+    if len(examples) > 1:
+        first, second = list(examples.values())[:2]
         raise UserError(f"{root}: tar shards that are read together hold different splits, {first} "
                         f"and {second}: pack each split into shards of its own, such as train.tar "
                         "and validation.tar")
@@ -148,6 +152,10 @@ def _samples(members: dict[str, Members], images: Sequence[str], texts: Sequence
             yield from ((name, parts[name]) for name in whole)
 
 
+def _extension(chosen: str) -> str:
+    return chosen.strip().lstrip(".").lower()
+
+
 class SampleReader:
     """Turns the samples of one shard into items."""
 
@@ -156,15 +164,14 @@ class SampleReader:
         """path: of the tar that is read; name: of the shard, for people."""
         self.file, self.path, self.name = file, path, name
         self.found, self.options = found, options
-        self.known_folders: set[str] = set()
         self.image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
         if options.image_column:
-            self.image_extensions = (options.image_column,)
+            self.image_extensions = (_extension(options.image_column),)
         self.text_extensions: tuple[str, ...] = TEXT_EXTENSIONS
         if options.caption_column:
-            self.text_extensions = (options.caption_column,)
+            self.text_extensions = (_extension(options.caption_column),)
         elif options.caption_ending:
-            self.text_extensions = (options.caption_ending.strip().lstrip(".").lower(),)
+            self.text_extensions = (_extension(options.caption_ending),)
 
     def add(self, key: str, sample: Members) -> None:
         """Add a sample to what was found, or count it as unusable or as a failed download."""
@@ -177,9 +184,7 @@ class SampleReader:
         try:
             captions, metadata = self._captions(sample)
         except TextDecodeError as error:
-            self.found.drop(name, f"caption {error}")
-            self.found.hint(f"{name} is {error}; save captions as UTF-8, or say what they are with "
-                            "--data.encoding")
+            self.found.drop_undecoded(name, name, error)
             return
         if image is None and download_failed(metadata):
             self.found.left_out[DOWNLOADS_FAILED] += 1
@@ -192,7 +197,8 @@ class SampleReader:
             self.found.drop(name, "member too large")
             return
 
-        self._note_split(key)
+        folder = key.rpartition("/")[0]
+        self.found.folders.setdefault(folder, f"{self.name}:{folder}/" if folder else name)
         self.found.add(name, captions, metadata, shard=str(self.path), offset=offset, size=size)
 
     def _captions(self, sample: Members) -> tuple[object, dict[str, Any]]:
@@ -211,41 +217,24 @@ class SampleReader:
         for extension in extensions:
             if extension in sample:
                 text = decode_text(self._read(sample[extension]), self.options.encoding)
-                lines = [line for line in text_lines(text) if line.strip()]
+                lines = caption_lines(text)
                 if lines:
                     return lines
         return []
 
     def _metadata(self, member: tuple[int, int], required: bool) -> dict[str, Any]:
         try:
-            record = json.loads(decode_text(self._read(member), self.options.encoding))
-        except (ValueError, RecursionError) as error:
-            if required and isinstance(error, TextDecodeError):
+            text = decode_text(self._read(member), self.options.encoding)
+        except TextDecodeError:
+            if required:
                 raise
-            record = None
-        if isinstance(record, dict):
-            return record
-        # the image and a .txt beside it may still be fine
-        self.found.repairs["broken json beside a picture"] += 1
-        return {}
+            text = ""  # counted as broken
+        return self.found.parse_record(text)
 
     def _read(self, member: tuple[int, int]) -> bytes:
         offset, size = member
         self.file.seek(offset)
         return self.file.read(min(size, MAX_TEXT_BYTES))
-
-    def _note_split(self, key: str) -> None:
-        """Remember one folder of each split: what no folder says to be held out is train."""
-        parent = key.rpartition("/")[0]
-        if parent in self.known_folders:
-            return
-        self.known_folders.add(parent)
-        for folder in parent.split("/"):
-            split = folder_split(folder)
-            if split:
-                self.found.folders_of_splits.setdefault(split, f"{self.name}:{folder}/")
-                return
-        self.found.folders_of_splits.setdefault("train", f"{self.name}:{key}")
 
 
 def read_member(shard: str, offset: int, size: int, key: str) -> bytes:

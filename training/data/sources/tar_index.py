@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +23,15 @@ from training.data.sources.hf_datasets import cache_name, quiet_datasets
 from training.data.sources.options import ReadOptions
 from training.data.sources.tar import read_tars, refuse_mixed_splits
 
-INDEX_FORMAT = 2  # raise it when the contents of an index change
-FACTS = {"bad", "repairs", "columns", "left_out", "folders_of_splits"}
+INDEX_FORMAT = 3  # raise it when the contents of an index change
+FACTS = {"bad", "repairs", "columns", "left_out", "folders", "hints"}
 
 
 class TarItems(NamedTuple):
-    """Items of tar shards."""
+    """Items of tar shards, read through their indexes."""
 
+    found: Collector  # what the indexes say, without the rows
     dataset: Any  # memory-mapped, one row per item
-    bad: list[BadItem]
-    repairs: Counter
-    columns: list[str]
-    left_out: Counter
     chunk_bounds: list[int]  # first row of each shard, then the number of rows
 
 
@@ -44,26 +40,24 @@ def open_tar_indexes(shards: Sequence[Path], root: Path, options: ReadOptions) -
     from datasets import concatenate_datasets
 
     tables: list[Any] = []
-    left_out: Counter = Counter()
-    folders_of_splits: dict[str, str] = {}
-    bad: list[BadItem] = []
-    repairs: Counter = Counter()
-    columns: set[str] = set()
+    found = Collector()
     bounds = [0]
     with quiet_datasets():
         for shard in shards:
             facts, table = _shard_index(shard, root, options)
-            bad += [BadItem(*item) for item in facts["bad"]]
-            repairs.update(facts["repairs"])
-            columns |= set(facts["columns"])
-            left_out.update(facts["left_out"])
-            folders_of_splits = {**facts["folders_of_splits"], **folders_of_splits}
+            found.bad += [BadItem(*item) for item in facts["bad"]]
+            found.repairs.update(facts["repairs"])
+            found.columns |= set(facts["columns"])
+            found.left_out.update(facts["left_out"])
+            found.folders = {**facts["folders"], **found.folders}
+            for hint in facts["hints"]:
+                found.hint(hint)
             if facts["rows"]:  # an empty shard is no chunk to shuffle
                 tables.append(table)
                 bounds.append(bounds[-1] + facts["rows"])
-        dataset = concatenate_datasets(tables) if tables else Collector().to_dataset(in_tar=True)
-    refuse_mixed_splits(folders_of_splits, root)
-    return TarItems(dataset, bad, repairs, sorted(columns), left_out, bounds)
+        dataset = concatenate_datasets(tables) if tables else found.to_dataset(in_tar=True)
+    refuse_mixed_splits(found.folders, root)
+    return TarItems(found, dataset, bounds)
 
 
 def _shard_index(shard: Path, root: Path, options: ReadOptions) -> tuple[dict[str, Any], Any]:
@@ -80,7 +74,7 @@ def _shard_index(shard: Path, root: Path, options: ReadOptions) -> tuple[dict[st
     dataset = found.to_dataset(in_tar=True)
     facts = {"rows": len(dataset), "bad": found.bad, "repairs": dict(found.repairs),
              "columns": sorted(found.columns), "left_out": dict(found.left_out),
-             "folders_of_splits": found.folders_of_splits}
+             "folders": found.folders, "hints": list(found.hints)}
     try:
         _write_index(path, dataset, facts)
     except OSError:  # full, or of another user: it is only read again at the next start

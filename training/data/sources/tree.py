@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
+from tokenloom_common.errors import UserError
 from training.data.sources.splits import SplitFolders
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
+UNREAD_IMAGES = (".tif", ".tiff", ".heic", ".avif", ".jxl", ".jp2", ".svg", ".npy", ".psd")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LIST_SUFFIXES = (".jsonl", ".csv", ".tsv")
+SAVED_STATE = "state.json"  # of a folder of `Dataset.save_to_disk`
 METADATA_NAME = "metadata"  # of lists of images, as `datasets` calls them
+_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # but those that stand for other bytes
 _PASSED_OVER = "__MACOSX"  # the resource forks that macOS puts into archives
 
 
@@ -73,12 +79,29 @@ def walk_tree(root: Path, follow_links: bool) -> FileTree:
     """Find the files below a folder. Links to folders are followed on request, each once."""
     tree = FileTree(root)
     for folder, names in walk_folders(root, follow_links, tree.links):
-        if "state.json" in names and any(name.endswith(".arrow") for name in names):
+        if SAVED_STATE in names and any(name.endswith(".arrow") for name in names):
             tree.saved.append(folder)
             continue
         for name in names:
             tree.add(folder / name)
+    shards = [*tree.tars, *tree.parquet, *(folder / SAVED_STATE for folder in tree.saved)]
+    for path in [*shards, *tree.lists]:
+        _check_readable(path)
+    for path in shards:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:  # no table can hold it, and no reader of Arrow open it
+            raise UserError(f"{str(path)!a}: a name that is not UTF-8; rename it") from None
     return tree
+
+
+def _check_readable(path: Path) -> None:
+    """Raise UserError for what is no file, such as a pipe, which a reader would wait for."""
+    if not path.is_file():
+        what = "a link to nothing" if path.is_symlink() else "not a file but a device or a pipe"
+        raise UserError(f"{path}: {what}; remove it, or put the file there")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: cannot be read (permission denied); make it readable")
 
 
 def walk_folders(root: Path, follow_links: bool, passed_over: list[Path]
@@ -86,7 +109,7 @@ def walk_folders(root: Path, follow_links: bool, passed_over: list[Path]
     """Yield every folder with its sorted file names; put links that are not followed aside."""
     real_root = Path(os.path.realpath(root))
     seen = {real_root}  # links may lead in circles, or to the same folder twice
-    for name, folders, files in os.walk(root, followlinks=follow_links):
+    for name, folders, files in os.walk(root, onerror=_refuse, followlinks=follow_links):
         folder = Path(name)
         going_on = []
         for child in sorted(folders):
@@ -94,8 +117,8 @@ def walk_folders(root: Path, follow_links: bool, passed_over: list[Path]
                 continue
             if (folder / child).is_symlink():
                 real = Path(os.path.realpath(folder / child))
-                if real.is_relative_to(real_root):
-                    continue  # its files are found where they are
+                if real.is_relative_to(real_root) or real_root.is_relative_to(real):
+                    continue  # its files are found where they are, or it leads in a circle
                 if not follow_links:
                     passed_over.append(folder / child)
                 if not follow_links or real in seen:
@@ -104,6 +127,19 @@ def walk_folders(root: Path, follow_links: bool, passed_over: list[Path]
             going_on.append(child)
         folders[:] = going_on  # in place: os.walk goes on with what is left here, in this order
         yield folder, sorted(file for file in files if not file.startswith("."))
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """Raise the error of a folder that cannot be listed, which os.walk would pass over."""
+    raise error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; False also where data name what cannot be a path at all."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or a lone surrogate
+        return False
 
 
 class PathGuard:
@@ -127,7 +163,7 @@ class PathGuard:
             path = Path(os.path.normpath(path))
             if path.is_relative_to(os.path.normpath(self.root)):
                 return True
-        resolved = path.resolve()
+        resolved = Path(os.path.realpath(path))  # Path.resolve raises for links in circles
         return any(resolved.is_relative_to(folder) for folder in self._allowed)
 
     def inside(self, folder: Path, name: str) -> Path | None:
@@ -143,7 +179,7 @@ class PathGuard:
 
     def below(self, folder: Path, name: str) -> Path | None:
         """Like `inside`, but accept an absolute path or '..' that ends up at an allowed file."""
-        if "\0" in name or "://" in name:
+        if "\0" in name or "://" in name or _SURROGATES.search(name):
             return None
         path = folder / name  # name alone, if it is absolute
         return path if self.allows(path) else None
