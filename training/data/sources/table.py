@@ -14,7 +14,6 @@ from tokenloom_common.errors import (
     nearest_name,
     one_line,
 )
-from training.data.sources.advice import URL_COLUMNS
 from training.data.sources.collector import (
     CAPTION_COLUMNS,
     CLASS_COLUMNS,
