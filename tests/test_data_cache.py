@@ -18,8 +18,8 @@ from tests.source_files import (
 )
 from tokenloom_common.errors import DataError, MissingFileError, RunFailedError, run_command
 from training.commands.data import main
-from training.data.sources import parquet_copy
 from training.data.sources.open_dataset import open_dataset
+from training.data.sources.tables import parquet_copy
 
 NAMES = ["set [12]", "set [!a]", "a*b", "q?", "{a,b}", "**", "x::y", "zip::a", "~", "~root", "#1", "100%41", "it's", "file:",
          "hf:", "ünï 猫", "a\nb", "[[]", " blanks "]

@@ -71,7 +71,7 @@ def test_split_sizes_of_tars_count_their_unusable_items(tmp_path):
 
 
 def test_split_sizes_of_the_hub_are_those_of_its_card(monkeypatch):
-    from training.data.sources import table
+    from training.data.sources.tables import table
 
     card = type("Builder", (), {"info": datasets.DatasetInfo(splits={"train": {"name": "train", "num_examples": 60_000}})})
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])

@@ -180,7 +180,7 @@ def test_tar_with_a_damaged_header_in_the_middle_is_counted(tmp_path):
 
 
 def test_oversized_member_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.data.sources.tar.MAX_MEMBER_BYTES", len(PNG) - 1)
+    monkeypatch.setattr("training.data.sources.tars.tar.MAX_MEMBER_BYTES", len(PNG) - 1)
     write_tar(tmp_path / "0.tar", [("0.png", PNG), ("0.txt", b"x"), ("1.png", PNG[:50]), ("1.txt", b"y")])
     assert open_dataset(tmp_path).dropped == {"member too large": 1}
 

@@ -22,9 +22,9 @@ from tests.source_files import (
     write_tar,
 )
 from tokenloom_common.errors import DataError, RunFailedError, UserError
-from training.data.sources import archives, tar_index
-from training.data.sources import tar as tar_source
 from training.data.sources.open_dataset import load_source, open_dataset
+from training.data.sources.tars import archives, tar_index
+from training.data.sources.tars import tar as tar_source
 
 PICTURES = [encode(photo(seed=seed), "PNG") for seed in range(6)]
 PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}

@@ -19,9 +19,10 @@ from tests.source_files import (
     write_tar,
 )
 from tokenloom_common.errors import DataError, RunFailedError, UserError
-from training.data.sources import row_groups, tar_index
 from training.data.sources.drops import BadItemError
 from training.data.sources.open_dataset import load_source, open_dataset
+from training.data.sources.tables import row_groups
+from training.data.sources.tars import tar_index
 from training.data.visits.images import ImageVisits
 from training.data.visits.loader import batch_loader
 from training.data.visits.order import DataOrder, MicroBatches

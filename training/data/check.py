@@ -21,7 +21,7 @@ from training.data.sources.left_out import DOWNLOADS_FAILED
 from training.data.sources.locate import FileLayout, find_files
 from training.data.sources.open_dataset import load_source
 from training.data.sources.options import ReadOptions
-from training.data.sources.table import hub_split_sizes
+from training.data.sources.tables.table import hub_split_sizes
 
 LISTED_ITEMS = 20  # unusable items that the report for a person names
 FREQUENT_CAPTIONS = 5

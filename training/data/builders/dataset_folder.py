@@ -12,7 +12,7 @@ from typing import Any
 from tokenloom_common.errors import UserError
 from tokenloom_common.files import write_json_atomic
 from tokenloom_common.outputs import check_output_folder
-from training.data.sources.hf_datasets import quiet_datasets
+from training.data.sources.tables.hf_datasets import quiet_datasets
 
 BUILD_NAME = "build.json"
 FORMAT_VERSION = 1  # raise it when a builder makes other rows of the same arguments

@@ -21,8 +21,8 @@ from training.data.sources.captions import (
 )
 from training.data.sources.drops import DOWNLOAD_FAILED, BadItem, BadItemError
 from training.data.sources.left_out import STATUS_COLUMNS, download_failed
-from training.data.sources.row_groups import RowGroups
-from training.data.sources.tar import read_member
+from training.data.sources.tables.row_groups import RowGroups
+from training.data.sources.tars.tar import read_member
 from training.data.sources.tree import PathGuard, is_file
 
 BAD_ITEM_ERRORS = (BadImageError, BadItemError)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from tokenloom_common.errors import DataError, MissingFileError, UserError, nearest_name
-from training.data.sources.advice import advice_for, is_document, refuse_file
-from training.data.sources.metadata import ImageList, image_tables, is_list_of_images
-from training.data.sources.options import EXPECTED, FORMATS, ReadOptions
-from training.data.sources.sidecars import (
+from training.data.sources.folders.advice import advice_for, is_document, refuse_file
+from training.data.sources.folders.metadata import ImageList, image_tables, is_list_of_images
+from training.data.sources.folders.sidecars import (
     CaptionFile,
     describe_captions,
     find_captions,
     has_captions,
 )
+from training.data.sources.options import EXPECTED, FORMATS, ReadOptions
 from training.data.sources.splits import SplitFolders
 from training.data.sources.tree import (
     LIST_SUFFIXES,

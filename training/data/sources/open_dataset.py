@@ -18,7 +18,7 @@ from training.data.sources.captioned_images import SCAN_ROWS, CaptionedImages, I
 from training.data.sources.captions import caption_values, clean_captions, unusable_reason
 from training.data.sources.collector import Collector, find_name
 from training.data.sources.drops import BadItem, format_reasons
-from training.data.sources.folder import read_classes, read_lists, read_sidecars
+from training.data.sources.folders.folder import read_classes, read_lists, read_sidecars
 from training.data.sources.left_out import (
     DOWNLOADS_FAILED,
     OTHER_SPLITS,
@@ -29,8 +29,8 @@ from training.data.sources.left_out import (
 )
 from training.data.sources.locate import FileLayout, find_files
 from training.data.sources.options import ReadOptions
-from training.data.sources.row_groups import RowGroups
-from training.data.sources.table import (
+from training.data.sources.tables.row_groups import RowGroups
+from training.data.sources.tables.table import (
     LoadedTable,
     hub_split,
     hub_splits,
@@ -39,8 +39,8 @@ from training.data.sources.table import (
     read_saved,
     readable_parquet,
 )
-from training.data.sources.tar import read_tars
-from training.data.sources.tar_index import open_tar_indexes
+from training.data.sources.tars.tar import read_tars
+from training.data.sources.tars.tar_index import open_tar_indexes
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 from tokenloom_common.text_files import TextDecodeError, decode_text, text_codec
 from training.data.sources.captions import caption_lines
 from training.data.sources.collector import MAX_TEXT_BYTES, Collector, pop_captions
+from training.data.sources.folders.metadata import ImageList
+from training.data.sources.folders.sidecars import RECORD_ENDING, CaptionFile
 from training.data.sources.locate import FileLayout
-from training.data.sources.metadata import ImageList
 from training.data.sources.options import ReadOptions
-from training.data.sources.sidecars import RECORD_ENDING, CaptionFile
 from training.data.sources.tree import UNREAD_IMAGES, PathGuard
 
 

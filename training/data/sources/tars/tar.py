@@ -15,13 +15,13 @@ from typing import Any
 
 from tokenloom_common.errors import UserError
 from tokenloom_common.text_files import TextDecodeError, decode_text
-from training.data.sources.archives import BrokenArchiveError, plain_tar
 from training.data.sources.captions import caption_lines
 from training.data.sources.collector import MAX_TEXT_BYTES, Collector, pop_captions
 from training.data.sources.drops import BadItemError
 from training.data.sources.left_out import DOWNLOADS_FAILED, download_failed
 from training.data.sources.options import ReadOptions
 from training.data.sources.splits import SplitFolders
+from training.data.sources.tars.archives import BrokenArchiveError, plain_tar
 from training.data.sources.tree import IMAGE_SUFFIXES
 
 MAX_MEMBER_BYTES = 64 << 20  # of an image, which is read into memory whole

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenloom_common.files import sync_path
-from training.data.sources.archives import tar_folder
 from training.data.sources.collector import Collector
 from training.data.sources.drops import BadItem
-from training.data.sources.hf_datasets import cache_name, quiet_datasets
 from training.data.sources.options import ReadOptions
-from training.data.sources.tar import read_tars, refuse_mixed_splits
+from training.data.sources.tables.hf_datasets import cache_name, quiet_datasets
+from training.data.sources.tars.archives import tar_folder
+from training.data.sources.tars.tar import read_tars, refuse_mixed_splits
 
 INDEX_FORMAT = 3  # raise it when the contents of an index change
 FACTS = {"bad", "repairs", "columns", "left_out", "folders", "hints"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.errors import RunFailedError
-from training.data.sources.hf_datasets import (
+from training.data.sources.tables.hf_datasets import (
     STREAM_INSTEAD,
     cache_failure,
     cache_folder,

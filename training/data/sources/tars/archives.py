@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom_common.files import sync_path
-from training.data.sources.hf_datasets import cache_failure, cache_folder, cache_name, check_cache
+from training.data.sources.tables.hf_datasets import (
+    cache_failure,
+    cache_folder,
+    cache_name,
+    check_cache,
+)
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from training.data.sources.collector import (
     pick_captions,
     shown_names,
 )
+from training.data.sources.folders.list_lines import list_columns, parquet_columns, read_records
 from training.data.sources.left_out import SPLIT_COLUMNS, stated_split
-from training.data.sources.list_lines import list_columns, parquet_columns, read_records
 from training.data.sources.options import ReadOptions
 from training.data.sources.splits import file_split, held_out
 from training.data.sources.tree import FileTree, PathGuard, is_file

@@ -7,9 +7,9 @@ from typing import NoReturn
 
 from tokenloom_common.errors import UserError
 from training.data.sources.collector import DOWNLOAD_FIRST, lists_urls, shown_names
-from training.data.sources.metadata import ImageList
+from training.data.sources.folders.metadata import ImageList
+from training.data.sources.folders.sidecars import RECORD_ENDING, caption_endings
 from training.data.sources.options import EXPECTED, ReadOptions
-from training.data.sources.sidecars import RECORD_ENDING, caption_endings
 from training.data.sources.tree import IMAGE_SUFFIXES, UNREAD_IMAGES, FileTree
 
 SHOWN_ENDINGS = 5

@@ -24,14 +24,14 @@ from training.data.sources.collector import (
     shown_names,
 )
 from training.data.sources.drops import BadItem
-from training.data.sources.hf_datasets import (
+from training.data.sources.options import EXPECTED, ReadOptions
+from training.data.sources.tables.hf_datasets import (
     cache_failure,
     check_cache,
     quiet_datasets,
     unreadable,
 )
-from training.data.sources.options import EXPECTED, ReadOptions
-from training.data.sources.parquet_copy import copied_parquet
+from training.data.sources.tables.parquet_copy import copied_parquet
 from training.data.sources.tree import SAVED_STATE, PathGuard
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow files

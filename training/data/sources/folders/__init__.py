@@ -1,0 +1,1 @@
+"""Folders of images: lists of images, caption files, classes, and advice without usable data."""

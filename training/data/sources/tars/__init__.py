@@ -1,0 +1,1 @@
+"""Webdataset tar shards, their indexes, and compressed ones."""
