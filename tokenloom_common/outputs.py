@@ -82,6 +82,11 @@ def _existing_kind(flag: str, path: str | Path, kind: str) -> Path:
     """Return the path. UserError if it is empty, no path, or something else than `kind`."""
     if not str(path):  # Path("") would be the working directory
         raise UserError(f"{flag} is empty; give a {kind}")
+    # only the shell knows it: here it would be a folder of that name, and some libraries write home
+    home = os.path.expanduser(path)
+    if home != str(path):
+        raise UserError(f"{flag} {path}: ~ was not replaced by the shell; write {home}")
+
     place = Path(path)
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -94,6 +99,8 @@ def _existing_kind(flag: str, path: str | Path, kind: str) -> Path:
         # a device or a pipe is no file that can be replaced
         is_file = place.is_file()
         exists = place.exists()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise _unusable(flag, path, kind, _reason(error)) from None
 

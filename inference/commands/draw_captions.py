@@ -20,7 +20,7 @@ from inference.requests import (
     PromptRequest,
     check_counts,
     check_prompts,
-    parse_prompts,
+    prompt_requests,
     read_prompt_lines,
 )
 from inference.results import GenerationResult
@@ -45,7 +45,11 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
     device = choose_device(args.device)
     _check_options(args)
     layout = None if args.layout is None else _read_layout_file(args.layout)
-    prompt_lines = [] if args.prompts is None else read_prompt_lines(Path(args.prompts))
+    prompt_lines = []
+    if args.prompts is not None:
+        prompt_lines = read_prompt_lines(Path(args.prompts))
+        pictures = sum(line.values.get("num_images", args.num_images) for line in prompt_lines)
+        check_output_folder("--out", out, need_bytes=pictures * BLOCK_BYTES)
 
     # all that can be refused without the model has been, since loading may take long
     model = TextToImage.from_pretrained(args.model, device, args.revision, args.text_encoder,
@@ -54,9 +58,7 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
     requests = []
     if args.prompts is not None:
         defaults = PromptRequest("", args.num_images, args.seed, None, args.negative_prompt, layout)
-        requests = parse_prompts(Path(args.prompts), prompt_lines, defaults, params)
-        pictures = sum(request.num_images for request in requests)
-        check_output_folder("--out", out, need_bytes=pictures * BLOCK_BYTES)
+        requests = prompt_requests(Path(args.prompts), prompt_lines, defaults, params)
     # on the CPU the fastest number of threads depends on the rows of a step: measure it
     if device == "cpu" and args.threads is None:
         drawn_of_file = sum(request.num_images for request in requests)
@@ -83,6 +85,8 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
 def _check_options(args: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be, or not together, before anything is loaded."""
     check_counts(args.num_images, args.batch_size, args.seed)
+    if args.prompts == "":  # Path("") would be the working directory
+        raise UserError("--prompts is empty; give a file")
     if args.prompts is None:
         check_prompts(args.prompt)
     elif args.prompt:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenloom_common.errors import OneLineParser
+from tokenloom_common.errors import OneLineParser, UserError
 from tokenloom_common.files import write_text_atomic
 from tokenloom_common.outputs import check_output_file
 
@@ -24,6 +24,8 @@ def report(argv: Sequence[str] | None = None) -> int:
 
     out = args.run / "report.html" if args.out is None else args.out
     out = check_output_file("--out", out)
+    if out.exists() and not _is_page(out):
+        raise UserError(f"--out {out}: exists and is no HTML page; give another file")
     # not above: these imports take seconds
     from training.runs.facts import read_run
     from training.runs.page import page
@@ -31,3 +33,10 @@ def report(argv: Sequence[str] | None = None) -> int:
     write_text_atomic(out, page(read_run(args.run)))
     print(out)
     return 0
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is an HTML page, as an earlier report is."""
+    with path.open("rb") as file:
+        start = file.read(100)
+    return not start or start.lstrip().lower().startswith(b"<!doctype html")
