@@ -51,7 +51,7 @@ BAD_FOLDERS = {
 def test_a_home_that_no_shell_replaced_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for check in (check_output_folder, check_output_file):
-        with pytest.raises(UserError, match=f"^--out {name}: ~ was not replaced by the shell; write /"):
+        with pytest.raises(UserError, match=f"^--out {name}: ~ means home in a shell alone; write /"):
             check("--out", name)
     assert check_output_folder("--out", "./~/pictures") == Path("~/pictures")
     assert check_output_folder("--out", "~nobody-of-this-name") == Path("~nobody-of-this-name")

@@ -82,10 +82,10 @@ def _existing_kind(flag: str, path: str | Path, kind: str) -> Path:
     """Return the path. UserError if it is empty, no path, or something else than `kind`."""
     if not str(path):  # Path("") would be the working directory
         raise UserError(f"{flag} is empty; give a {kind}")
-    # only the shell knows it: here it would be a folder of that name, and some libraries write home
+    # here it would be a folder of that name, and some libraries would write to home
     home = os.path.expanduser(path)
     if home != str(path):
-        raise UserError(f"{flag} {path}: ~ was not replaced by the shell; write {home}")
+        raise UserError(f"{flag} {path}: ~ means home in a shell alone; write {home}")
 
     place = Path(path)
     try:
