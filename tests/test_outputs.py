@@ -131,7 +131,7 @@ def test_a_disk_without_the_room_that_is_needed_is_refused(tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"not enough room: at least 5\.0 GiB are needed and 3\.0 MiB free"):
         check_output_folder("--run_dir", tmp_path / "new", need_bytes=5 << 30)
     with pytest.raises(UserError, match=r"not enough room: at least 3\.0 MiB"):
-        check_output_file("--json", tmp_path / "new" / "x", need_bytes=(3 << 20) + 1)
+        check_output_folder("--json", tmp_path / "new" / "x", need_bytes=(3 << 20) + 1)
 
 
 def test_a_full_disk_is_refused_without_a_stated_need(tmp_path, monkeypatch):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from benchmarks.command_line import check_output
+from inference.commands.picture_files import save_png
 from tests import tiny
 from tests.command_line import runner
 from tests.test_runs import make_run
@@ -55,7 +58,7 @@ def test_a_report_replaces_an_older_page_alone(run, tmp_path, name):
     path.write_text("<p>precious")
     shown = run("report", made, "--out", path)
     assert (shown.code, len(shown.err)) == (2, 1)
-    assert "exists and is no HTML page" in shown.err[0]
+    assert "exists and is not a report of this command" in shown.err[0]
     assert path.read_text() == "<p>precious"
 
 
@@ -95,3 +98,22 @@ def test_an_export_folder_with_files_of_others_is_refused(tmp_path, name):
     (tmp_path / "model" / name).touch()
     with pytest.raises(UserError, match=f"--run_dir .*model: holds other files .{name}"):
         check_export_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", ["# notes", "[1, 2]", '{"usable": 3}'])
+def test_a_benchmark_replaces_an_older_document_alone(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="exists and is not a report of this command"):
+        check_output(str(path))
+    for own in ("", '{"benchmark": "data", "ok": true}'):
+        path.write_text(own)
+        assert check_output(str(path)) == path
+
+
+def test_pictures_that_are_written_at_once_get_names_of_their_own(tmp_path):
+    pictures = [Image.new("RGB", (64, 64), (number, 0, 0)) for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda picture: save_png(picture, tmp_path, "a"), pictures))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+    assert [Image.open(path).getpixel((0, 0))[0] for path in paths] == list(range(40))

@@ -7,10 +7,11 @@ Free of heavy imports, so that a command can refuse within a moment of its start
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenloom_common.errors import UserError
@@ -52,14 +53,28 @@ def check_output_folder(flag: str, path: str | Path, own: Sequence[str] | None =
     return folder
 
 
-def check_output_file(flag: str, path: str | Path, need_bytes: int = 0) -> Path:
+def check_output_file(flag: str, path: str | Path,
+                      is_earlier: Callable[[Path], bool] | None = None) -> Path:
     """Return the file to write; UserError, naming the option, if it cannot be. Makes nothing.
 
-    need_bytes: room that it takes at least.
+    is_earlier: whether a file that is there is an earlier result, the only one to be replaced; None
+        where the caller decides.
     """
     file = _existing_kind(flag, path, "file")
-    _try_to_write(flag, path, file, need_bytes, "file")
+    _try_to_write(flag, path, file, 0, "file")
+    is_filled = file.exists() and file.stat().st_size > 0
+    if is_earlier is not None and is_filled and not is_earlier(file):
+        raise UserError(f"{flag} {path}: exists and is not a report of this command; give another "
+                        "file")
     return file
+
+
+def is_json_with(path: Path, key: str) -> bool:
+    """Whether a file is a JSON object that has a key, by which reports are told."""
+    try:
+        return key in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def given_value(argv: Sequence[str], *flags: str) -> str | None:

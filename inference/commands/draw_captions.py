@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from inference.attention_maps import word_positions
 from inference.commands.options import calibrate_threads, check_speed_options, given_params
-from inference.commands.picture_files import free_path, make_folder, png_metadata, save_png, slug
+from inference.commands.picture_files import make_folder, png_metadata, save_png, slug
 from inference.model_folder import toolkit_version
 from inference.pipeline import TextToImage
 from inference.requests import (
@@ -143,9 +143,8 @@ def _generate_file(model: TextToImage, requests: list[PromptRequest], out: Path,
             print(f"tokenloom generate: {which}: {result.reason}", file=sys.stderr)
             failed = True
             continue
-        path = free_path(out, f"{slug(result.prompt)}-seed{result.seed}")
         info = _metadata(args, result.prompt, result.seed, result.params, result.negative_prompt)
-        save_png(result.image, path, info)
+        path = save_png(result.image, out, f"{slug(result.prompt)}-seed{result.seed}", info)
         print(path)
     return 1 if failed else 0
 
@@ -176,9 +175,7 @@ def _save_results(results: list[GenerationResult], out: Path,
     paths: list[Path] = []
 
     def save(image: Image.Image, stem: str, info: PngInfo | None = None) -> None:
-        path = free_path(out, stem)
-        save_png(image, path, info)
-        paths.append(path)
+        paths.append(save_png(image, out, stem, info))
 
     images: list[Image.Image] = []
     for result in results:

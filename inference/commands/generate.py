@@ -41,7 +41,7 @@ def _parser() -> OneLineParser:
         "prompt", nargs="*", type=caption_text, help="one or more captions, each in quotes")
     parser.add_argument(
         "--prompts", metavar="FILE",
-        help="captions from a UTF-8 file instead: a caption a line, or .jsonl with objects such as "
+        help="captions from a text file instead: a caption a line, or .jsonl with objects such as "
         '{"prompt": "a red heart", "seed": 7, "num_images": 2, "guidance_scale": 3}; what a line '
         "does not say comes from the options")
     parser.add_argument("--model", required=True, help="model folder or hub id")

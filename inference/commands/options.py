@@ -52,7 +52,8 @@ def check_pictures_folder(out: str, model: str, need_bytes: int) -> Path:
     A model folder with other files in it could not be replaced by a later export.
     """
     folder = check_output_folder("--out", out, need_bytes=need_bytes)
-    if model and Path(model).is_dir():
+    is_model = any((Path(model) / name).is_file() for name in ("model_index.json", "config.json"))
+    if model and is_model:
         place = folder.resolve()
         model_place = Path(model).resolve()
         if place == model_place or model_place in place.parents:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from inference.commands.options import add_revision, check_pictures_folder, command_parser
-from tokenloom_common.errors import MissingFileError, OneLineParser
+from tokenloom_common.errors import OneLineParser
 from tokenloom_common.outputs import BLOCK_BYTES
 
 
@@ -17,9 +16,6 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     out = check_pictures_folder(args.out, args.model, len(args.image) * BLOCK_BYTES)
-    for name in args.image:  # all of them before the first is drawn
-        if not Path(name).exists():
-            raise MissingFileError(f"{name}: no such file")
     # imports torch, which takes seconds
     from inference.commands.rebuild_pictures import rebuild_pictures
 
