@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.harness import DTYPES
 from tokenloom_common.errors import OneLineParser, RunFailedError, UserError
 from tokenloom_common.files import write_json_atomic
-from tokenloom_common.outputs import check_output_file
+from tokenloom_common.outputs import check_output_file, is_json_with
 
 # ---- options
 
@@ -89,8 +89,13 @@ def say(benchmark: str, text: str) -> None:
 
 
 def check_output(name: str | None) -> Path | None:
-    """Return the path of --out. UserError, before anything is measured, if it cannot be written."""
-    return None if name is None else check_output_file("--out", name)
+    """Return the path of --out.
+
+    UserError, before anything is measured, if it cannot be written or is a file of another kind.
+    """
+    if name is None:
+        return None
+    return check_output_file("--out", name, lambda path: is_json_with(path, "benchmark"))
 
 
 def finish(document: dict[str, Any], out: Path | None) -> None:

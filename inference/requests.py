@@ -17,6 +17,10 @@ from tokenloom_common.text_files import read_text_file, text_lines
 
 REQUEST_FIELDS = ("prompt", "num_images", "seed", "negative_prompt", "layout")
 """Fields of a line of a prompts file, beside those of SamplingParams."""
+JSON_LINES = (".jsonl", ".ndjson")
+"""Endings of prompts files with a JSON object a line."""
+OTHER_FORMATS = (".json", ".csv", ".tsv", ".yaml", ".yml")
+"""Endings of files whose lines are no captions; as text they would be drawn as they stand."""
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = (1 << 63) - 1  # of the last image; noise keys are int64
 
@@ -142,44 +146,80 @@ def text_like(text: TextBatch, weights: Tensor) -> TextBatch:
 # ---- prompts files
 
 
+@dataclass(frozen=True)
+class PromptLine:
+    """A line of a prompts file, and its values: REQUEST_FIELDS and fields of SamplingParams."""
+
+    number: int
+    values: dict[str, Any]
+
+
 def read_prompts(path: Path, defaults: PromptRequest, base: SamplingParams) -> list[PromptRequest]:
-    """Read a prompts file; see read_prompt_lines and parse_prompts."""
-    return parse_prompts(path, read_prompt_lines(path), defaults, base)
+    """Read a prompts file; see read_prompt_lines and prompt_requests."""
+    return prompt_requests(path, read_prompt_lines(path), defaults, base)
 
 
-def read_prompt_lines(path: Path) -> list[str]:
-    """Read the lines of a prompts file, of UTF-8 or as its byte order mark says.
+def read_prompt_lines(path: Path) -> list[PromptLine]:
+    """Read a prompts file, of UTF-8 or as its byte order mark says; needs no model.
 
-    UserError naming the file for one that cannot be read or holds nothing.
+    JSON_LINES: one object per line with `prompt` and any of REQUEST_FIELDS and of SamplingParams'
+    fields. Anything else is text: one prompt per line, blank lines left out. UserError naming the
+    file for one that cannot be read, is another format or holds nothing, and naming the line for
+    one that cannot be used.
     """
     name = f"--prompts {path}"
+    ending = path.suffix.lower()
+    if ending in OTHER_FORMATS:
+        raise UserError(f"{name}: {ending} is not read; give a text file with a caption a line, or "
+                        "a .jsonl file with an object a line")
     lines = text_lines(read_text_file(path, name).replace("\0", ""))
-    if not any(line.strip() for line in lines):
-        raise UserError(f"{name}: holds no prompt")
-    return lines
 
-
-def parse_prompts(path: Path, lines: Sequence[str], defaults: PromptRequest, base: SamplingParams
-                  ) -> list[PromptRequest]:
-    """Make requests of the lines of a prompts file.
-
-    .jsonl: one object per line with `prompt` and any of REQUEST_FIELDS and of SamplingParams'
-    fields. Anything else is text: one prompt per line, blank lines left out. What a line does not
-    say comes from `defaults` and `base`. UserError naming file and line for a line that cannot be
-    used.
-    """
-    is_json = path.suffix.lower() == ".jsonl"
-    requests = []
+    found = []
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text:
             continue
         try:
-            values = _json_object(text) if is_json else {"prompt": text}
-            requests.append(_request(values, defaults, base))
-        except UserError as error:  # the checks below know the line's values, not its number
+            values = _json_object(text) if ending in JSON_LINES else _caption(text)
+            _check_values(values)
+        except UserError as error:  # the checks know the line's values, not its number
             raise UserError(f"{path}, line {number}: {error}") from None
+        found.append(PromptLine(number, values))
+    if not found:
+        raise UserError(f"{name}: holds no prompt")
+    return found
+
+
+def prompt_requests(path: Path, lines: Sequence[PromptLine], defaults: PromptRequest,
+                    base: SamplingParams) -> list[PromptRequest]:
+    """Make requests of a prompts file's lines; `defaults` and `base` give what a line leaves out.
+
+    UserError naming file and line for sampling parameters out of range.
+    """
+    requests = []
+    for line in lines:
+        values = line.values
+        fields = {name: values.get(name, getattr(defaults, name)) for name in REQUEST_FIELDS}
+        sampling = {name: value for name, value in values.items() if name not in REQUEST_FIELDS}
+        params = base
+        try:
+            if sampling:
+                params = SamplingParams.parse({**base.plain(), **sampling}, "its sampling")
+        except UserError as error:
+            raise UserError(f"{path}, line {line.number}: {error}") from None
+        requests.append(PromptRequest(params=params, **fields))
     return requests
+
+
+def _caption(line: str) -> dict[str, Any]:
+    """Return the values of a line of text. UserError for an object of a .jsonl file."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict) and "prompt" in values:
+        raise UserError("is a JSON object; rename the file to end in .jsonl")
+    return {"prompt": line}
 
 
 def _json_object(line: str) -> dict[str, Any]:
@@ -197,16 +237,13 @@ def _json_object(line: str) -> dict[str, Any]:
     return {**values, "prompt": values["prompt"].lstrip("\ufeff")}
 
 
-def _request(values: dict[str, Any], defaults: PromptRequest,
-             base: SamplingParams) -> PromptRequest:
+def _check_values(values: dict[str, Any]) -> None:
+    """Raise UserError for an unknown field, and for a value that no model takes."""
     valid = (*REQUEST_FIELDS, *SamplingParams.model_fields)
     for name in values:
         if name not in valid:
             raise UserError(f"unknown field '{name}'{nearest_name(name, valid)}")
-
-    fields = {name: values.get(name, getattr(defaults, name)) for name in REQUEST_FIELDS}
-    sampling = {name: value for name, value in values.items() if name not in REQUEST_FIELDS}
-    params = base
-    if sampling:
-        params = SamplingParams.parse({**base.plain(), **sampling}, "its sampling")
-    return PromptRequest(params=params, **fields)
+    check_prompts(values["prompt"])
+    if values.get("negative_prompt") is not None:
+        check_prompts([values["negative_prompt"]])
+    check_counts(values.get("num_images", 1), 1, values.get("seed", 0))

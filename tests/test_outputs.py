@@ -47,6 +47,26 @@ BAD_FOLDERS = {
 }
 
 
+@pytest.mark.parametrize("name", ["~", "~/pictures", "~root/a"])
+def test_a_home_that_no_shell_replaced_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for check in (check_output_folder, check_output_file):
+        with pytest.raises(UserError, match=f"^--out {name}: ~ means home in a shell alone; write /"):
+            check("--out", name)
+    assert check_output_folder("--out", "./~/pictures") == Path("~/pictures")
+    assert check_output_folder("--out", "~nobody-of-this-name") == Path("~nobody-of-this-name")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["dangling", "./dangling", "folder/../dangling"])
+def test_the_reason_is_said_once(place, monkeypatch, name):
+    monkeypatch.chdir(place)
+    (place / "folder").mkdir()
+    with pytest.raises(UserError) as raised:
+        check_output_folder("--out", name)
+    assert str(raised.value).count("--out") == 1
+
+
 @pytest.mark.parametrize("own", [None, ("*.json",)])
 @pytest.mark.parametrize(("name", "message"), BAD_FOLDERS.items(), ids=list(BAD_FOLDERS.values()))
 def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_made(place, name, message, own):
@@ -111,7 +131,7 @@ def test_a_disk_without_the_room_that_is_needed_is_refused(tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"not enough room: at least 5\.0 GiB are needed and 3\.0 MiB free"):
         check_output_folder("--run_dir", tmp_path / "new", need_bytes=5 << 30)
     with pytest.raises(UserError, match=r"not enough room: at least 3\.0 MiB"):
-        check_output_file("--json", tmp_path / "new" / "x", need_bytes=(3 << 20) + 1)
+        check_output_folder("--json", tmp_path / "new" / "x", need_bytes=(3 << 20) + 1)
 
 
 def test_a_full_disk_is_refused_without_a_stated_need(tmp_path, monkeypatch):

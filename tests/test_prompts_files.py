@@ -77,13 +77,37 @@ def test_the_pictures_record_holds_the_prompt_alone(run, folder, tmp_path, name,
     ("p.jsonl", '{"prompt": "猫"}'.encode("cp932"), "p.jsonl, line 1: not UTF-8; save it as UTF-8"),
     ("p.txt", "a cat\r\n".encode("utf-16-le"), "p.txt: UTF-16 without a byte order mark; save it as UTF-8"),
     ("p.jsonl", b'{"prompt": "a"}\n'.decode().encode("utf-16-be"), "p.jsonl: UTF-16 without a byte order mark; save"),
-    ("p.txt", b"\xef\xbb\xbf\r\n", "holds no prompt"), ("p.txt", b"\0\n", "holds no prompt")])
+    ("p.txt", b"\xef\xbb\xbf\r\n", "holds no prompt"), ("p.txt", b"\0\n", "holds no prompt"),
+    ("p.jsonl", b'\n\n{"prompt": "a", "num_images": "2"}\n', "p.jsonl, line 3: num_images must be a whole number"),
+    ("p.jsonl", b'{"prompt": "a", "num_images": 0}\n', "p.jsonl, line 1: num_images must be a whole number"),
+    ("p.JSONL", b'{"prompt": "a", "seed": "7"}\n', "p.JSONL, line 1: seed must be a whole number of at least 0, got '7'"),
+    ("p.jsonl", b'{"prompt": "a", "seed": 1e3}\n', "p.jsonl, line 1: seed must be a whole number"),
+    ("p.jsonl", b'{"prompt": "a", "seed": null}\n', "p.jsonl, line 1: seed must be a whole number"),
+    ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "negative_prompt": 5}\n', "p.jsonl, line 2: a prompt must be text"),
+    ("p.ndjson", b'{"prompt": "a"\n', "p.ndjson, line 1: not JSON"),
+    ("p.txt", b"a\n\n" + b"b" * 10_001, "p.txt, line 3: a prompt has 10,001 characters"),
+    ("p.txt", b'{"prompt": "a", "seed": 7}\n', "p.txt, line 1: is a JSON object; rename the file to end in .jsonl"),
+    ("p", b'\xef\xbb\xbf {"seed": 7, "prompt": "a"}\r\n', "p, line 1: is a JSON object"),
+    ("p.json", b'[{"prompt": "a"}]', "p.json: .json is not read; give a text file"),
+    ("p.CSV", b"prompt,seed\na cat,3\n", "p.CSV: .csv is not read; give a text file"),
+    ("p.tsv", b"prompt\tseed\n", "p.tsv: .tsv is not read; give a text file")])
 def test_a_prompts_file_that_cannot_be_used_is_named_before_the_model_is_loaded(run, tmp_path, name, raw, words):
     (tmp_path / name).write_bytes(raw)
     shown = run("generate", "--prompts", tmp_path / name, "--model", tmp_path / "nowhere", "--out", tmp_path / "out")
     assert (shown.code, shown.out, len(shown.err)) == (2, [], 1)
     assert words in shown.err[0]
     assert contents(tmp_path / "out") == {}
+
+
+def test_an_empty_name_is_no_prompts_file(run, tmp_path):
+    shown = run("generate", "--prompts", "", "--model", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert (shown.code, shown.err) == (2, ["tokenloom generate: error: --prompts is empty; give a file"])
+
+
+def test_a_caption_may_hold_braces(tmp_path):
+    prompts = ["{a|b} red circle", "{}", '{"a": 1}', "[prompt]"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    assert prompts_of(tmp_path / "p.txt") == prompts
 
 
 @pytest.mark.parametrize(("line", "words"), [

@@ -249,3 +249,18 @@ def test_a_run_folder_in_use_by_another_process_is_refused(tmp_path):
         with pytest.raises(UserError, match="another run is writing there"):
             state(tmp_path / "other").prepare()
     state(tmp_path / "other").prepare()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "a-red-heart-seed0.png"])
+def test_files_of_others_where_the_export_goes_are_found_when_the_run_goes_on(tmp_path, name):
+    saved(tmp_path, 5)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    state(tmp_path, train={"steps": 10}).prepare()
+    (tmp_path / "model" / name).touch()
+    with pytest.raises(UserError, match=rf"model: holds other files \({name}\)"):
+        state(tmp_path, train={"steps": 10}).prepare()
+    state(tmp_path, train={"steps": 5}).prepare()  # complete: exports nothing
+    # starting over moves the folder out of the way
+    state(tmp_path, train={"steps": 10}, checkpoint={"resume": "never"}).prepare()
+    assert (tmp_path / "before-1" / "model" / name).is_file()

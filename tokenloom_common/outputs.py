@@ -7,10 +7,11 @@ Free of heavy imports, so that a command can refuse within a moment of its start
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenloom_common.errors import UserError
@@ -52,14 +53,28 @@ def check_output_folder(flag: str, path: str | Path, own: Sequence[str] | None =
     return folder
 
 
-def check_output_file(flag: str, path: str | Path, need_bytes: int = 0) -> Path:
+def check_output_file(flag: str, path: str | Path,
+                      is_earlier: Callable[[Path], bool] | None = None) -> Path:
     """Return the file to write; UserError, naming the option, if it cannot be. Makes nothing.
 
-    need_bytes: room that it takes at least.
+    is_earlier: whether a file that is there is an earlier result, the only one to be replaced; None
+        where the caller decides.
     """
     file = _existing_kind(flag, path, "file")
-    _try_to_write(flag, path, file, need_bytes, "file")
+    _try_to_write(flag, path, file, 0, "file")
+    is_filled = file.exists() and file.stat().st_size > 0
+    if is_earlier is not None and is_filled and not is_earlier(file):
+        raise UserError(f"{flag} {path}: exists and is not a report of this command; give another "
+                        "file")
     return file
+
+
+def is_json_with(path: Path, key: str) -> bool:
+    """Whether a file is a JSON object that has a key, by which reports are told."""
+    try:
+        return key in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def given_value(argv: Sequence[str], *flags: str) -> str | None:
@@ -82,6 +97,11 @@ def _existing_kind(flag: str, path: str | Path, kind: str) -> Path:
     """Return the path. UserError if it is empty, no path, or something else than `kind`."""
     if not str(path):  # Path("") would be the working directory
         raise UserError(f"{flag} is empty; give a {kind}")
+    # here it would be a folder of that name, and some libraries would write to home
+    home = os.path.expanduser(path)
+    if home != str(path):
+        raise UserError(f"{flag} {path}: ~ means home in a shell alone; write {home}")
+
     place = Path(path)
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -94,6 +114,8 @@ def _existing_kind(flag: str, path: str | Path, kind: str) -> Path:
         # a device or a pipe is no file that can be replaced
         is_file = place.is_file()
         exists = place.exists()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise _unusable(flag, path, kind, _reason(error)) from None
 

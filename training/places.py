@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from inference.conversions import OWN_NAMES as CONVERTED_FILES
+from inference.conversions import is_ours
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError, run_command
 from tokenloom_common.outputs import check_output_folder, given_value
@@ -20,6 +22,12 @@ from training.data.tokens.shards import INDEX_NAME, SUFFIX
 
 TOKEN_FILES = (INDEX_NAME, *ORIGIN_FILES, SETTINGS_NAME, RECORDS, f"*-?????-of-?????{SUFFIX}")
 """Name patterns of a folder of token shards, which is replaced as a whole."""
+CONFIG_NAME = "config.json"
+OTHER_FOLDERS = {"model_index.json": "a model folder", "matcher_index.json": "a matcher's folder",
+                 CONFIG_NAME: "a model's folder", INDEX_NAME: "a folder of token shards"}
+"""File -> the kind of folder that it tells, which a run must not write into."""
+EXPORTED_FILES = (*CONVERTED_FILES, "matcher", "matcher_index.json")
+"""Name patterns of RUN/model, which the end of a run replaces as a whole."""
 FEATURE_FILES = ("index.json", "captions.json", "features.npy", "offsets.npy")
 """Names of a cache of text features."""
 DEMO_FILES = ("data", "tokenizer", "tokens", "seq2seq", "model", "phases", "samples.png",
@@ -28,9 +36,33 @@ DEMO_BYTES = 20 << 20  # of the quick one
 HEAD_START = 3.0  # seconds: a launcher kills the first process as soon as another has ended
 
 
-def check_run_dir(run_dir: str | Path, need_bytes: int = 0) -> None:
-    """Raise UserError if a run cannot write there; files of others stay where they are."""
+def check_run_dir(run_dir: str | Path, need_bytes: int = 0, data_path: str | None = None) -> None:
+    """Raise UserError if a run cannot write there; files of others stay where they are.
+
+    A run also makes a mess of a model, of token shards and of its own data: it moves what has the
+    names of its outputs, and its sample pictures would count as data.
+    """
     check_output_folder("--run_dir", run_dir, need_bytes=need_bytes)
+    folder = Path(run_dir).resolve()  # where links and `x/..` lead
+    for name, what in OTHER_FOLDERS.items():
+        is_other = (folder / name).is_file()
+        if name == CONFIG_NAME:  # any project may have one
+            is_other = is_ours(folder)
+        if is_other:
+            raise UserError(f"--run_dir {run_dir}: is {what} (it holds {name}); give another "
+                            "folder")
+
+    if not data_path or not Path(data_path).is_dir():
+        return
+    data = Path(data_path).resolve()
+    if folder == data or data in folder.parents:
+        raise UserError(f"--run_dir {run_dir}: lies in the data folder {data_path}, to which its "
+                        "pictures would be added; give another folder")
+
+
+def check_export_folder(folder: Path) -> None:
+    """Raise UserError if the export at the end of a run would lose files of others in `folder`."""
+    check_output_folder("--run_dir", folder, EXPORTED_FILES)
 
 
 def check_token_folder(out: str | Path, need_bytes: int = 0) -> None:

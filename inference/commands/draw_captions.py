@@ -13,14 +13,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from inference.attention_maps import word_positions
 from inference.commands.options import calibrate_threads, check_speed_options, given_params
-from inference.commands.picture_files import free_path, make_folder, png_metadata, save_png, slug
+from inference.commands.picture_files import make_folder, png_metadata, save_png, slug
 from inference.model_folder import toolkit_version
 from inference.pipeline import TextToImage
 from inference.requests import (
     PromptRequest,
     check_counts,
     check_prompts,
-    parse_prompts,
+    prompt_requests,
     read_prompt_lines,
 )
 from inference.results import GenerationResult
@@ -45,7 +45,11 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
     device = choose_device(args.device)
     _check_options(args)
     layout = None if args.layout is None else _read_layout_file(args.layout)
-    prompt_lines = [] if args.prompts is None else read_prompt_lines(Path(args.prompts))
+    prompt_lines = []
+    if args.prompts is not None:
+        prompt_lines = read_prompt_lines(Path(args.prompts))
+        pictures = sum(line.values.get("num_images", args.num_images) for line in prompt_lines)
+        check_output_folder("--out", out, need_bytes=pictures * BLOCK_BYTES)
 
     # all that can be refused without the model has been, since loading may take long
     model = TextToImage.from_pretrained(args.model, device, args.revision, args.text_encoder,
@@ -54,9 +58,7 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
     requests = []
     if args.prompts is not None:
         defaults = PromptRequest("", args.num_images, args.seed, None, args.negative_prompt, layout)
-        requests = parse_prompts(Path(args.prompts), prompt_lines, defaults, params)
-        pictures = sum(request.num_images for request in requests)
-        check_output_folder("--out", out, need_bytes=pictures * BLOCK_BYTES)
+        requests = prompt_requests(Path(args.prompts), prompt_lines, defaults, params)
     # on the CPU the fastest number of threads depends on the rows of a step: measure it
     if device == "cpu" and args.threads is None:
         drawn_of_file = sum(request.num_images for request in requests)
@@ -83,6 +85,8 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
 def _check_options(args: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be, or not together, before anything is loaded."""
     check_counts(args.num_images, args.batch_size, args.seed)
+    if args.prompts == "":  # Path("") would be the working directory
+        raise UserError("--prompts is empty; give a file")
     if args.prompts is None:
         check_prompts(args.prompt)
     elif args.prompt:
@@ -139,9 +143,8 @@ def _generate_file(model: TextToImage, requests: list[PromptRequest], out: Path,
             print(f"tokenloom generate: {which}: {result.reason}", file=sys.stderr)
             failed = True
             continue
-        path = free_path(out, f"{slug(result.prompt)}-seed{result.seed}")
         info = _metadata(args, result.prompt, result.seed, result.params, result.negative_prompt)
-        save_png(result.image, path, info)
+        path = save_png(result.image, out, f"{slug(result.prompt)}-seed{result.seed}", info)
         print(path)
     return 1 if failed else 0
 
@@ -172,9 +175,7 @@ def _save_results(results: list[GenerationResult], out: Path,
     paths: list[Path] = []
 
     def save(image: Image.Image, stem: str, info: PngInfo | None = None) -> None:
-        path = free_path(out, stem)
-        save_png(image, path, info)
-        paths.append(path)
+        paths.append(save_png(image, out, stem, info))
 
     images: list[Image.Image] = []
     for result in results:

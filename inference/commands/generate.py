@@ -9,10 +9,11 @@ from inference.commands.options import (
     add_sampling_options,
     add_speed_options,
     caption_text,
+    check_pictures_folder,
     command_parser,
 )
 from tokenloom_common.errors import OneLineParser
-from tokenloom_common.outputs import BLOCK_BYTES, check_output_folder
+from tokenloom_common.outputs import BLOCK_BYTES
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     # of a prompts file, the number of pictures is known once it is read
     least = len(args.prompt) * max(args.num_images, 1) * BLOCK_BYTES
-    out = check_output_folder("--out", args.out, need_bytes=least)
+    out = check_pictures_folder(args.out, args.model, least)
     from inference.commands.draw_captions import draw_captions  # imports torch, which takes seconds
 
     return draw_captions(args, out)
@@ -40,7 +41,7 @@ def _parser() -> OneLineParser:
         "prompt", nargs="*", type=caption_text, help="one or more captions, each in quotes")
     parser.add_argument(
         "--prompts", metavar="FILE",
-        help="captions from a UTF-8 file instead: a caption a line, or .jsonl with objects such as "
+        help="captions from a text file instead: a caption a line, or .jsonl with objects such as "
         '{"prompt": "a red heart", "seed": 7, "num_images": 2, "guidance_scale": 3}; what a line '
         "does not say comes from the options")
     parser.add_argument("--model", required=True, help="model folder or hub id")

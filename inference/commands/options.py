@@ -6,9 +6,11 @@ import argparse
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenloom_common.errors import OneLineParser, UserError
+from tokenloom_common.outputs import check_output_folder
 
 if TYPE_CHECKING:
     from inference.pipeline import TextToImage
@@ -42,6 +44,21 @@ def caption_text(argument: str) -> str:
         return os.fsencode(argument).decode("utf-8")
     except UnicodeError:  # no UTF-8 either: the text tokenizer replaces what it does not know
         return argument
+
+
+def check_pictures_folder(out: str, model: str, need_bytes: int) -> Path:
+    """Return --out. UserError if pictures cannot be written there, or it is the model's own folder.
+
+    A model folder with other files in it could not be replaced by a later export.
+    """
+    folder = check_output_folder("--out", out, need_bytes=need_bytes)
+    is_model = any((Path(model) / name).is_file() for name in ("model_index.json", "config.json"))
+    if model and is_model:
+        place = folder.resolve()
+        model_place = Path(model).resolve()
+        if place == model_place or model_place in place.parents:
+            raise UserError(f"--out {out}: lies in the model's folder {model}; give another folder")
+    return folder
 
 
 # ---- speed

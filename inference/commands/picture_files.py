@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,36 @@ def make_folder(out: Path) -> None:
         raise RunFailedError(f"{out}: could not be made ({error.strerror})") from None
 
 
-def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
-    """Write a PNG file atomically. RunFailedError with the path and the reason."""
-    aside = path.with_name(f".{path.name[:100]}.tmp")  # cut, so that the name is not too long
+def save_png(image: Image.Image, folder: Path, stem: str, info: PngInfo | None = None) -> Path:
+    """Write a PNG file atomically under a free name, and return its path.
+
+    That is the first of stem.png, stem-1.png, stem-2.png, ... which does not exist, also while
+    other processes write there. RunFailedError with the path and the reason.
+    """
+    # cut, so that the name is not too long
+    aside = folder / f".{stem[:100]}.{uuid.uuid4().hex[:8]}.tmp"
+    path = folder / f"{stem}.png"
     try:
         image.save(aside, format="PNG", pnginfo=info)
+        number = 0
+        while not _reserve(path):
+            number += 1
+            path = folder / f"{stem}-{number}.png"
         os.replace(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise RunFailedError(f"{path}: could not be written ({error.strerror}); "
                              "pictures saved before it are whole") from None
+    return path
+
+
+def _reserve(path: Path) -> bool:
+    """Make an empty file, for the picture to replace; False if the name is taken."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def slug(text: str) -> str:
@@ -53,13 +74,3 @@ def slug(text: str) -> str:
     encoding = sys.getfilesystemencoding()
     cut = words.encode(encoding, errors="ignore")[:180].decode(encoding, errors="ignore")
     return cut.lstrip("-_") or "picture"
-
-
-def free_path(folder: Path, stem: str) -> Path:
-    """Return the first of stem.png, stem-1.png, stem-2.png, ... that does not exist."""
-    path = folder / f"{stem}.png"
-    number = 1
-    while path.exists():
-        path = folder / f"{stem}-{number}.png"
-        number += 1
-    return path

@@ -12,7 +12,7 @@ import numpy
 import torch
 from PIL import Image
 
-from inference.commands.picture_files import free_path, make_folder, save_png
+from inference.commands.picture_files import make_folder, save_png
 from inference.model_folder import load_image_tokenizer
 from tokenizer_image import ImageTokenizer
 from tokenizer_image.images import (
@@ -27,7 +27,7 @@ from tokenizer_image.images import (
 )
 from tokenizer_image.tiling import decode_tiled, encode_tiled
 from tokenloom_common.devices import choose_device
-from tokenloom_common.errors import UserError
+from tokenloom_common.errors import MissingFileError, UserError
 from tokenloom_common.progress import progress
 
 MAX_PSNR = 100.0  # dB, also of images that are equal
@@ -43,6 +43,9 @@ def rebuild_pictures(args: argparse.Namespace, out: Path) -> int:
         raise UserError(f"--max-pixels {args.max_pixels}: must be at least 1")
     tokenizer = load_image_tokenizer(args.model, device, args.revision)
     tokenizer.config.check_encodes(args.model)
+    for name in args.image:  # a wrong name is said before any picture is drawn
+        if not Path(name).exists():
+            raise MissingFileError(f"{name}: no such file")
     make_folder(out)
 
     failed = 0
@@ -56,8 +59,7 @@ def rebuild_pictures(args: argparse.Namespace, out: Path) -> int:
             failed += 1
             continue
         pair, psnr = _reconstruct(tokenizer, pixels, args.tiles, device)
-        path = free_path(out, f"{Path(name).stem}-reconstruction")
-        save_png(pair, path)
+        path = save_png(pair, out, f"{Path(name).stem}-reconstruction")
         print(f"{path}\t{psnr:.2f} dB")
     if failed == len(args.image):
         raise UserError(f"none of {failed} pictures could be read")

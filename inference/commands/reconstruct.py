@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inference.commands.options import add_revision, command_parser
+from inference.commands.options import add_revision, check_pictures_folder, command_parser
 from tokenloom_common.errors import OneLineParser
-from tokenloom_common.outputs import BLOCK_BYTES, check_output_folder
+from tokenloom_common.outputs import BLOCK_BYTES
 
 
 def reconstruct(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     1 if some could not be read.
     """
     args = _parser().parse_args(argv)
-    out = check_output_folder("--out", args.out, need_bytes=len(args.image) * BLOCK_BYTES)
+    out = check_pictures_folder(args.out, args.model, len(args.image) * BLOCK_BYTES)
     # imports torch, which takes seconds
     from inference.commands.rebuild_pictures import rebuild_pictures
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from tokenloom_common.errors import DataError, OneLineParser, UserError
 from tokenloom_common.files import write_json_atomic
-from tokenloom_common.outputs import check_output_file
+from tokenloom_common.outputs import check_output_file, is_json_with
 from training.commands.next_command import after_images, after_tokens
 from training.commands.reading_options import add_reading_options, given_reading
 
@@ -204,7 +203,7 @@ def _check(arguments: argparse.Namespace) -> int:
     # before the imports, which take seconds, and the check, which may take minutes
     out = arguments.json
     if out is not None:
-        _check_report_place(out)
+        check_output_file("--json", out, lambda path: is_json_with(path, "usable"))
     from training.data.check import format_report
     from training.data.tokens.check import format_token_report
 
@@ -240,19 +239,3 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
                         streamed_rows=1 if arguments.streaming else 0)
     given = {**reading, **({"streaming": True} if arguments.streaming else {})}
     return {**report, "next": after_images(report, given)}
-
-
-def _check_report_place(out: str) -> None:
-    """Raise UserError if --json cannot be written, or is a file that is no earlier report."""
-    path = check_output_file("--json", out)
-    if path.exists() and not _is_report(path):
-        raise UserError(f"--json {path}: exists and is not a report of this command; give another "
-                        "file")
-
-
-def _is_report(path: Path) -> bool:
-    """Whether a file is an earlier report of `data check`."""
-    try:
-        return "usable" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False

@@ -39,7 +39,8 @@ def train_from_command_line(argv: Sequence[str] | None, config_class: type[RunCo
 def _train(config: RunConfig, training_class: Callable[[Any, Processes], Training]) -> None:
     with processes(config.train.threads) as group, peers_may_go(group):
         setup_console(group.is_first)
-        group.first_does(lambda: check_run_dir(config.run_dir))
+        data_path = config.plain()["data"]["path"]  # every kind of run has one
+        group.first_does(lambda: check_run_dir(config.run_dir, data_path=data_path))
 
         # processes that differ would train what nobody asked for, or wait for one another for ever
         group.first_does(lambda: check_writers(config.log))

@@ -31,6 +31,7 @@ from training.config.run import RunConfig
 from training.config.start_folders import MANIFEST
 from training.engine.agreement import check_same
 from training.engine.processes import Processes
+from training.places import check_export_folder
 from training.runs.environment import environment
 from training.runs.manifest import (
     RANKS,
@@ -40,7 +41,7 @@ from training.runs.manifest import (
     read_manifest,
 )
 from training.runs.random_state import restore_rng, rng_state, seed_everything
-from training.runs.retention import MEASURED, Measured, delete_old
+from training.runs.retention import MEASURED, Measured, delete_old, step_of
 from training.runs.run_folder import hold_folder, set_aside
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ class RunState:
     def _create_folder(self) -> None:
         if self.resume_from is None:
             set_aside(self.run_dir)
+        elif step_of(self.resume_from.name) < self.config.train.steps:
+            check_export_folder(self.run_dir / "model")  # now, not at the end of the run
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         # of a save that was killed
