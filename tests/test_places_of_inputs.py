@@ -84,11 +84,13 @@ def test_another_projects_config_is_no_model(tmp_path):
 def test_a_run_is_not_written_into_its_data(tmp_path, below):
     data = tmp_path / "data"
     data.mkdir()
+    check_run_dir(data / below, data_path=str(data))  # empty: the reader has more to say
+    (data / "a.png").touch()
     (tmp_path / "link").symlink_to(data)
     with pytest.raises(UserError, match="lies in the data folder"):
         check_run_dir(data / below, data_path=str(data))
     check_run_dir(tmp_path / "data2", data_path=str(data))
-    check_run_dir(tmp_path, data_path=str(data))  # beside the data, which the run leaves alone
+    check_run_dir(tmp_path, data_path=str(data))  # above its data, which the run leaves alone
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".DS_Store", "a-red-heart-seed0.png"])

@@ -54,6 +54,8 @@ def check_run_dir(run_dir: str | Path, need_bytes: int = 0, data_path: str | Non
 
     if not data_path or not Path(data_path).is_dir():
         return
+    if not any(Path(data_path).iterdir()):  # the data's reader says so
+        return
     data = Path(data_path).resolve()
     if folder == data or data in folder.parents:
         raise UserError(f"--run_dir {run_dir}: lies in the data folder {data_path}, to which its "
