@@ -42,11 +42,11 @@ def test_table_without_images_is_not_the_data(tmp_path, data):
 def test_two_formats_are_both_named_with_the_option_that_chooses(tmp_path):
     write_pairs(tmp_path, "a")
     write_tar(tmp_path / "b.tar", [("0.png", PNG), ("0.txt", b"in the tar")])
-    with pytest.raises(UserError, match=r"several ways \(1 tar shards; 1 images with .txt files\).*--data.format tar"):
+    with pytest.raises(UserError, match=r"several ways \(1 tar shard; 1 image with .txt files\).*--data.format tar"):
         open_dataset(tmp_path)
     assert open_dataset(tmp_path, format="tar").all_captions() == ["in the tar"]
     assert open_dataset(tmp_path, format="sidecar").all_captions() == ["a"]
-    with pytest.raises(UserError, match=r"holds no parquet files, as --data.format parquet.*found 1 tar shards"):
+    with pytest.raises(UserError, match=r"holds no parquet files, as --data.format parquet.*found 1 tar shard"):
         open_dataset(tmp_path, format="parquet")
     with pytest.raises(UserError, match=r"unknown data.format 'tarr'.*tar"):
         open_dataset(tmp_path, format="tarr")

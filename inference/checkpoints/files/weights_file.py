@@ -87,9 +87,9 @@ def _read(path: Path) -> Mapping[Any, Any]:
 def _read_file(path: Path) -> Mapping[Any, Any]:
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
+    if path.suffix.lower() in TORCH_SUFFIXES:
         payload = read_torch_file(path)
         if not isinstance(payload, Mapping):
             raise UserError(f"{path}: holds {type(payload).__name__}, expected a mapping of names "

@@ -24,6 +24,7 @@ from training.data.sources.tree import (
     METADATA_NAME,
     TAR_SUFFIXES,
     FileTree,
+    counted,
     hub_blobs,
     walk_tree,
 )
@@ -153,14 +154,14 @@ def _candidates(tree: FileTree, options: ReadOptions) -> dict[str, FileLayout]:
     found: dict[str, FileLayout] = {}
     if tree.saved:
         found["saved"] = FileLayout("saved", tree.root, split_files(tree.saved, tree.root),
-                                    f"{len(tree.saved):,} folders of save_to_disk")
+                                    counted(len(tree.saved), "folder") + " of save_to_disk")
     if tree.tars:
         found["tar"] = FileLayout("tar", tree.root, split_files(tree.tars, tree.root),
-                                  f"{len(tree.tars):,} tar shards")
+                                  counted(len(tree.tars), "tar shard"))
     if tree.images:
         images = _images_by_split(tree)
         found["classes"] = FileLayout("classes", tree.root, images,
-                                      f"{len(tree.images):,} images in folders", tree)
+                                      counted(len(tree.images), "image") + " in folders", tree)
         captions, unused = find_captions(tree, options)
         if has_captions(captions, options):
             found["sidecar"] = FileLayout("sidecar", tree.root, images,
@@ -184,7 +185,7 @@ def _candidates(tree: FileTree, options: ReadOptions) -> dict[str, FileLayout]:
         shards = tables  # whose reader says which columns they have
     if shards:
         found["parquet"] = FileLayout("parquet", tree.root, split_files(shards, tree.root),
-                                      f"{len(shards):,} parquet files")
+                                      counted(len(shards), "parquet file"))
     return found
 
 
@@ -227,7 +228,7 @@ def _brace_files(text: str) -> FileLayout:
     if not all(path.name.endswith(TAR_SUFFIXES) for path in files):
         raise UserError(f"{text}: braces are for .tar shards, such as {{000..012}}.tar")
     root = Path(os.path.commonpath([path.parent for path in files]))
-    return FileLayout("tar", root, split_files(files, root), f"{len(files):,} tar shards")
+    return FileLayout("tar", root, split_files(files, root), counted(len(files), "tar shard"))
 
 
 def expand_braces(text: str) -> list[str]:

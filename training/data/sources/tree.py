@@ -75,6 +75,11 @@ class FileTree:
         return Counter(path.suffix.lower() or "without ending" for path in files)
 
 
+def counted(count: int, noun: str) -> str:
+    """Format as '1 image' or '8 images'."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def walk_tree(root: Path, follow_links: bool) -> FileTree:
     """Find the files below a folder. Links to folders are followed on request, each once."""
     tree = FileTree(root)

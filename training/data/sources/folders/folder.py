@@ -62,6 +62,9 @@ def _is_usable(found: Collector, guard: PathGuard, key: str, image: Path, texts:
         if not path.is_file():
             found.drop(key, "missing file")
             return False
+        if not os.access(path, os.R_OK):
+            found.drop(key, "unreadable")
+            return False
     if any(path.stat().st_size > MAX_TEXT_BYTES for path in texts):
         found.drop(key, "caption file too large")
         return False

@@ -11,7 +11,7 @@ from tokenloom_common.errors import UserError
 from tokenloom_common.text_files import decode_text
 from training.data.sources.collector import pick_captions
 from training.data.sources.options import ReadOptions
-from training.data.sources.tree import FileTree
+from training.data.sources.tree import FileTree, counted
 
 CAPTION_ENDINGS = (".txt", ".caption")
 FIRST_RECORDS = 20  # that are looked at for captions
@@ -79,7 +79,7 @@ def _refuse_two(image: Path, files: list[CaptionFile]) -> None:
 def describe_captions(captions: dict[Path, list[CaptionFile]]) -> str:
     """Format as '8 images with .txt files'."""
     endings = Counter(files[0].ending for files in captions.values())
-    return " and ".join(f"{count:,} images with {ending} files"
+    return " and ".join(f"{counted(count, 'image')} with {ending} files"
                         for ending, count in endings.most_common())
 
 
