@@ -26,6 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mutations", type=int, default=200)
 
 
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """Take back the number of threads that a test's commands chose: other numbers round sums in another way."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def only_process_group() -> Iterator[tuple[Processes, dict[str, str]]]:
     """DeepSpeed keeps global state of the first process group it sees: there is one for all tests, with its environment."""
