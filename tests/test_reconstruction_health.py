@@ -215,9 +215,6 @@ def write_pictures(folder: Path, kind: str, count: int = 60) -> Path:
         points = [tuple(map(int, random.integers(3, 29, 2))) for _ in range(4)]
         if kind == "sketch":
             draw.line(points, fill="black")
-        elif kind == "logo":
-            x, y = points[0]
-            draw.ellipse([x - 3, y - 3, x + 6, y + 6], fill=("red", "navy", "green")[number % 3])
         elif kind == "mask":
             draw.polygon(points, fill="white")
         elif kind == "diagram":

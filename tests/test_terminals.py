@@ -113,4 +113,4 @@ def test_a_training_script_names_files_in_every_terminal():
     done = python(["training/encode_dataset.py", "--config", "größe.yaml"], **TERMINALS["cp932"])
     assert done.returncode == 2, done.stderr
     assert b"gr\\xf6\\xdfe" in done.stderr
-        assert b"Traceback" not in done.stderr
+    assert b"Traceback" not in done.stderr
