@@ -27,10 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_threads() -> Iterator[None]:
-    """Take back the number of threads that a test's commands chose: other numbers round sums in another way."""
-    threads = torch.get_num_threads()
+def own_settings() -> Iterator[None]:
+    """Take back what a test's commands set: threads (others round sums in another way), MASTER_PORT and its like."""
+    before, threads = dict(os.environ), torch.get_num_threads()
     yield
+    if dict(os.environ) != before:
+        _set_environment(before)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 
