@@ -50,6 +50,7 @@ def test_generating_needs_no_encoder(made):
     assert pictures[0] == pictures[1]
 
 
+@pytest.mark.long
 def test_info_and_estimate_take_it(made, capsys):
     assert tokenloom.main(["info", str(made / "model"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["image_tokenizer"]

@@ -122,6 +122,7 @@ def test_the_first_loss_is_the_sources_evaluation_loss(made, tmp_path, group, na
     assert loss == pytest.approx(evaluation_loss(load_model_folder(made / name), rows), abs=1e-5)
 
 
+@pytest.mark.long
 def test_without_init_from_the_first_loss_is_another(made, tmp_path, group):
     loss, rows = first_loss(None, made / "tokens", tmp_path / "run", group, *PLAIN, "--image_tokenizer", made / "tokenizer",
                             "--model.preset", "debug-decoder")

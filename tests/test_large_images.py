@@ -143,6 +143,7 @@ def test_tiles_of_a_picture_beyond_pillows_own_limit_are_cut(run, folder, tmp_pa
     assert (shown.code, shown.err) == (0, [])
 
 
+@pytest.mark.long
 def test_a_large_jpeg_takes_the_memory_of_its_fraction(tmp_path):
     # whole it would be 64 MB of grey pixels, and 192 of RGB
     Image.new("L", (8_000, 8_000), 90).save(tmp_path / "a.jpg")

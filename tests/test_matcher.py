@@ -243,6 +243,7 @@ def published_folders(tmp_path_factory) -> dict[str, Path]:
     return {kind: published(tmp_path_factory.mktemp("published") / kind, kind) for kind in ("clip", "siglip")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_scores_of_published_models_are_their_own(published_folders, kind):
     import transformers

@@ -38,6 +38,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_every_source_file_and_recipe_is_in_the_wheel(installed):
     for package in PACKAGES:
         for path in (launching.REPOSITORY / package).rglob("*"):

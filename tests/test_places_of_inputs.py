@@ -62,6 +62,7 @@ def test_a_report_replaces_an_older_page_alone(run, tmp_path, name):
     assert path.read_text() == "<p>precious"
 
 
+@pytest.mark.long
 def test_a_report_may_be_written_again(run, tmp_path):
     made = make_run(tmp_path / "run")
     assert [run("report", made).code for _ in range(2)] == [0, 0]

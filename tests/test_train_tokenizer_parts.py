@@ -56,6 +56,7 @@ def test_decoder_fine_tuning_leaves_codes_bit_identical(group, data, tmp_path, t
     assert not torch.equal(before.decode(before.encode(picture)), after.decode(before.encode(picture)))
 
 
+@pytest.mark.long
 def test_starting_from_a_tokenizer_takes_all_its_weights(group, data, tmp_path, trained):
     run = config(data, tmp_path / "run", model=VQ, init_from=str(trained))
     training = TokenizerTraining(run, group)

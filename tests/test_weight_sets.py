@@ -97,6 +97,7 @@ TWO_SETS: dict[str, tuple[Callable[[State, State], dict], str, str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", TWO_SETS)
 def test_the_average_is_taken_and_the_option_takes_the_other(tmp_path, raw, average, case):
     make, of_average, of_raw = TWO_SETS[case]

@@ -31,6 +31,7 @@ def assert_converts(path, state: dict[str, Tensor], kind: str | None = "taming")
     assert part.notes == ()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("container", ["state_dict", "model", None])
 def test_every_order_of_prefixes_comes_off(tmp_path, state, prefix, container):
