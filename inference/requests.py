@@ -154,11 +154,6 @@ class PromptLine:
     values: dict[str, Any]
 
 
-def read_prompts(path: Path, defaults: PromptRequest, base: SamplingParams) -> list[PromptRequest]:
-    """Read a prompts file; see read_prompt_lines and prompt_requests."""
-    return prompt_requests(path, read_prompt_lines(path), defaults, base)
-
-
 def read_prompt_lines(path: Path) -> list[PromptLine]:
     """Read a prompts file, of UTF-8 or as its byte order mark says; needs no model.
 

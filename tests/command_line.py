@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 import tokenloom
+from tests import tiny
 
 BAR = re.compile(r"(generate|reconstruct): +\d+%\|")  # tqdm's lines on stderr
 
@@ -36,3 +39,16 @@ def runner(capsys) -> Callable[..., Ran]:
 def contents(path: Path) -> dict[str, bytes]:
     """The files of a folder by name; none where there is no folder."""
     return {p.name: p.read_bytes() for p in path.iterdir()} if path.is_dir() else {}
+
+
+@pytest.fixture
+def run(capsys, monkeypatch) -> Callable[..., Ran]:
+    """`run("generate", ...)` runs that command; a file of tests takes it by `run = command_line.run`."""
+    monkeypatch.delenv("TOKENLOOM_DEBUG", raising=False)
+    return runner(capsys)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model's folder."""
+    return tiny.model_folder(tmp_path_factory.mktemp("models") / "tiny")

@@ -14,19 +14,11 @@ import torch
 from PIL import Image
 
 import tokenloom
-from tests import launching, tiny
-from tests.command_line import Ran, contents, runner
+from tests import command_line, launching, tiny
+from tests.command_line import Ran, contents
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.delenv("TOKENLOOM_DEBUG", raising=False)
-    return runner(capsys)
+folder = command_line.folder
+run = command_line.run
 
 
 # ---- the front door ----

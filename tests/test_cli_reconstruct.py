@@ -11,23 +11,15 @@ import numpy
 import pytest
 from PIL import Image
 
-from tests import tiny
+from tests import command_line
 from tests.bad_images import ACCEPTED, REFUSED, encode, photo
-from tests.command_line import contents, runner
+from tests.command_line import contents
 from tokenizer_image import VQGAN, load_tokenizer
 from tokenizer_image.images import float_to_pixels, image_to_pixels, open_image, pixels_to_float
 from tokenizer_image.tiling import decode_tiled, encode_tiled
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.delenv("TOKENLOOM_DEBUG", raising=False)
-    return runner(capsys)
+folder = command_line.folder
+run = command_line.run
 
 
 # ---- reconstruct ----

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import bad_images, launching, tiny
+from tests import bad_images, command_line, launching, tiny
 from tests.bad_images import BLUE, RED, encode
-from tests.command_line import contents, runner
+from tests.command_line import contents
 from tokenizer_image import large_images
 from tokenizer_image.images import MAX_IMAGE_PIXELS, BadImageError, image_to_pixels, open_image
 
@@ -34,10 +34,7 @@ def resized_header(data: bytes, width: int, height: int) -> bytes:
     return data[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 4:]
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.delenv("TOKENLOOM_DEBUG", raising=False)
-    return runner(capsys)
+run = command_line.run
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from inference.memory import estimate as memory
-from inference.requests import PromptRequest, read_prompts
+from inference.requests import PromptRequest, prompt_requests, read_prompt_lines
 from tests import tiny
 from tokenloom import SamplingParams, TextToImage, main
 from tokenloom_common.errors import UserError
@@ -86,10 +86,11 @@ def write(path: Path, *lines: str) -> Path:
 
 def test_a_prompts_file_is_read_with_defaults_from_the_options(tmp_path):
     base, defaults = SamplingParams(top_k=8), PromptRequest("", 2, 7, None, "blue")
-    text = read_prompts(write(tmp_path / "p.txt", "a red heart", "", "  octopus "), defaults, base)
+    path = write(tmp_path / "p.txt", "a red heart", "", "  octopus ")
+    text = prompt_requests(path, read_prompt_lines(path), defaults, base)
     assert text == [PromptRequest(prompt, 2, 7, base, "blue") for prompt in ("a red heart", "octopus")]
     path = write(tmp_path / "p.jsonl", '{"prompt": "a cat", "seed": 3, "guidance_scale": 5.0}', '{"prompt": "b"}')
-    lines = read_prompts(path, defaults, base)
+    lines = prompt_requests(path, read_prompt_lines(path), defaults, base)
     assert lines == [PromptRequest("a cat", 2, 3, SamplingParams(top_k=8, guidance_scale=5.0), "blue"),
                      PromptRequest("b", 2, 7, base, "blue")]
 
@@ -101,7 +102,7 @@ def test_a_prompts_file_is_read_with_defaults_from_the_options(tmp_path):
 def test_a_wrong_line_is_named(tmp_path, line, words):
     path = write(tmp_path / "p.jsonl", '{"prompt": "fine"}', line)
     with pytest.raises(UserError, match=words):
-        read_prompts(path, PromptRequest(""), SamplingParams())
+        prompt_requests(path, read_prompt_lines(path), PromptRequest(""), SamplingParams())
 
 
 def test_the_command_saves_every_picture_of_a_file(folder, tmp_path, capsys):

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from benchmarks.command_line import check_output
 from inference.commands.picture_files import save_png
-from tests import tiny
-from tests.command_line import runner
+from tests import command_line
 from tests.test_runs import make_run
 from tokenloom_common.errors import UserError
 from training.places import check_export_folder, check_run_dir
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.delenv("TOKENLOOM_DEBUG", raising=False)
-    return runner(capsys)
+folder = command_line.folder
+run = command_line.run
 
 
 @pytest.mark.parametrize("below", ["", ".", "pictures", "seq2seq/../x", "../link"])

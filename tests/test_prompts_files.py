@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from inference.checkpoints.formats.llamagen_settings import read_classes
-from inference.requests import PromptRequest, read_prompts
+from inference.requests import PromptRequest, prompt_requests, read_prompt_lines
 from inference.sampling import SamplingParams
-from tests import tiny
-from tests.command_line import contents, runner
+from tests import command_line
+from tests.command_line import contents
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import UserError
 from training.engine.deepspeed_json import with_users_file
@@ -21,19 +21,12 @@ ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32")  # the last two write a b
 SIGNS = ("\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1e")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.delenv("TOKENLOOM_DEBUG", raising=False)
-    return runner(capsys)
+folder = command_line.folder
+run = command_line.run
 
 
 def prompts_of(path: Path) -> list[str]:
-    return [request.prompt for request in read_prompts(path, PromptRequest(""), SamplingParams())]
+    return [request.prompt for request in prompt_requests(path, read_prompt_lines(path), PromptRequest(""), SamplingParams())]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
