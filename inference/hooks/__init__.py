@@ -1,0 +1,1 @@
+"""Hooks that users can replace: prompt expansion and safety filters."""
