@@ -144,6 +144,8 @@ def _draw_file(model: TextToImage, requests: list[PromptRequest], recipes: list[
     left = sum(len(of_request) for of_request in recipes)
     if left < total:
         print(f"tokenloom generate: {total - left} of {total} there already", file=sys.stderr)
+    if not left:
+        return 0
 
     failed = False
     images = model.generate_many(requests, args.batch_size)
