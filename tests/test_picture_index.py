@@ -87,8 +87,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         PictureIndex(tmp_path).add(tmp_path / "a.png", RECIPE)
 
 
-@pytest.mark.parametrize("there", [b"hello\n", b'{"image": "a.png"}\n', b"hello", b"\xff\xfe\n", b'{"file": "../a", "prompt": ""}\n',
-                                   None])
+@pytest.mark.parametrize("there", [b"hello\n", b'{"image": "a.png"}\n', b"hello", b"\xff\xfe\n", None,
+                                   b'{"file": "../a", "prompt": ""}\n'])
 def test_an_index_of_something_else_is_refused_before_anything_is_loaded(run, tmp_path, there):
     if there is None:
         (tmp_path / "index.jsonl").mkdir()
