@@ -112,7 +112,8 @@ def _set_threads(model: TextToImage, asked: list[tuple[PromptRequest, str]],
     drawn = args.rerank_from or args.num_images
     if args.prompts is not None:
         drawn = sum(request.num_images for request, _ in asked)
-    calibrate_threads(model, min(args.batch_size, drawn), asked[0][0].params)
+    params = asked[0][0].params or model.default_params
+    calibrate_threads(model, min(args.batch_size, drawn), params)
 
 
 def _draw_each(model: TextToImage, asked: list[tuple[PromptRequest, str]], maker: RecipeMaker,
