@@ -4,7 +4,7 @@
     model.generate("a red heart", num_images=4, seed=0).images[0].save("heart.png")
 """
 
-# Axes: B images, N image tokens, L layout tokens, h w code grid
+# Axes: B images, N image tokens, L layout tokens, h w code grid, n tokens drawn so far
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from inference.layouts import read_layout
 from inference.many import generate_many
 from inference.memory.estimate import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
+from inference.pixels import PixelDecoder
 from inference.requests import (
     PromptRequest,
     SamplingOptions,
@@ -44,10 +45,8 @@ from inference.sampling import SamplingParams
 from inference.scoring.matcher_folder import load_matcher
 from inference.scoring.rerank import check_rerank, keep_best
 from inference.scoring.scorer import Scorer
-from inference.streaming import GenerationStep, fill_tokens, stream_steps
+from inference.streaming import GenerationStep, stream_steps
 from seq2seq import TextBatch
-from tokenizer_image.grid import tokens_to_codes
-from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
 from tokenloom_common.hub import Pushable
 
@@ -71,6 +70,7 @@ class TextToImage(Pushable):
         self.device = self.seq2seq.image_embedding.weight.device
         self.weights = weights
         self.decoder = build_decoder(self.seq2seq, weights)
+        self.pixels = PixelDecoder(self.image_tokenizer, self.device)
         self._preview_seconds: dict[int, float] = {}  # of the last one, by number of images
 
     @classmethod
@@ -269,31 +269,17 @@ class TextToImage(Pushable):
 
     # ---- from tokens to images
 
-    @torch.inference_mode()
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
         """image_tokens [B, N] int64 in [0, K) -> B images.
 
         UserError for another shape, dtype or range.
         """
-        if not isinstance(image_tokens, Tensor):
-            raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
-        image_tokens = image_tokens.to(self.device)
-        codes = tokens_to_codes(image_tokens, self.image_tokenizer.grid)  # [B, h, w]
-        images: list[Image.Image] = []
-        # one by one: kernels round differently for other numbers of images, and an image's pixels
-        # would depend on what is decoded beside it (1 in 16 images of 32 px differed by a level)
-        for one in codes.split(1):
-            images += pixels_to_images(float_to_pixels(self.image_tokenizer.decode(one)))
-        return images
-
-    def decode_partial(self, image_tokens: Tensor) -> list[Image.Image]:
-        """image_tokens [B, n] with n <= N -> B images, their missing tokens filled."""
-        return self.decode_tokens(fill_tokens(image_tokens, self.seq2seq.config.num_tokens))
+        return self.pixels.decode(image_tokens)
 
     def decode_step(self, image_tokens: Tensor) -> list[Image.Image]:
-        """Do what decode_tokens does, and remember its time for the next stream's budget."""
+        """Decode image tokens so far [B, n], and remember its time for the next stream's budget."""
         start = time.perf_counter()
-        images = self.decode_tokens(image_tokens)
+        images = self.pixels.decode_partial(image_tokens)
         self._preview_seconds[len(images)] = time.perf_counter() - start
         return images
 
