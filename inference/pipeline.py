@@ -4,7 +4,7 @@
     model.generate("a red heart", num_images=4, seed=0).images[0].save("heart.png")
 """
 
-# Axes: B images, N image tokens, L layout tokens, h w code grid
+# Axes: B images, N image tokens, L layout tokens, h w code grid, n tokens drawn so far
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from inference.attention_maps import attention_map, word_positions
+from inference.attention_maps import WordMap, attention_map, word_maps, word_positions
 from inference.decoder.calibration import build_decoder
 from inference.decoder.projection import Precision, check_precision
 from inference.generation.batch import Generation, Request
@@ -28,6 +28,7 @@ from inference.layouts import read_layout
 from inference.many import generate_many
 from inference.memory.estimate import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
+from inference.pixels import PixelDecoder
 from inference.requests import (
     PromptRequest,
     SamplingOptions,
@@ -46,8 +47,7 @@ from inference.scoring.rerank import check_rerank, keep_best
 from inference.scoring.scorer import Scorer
 from inference.shipped import default_model_folder
 from inference.streaming import GenerationStep, stream_steps
-from tokenizer_image.grid import tokens_to_codes
-from tokenizer_image.images import float_to_pixels, pixels_to_images
+from seq2seq import TextBatch
 from tokenloom_common.errors import UserError
 from tokenloom_common.hub import Pushable
 
@@ -71,6 +71,7 @@ class TextToImage(Pushable):
         self.device = self.seq2seq.image_embedding.weight.device
         self.weights = weights
         self.decoder = build_decoder(self.seq2seq, weights)
+        self.pixels = PixelDecoder(self.image_tokenizer, self.device)
         self._preview_seconds: dict[int, float] = {}  # of the last one, by number of images
 
     @classmethod
@@ -271,30 +272,32 @@ class TextToImage(Pushable):
 
     # ---- from tokens to images
 
-    @torch.inference_mode()
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
         """image_tokens [B, N] int64 in [0, K) -> B images.
 
         UserError for another shape, dtype or range.
         """
-        if not isinstance(image_tokens, Tensor):
-            raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
-        image_tokens = image_tokens.to(self.device)
-        codes = tokens_to_codes(image_tokens, self.image_tokenizer.grid)  # [B, h, w]
-        return pixels_to_images(float_to_pixels(self.image_tokenizer.decode(codes)))
+        return self.pixels.decode(image_tokens)
 
     def decode_step(self, image_tokens: Tensor) -> list[Image.Image]:
-        """Do what decode_tokens does, and remember its time for the next stream's budget."""
+        """Decode image tokens so far [B, n], and remember its time for the next stream's budget."""
         start = time.perf_counter()
-        images = self.decode_tokens(image_tokens)
+        images = self.pixels.decode_partial(image_tokens)
         self._preview_seconds[len(images)] = time.perf_counter() - start
         return images
 
     def attention_map(self, prompt: str, word: str, image_tokens: Tensor,
                       layout: Tensor | None = None) -> Tensor:
         """Return the attention [h, w] float32 of image_tokens [1, N] (layout [1, L]) to `word`."""
-        text = text_like(self.text_tokenizer.encode([prompt]), self.seq2seq.image_embedding.weight)
-        if layout is not None:
-            layout = layout.to(self.device)
         positions = word_positions(self.text_tokenizer, prompt, word)
-        return attention_map(self.seq2seq, text, positions, image_tokens.to(self.device), layout)
+        return attention_map(self.seq2seq, self._text(prompt), positions,
+                             image_tokens.to(self.device), layout)
+
+    def word_maps(self, prompt: str, image_tokens: Tensor,
+                  layout: Tensor | None = None) -> list[WordMap]:
+        """Return the attention of one image's tokens to each word of its prompt."""
+        return word_maps(self.seq2seq, self.text_tokenizer, self._text(prompt), prompt,
+                         image_tokens.to(self.device), layout)
+
+    def _text(self, prompt: str) -> TextBatch:
+        return text_like(self.text_tokenizer.encode([prompt]), self.seq2seq.image_embedding.weight)

@@ -31,6 +31,7 @@ from inference.generation.drawing import count_branches, draw_tokens, guidance_s
 from inference.generation.image_job import (
     ActiveImage,
     DrawCall,
+    EndedImage,
     FailedImage,
     FinishedImage,
     ImageJob,
@@ -66,20 +67,21 @@ class Scheduler:
         self._rows: list[Row] = []  # active rows: self._rows[i].index == i
         self._images: list[ActiveImage] = []  # in the order of their admission
         self._queue: deque[QueuedJob] = deque()
-        self._ended: deque[FinishedImage | FailedImage] = deque()  # not handed out yet
+        self._ended: deque[EndedImage] = deque()  # not handed out yet
         self._tickets = count()
         self._unconditional = UnconditionalTexts(decoder)
         self._draw_calls: list[DrawCall] | None = None  # None when rows have changed
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the rows' buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.tensors())
-
-    @property
     def active_rows(self) -> int:
         """A, the rows that hold an image or its unconditional branch."""
         return len(self._rows)
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that neither an image of the batch nor one in the queue needs; may be negative."""
+        queued = [job.waiting * job.branches for job in self._queue]
+        return self.rows - self.active_rows - sum(queued)
 
     @property
     def waiting(self) -> int:
@@ -120,7 +122,16 @@ class Scheduler:
         self._free([row for image in dropped for row in image.rows])
         return before - self.waiting - self.drawing - len(self._ended)
 
-    def run(self, jobs: Iterable[ImageJob] = ()) -> Iterator[FinishedImage | FailedImage]:
+    def drawn_so_far(self, ticket: int) -> dict[int, Tensor]:
+        """Return the tokens of a job's images in the batch, [n] int64 with n < N, by index."""
+        drawn = {}
+        for image in self._images:
+            if image.job.ticket == ticket:
+                tokens = self._buffers.tokens[image.rows[0].index, 1: image.position + 1]
+                drawn[image.index] = tokens.clone()  # since the row may move
+        return drawn
+
+    def run(self, jobs: Iterable[ImageJob] = ()) -> Iterator[EndedImage]:
         """Step until nothing is left, yielding images as they end.
 
         `jobs` are submitted one by one as the queue runs short, so there may be any number of them.
@@ -136,7 +147,7 @@ class Scheduler:
             while self._ended:
                 yield self._ended.popleft()
 
-    def step(self) -> list[FinishedImage | FailedImage]:
+    def step(self) -> list[EndedImage]:
         """Admit what fits, draw one token of every image in the batch; return those that ended.
 
         If the decoder raises (out of memory), no image has moved: the step may be repeated, or a
