@@ -28,6 +28,7 @@ from starlette.staticfiles import StaticFiles
 PAGE = Path(__file__).resolve().parents[1] / "inference" / "serving" / "page"
 SECURITY = {"Content-Security-Policy": "default-src 'self'; img-src 'self' blob:", "X-Content-Type-Options": "nosniff"}
 SAMPLING = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 64, "top_p": 1.0}
+DEFAULTS = {**SAMPLING, "guidance_schedule": "constant", "min_p": 0.0}
 LAYOUT = {"kind": "colors", "grid": [4, 4], "classes": 27}
 STEPS = 4  # three partial pictures, then the whole
 
@@ -42,6 +43,10 @@ class Behaviour:
     models: tuple[str, ...] = ("small",)
     layouts: bool = False
     note: str | None = None
+    forget: bool = False  # the words of pictures
+    models_failure: bool = False
+    late_error: str | None = None  # of a stream, in place of the whole picture
+    keys: list[str | None] = field(default_factory=list)
     cut: bool = False  # the stream ends before its picture does
     requests: list[dict[str, Any]] = field(default_factory=list)
     word_requests: Counter[str] = field(default_factory=Counter)
@@ -68,14 +73,17 @@ class PageServer:
         refused = self._unauthorized(request)
         if refused:
             return refused
+        if self.behaviour.models_failure:
+            return _error(500, "no models")
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "tokenloom",
                  "tokenloom": self._description(name)} for name in self.behaviour.models]
         return JSONResponse({"object": "list", "data": data})
 
     def _description(self, name: str) -> dict[str, Any]:
-        sampling = SAMPLING if name == "small" else {**SAMPLING, "guidance_scale": 5.0}
+        sampling = DEFAULTS if name == "small" else {**DEFAULTS, "guidance_scale": 5.0}
         layout = LAYOUT if self.behaviour.layouts and name == "small" else None
-        return {"title": f"Pictures by {name}", "size": [32, 32], "sampling": sampling, "layout": layout}
+        return {"title": f"Pictures by {name}", "fingerprint": name, "weights": "float32",
+                "sampling": sampling, "layout": layout}
 
     async def _draw(self, request: Request) -> Response:
         refused = self._unauthorized(request)
@@ -96,6 +104,10 @@ class PageServer:
                 whole = step == STEPS
                 if whole and self.behaviour.cut:
                     return
+                if whole and self.behaviour.late_error:
+                    error = {"message": self.behaviour.late_error, "type": "image_generation_user_error"}
+                    yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n"
+                    return
                 kind = "completed" if whole else "partial_image"
                 data = {"type": f"image_generation.{kind}", "b64_json": _base64(picture(body, step / STEPS))}
                 if whole:
@@ -115,19 +127,20 @@ class PageServer:
     async def _words(self, request: Request) -> Response:
         identity = request.path_params["id"]
         self.behaviour.word_requests[identity] += 1
-        if identity not in self.prompts:
+        if identity not in self.prompts or self.behaviour.forget:
             return _error(404, "no such picture")
         return JSONResponse({"words": words(self.prompts[identity])})
 
     def _unauthorized(self, request: Request) -> Response | None:
-        key = self.behaviour.key
-        if key is None or request.headers.get("authorization") == f"Bearer {key}":
+        key, given = self.behaviour.key, request.headers.get("authorization")
+        self.behaviour.keys.append(given)
+        if key is None or given == f"Bearer {key}":
             return None
         return _error(401, "wrong or missing API key", code="invalid_api_key")
 
 
-def picture(body: dict[str, Any], share: float) -> bytes:
-    """Return a PNG whose upper `share` is drawn, with the request as its recipe."""
+def picture(body: dict[str, Any], share: float, **values: Any) -> bytes:
+    """Return a PNG whose upper `share` is drawn, with the request and `values` as its recipe."""
     seed = int(body["seed"])
     image = Image.new("RGB", (32, 32), (90, 90, 90))
     pen = ImageDraw.Draw(image)
@@ -135,7 +148,7 @@ def picture(body: dict[str, Any], share: float) -> bytes:
     pen.ellipse((8, 2, 24, 18), fill=(255, 220, 80))
     info = PngInfo()
     recipe = {"prompt": body["prompt"], "seed": seed, "negative_prompt": body.get("negative_prompt"),
-              "params": {name: body[name] for name in SAMPLING}, "model": body["model"]}
+              **{name: body[name] for name in SAMPLING}, "model": body["model"], **values}
     info.add_itxt("tokenloom", json.dumps(recipe, ensure_ascii=False))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)

@@ -5,7 +5,7 @@ import { ApiError, streamPicture } from "./api.js";
 const AT_ONCE = 4;  // browsers hold six connections to a server; the rest is for words and models
 const PARTIAL_IMAGES = 3;
 const MAX_TRIES = 40;
-const MAX_SEED = (1n << 63n) - 1n;
+export const MAX_SEED = (1n << 63n) - 10n;  // the server counts on for n of up to 10
 
 /** The pictures of settings, not yet drawn. Picture i has seed + i; a variation keeps the seed. */
 export function newRun(settings) {
@@ -53,7 +53,7 @@ export function variationsOf(settings) {
 
 /**
  * Draw the pictures of a run that are not finished, AT_ONCE at a time.
- * changed(picture) after each change; waiting(seconds) each second while the server is busy, 0 when it goes on.
+ * changed(picture) after each change; waiting(seconds, error) each second while the server is busy, 0 as it goes on.
  * A picture that fails keeps its error; the others go on.
  */
 export async function drawRun(run, { signal, changed, waiting }) {
@@ -92,14 +92,14 @@ async function untilFree(request, signal, waiting) {
     } catch (error) {
       const again = error instanceof ApiError && error.retryAfter !== null && tries < MAX_TRIES;
       if (!again) throw error;
-      await countDown(error.retryAfter, signal, waiting);
+      await countDown(error, signal, waiting);
     }
   }
 }
 
-async function countDown(seconds, signal, waiting) {
-  for (let left = seconds; left > 0; left--) {
-    waiting(left);
+async function countDown(error, signal, waiting) {
+  for (let left = error.retryAfter; left > 0; left--) {
+    waiting(left, error);
     await pause(1000, signal);
   }
   waiting(0);

@@ -1,12 +1,14 @@
 // The form: reads and fills its fields, checks them before anything is sent.
 
 import { byId } from "./dom.js";
-import { isSeed } from "./drawing.js";
+import { isSeed, MAX_SEED } from "./drawing.js";
 
 const FIELDS = ["prompt", "negative", "seed", "count", "guidance", "temperature", "top_k", "top_p"];
 const SAMPLING = {
   guidance: "guidance_scale", temperature: "temperature", top_k: "top_k", top_p: "top_p",
 };
+/** What a recipe may hold beside these, and a request may not. */
+const NOT_IN_FORM = ["guidance_schedule", "guidance_power", "guidance_end", "min_p", "weights"];
 /** Fields of the API -> fields of the form, for errors that name one. */
 const OF_PARAM = {
   prompt: "prompt", negative_prompt: "negative", seed: "seed", guidance_scale: "guidance", temperature: "temperature",
@@ -40,13 +42,9 @@ export class Form {
   /** Fill in what `settings` names. Return notes about what could not be taken over. */
   fill(settings) {
     const notes = [];
-    if (settings.model && this.models.has(settings.model)) {
-      byId("model").value = settings.model;
-      this.#useModel();
-    } else if (settings.model && this.models.size > 0) {
-      notes.push(`It was drawn by the model “${settings.model}”, which this server does not have; `
-        + `“${byId("model").value}” will draw something else.`);
-    }
+    if (this.models.has(settings.model)) byId("model").value = settings.model;
+    this.#useModel();
+    if (settings.drawnBy) notes.push(...this.#differences(settings.drawnBy));
     for (const name of FIELDS) {
       if (settings[name] !== undefined && settings[name] !== "") byId(name).value = settings[name];
     }
@@ -58,13 +56,28 @@ export class Form {
     return notes;
   }
 
+  /** Say why the chosen model will draw another picture than the recipe's. */
+  #differences(recipe) {
+    const chosen = byId("model").value;
+    const model = this.models.get(chosen) ?? {};
+    const other = recipe.model_fingerprint && model.fingerprint && recipe.model_fingerprint !== model.fingerprint;
+    if (other) return [`It was drawn by another model (${recipe.model}): “${chosen}” will draw another picture.`];
+    const differing = NOT_IN_FORM.filter((name) => {
+      const own = model.sampling?.[name] ?? (name === "weights" ? model.weights : undefined);
+      return recipe[name] !== undefined && own !== undefined && recipe[name] !== own;
+    });
+    if (differing.length === 0) return [];
+    return [`It was drawn with another ${differing.join(", ").replaceAll("_", " ")}, which this server does not take: `
+      + "the picture will differ."];
+  }
+
   /** Mark what cannot be drawn, and focus the first such field. Return whether all is well. */
   check() {
     const settings = this.read();
     const errors = { prompt: settings.prompt ? "" : "Say what should be in the picture." };
     for (const name of ["count", "guidance", "temperature", "top_k", "top_p"]) errors[name] = numberError(byId(name));
     if (settings.seed && !isSeed(settings.seed, Number(settings.count))) {
-      errors.seed = "A seed is a whole number from 0 to 9223372036854775807, for the last picture too.";
+      errors.seed = `A seed is a whole number from 0 to ${MAX_SEED}, for the last picture too.`;
     }
     if (settings.negative && Number(settings.guidance) === 1) {
       errors.negative = "A negative prompt acts through guidance, and guidance is 1. Raise it, or empty this field.";
@@ -113,12 +126,12 @@ export class Form {
 function numberError(input) {
   const { valueMissing, badInput, rangeUnderflow, rangeOverflow, stepMismatch } = input.validity;
   if (valueMissing || badInput) return "A number is needed here.";
-  const above = `at least ${input.min}`;
-  const bounds = input.max ? `${input.min} to ${input.max}` : above;
-  if (rangeUnderflow || rangeOverflow || stepMismatch) {
-    return input.step === "any" ? `A number, ${bounds}.` : `A whole number, ${bounds}.`;
-  }
-  return "";
+  const { above } = input.dataset;  // a bound that is itself no value, which HTML cannot say
+  const outside = rangeUnderflow || rangeOverflow || stepMismatch || Number(input.value) === Number(above ?? NaN);
+  if (!outside) return "";
+  const kind = input.step === "any" ? "A number" : "A whole number";
+  if (above) return `${kind}, above ${above}, up to ${input.max}.`;
+  return input.max ? `${kind}, ${input.min} to ${input.max}.` : `${kind} of at least ${input.min}.`;
 }
 
 function growWithText(area) {

@@ -53,8 +53,8 @@ async function finish(run) {
     gallery.update(picture);
     if (current?.run === run) say(progress(run));
   };
-  const waiting = (seconds) => {
-    if (current?.run === run) showWait(seconds);
+  const waiting = (seconds, error) => {
+    if (current?.run === run) showWait(seconds, error);
   };
   await drawRun(run, { signal: abort.signal, changed, waiting });
   gallery.remember(run);
@@ -148,17 +148,18 @@ async function goOn(run) {
   else await openAddress();
 }
 
-function showWait(seconds) {
-  const busy = seconds > 0;
-  if (busy) {
+function showWait(seconds, error = null) {
+  const waits = seconds > 0;
+  if (waits) {
     byId("message").hidden = false;
-    const text = "The server is busy. Trying again by itself.";
+    const reason = error.status === 429 ? "The server is busy." : "The server is starting or being stopped.";
+    const text = `${reason} Trying again by itself.`;
     if (byId("message-text").textContent !== text) byId("message-text").textContent = text;
   } else if (byId("message-wait").textContent) {
     clearMessage();
   }
   // beside the alert, not in it: a countdown would be read aloud each second
-  byId("message-wait").textContent = busy ? `Busy, trying again in ${seconds} s.` : "";
+  byId("message-wait").textContent = waits ? `Trying again in ${seconds} s.` : "";
 }
 
 function showBusy(busy) {
@@ -169,10 +170,11 @@ function showBusy(busy) {
 function askForKey(run) {
   byId("key-section").hidden = false;
   byId("key").focus();
-  byId("use-key").onclick = async () => {
+  byId("use-key").onclick = () => {
     setKey(byId("key").value.trim());
     byId("key-section").hidden = true;
-    await goOn(run);
+    byId("prompt").focus();
+    goOn(run);
   };
 }
 
@@ -255,6 +257,11 @@ function listen() {
     if (event.key === "Escape") cancel();
   });
   addEventListener("popstate", openAddress);
+  byId("key").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return;
+    event.preventDefault();  // it would press Draw
+    byId("use-key").click();
+  });
   byId("skip").addEventListener("click", (event) => {
     event.preventDefault();  // the address after # holds the settings
     byId("results").focus();

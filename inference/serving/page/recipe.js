@@ -7,7 +7,7 @@ const MAX_BYTES = 64 * 1024 * 1024;
 /** A file that holds no recipe, in words. */
 export class RecipeError extends Error {}
 
-/** Return a file's settings, as address.js names them, and `model` with its fingerprint. RecipeError naming it. */
+/** Return a file's settings, as address.js names them. RecipeError naming the file. */
 export async function readRecipe(file) {
   if (file.size > MAX_BYTES) throw new RecipeError(`${file.name} is larger than 64 MB; drop a picture drawn here`);
   const bytes = new Uint8Array(await file.arrayBuffer());
@@ -19,7 +19,7 @@ export async function readRecipe(file) {
     + "program that saved it again has dropped it");
   let recipe;
   try {
-    recipe = JSON.parse(text);
+    recipe = [JSON.parse(text)].flat()[0];  // a grid of pictures holds a list
   } catch {
     recipe = null;
   }
@@ -27,21 +27,21 @@ export async function readRecipe(file) {
   return settingsOf(recipe, text);
 }
 
+/** Return a recipe's settings; `drawnBy` holds what else the picture depends on. */
 function settingsOf(recipe, text) {
-  // sampling parameters beside the prompt, or in an object of their own
-  const values = { ...recipe, ...recipe.params };
   const given = (value) => (value === null || value === undefined ? "" : String(value));
   return {
-    prompt: recipe.prompt,
+    // what was drawn, not what was asked for: another server may rewrite it in another way, or not at all
+    prompt: recipe.revised_prompt ?? recipe.prompt,
     negative: given(recipe.negative_prompt),
     seed: seedOf(recipe, text),
-    guidance: given(values.guidance_scale),
-    temperature: given(values.temperature),
-    top_k: given(values.top_k),
-    top_p: given(values.top_p),
+    guidance: given(recipe.guidance_scale),
+    temperature: given(recipe.temperature),
+    top_k: given(recipe.top_k),
+    top_p: given(recipe.top_p),
     model: given(recipe.model),
     layout: Array.isArray(recipe.layout) ? recipe.layout : null,
-    fingerprint: given(recipe.model_fingerprint),
+    drawnBy: recipe,
   };
 }
 

@@ -35,8 +35,8 @@ export function paintHeat(canvas, weights) {
   const pixels = new ImageData(columns, rows);
   const shares = sharesOf(weights);
   shares.flat().forEach((share, cell) => {
-    const dark = 0.68 * (1 - share);
-    const red = 0.42 * share;
+    const dark = 0.6 * (1 - share);
+    const red = 0.4 * share;
     const alpha = dark + red;
     pixels.data.set([255 * red / alpha, 60 * red / alpha, 30 * red / alpha, 255 * alpha], 4 * cell);
   });
