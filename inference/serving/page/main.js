@@ -254,8 +254,13 @@ function listen() {
     }
   });
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape") cancel();
+    if (event.key !== "Escape") return;
+    document.body.classList.add("no-tips");  // until the focus or the mouse moves on
+    cancel();
   });
+  for (const kind of ["focusin", "pointerover"]) {
+    addEventListener(kind, () => document.body.classList.remove("no-tips"));
+  }
   addEventListener("popstate", openAddress);
   byId("key").addEventListener("keydown", (event) => {
     if (event.key !== "Enter") return;
