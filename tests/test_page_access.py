@@ -76,6 +76,16 @@ def test_nothing_scrolls_sideways_on_a_phone(page):
             "sideways": [], "target_size": []}
 
 
+def test_a_phone_shows_the_pictures_that_are_drawn(page):
+    page.size(*PHONE)
+    page.open()
+    assert not page.find("#seed").is_displayed()  # settings are folded
+    page.draw("red cat")
+    in_sight = "const box = document.getElementById('grid').getBoundingClientRect(); return [box.top, innerHeight]"
+    top, height = page.js(in_sight)
+    assert 0 <= top < height / 2
+
+
 def test_the_browser_tells_assistive_technology_a_name_for_everything(page):
     show_everything(page)
     page.cdp("Accessibility.enable")
@@ -97,7 +107,7 @@ def test_what_has_the_focus_is_seen(page):
         for _ in range(70):
             page.keys(TAB)
             here = page.js("""const e = document.activeElement;
-                return e === document.body ? '' : (e.id || e.closest('[id]').id) + e.textContent""")
+                return e === document.body ? '' : (e.id || e.closest('[id]').id) + e.textContent + e.ariaLabel""")
             if not here or here in seen:
                 break
             seen.add(here)

@@ -69,8 +69,8 @@ export async function drawRun(run, { signal, changed, waiting }) {
 }
 
 async function drawPicture(picture, { signal, changed, waiting }) {
-  const onPartial = (bytes, index) => {
-    Object.assign(picture, { state: "drawing", share: (index + 1) / (PARTIAL_IMAGES + 1) });
+  const onPartial = (bytes) => {
+    picture.state = "drawing";
     showBytes(picture, bytes);
     changed(picture);
   };

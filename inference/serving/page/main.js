@@ -40,6 +40,8 @@ async function draw(changes = {}, { keepAddress = false } = {}) {
   stop();
   if (!keepAddress) remember(run.address);
   gallery.show(run);
+  // on a phone the pictures are below the form
+  if (matchMedia("(max-width: 899px)").matches) byId("output").scrollIntoView();
   await finish(run);
 }
 
