@@ -40,6 +40,7 @@ class Behaviour:
     """How the server answers; tests change it."""
 
     seconds: float = 0.05  # between two pictures of a stream
+    held: bool = False  # no picture goes on after its first part
     failures: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)  # of the next requests, in order
     key: str | None = None
     models: tuple[str, ...] = ("small",)
@@ -121,6 +122,8 @@ class PageServer:
                 else:
                     data["partial_image_index"] = step - 1
                 yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
+                while self.behaviour.held:
+                    await asyncio.sleep(0.02)
         except asyncio.CancelledError:
             self.behaviour.cancelled += 1
             raise

@@ -117,7 +117,7 @@ def test_what_has_the_focus_is_seen(page):
 
 def test_nothing_moves_where_less_motion_is_wanted(page):
     page.media(prefers_reduced_motion="reduce")
-    page.server.behaviour.seconds = 0.5
+    page.server.behaviour.held = True
     page.type("#prompt", "cat")
     page.keys("\ue007")
     page.wait(lambda: "drawing" in page.states(), "the first part of a picture")

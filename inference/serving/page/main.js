@@ -2,7 +2,7 @@
 
 import { fetchModels, setKey } from "./api.js";
 import { fromAddress, toAddress } from "./address.js";
-import { byId, element } from "./dom.js";
+import { byId, element, hide } from "./dom.js";
 import { drawRun, newRun, newSeed } from "./drawing.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
@@ -79,7 +79,6 @@ function cancel() {
   if (!current) return;
   stop();
   say("Cancelled. What was finished stays.");
-  byId("draw").focus();
 }
 
 function progress(run) {
@@ -126,7 +125,7 @@ function say(text) {
 }
 
 function clearMessage() {
-  byId("message").hidden = true;
+  hide(byId("message"), byId("draw"));
   byId("message-text").textContent = "";
   byId("message-again").hidden = true;
 }
@@ -165,7 +164,8 @@ function showWait(seconds, error = null) {
 }
 
 function showBusy(busy) {
-  byId("cancel").hidden = !busy;
+  if (busy) byId("cancel").hidden = false;
+  else hide(byId("cancel"), byId("draw"));
   byId("results").setAttribute("aria-busy", String(busy));
 }
 
@@ -174,8 +174,7 @@ function askForKey(run) {
   byId("key").focus();
   byId("use-key").onclick = () => {
     setKey(byId("key").value.trim());
-    byId("key-section").hidden = true;
-    byId("prompt").focus();
+    hide(byId("key-section"), byId("prompt"));
     goOn(run);
   };
 }
