@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from inference.attention_maps import attention_map, word_positions
+from inference.attention_maps import WordMap, attention_map, word_maps, word_positions
 from inference.decoder.calibration import build_decoder
 from inference.decoder.projection import Precision, check_precision
 from inference.generation.batch import Generation, Request
@@ -44,7 +44,8 @@ from inference.sampling import SamplingParams
 from inference.scoring.matcher_folder import load_matcher
 from inference.scoring.rerank import check_rerank, keep_best
 from inference.scoring.scorer import Scorer
-from inference.streaming import GenerationStep, stream_steps
+from inference.streaming import GenerationStep, fill_tokens, stream_steps
+from seq2seq import TextBatch
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
 from tokenloom_common.errors import UserError
@@ -278,7 +279,16 @@ class TextToImage(Pushable):
             raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
         image_tokens = image_tokens.to(self.device)
         codes = tokens_to_codes(image_tokens, self.image_tokenizer.grid)  # [B, h, w]
-        return pixels_to_images(float_to_pixels(self.image_tokenizer.decode(codes)))
+        images: list[Image.Image] = []
+        # one by one: kernels round differently for other numbers of images, and an image's pixels
+        # would depend on what is decoded beside it (1 in 16 images of 32 px differed by a level)
+        for one in codes.split(1):
+            images += pixels_to_images(float_to_pixels(self.image_tokenizer.decode(one)))
+        return images
+
+    def decode_partial(self, image_tokens: Tensor) -> list[Image.Image]:
+        """image_tokens [B, n] with n <= N -> B images, their missing tokens filled."""
+        return self.decode_tokens(fill_tokens(image_tokens, self.seq2seq.config.num_tokens))
 
     def decode_step(self, image_tokens: Tensor) -> list[Image.Image]:
         """Do what decode_tokens does, and remember its time for the next stream's budget."""
@@ -290,8 +300,15 @@ class TextToImage(Pushable):
     def attention_map(self, prompt: str, word: str, image_tokens: Tensor,
                       layout: Tensor | None = None) -> Tensor:
         """Return the attention [h, w] float32 of image_tokens [1, N] (layout [1, L]) to `word`."""
-        text = text_like(self.text_tokenizer.encode([prompt]), self.seq2seq.image_embedding.weight)
-        if layout is not None:
-            layout = layout.to(self.device)
         positions = word_positions(self.text_tokenizer, prompt, word)
-        return attention_map(self.seq2seq, text, positions, image_tokens.to(self.device), layout)
+        return attention_map(self.seq2seq, self._text(prompt), positions,
+                             image_tokens.to(self.device), layout)
+
+    def word_maps(self, prompt: str, image_tokens: Tensor,
+                  layout: Tensor | None = None) -> list[WordMap]:
+        """Return the attention of one image's tokens to each word of its prompt."""
+        return word_maps(self.seq2seq, self.text_tokenizer, self._text(prompt), prompt,
+                         image_tokens.to(self.device), layout)
+
+    def _text(self, prompt: str) -> TextBatch:
+        return text_like(self.text_tokenizer.encode([prompt]), self.seq2seq.image_embedding.weight)

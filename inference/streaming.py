@@ -27,6 +27,15 @@ that is not on its clock.
 """
 
 
+def fill_tokens(image_tokens: Tensor, total: int) -> Tensor:
+    """Return image_tokens [B, n] as [B, total], filled with the last token.
+
+    The image tokenizer only decodes whole grids.
+    """
+    missing = total - image_tokens.shape[1]
+    return torch.cat([image_tokens, image_tokens[:, -1:].expand(-1, missing)], dim=1)
+
+
 class GenerationStep:
     """One position (0 .. N-1) of a stream: `image_tokens` [B, position+1] so far, `preview`."""
 
@@ -46,10 +55,7 @@ class GenerationStep:
     @property
     def previews(self) -> list[Image.Image]:
         """The images so far, decoded on access; positions not yet drawn repeat the last token."""
-        # any token would do: the image tokenizer only decodes whole grids
-        missing = self.total - self.image_tokens.shape[1]
-        last = self.image_tokens[:, -1:]
-        filled = torch.cat([self.image_tokens, last.expand(-1, missing)], dim=1)
+        filled = fill_tokens(self.image_tokens, self.total)
         if self._budget is None:
             return self._decode(filled)
         return self._budget.spent_on(lambda: self._decode(filled))
