@@ -48,7 +48,8 @@ class NsfwFilter:
         scores: list[float] = []
         for start in range(0, len(images), BATCH):
             part = list(images[start:start + BATCH])
-            scores += [float(one.nsfw) for one in self.classifier.classify_batch(part, max_workers=1)]
+            predictions = self.classifier.classify_batch(part, max_workers=1)
+            scores += [float(prediction.nsfw) for prediction in predictions]
         return scores
 
     def check_images(self, images: Sequence[Image.Image]) -> list[str | None]:

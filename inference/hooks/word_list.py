@@ -6,13 +6,12 @@ another language or a typing error suffices. It looks at no image.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from inference.hooks.texts import plain_words, split_words, without_marks
 from tokenloom_common.errors import UserError
 from tokenloom_common.text_files import read_text_file, text_lines
 
@@ -43,7 +42,6 @@ Slurs are not in it: which ones matter depends on where a model is offered (--sa
 MAX_FILE_BYTES = 10_000_000  # of --safety-words
 # digits and signs written for letters, in words that are meant to pass a list
 _LEET = str.maketrans("013457@$!|", "oieastasii")
-_WORD = re.compile(r"[^\W_]+")
 _SPELLED_LETTERS = 3  # at least so many single letters in a row are read as one word
 _SHOWN_CHARACTERS = 40
 
@@ -102,17 +100,6 @@ def load_word_list(path: str | None = None) -> WordList:
     return WordList((*HARMFUL_WORDS, *own))
 
 
-def plain_words(text: str) -> list[str]:
-    """Split a text into words without case, diacritics and characters without width."""
-    return _WORD.findall(_without_marks(text))
-
-
-def _without_marks(text: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", text)
-    kept = [letter for letter in decomposed if unicodedata.category(letter) not in ("Mn", "Cf")]
-    return "".join(kept).casefold()
-
-
 def _readings(text: str) -> Iterator[list[str]]:
     """Yield the words of a prompt as they stand, spelled letters as one, and with leet undone."""
     words = plain_words(text)
@@ -120,25 +107,29 @@ def _readings(text: str) -> Iterator[list[str]]:
     yield list(_joined(words))
 
     undone = []
-    for chunk in _without_marks(text).split():
+    for chunk in without_marks(text).split():
         # numbers stay numbers: 1945 is no word
         has_letter = any(letter.isalpha() for letter in chunk)
         undone.append(chunk.translate(_LEET) if has_letter else chunk)
-    yield list(_joined(_WORD.findall(" ".join(undone))))
+    yield list(_joined(split_words(" ".join(undone))))
 
 
 def _joined(words: list[str]) -> Iterator[str]:
     """Yield words, with _SPELLED_LETTERS or more single letters in a row as one word."""
-    letters: list[str] = []
+    letters = ""
     for word in [*words, ""]:  # "" ends the last row
         if len(word) == 1:
-            letters.append(word)
+            letters += word
             continue
+        # "a p o r n picture": the article before spelled letters is a word of its own
+        if len(letters) > _SPELLED_LETTERS and letters[0] in "ai":
+            yield letters[0]
+            letters = letters[1:]
         if len(letters) >= _SPELLED_LETTERS:
-            yield "".join(letters)
+            yield letters
         else:
             yield from letters
-        letters = []
+        letters = ""
         if word:
             yield word
 
