@@ -47,6 +47,7 @@ from inference.sampling import SamplingParams
 from inference.scoring.matcher_folder import load_matcher
 from inference.scoring.rerank import check_rerank, keep_best
 from inference.scoring.scorer import Scorer
+from inference.shipped import default_model_folder
 from inference.streaming import GenerationStep, stream_steps
 from tokenizer_image.grid import tokens_to_codes
 from tokenizer_image.images import float_to_pixels, pixels_to_images
@@ -76,13 +77,14 @@ class TextToImage(Pushable):
         self._preview_seconds: dict[int, float] = {}  # of the last one, by number of images
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None,
-                        revision: str | None = None, text_encoder: str | None = None,
-                        matcher: str | Path | None = None,
+    def from_pretrained(cls, folder: str | Path | None = None,
+                        device: str | torch.device | None = None, revision: str | None = None,
+                        text_encoder: str | None = None, matcher: str | Path | None = None,
                         weights: Precision | None = None) -> TextToImage:
         """Load a local model folder or a hub id; on the GPU if there is one and no device is named.
 
-        revision: branch, tag or commit of a hub id (default: main).
+        folder: None = the model that ships with Tokenloom. revision: branch, tag or commit of a hub
+        id (default: main).
         text_encoder: folder or hub id of the frozen text encoder that the model was trained with,
         if it has moved.
         matcher: chooses among candidates for `rerank_from`, see
@@ -95,7 +97,8 @@ class TextToImage(Pushable):
         scorer = None if matcher is None else load_matcher(matcher, chosen)
         if weights is None:
             weights = "bfloat16" if torch.device(chosen).type == "cuda" else "float32"
-        return cls(load_model_folder(folder, chosen, revision, text_encoder), scorer, weights)
+        source = default_model_folder() if folder is None else folder
+        return cls(load_model_folder(source, chosen, revision, text_encoder), scorer, weights)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the whole model folder, atomically: the parts as they were loaded, with their card.
@@ -125,7 +128,7 @@ class TextToImage(Pushable):
         each prompt its own.
 
         params: the model folder's defaults when None.
-        batch_size: images decoded at a time.
+        batch_size: images drawn at a time.
         negative_prompt: text of the unconditional branch of guidance, instead of the null caption.
         layout: for models with one, see `inference.layouts.read_layout`; sampled when None.
         rerank_from: draw this many candidates per prompt, with seed + 0, seed + 1, ..., and keep
@@ -150,9 +153,9 @@ class TextToImage(Pushable):
         drawn = rerank_from or num_images
         tokens, layouts = self._sample(prompts, drawn, options, seeds, batch_size)
         images: list[Image.Image] = []
-        # in batches, as _check_memory counted: the image tokenizer takes memory per image
-        for part in tokens.split(batch_size):
-            images += self.decode_tokens(part)
+        # one at a time: sums round in another way in a batch, and a pixel here and there changes
+        for own in tokens.split(1):
+            images += self.decode_tokens(own)
         result = GenerationResult(
             images, tokens, prompts=[text for text in prompts for _ in range(drawn)],
             seeds=[first + i for first in seeds for i in range(drawn)],
