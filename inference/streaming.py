@@ -18,22 +18,13 @@ from inference.generation.ways import token_steps
 
 Result = TypeVar("Result")
 Decode = Callable[[Tensor], list[Image.Image]]
-"""Image tokens [B, N] -> B images."""
+"""Image tokens so far [B, n] -> B images."""
 SHARE = 0.035
 """Time of previews as a share of the time without them.
 
 5 % is promised: a preview also slows the steps after it, by what it evicts from the caches, and
 that is not on its clock.
 """
-
-
-def fill_tokens(image_tokens: Tensor, total: int) -> Tensor:
-    """Return image_tokens [B, n] as [B, total], filled with the last token.
-
-    The image tokenizer only decodes whole grids.
-    """
-    missing = total - image_tokens.shape[1]
-    return torch.cat([image_tokens, image_tokens[:, -1:].expand(-1, missing)], dim=1)
 
 
 class GenerationStep:
@@ -54,11 +45,10 @@ class GenerationStep:
 
     @property
     def previews(self) -> list[Image.Image]:
-        """The images so far, decoded on access; positions not yet drawn repeat the last token."""
-        filled = fill_tokens(self.image_tokens, self.total)
+        """The images so far, decoded on access; what is not drawn yet is empty."""
         if self._budget is None:
-            return self._decode(filled)
-        return self._budget.spent_on(lambda: self._decode(filled))
+            return self._decode(self.image_tokens)
+        return self._budget.spent_on(lambda: self._decode(self.image_tokens))
 
     @property
     def preview(self) -> Image.Image:

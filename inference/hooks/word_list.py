@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from inference.hooks.texts import plain_words, split_words, without_marks
 from tokenloom_common.errors import UserError
 from tokenloom_common.text_files import read_text_file, text_lines
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 HARMFUL_WORDS = (
     # sexual content

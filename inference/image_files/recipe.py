@@ -25,8 +25,7 @@ class Recipe:
     prompt: as it was asked for. revised_prompt: what was drawn instead, None if nothing else.
     model: folder or name, None for the model that ships with Tokenloom.
     model_fingerprint: see `inference.image_files.fingerprint`.
-    extra: further facts, JSON values by EXTRA_FIELDS' names; the drawing depends on revision,
-    weights and layout.
+    extra: further facts, JSON values by EXTRA_FIELDS' names.
     """
 
     prompt: str
@@ -44,11 +43,25 @@ class Recipe:
         return self.prompt if self.revised_prompt is None else self.revised_prompt
 
     def values(self) -> dict[str, Any]:
-        """Return the recipe as one flat JSON object, without what is None."""
+        """Return the recipe as one flat JSON object, always in one order, without what is None."""
         named = {name: getattr(self, name) for name in _OWN_TEXTS}
-        values = {"prompt": self.prompt, "seed": self.seed, **self.params.plain(), **named,
-                  **self.extra, "digitalSourceType": DIGITAL_SOURCE_TYPE}
+        extra = {name: self.extra[name] for name in (*EXTRA_FIELDS, *self.unknown_fields())
+                 if name in self.extra}
+        values = {"prompt": self.prompt, "seed": self.seed, **self.params.plain(), **named, **extra,
+                  "digitalSourceType": DIGITAL_SOURCE_TYPE}
         return {name: value for name, value in values.items() if value is not None}
+
+    def unknown_fields(self) -> list[str]:
+        """List the names in `extra` that this version does not know."""
+        return [name for name in self.extra if name not in EXTRA_FIELDS]
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides the image: equal identities are equal images.
+
+        The model counts by its fingerprint, wherever it lies; how an image was chosen among others
+        does not count.
+        """
+        return {name: value for name, value in self.values().items() if name not in _TOLD_ONLY}
 
     def to_json(self) -> str:
         """Return the recipe as JSON in ASCII: every character survives in every file format."""
@@ -108,6 +121,9 @@ EXTRA_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Names of a recipe's `extra` -> their check, and what it asks for. `image_tokens`: how many there
 are; `matcher` gave the `score`; `tokenloom`: the version that drew the image."""
+_TOLD_ONLY = {"model", "revision", "score", "matcher", "image_tokens", "tokenloom",
+              "digitalSourceType"}
+"""Names of what does not decide an image."""
 
 
 def _load(text: str) -> Any:

@@ -162,7 +162,7 @@ class ModelBatch:
 
     def _publish_partial(self, drawn: DrawnJob, index: int, tokens: Tensor, shown: int) -> None:
         try:
-            [pixels] = self.model.decode_partial(tokens[None])
+            [pixels] = self.model.pixels.decode_partial(tokens[None])
         except Exception:  # the image itself may still come
             log.exception("model %s: a partial image could not be decoded", self.name)
             return

@@ -94,7 +94,7 @@ class Engine:
     observer: takes measured times. clock: in seconds.
     """
 
-    def __init__(self, models: Models, limits: EngineLimits = EngineLimits(),  # noqa: B008
+    def __init__(self, models: Models, limits: EngineLimits = EngineLimits(),
                  observer: Observer | None = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.models = models

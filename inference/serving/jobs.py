@@ -35,7 +35,7 @@ class UnknownImageError(UserError):
     """No image of this id is kept: it never was, or newer ones took its place."""
 
 
-class Overloaded(Exception):  # noqa: N818  (a state, not a mistake)
+class Overloaded(Exception):
     """The queue is full. retry_after: seconds until what is in front should be drawn."""
 
     def __init__(self, retry_after: float) -> None:
@@ -43,7 +43,7 @@ class Overloaded(Exception):  # noqa: N818  (a state, not a mistake)
         self.retry_after = retry_after
 
 
-class NotServing(Exception):  # noqa: N818  (a state, not a mistake)
+class NotServing(Exception):
     """The engine takes no new jobs: it is draining or closed, or its thread has died."""
 
 

@@ -126,7 +126,7 @@ class Models:
     """All models of a server by name; the first one is drawn with where a request names none."""
 
     def __init__(self, folders: Mapping[str, str | Path],
-                 options: ModelOptions = ModelOptions()) -> None:  # noqa: B008  (frozen)
+                 options: ModelOptions = ModelOptions()) -> None:
         """folders: name -> local folder or hub id. UserError for one that cannot be served."""
         check_precision(options.weights)
         if not isinstance(options.rows, int) or isinstance(options.rows, bool) or options.rows < 1:
@@ -145,7 +145,7 @@ class Models:
 
     @classmethod
     def from_folder(cls, folder: str | Path,
-                    options: ModelOptions = ModelOptions()) -> Models:  # noqa: B008  (frozen)
+                    options: ModelOptions = ModelOptions()) -> Models:
         """Return the models of a folder of model folders."""
         return cls(find_models(Path(folder)), options)
 
