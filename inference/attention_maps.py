@@ -10,7 +10,9 @@ it for diffusion models.
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -21,11 +23,21 @@ from seq2seq import EncoderDecoder, ImageTransformer, TextBatch, TextSource
 from seq2seq.layers import blinded, layer_blocks
 from tokenloom_common.errors import UserError
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a piece of a character that the vocabulary lacks
 _WORD_START_MARKS = ("▁", "Ġ")
 """Of SentencePiece and byte-level BPE.
 
 CLIP's BPE ends words in </w>, WordPiece continues them with ##.
 """
+
+
+class WordMap(NamedTuple):
+    """A word of a prompt, prompt[start:end], and the attention [h, w] float32 that it got."""
+
+    word: str
+    start: int
+    end: int
+    weights: Tensor
 
 
 def attention_map(model: ImageTransformer, text: TextBatch, positions: list[int],
@@ -34,11 +46,33 @@ def attention_map(model: ImageTransformer, text: TextBatch, positions: list[int]
 
     positions: numbers among the caption's real positions, as word_positions returns them.
     """
+    return attention_maps(model, text, [positions], image_tokens, layout)[0]
+
+
+def word_maps(model: ImageTransformer, source: TextSource, text: TextBatch, prompt: str,
+              image_tokens: Tensor, layout: Tensor | None = None) -> list[WordMap]:
+    """Return what attention_map does for every word of a prompt, in one forward pass.
+
+    text: of the prompt, as `source` encodes it. Words as split_words has them.
+    """
+    words = split_words(source, prompt)
+    positions = [pieces for _, pieces in words]
+    maps = attention_maps(model, text, positions, image_tokens, layout)
+    return [WordMap(prompt[at.start: at.stop], at.start, at.stop, weights)
+            for (at, _), weights in zip(words, maps, strict=True)]
+
+
+def attention_maps(model: ImageTransformer, text: TextBatch, words: Sequence[list[int]],
+                   image_tokens: Tensor, layout: Tensor | None = None) -> list[Tensor]:
+    """Do what attention_map does for the positions of several words, in one forward pass."""
     real = text.text_mask[0].nonzero().flatten()  # a caption may be padded on its left
     weights = attention_to_text(model, text, image_tokens, layout)
-    # summed, not averaged: the share of attention that a word of several pieces gets
-    to_word = weights[0, :, real[positions]].sum(dim=-1)  # [N]
-    return to_word.reshape(model.config.grid).cpu()
+    maps = []
+    for positions in words:
+        # summed, not averaged: the share of attention that a word of several pieces gets
+        to_word = weights[0, :, real[positions]].sum(dim=-1)  # [N]
+        maps.append(to_word.reshape(model.config.grid).cpu())
+    return maps
 
 
 @torch.inference_mode()
@@ -143,6 +177,56 @@ def word_positions(source: TextSource, caption: str, word: str) -> list[int]:
     return sorted(found)
 
 
+def split_words(source: TextSource, caption: str) -> list[tuple[range, list[int]]]:
+    """Return each word's characters of a caption, and its positions of the caption's text input.
+
+    Words are what spaces separate. Several are one where the vocabulary has them as one (class
+    labels); those that the text length has no room for are left out.
+    """
+    pieces = source.words(caption)
+    groups = _grouped(pieces)
+    spaced = any(mark in "".join(pieces) for mark in _WORD_START_MARKS)
+    written = [(match.start(), match.group()) for match in re.finditer(r"\S+", caption)]
+    words: list[tuple[range, list[int]]] = []
+    while written and groups:
+        start, text = written.pop(0)
+        positions, bare = groups.pop(0)
+        end = start + len(text)
+        # a vocabulary without marks of spaces: both sides grow until they are of one length
+        wanted = len(text)
+        while not spaced and bare is not None and len(bare) != wanted:
+            if len(bare) < wanted and groups:
+                more, following = groups.pop(0)
+                positions = positions + more
+                bare = None if following is None else bare + following
+            elif len(bare) > wanted and written:
+                next_start, text = written.pop(0)
+                end = next_start + len(text)
+                wanted += len(text)
+            else:
+                break
+        words.append((range(start, end), positions))
+    return words
+
+
+def _grouped(pieces: list[str]) -> list[tuple[list[int], str | None]]:
+    """Return positions and text of the pieces of each word; None for a text that is unknown."""
+    starts = _word_starts(pieces)
+    groups: list[tuple[list[int], str | None]] = []
+    for position, piece in enumerate(pieces):
+        is_unknown = piece.casefold() in ("[unk]", "<unk>")
+        if _is_special(piece) and not is_unknown and not _BYTE.fullmatch(piece):
+            continue
+        bare = None if is_unknown else _bare(piece)
+        if starts[position] or is_unknown or not groups:
+            groups.append(([position], bare))
+        else:
+            positions, text = groups[-1]
+            joined = None if text is None or bare is None else text + bare
+            groups[-1] = [*positions, position], joined
+    return groups
+
+
 def _word_starts(pieces: list[str]) -> list[bool]:
     """Say of each piece whether it starts a word, by the marks of the vocabulary."""
     text = "".join(pieces)
@@ -157,7 +241,7 @@ def _word_starts(pieces: list[str]) -> list[bool]:
         if _is_special(piece):
             starts.append(False)
         elif start_mark is not None:
-            starts.append(piece.startswith(start_mark) or after_special)
+            starts.append(is_first or piece.startswith(start_mark) or after_special)
         elif has_end_marks:
             starts.append(is_first or after_special or pieces[number - 1].endswith("</w>"))
         else:

@@ -4,7 +4,7 @@
     model.generate("a red heart", num_images=4, seed=0).images[0].save("heart.png")
 """
 
-# Axes: B images, N image tokens, L layout tokens, h w code grid
+# Axes: B images, N image tokens, L layout tokens, h w code grid, n tokens drawn so far
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from inference.attention_maps import attention_map, word_positions
+from inference.attention_maps import WordMap, attention_map, word_maps, word_positions
 from inference.decoder.calibration import build_decoder
 from inference.decoder.projection import Precision, check_precision
 from inference.generation.batch import Generation, Request
 from inference.generation.image_job import ImageJob
 from inference.generation.row_buffers import KEPT_UNCONDITIONAL
 from inference.generation.ways import generate_tokens
+from inference.hooked import generate_hooked
+from inference.hooks.applied import Hooks
 from inference.layouts import read_layout
 from inference.many import generate_many
 from inference.memory.estimate import Workload, check_sampling
 from inference.model_folder import LoadedModel, load_model_folder, save_loaded_model
+from inference.pixels import PixelDecoder
 from inference.requests import (
     PromptRequest,
     SamplingOptions,
@@ -35,6 +38,7 @@ from inference.requests import (
     check_counts,
     check_options,
     check_prompts,
+    encode_request,
     first_seeds,
     is_count,
     text_like,
@@ -44,9 +48,9 @@ from inference.sampling import SamplingParams
 from inference.scoring.matcher_folder import load_matcher
 from inference.scoring.rerank import check_rerank, keep_best
 from inference.scoring.scorer import Scorer
+from inference.shipped import default_model_folder
 from inference.streaming import GenerationStep, stream_steps
-from tokenizer_image.grid import tokens_to_codes
-from tokenizer_image.images import float_to_pixels, pixels_to_images
+from seq2seq import TextBatch
 from tokenloom_common.errors import UserError
 from tokenloom_common.hub import Pushable
 
@@ -70,16 +74,18 @@ class TextToImage(Pushable):
         self.device = self.seq2seq.image_embedding.weight.device
         self.weights = weights
         self.decoder = build_decoder(self.seq2seq, weights)
+        self.pixels = PixelDecoder(self.image_tokenizer, self.device)
         self._preview_seconds: dict[int, float] = {}  # of the last one, by number of images
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None,
-                        revision: str | None = None, text_encoder: str | None = None,
-                        matcher: str | Path | None = None,
+    def from_pretrained(cls, folder: str | Path | None = None,
+                        device: str | torch.device | None = None, revision: str | None = None,
+                        text_encoder: str | None = None, matcher: str | Path | None = None,
                         weights: Precision | None = None) -> TextToImage:
         """Load a local model folder or a hub id; on the GPU if there is one and no device is named.
 
-        revision: branch, tag or commit of a hub id (default: main).
+        folder: None = the model that ships with Tokenloom. revision: branch, tag or commit of a hub
+        id (default: main).
         text_encoder: folder or hub id of the frozen text encoder that the model was trained with,
         if it has moved.
         matcher: chooses among candidates for `rerank_from`, see
@@ -92,7 +98,8 @@ class TextToImage(Pushable):
         scorer = None if matcher is None else load_matcher(matcher, chosen)
         if weights is None:
             weights = "bfloat16" if torch.device(chosen).type == "cuda" else "float32"
-        return cls(load_model_folder(folder, chosen, revision, text_encoder), scorer, weights)
+        source = default_model_folder() if folder is None else folder
+        return cls(load_model_folder(source, chosen, revision, text_encoder), scorer, weights)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the whole model folder, atomically: the parts as they were loaded, with their card.
@@ -115,14 +122,14 @@ class TextToImage(Pushable):
                  params: SamplingParams | None = None, seed: int | Sequence[int] = 0,
                  batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None,
                  rerank_from: int | None = None, matcher: Scorer | None = None,
-                 jacobi: int = 1) -> GenerationResult:
+                 jacobi: int = 1, hooks: Hooks | None = None) -> GenerationResult:
         """Draw num_images images of each prompt.
 
         Image i of a prompt is drawn with seed + i, whatever shares its batch; a list of seeds gives
         each prompt its own.
 
         params: the model folder's defaults when None.
-        batch_size: images decoded at a time.
+        batch_size: images drawn at a time.
         negative_prompt: text of the unconditional branch of guidance, instead of the null caption.
         layout: for models with one, see `inference.layouts.read_layout`; sampled when None.
         rerank_from: draw this many candidates per prompt, with seed + 0, seed + 1, ..., and keep
@@ -130,6 +137,8 @@ class TextToImage(Pushable):
         with their seeds and scores.
         jacobi: tokens worked on at once (`inference.generation.jacobi`), 1 = one after another; the
         tokens are the same, the time is not.
+        hooks: expand prompts, refuse prompts and images (`revised_prompts`, `refused` of the
+        result).
 
         UserError for an empty list, a prompt that is not text, num_images or batch_size below 1,
         rerank_from below num_images or without a matcher.
@@ -138,13 +147,16 @@ class TextToImage(Pushable):
         seeds = first_seeds(seed, len(prompts), num_images, batch_size)
         scorer = check_rerank(rerank_from, num_images, matcher, self.matcher)
         options = check_options(params, self.default_params, negative_prompt, layout, jacobi)
+        if hooks is not None:
+            return generate_hooked(self, prompts, seeds, hooks, options, num_images=num_images,
+                                   batch_size=batch_size, rerank_from=rerank_from, matcher=matcher)
 
         drawn = rerank_from or num_images
         tokens, layouts = self._sample(prompts, drawn, options, seeds, batch_size)
         images: list[Image.Image] = []
-        # in batches, as _check_memory counted: the image tokenizer takes memory per image
-        for part in tokens.split(batch_size):
-            images += self.decode_tokens(part)
+        # one at a time: sums round in another way in a batch, and a pixel here and there changes
+        for own in tokens.split(1):
+            images += self.decode_tokens(own)
         result = GenerationResult(
             images, tokens, prompts=[text for text in prompts for _ in range(drawn)],
             seeds=[first + i for first in seeds for i in range(drawn)],
@@ -247,16 +259,8 @@ class TextToImage(Pushable):
     def _request(self, texts: list[str], images: int, options: SamplingOptions, seeds: list[int],
                  layout: Tensor | None) -> Request:
         """Encode prompts and unconditional text, and move all that is drawn from to the device."""
-        captions = self.text_tokenizer.encode(texts)
-        if options.negative_prompt is None:
-            unconditional = self.text_tokenizer.null_for(captions)
-        else:
-            unconditional = self.text_tokenizer.encode([options.negative_prompt])
-        if layout is not None:
-            layout = layout.to(self.device)
         weights = self.seq2seq.image_embedding.weight
-        return Request(text_like(captions, weights), text_like(unconditional, weights), images,
-                       options.params, seeds, layout, options.jacobi)
+        return encode_request(texts, images, options, seeds, layout, self.text_tokenizer, weights)
 
     def _check_memory(self, pictures: int, captions: int, guided: bool, **others: Any) -> None:
         """Raise UserError, before anything is allocated, for what memory has no room for."""
@@ -268,30 +272,32 @@ class TextToImage(Pushable):
 
     # ---- from tokens to images
 
-    @torch.inference_mode()
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
         """image_tokens [B, N] int64 in [0, K) -> B images.
 
         UserError for another shape, dtype or range.
         """
-        if not isinstance(image_tokens, Tensor):
-            raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
-        image_tokens = image_tokens.to(self.device)
-        codes = tokens_to_codes(image_tokens, self.image_tokenizer.grid)  # [B, h, w]
-        return pixels_to_images(float_to_pixels(self.image_tokenizer.decode(codes)))
+        return self.pixels.decode(image_tokens)
 
     def decode_step(self, image_tokens: Tensor) -> list[Image.Image]:
-        """Do what decode_tokens does, and remember its time for the next stream's budget."""
+        """Decode image tokens so far [B, n], and remember its time for the next stream's budget."""
         start = time.perf_counter()
-        images = self.decode_tokens(image_tokens)
+        images = self.pixels.decode_partial(image_tokens)
         self._preview_seconds[len(images)] = time.perf_counter() - start
         return images
 
     def attention_map(self, prompt: str, word: str, image_tokens: Tensor,
                       layout: Tensor | None = None) -> Tensor:
         """Return the attention [h, w] float32 of image_tokens [1, N] (layout [1, L]) to `word`."""
-        text = text_like(self.text_tokenizer.encode([prompt]), self.seq2seq.image_embedding.weight)
-        if layout is not None:
-            layout = layout.to(self.device)
         positions = word_positions(self.text_tokenizer, prompt, word)
-        return attention_map(self.seq2seq, text, positions, image_tokens.to(self.device), layout)
+        return attention_map(self.seq2seq, self._text(prompt), positions,
+                             image_tokens.to(self.device), layout)
+
+    def word_maps(self, prompt: str, image_tokens: Tensor,
+                  layout: Tensor | None = None) -> list[WordMap]:
+        """Return the attention of one image's tokens to each word of its prompt."""
+        return word_maps(self.seq2seq, self.text_tokenizer, self._text(prompt), prompt,
+                         image_tokens.to(self.device), layout)
+
+    def _text(self, prompt: str) -> TextBatch:
+        return text_like(self.text_tokenizer.encode([prompt]), self.seq2seq.image_embedding.weight)

@@ -18,7 +18,7 @@ from inference.generation.ways import token_steps
 
 Result = TypeVar("Result")
 Decode = Callable[[Tensor], list[Image.Image]]
-"""Image tokens [B, N] -> B images."""
+"""Image tokens so far [B, n] -> B images."""
 SHARE = 0.035
 """Time of previews as a share of the time without them.
 
@@ -45,14 +45,10 @@ class GenerationStep:
 
     @property
     def previews(self) -> list[Image.Image]:
-        """The images so far, decoded on access; positions not yet drawn repeat the last token."""
-        # any token would do: the image tokenizer only decodes whole grids
-        missing = self.total - self.image_tokens.shape[1]
-        last = self.image_tokens[:, -1:]
-        filled = torch.cat([self.image_tokens, last.expand(-1, missing)], dim=1)
+        """The images so far, decoded on access; what is not drawn yet is empty."""
         if self._budget is None:
-            return self._decode(filled)
-        return self._budget.spent_on(lambda: self._decode(filled))
+            return self._decode(self.image_tokens)
+        return self._budget.spent_on(lambda: self._decode(self.image_tokens))
 
     @property
     def preview(self) -> Image.Image:

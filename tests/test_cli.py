@@ -100,14 +100,15 @@ def test_the_data_commands_are_reachable(run, tmp_path):
 def test_generate_writes_one_picture_and_says_where(run, folder, tmp_path):
     shown = run("generate", "a red heart", "--model", folder, "--out", tmp_path / "new/out")
     assert shown == Ran(0, [str(tmp_path / "new/out/a-red-heart-seed0.png")], [])
-    assert [p.name for p in (tmp_path / "new/out").iterdir()] == ["a-red-heart-seed0.png"]
+    assert sorted(contents(tmp_path / "new/out")) == ["a-red-heart-seed0.png", "index.jsonl"]
     with Image.open(shown.out[0]) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (16, 16))
 
 
 @pytest.mark.long
-def test_several_pictures_get_a_grid_and_seed_plus_i(run, folder, tmp_path):
-    shown = run("generate", "octopus", "a red heart", "--num-images", 3, "--seed", 5, "--model", folder, "--out", tmp_path)
+def test_several_pictures_get_seed_plus_i_and_the_grid_that_is_asked_for(run, folder, tmp_path):
+    shown = run("generate", "octopus", "a red heart", "--num-images", 3, "--seed", 5, "--grid", "--model", folder,
+                "--out", tmp_path)
     assert [json.loads(Image.open(path).info["tokenloom"])["seed"] for path in shown.out[:-1]] == [5, 6, 7, 5, 6, 7]
     assert shown.code == 0
     assert [Path(line).name for line in shown.out] == [
@@ -172,8 +173,8 @@ def test_attention_is_saved_beside_each_picture(run, folder, tmp_path):
                 "--out", tmp_path)
     parts = ("", "-attention-heart", "-attention-red")
     assert [Path(path).name for path in shown.out] == [
-        *(f"a-red-heart-seed{seed}{part}.png" for seed in (0, 1) for part in parts), "grid.png"]
-    pictures = [Image.open(path).tobytes() for path in shown.out[:6]]
+        f"a-red-heart-seed{seed}{part}.png" for seed in (0, 1) for part in parts]
+    pictures = [Image.open(path).tobytes() for path in shown.out]
     assert len(set(pictures)) == 6
 
 
@@ -200,13 +201,15 @@ def test_no_metadata_leaves_nothing_in_the_file(run, folder, tmp_path):
 
 
 def test_files_are_never_overwritten(run, folder, tmp_path):
-    command = ["generate", "octopus", "--num-images", 2, "--model", folder, "--out", tmp_path]
+    command = ["generate", "octopus", "--num-images", 2, "--grid", "--model", folder, "--out", tmp_path]
     first = run(*command)
     before = contents(tmp_path)
     second = run(*command)
     assert not set(first.out) & set(second.out)
     assert [Path(p).name for p in second.out] == ["octopus-seed0-1.png", "octopus-seed1-1.png", "grid-1.png"]
-    assert {name: contents(tmp_path)[name] for name in before} == before
+    after = contents(tmp_path)
+    assert after.pop("index.jsonl").startswith(before.pop("index.jsonl"))  # which lines are added to
+    assert {name: after[name] for name in before} == before
 
 
 @pytest.mark.parametrize("prompt", [
@@ -280,7 +283,8 @@ def test_every_wrong_use_of_generate_is_one_line_and_exit_code_2(run, folder, tm
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    ([], "required: --model, --out"), (["a"], "required: --model, --out"),
+    ([], 'no prompt given; for example: tokenloom generate "octopus"'),
+    (["--model", "{model}", "--out", "{tmp}/o"], "no prompt given"),
     (["x" * 10_001, "--model", "{model}", "--out", "{tmp}/o"], "10,001 characters"),
 ])
 def test_wrong_prompts_and_missing_flags_are_one_line(run, folder, tmp_path, argv, words):

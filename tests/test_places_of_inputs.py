@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.command_line import check_output
-from inference.commands.picture_files import save_png
+from inference.commands.picture_files import save_picture
+from inference.image_files.encode import encode_image
 from tests import command_line
 from tests.test_runs import make_run
 from tokenloom_common.errors import UserError
@@ -107,6 +108,6 @@ def test_a_benchmark_replaces_an_older_document_alone(tmp_path, content):
 def test_pictures_that_are_written_at_once_get_names_of_their_own(tmp_path):
     pictures = [Image.new("RGB", (64, 64), (number, 0, 0)) for number in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        paths = list(pool.map(lambda picture: save_png(picture, tmp_path, "a"), pictures))
+        paths = list(pool.map(lambda picture: save_picture(encode_image(picture), tmp_path, "a"), pictures))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
     assert [Image.open(path).getpixel((0, 0))[0] for path in paths] == list(range(40))

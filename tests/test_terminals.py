@@ -45,7 +45,7 @@ def test_every_prompt_of_a_file_is_drawn_whatever_the_terminal_shows(folder, tmp
                    tmp_path / "out", "--device", "cpu"], **TERMINALS[terminal])
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(PROMPTS)
-    told = {json.loads(Image.open(path).info["tokenloom"])["prompt"] for path in (tmp_path / "out").iterdir()}
+    told = {json.loads(Image.open(path).info["tokenloom"])["prompt"] for path in (tmp_path / "out").glob("*.png")}
     assert told == set(PROMPTS)
 
 

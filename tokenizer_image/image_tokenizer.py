@@ -89,6 +89,10 @@ class ImageTokenizer(PretrainedModule):
         """Tensors that decide codes after the latents, by name."""
         return {"codebook": self.codebook}
 
+    def code_counts(self) -> Tensor | None:
+        """How often each code was found in training, lately [depth, K] float32; None if unknown."""
+        return None
+
     def set_step(self, step: int, total: int) -> dict[str, float]:
         """Set the schedules for training step `step` (from 0) of `total` -> their values."""
         return {}

@@ -27,8 +27,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no others: their decoders are
 READ_HINT = f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
 
 # exceptions of Pillow's decoders on damaged files
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError,
-                  struct.error, zlib.error)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError,
+                 struct.error, zlib.error)
 # formats that people do have, by their first bytes, for the message: (offset, bytes, name)
 _OTHER_FORMATS = (
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftyp", "HEIC/AVIF or video"),
@@ -114,7 +114,7 @@ def _read(file: BinaryIO, name: str, limit: _Limit) -> Image.Image:
         raise BadImageError(name, "too many pixels", detail) from None
     except BadImageError:
         raise
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         reason = "truncated" if _is_truncated(error, head, file) else "corrupt"
         detail = f"{one_line(error)}; download or export it again"
         raise BadImageError(name, reason, detail) from None
@@ -161,7 +161,7 @@ def _unidentified(head: bytes, name: str) -> BadImageError:
 def _upright(image: Image.Image) -> Image.Image:
     """Rotate an image as its EXIF orientation says."""
     # broken EXIF around whole pixels: viewers show such an image unrotated, and so do we
-    with suppress(*_DECODE_ERRORS):
+    with suppress(*DECODE_ERRORS):
         ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies upright images too
     return image
 

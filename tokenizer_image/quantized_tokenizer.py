@@ -63,6 +63,10 @@ class QuantizedTokenizer(ImageTokenizer):
         """Tensors that decide codes after the latents, by name."""
         return self.quantizer.code_tensors()
 
+    def code_counts(self) -> Tensor | None:
+        """How often each code was found in training, lately [depth, K] float32; None if unknown."""
+        return self.quantizer.code_counts()
+
     def set_step(self, step: int, total: int) -> dict[str, float]:
         """Set the quantizer's schedules for training step `step` of `total` -> their values."""
         return self.quantizer.set_step(step, total)

@@ -12,19 +12,26 @@ from inference.commands.options import (
     check_pictures_folder,
     command_parser,
 )
-from tokenloom_common.errors import OneLineParser
+from inference.commands.picture_index import check_index
+from inference.shipped import default_model_folder
+from tokenloom_common.errors import OneLineParser, UserError
 from tokenloom_common.outputs import BLOCK_BYTES
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
-    """Write one PNG per image and a grid, and print the files' names.
+    """Write one file per image, and print the files' names.
 
     1 if an image could not be drawn.
     """
     args = _parser().parse_args(argv)
+    if not args.prompt and args.prompts is None and args.from_image is None:
+        raise UserError('no prompt given; for example: tokenloom generate "octopus"')
     # of a prompts file, the number of pictures is known once it is read
     least = len(args.prompt) * max(args.num_images, 1) * BLOCK_BYTES
     out = check_pictures_folder(args.out, args.model, least)
+    check_index(out)
+    if args.model is None and args.from_image is None:
+        default_model_folder()  # an installation without it is said at once
     from inference.commands.draw_captions import draw_captions  # imports torch, which takes seconds
 
     return draw_captions(args, out)
@@ -33,9 +40,10 @@ def generate(argv: Sequence[str] | None = None) -> int:
 def _parser() -> OneLineParser:
     parser = command_parser(
         "generate", "Sample pictures for captions.",
-        '  tokenloom generate "a red heart" --model demo/model --out pictures\n'
-        '  tokenloom generate "a cat" --model demo/model --num-images 4 --guidance 2 --seed 7 '
-        "--out pictures\n"
+        '  tokenloom generate "octopus"\n'
+        '  tokenloom generate "a cat" --num-images 4 --grid --guidance 2 --seed 7\n'
+        '  tokenloom generate "a red heart" --model demo/model --out hearts\n'
+        "  tokenloom generate --from-image pictures/octopus-seed0.png --seed 8\n"
         "  tokenloom generate --prompts prompts.jsonl --model demo/model --out pictures")
     parser.add_argument(
         "prompt", nargs="*", type=caption_text, help="one or more captions, each in quotes")
@@ -43,15 +51,50 @@ def _parser() -> OneLineParser:
         "--prompts", metavar="FILE",
         help="captions from a text file instead: a caption a line, or .jsonl with objects such as "
         '{"prompt": "a red heart", "seed": 7, "num_images": 2, "guidance_scale": 3}; what a line '
-        "does not say comes from the options")
-    parser.add_argument("--model", required=True, help="model folder or hub id")
+        "does not say comes from the options. With the same --out again it goes on where it "
+        "stopped: pictures that are there are not drawn again")
+    parser.add_argument(
+        "--from-image", metavar="FILE",
+        help="draw a picture again from the recipe in its file, byte for byte; options given "
+        "beside it replace the recipe's (a caption, --seed, --guidance, --model, ...)")
+    _add_model_options(parser)
+    _add_output_options(parser)
+    _add_drawing_options(parser)
+    add_speed_options(parser)
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
+    return parser
+
+
+def _add_model_options(parser: OneLineParser) -> None:
+    parser.add_argument(
+        "--model", help="model folder or hub id (default: the model that ships with Tokenloom)")
     add_revision(parser)
     parser.add_argument(
-        "--out", required=True, help="folder for the pictures; files there are never overwritten")
+        "--text-encoder",
+        help="where the model's frozen text encoder is, if not where it was at training")
+
+
+def _add_output_options(parser: OneLineParser) -> None:
+    parser.add_argument(
+        "--out", default="pictures", help="folder for the pictures and their index.jsonl; pictures "
+        "there are never overwritten (default: pictures)")
+    parser.add_argument(
+        "--output-format", choices=("png", "jpeg", "webp"),
+        help="of the files (default: png; with --from-image, that file's); WebP is lossless")
+    parser.add_argument(
+        "--grid", action="store_true", help="also write grid.png, all pictures on one sheet")
+    parser.add_argument(
+        "--no-metadata", action="store_true",
+        help="write nothing but the picture into its file: no prompt, seed or parameters, no mark "
+        "that it was generated (index.jsonl still has them)")
+
+
+def _add_drawing_options(parser: OneLineParser) -> None:
     parser.add_argument(
         "--num-images", type=int, default=1, help="pictures per caption (default 1)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="picture i uses seed + i (default 0)")
+        "--seed", type=int, help="picture i uses seed + i (default 0)")
     add_sampling_options(parser)
     parser.add_argument(
         "--negative-prompt", type=caption_text,
@@ -70,14 +113,4 @@ def _parser() -> OneLineParser:
         "--matcher", metavar="DIR",
         help="folder of a matcher (RUN/model of train_matcher), a CLIP or a SigLIP")
     parser.add_argument(
-        "--text-encoder",
-        help="where the model's frozen text encoder is, if not where it was at training")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="pictures decoded at a time (default 32)")
-    add_speed_options(parser)
-    parser.add_argument(
-        "--no-metadata", action="store_true",
-        help="leave prompt, seed and parameters out of the PNG files")
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
-    return parser
+        "--batch-size", type=int, default=32, help="pictures drawn at a time (default 32)")

@@ -10,20 +10,24 @@ import torch
 
 from inference.commands.options import add_revision, command_parser
 from inference.model_folder import LoadedModel, load_model_folder
+from inference.shipped import default_model_folder
 
 
 def info(argv: Sequence[str] | None = None) -> int:
     """Print the parts of a model folder, their sizes and defaults."""
     parser = command_parser(
         "info", "Say what a model folder holds; it is loaded and checked whole.",
-        "  tokenloom info demo/model\n  tokenloom info demo/model --json")
-    parser.add_argument("folder", help="model folder or hub id")
+        "  tokenloom info\n  tokenloom info demo/model\n  tokenloom info demo/model --json")
+    parser.add_argument(
+        "folder", nargs="?",
+        help="model folder or hub id (default: the model that ships with Tokenloom)")
     add_revision(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     args = parser.parse_args(argv)
 
     # loaded, not only read: so the command also tells whether the weights are whole
-    report = _report(load_model_folder(args.folder, revision=args.revision))
+    folder = default_model_folder() if args.folder is None else args.folder
+    report = _report(load_model_folder(folder, revision=args.revision))
     if args.json:
         print(json.dumps(report, indent=2))
         return 0

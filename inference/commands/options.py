@@ -46,12 +46,15 @@ def caption_text(argument: str) -> str:
         return argument
 
 
-def check_pictures_folder(out: str, model: str, need_bytes: int) -> Path:
+def check_pictures_folder(out: str, model: str | None, need_bytes: int) -> Path:
     """Return --out. UserError if pictures cannot be written there, or it is the model's own folder.
 
-    A model folder with other files in it could not be replaced by a later export.
+    A model folder with other files in it could not be replaced by a later export. model: None for
+    the one that ships with Tokenloom.
     """
     folder = check_output_folder("--out", out, need_bytes=need_bytes)
+    if model is None:
+        return folder
     is_model = any((Path(model) / name).is_file() for name in ("model_index.json", "config.json"))
     if model and is_model:
         place = folder.resolve()

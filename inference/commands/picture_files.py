@@ -1,29 +1,16 @@
-"""Write generated images: file names, PNG metadata, output folders."""
+"""Write generated images: file names, folders, files that appear whole."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import uuid
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from tokenloom_common.errors import RunFailedError
-
-PNG_KEY = "tokenloom"
-"""Text chunk of a PNG file that holds everything needed to draw the image again."""
-
-
-def png_metadata(values: dict[str, Any]) -> PngInfo:
-    """Return `values` as the JSON text chunk PNG_KEY."""
-    info = PngInfo()
-    info.add_text(PNG_KEY, json.dumps(values))
-    return info
 
 
 def make_folder(out: Path) -> None:
@@ -34,35 +21,47 @@ def make_folder(out: Path) -> None:
         raise RunFailedError(f"{out}: could not be made ({error.strerror})") from None
 
 
-def save_png(image: Image.Image, folder: Path, stem: str, info: PngInfo | None = None) -> Path:
-    """Write a PNG file atomically under a free name, and return its path.
+def save_picture(data: bytes, folder: Path, stem: str, ending: str = ".png",
+                 known: Collection[str] | None = None) -> Path:
+    """Write an image file's bytes atomically under a free name, and return its path.
 
     That is the first of stem.png, stem-1.png, stem-2.png, ... which does not exist, also while
-    other processes write there. RunFailedError with the path and the reason.
+    other processes write there. known: names of files that are accounted for; another one that
+    holds these very bytes is taken instead of being written again. RunFailedError with the path and
+    the reason.
     """
     # cut, so that the name is not too long
     aside = folder / f".{stem[:100]}.{uuid.uuid4().hex[:8]}.tmp"
-    path = folder / f"{stem}.png"
+    path = folder / f"{stem}{ending}"
+    number = 0
     try:
-        image.save(aside, format="PNG", pnginfo=info)
-        number = 0
-        while not _reserve(path):
+        aside.write_bytes(data)
+        while not _publish(aside, path):
+            if known is not None and path.name not in known and path.read_bytes() == data:
+                break
             number += 1
-            path = folder / f"{stem}-{number}.png"
-        os.replace(aside, path)
+            path = folder / f"{stem}-{number}{ending}"
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise RunFailedError(f"{path}: could not be written ({error.strerror}); "
                              "pictures saved before it are whole") from None
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
     return path
 
 
-def _reserve(path: Path) -> bool:
-    """Make an empty file, for the picture to replace; False if the name is taken."""
+def _publish(aside: Path, path: Path) -> bool:
+    """Give a written file its name; False if the name is taken."""
     try:
-        path.touch(exist_ok=False)
+        os.link(aside, path)  # unlike a rename, fails if the name is taken
     except FileExistsError:
         return False
+    except OSError:  # a file system without links: an empty file reserves the name
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        os.replace(aside, path)
     return True
 
 

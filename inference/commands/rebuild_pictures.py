@@ -12,7 +12,8 @@ import numpy
 import torch
 from PIL import Image
 
-from inference.commands.picture_files import make_folder, save_png
+from inference.commands.picture_files import make_folder, save_picture
+from inference.image_files.encode import encode_image
 from inference.model_folder import load_image_tokenizer
 from tokenizer_image import ImageTokenizer
 from tokenizer_image.images import (
@@ -59,7 +60,7 @@ def rebuild_pictures(args: argparse.Namespace, out: Path) -> int:
             failed += 1
             continue
         pair, psnr = _reconstruct(tokenizer, pixels, args.tiles, device)
-        path = save_png(pair, out, f"{Path(name).stem}-reconstruction")
+        path = save_picture(encode_image(pair), out, f"{Path(name).stem}-reconstruction")
         print(f"{path}\t{psnr:.2f} dB")
     if failed == len(args.image):
         raise UserError(f"none of {failed} pictures could be read")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from inference.commands.options import add_revision, check_pictures_folder, command_parser
+from inference.shipped import default_model_folder
 from tokenloom_common.errors import OneLineParser
 from tokenloom_common.outputs import BLOCK_BYTES
 
@@ -16,6 +17,8 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     out = check_pictures_folder(args.out, args.model, len(args.image) * BLOCK_BYTES)
+    if args.model is None:
+        args.model = str(default_model_folder())
     # imports torch, which takes seconds
     from inference.commands.rebuild_pictures import rebuild_pictures
 
@@ -26,14 +29,18 @@ def _parser() -> OneLineParser:
     parser = command_parser(
         "reconstruct",
         "Send pictures through the image tokenizer and back: original left, reconstruction right.",
+        "  tokenloom reconstruct cat.png\n"
         "  tokenloom reconstruct cat.png dog.jpg --model demo/model --out reconstructions\n"
         "  tokenloom reconstruct photo.jpg --model demo/model --tiles --out reconstructions")
     parser.add_argument("image", nargs="+", help="picture files")
     parser.add_argument(
-        "--model", required=True, help="model folder or hub id, or that of an image tokenizer")
+        "--model", help="model folder or hub id, or that of an image tokenizer (default: the model "
+        "that ships with Tokenloom)")
     add_revision(parser)
     parser.add_argument(
-        "--out", required=True, help="folder for the pictures; files there are never overwritten")
+        "--out", default="reconstructions",
+        help="folder for the pictures; files there are never overwritten (default: "
+        "reconstructions)")
     parser.add_argument(
         "--tiles", action="store_true", help="keep each picture's own size, in overlapping tiles "
         "of the tokenizer's resolution (default: its centre square, resized to that resolution)")

@@ -82,6 +82,12 @@ class Scheduler:
         return len(self._rows)
 
     @property
+    def free_rows(self) -> int:
+        """Rows that neither an image of the batch nor one in the queue needs; may be negative."""
+        queued = sum(job.waiting * job.branches for job in self._queue)
+        return self.rows - self.active_rows - queued
+
+    @property
     def waiting(self) -> int:
         """Images in the queue."""
         return sum(queued.waiting for queued in self._queue)
@@ -119,6 +125,16 @@ class Scheduler:
         self._images = [image for image in self._images if image.job.ticket != ticket]
         self._free([row for image in dropped for row in image.rows])
         return before - self.waiting - self.drawing - len(self._ended)
+
+    def drawn_so_far(self, ticket: int) -> dict[int, Tensor]:
+        """Return the tokens of a job's images in the batch, [n] int64 with n < N, by index."""
+        drawn = {}
+        for image in self._images:
+            if image.job.ticket == ticket:
+                # a copy, since the row may move
+                tokens = self._buffers.tokens[image.rows[0].index, 1: image.position + 1].clone()
+                drawn[image.index] = tokens
+        return drawn
 
     def run(self, jobs: Iterable[ImageJob] = ()) -> Iterator[FinishedImage | FailedImage]:
         """Step until nothing is left, yielding images as they end.

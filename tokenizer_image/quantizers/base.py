@@ -68,6 +68,10 @@ class Quantizer(nn.Module, ABC):
         """Tensors that decide codes, by name: the codebook, and all else in the comparison."""
         return {"codebook": self.codebook}
 
+    def code_counts(self) -> Tensor | None:
+        """How often each code was found in training, lately [depth, K] float32; None if unknown."""
+        return None
+
     def set_step(self, step: int, total: int) -> dict[str, float]:
         """Set the schedules for step `step` (from 0) of `total` -> their values, for the log."""
         return {}

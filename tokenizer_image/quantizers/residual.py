@@ -42,6 +42,12 @@ class ResidualQuantizer(Quantizer):
         """The code vectors of all depths [depth*K, D] float32."""
         return torch.cat([layer.codebook for layer in self._by_depth])
 
+    def code_counts(self) -> Tensor | None:
+        """The moving averages of all depths [depth, K]; None where they are unknown."""
+        counts = [layer.code_counts() for layer in self._by_depth]
+        known = [one for one in counts if one is not None]
+        return torch.cat(known) if len(known) == len(counts) else None
+
     def search(self, latents: Tensor) -> Tensor:
         """Finite float32 latents [B, D, h, w] -> codes [B, h, w*depth] int64, depth by depth."""
         residual = latents

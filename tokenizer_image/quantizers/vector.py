@@ -64,6 +64,12 @@ class VectorQuantizer(Quantizer):
             tensors["raw_codebook"] = self.vq.codebook.float()
         return tensors
 
+    def code_counts(self) -> Tensor | None:
+        """The moving average of how often each code was found [1, K]; None where all learn by
+        gradient."""
+        counts = self.vq._codebook.cluster_size
+        return counts if bool(counts.any()) else None
+
     def search(self, latents: Tensor) -> Tensor:
         """Finite float32 latents [B, D, h, w] -> codes [B, h, w] int64, the lowest on ties."""
         if self.config.raw_search:

@@ -1,0 +1,354 @@
+"""The server's model thread: jobs of any model, parameters and seeds share its batches.
+
+    engine = Engine(Models({"emoji": folder}))
+    engine.start()
+    job = engine.submit(EngineRequest("emoji", PromptRequest("a red heart", num_images=4)))
+    for event in job:  # Started, then Partial, Finished or Failed of each image
+        ...
+
+The same seed gives the same picture as `TextToImage.generate`, whatever shares the batch. Without
+`start`, `step` does the thread's work piece by piece.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from inference.attention_maps import WordMap
+from inference.serving.batches import ModelBatch, Observer
+from inference.serving.jobs import (
+    EngineRequest,
+    Failed,
+    FailureKind,
+    Finished,
+    Job,
+    NotServing,
+    Overloaded,
+    Partial,
+    Started,
+    UnknownImageError,
+    UnknownModelError,
+)
+from inference.serving.kept_images import KeptImage, KeptImages
+from inference.serving.loaded_models import LoadedModels, names_of
+from inference.serving.models import ModelOptions, Models
+from inference.serving.requests import check_request
+from inference.serving.speed import Speed
+from tokenloom_common.errors import one_line
+
+__all__ = ["Engine", "EngineLimits", "EngineRequest", "EngineStats", "Failed", "Finished", "Job",
+           "ModelOptions", "Models", "NotServing", "Observer", "Overloaded", "Partial", "Started",
+           "UnknownImageError", "UnknownModelError"]
+
+log = logging.getLogger(__name__)
+UNKNOWN_WAIT = 5.0
+"""Seconds of Overloaded.retry_after before anything was drawn."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """queue: jobs that may wait for their turn. deadline: seconds from a job's submission to its
+    last image. kept_images: finished images that `words` can be asked about. turn: seconds that a
+    model may draw its own jobs before it makes room for one that does not fit beside it.
+    """
+
+    queue: int = 32
+    deadline: float = 120.0
+    kept_images: int = 256
+    turn: float = 5.0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Figures of this moment, and counts since the start.
+
+    queued, running: jobs; images: those of them that have not ended. loaded: names of models;
+    model_bytes: their predicted memory. finished: images. rejected: jobs that found the queue
+    full. cancelled: jobs. failed: jobs by `jobs.FailureKind`, without the cancelled ones.
+    """
+
+    queued: int
+    running: int
+    images: int
+    active_rows: int
+    rows: int
+    tokens: int
+    tokens_per_second: float
+    finished: int
+    rejected: int
+    cancelled: int
+    failed: dict[str, int] = field(default_factory=dict)
+    loaded: tuple[str, ...] = ()
+    model_bytes: int = 0
+
+
+class Engine:
+    """Owns the models and draws all jobs, in one thread.
+
+    observer: takes measured times. clock: in seconds.
+    """
+
+    def __init__(self, models: Models, limits: EngineLimits = EngineLimits(),
+                 observer: Observer | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.models = models
+        self.limits = limits
+        self.kept = KeptImages(limits.kept_images)
+        self.speed = Speed()
+        self._observer = observer
+        self._clock = clock
+        self._loaded = LoadedModels(models, self._load, limits.turn, clock)
+        self._thread: threading.Thread | None = None
+        # what threads share, under _changed
+        self._changed = threading.Condition()
+        self._awake = False  # something has changed since the thread looked
+        self._closed = ""  # why no jobs are taken any more
+        self._end_at: float | None = None  # when those that are left fail
+        self._queue: deque[Job] = deque()
+        self._running: dict[Job, ModelBatch] = {}
+        self._questions: deque[tuple[KeptImage, Future]] = deque()
+        self._counts: Counter[str] = Counter()
+
+    # ---- for callers, from any thread
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the model thread is there."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def ready(self) -> bool:
+        """Whether jobs are taken and drawn."""
+        return self.healthy and not self._closed
+
+    def submit(self, request: EngineRequest) -> Job:
+        """Queue a request.
+
+        UserError for one that can never be drawn (UnknownModelError for its model), Overloaded
+        where the queue is full, NotServing where no more jobs are taken.
+        """
+        check_request(self.models, request)
+        now = self._clock()
+        job = Job(request, now, now + self.limits.deadline, self._wake)
+        with self._changed:
+            self._check_open()
+            if len(self._queue) >= self.limits.queue:
+                self._counts["rejected"] += 1
+                raise Overloaded(self._wait())
+            self._queue.append(job)
+        self._wake()
+        return job
+
+    def words(self, number: str) -> Future[list[WordMap]]:
+        """Ask how much each part of a finished image attended to each word of its prompt.
+
+        number: the id of its Finished. UnknownImageError for one that is not kept, Overloaded for
+        too many questions at once, NotServing where none are answered any more.
+        """
+        image = self.kept.get(number)
+        answer: Future[list[WordMap]] = Future()
+        with self._changed:
+            self._check_open()
+            if len(self._questions) >= self.limits.queue:
+                raise Overloaded(1.0)
+            self._questions.append((image, answer))
+        self._wake()
+        return answer
+
+    def stats(self) -> EngineStats:
+        """Return the engine's figures."""
+        batches = self._loaded.batches
+        with self._changed:
+            counts = Counter(self._counts)
+            queued, running = len(self._queue), len(self._running)
+            images = sum(len(job.left) for job in (*self._queue, *self._running))
+        failed = {name.removeprefix("failed "): count for name, count in counts.items()
+                  if name.startswith("failed ")}
+        return EngineStats(
+            queued=queued, running=running, images=images,
+            active_rows=sum(batch.scheduler.active_rows for batch in batches),
+            rows=sum(batch.scheduler.rows for batch in batches),
+            tokens=self.speed.tokens, tokens_per_second=self.speed.lately(self._clock()),
+            finished=counts["finished"], rejected=counts["rejected"],
+            cancelled=counts["cancelled"], failed=failed,
+            loaded=names_of(batches), model_bytes=self._loaded.bytes)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NotServing(self._closed)
+
+    def _wait(self) -> float:
+        """Return the seconds until all that is queued and running should be drawn."""
+        if not self.speed.while_drawing:
+            return UNKNOWN_WAIT
+        tokens = sum(len(job.left) * self.models[job.request.model].config.num_tokens
+                     for job in (*self._queue, *self._running))
+        return min(max(1.0, tokens / self.speed.while_drawing), self.limits.deadline)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._awake = True
+            self._changed.notify_all()
+
+    # ---- beginning and end
+
+    def load(self, name: str) -> None:
+        """Load a model before the first job needs it; to be called before `start`.
+
+        UserError for one that cannot be loaded.
+        """
+        self.models.check_budget(name)
+        self._loaded.get(name)
+
+    def start(self) -> None:
+        """Start the model thread."""
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def drain(self, seconds: float) -> None:
+        """Take no more jobs, finish those that are there, and end the thread.
+
+        What is not done after `seconds` fails (kind "shutdown").
+        """
+        with self._changed:
+            self._closed = self._closed or "the server is shutting down"
+            self._end_at = self._clock() + seconds
+        self._wake()
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            while self.step():
+                pass
+
+    def close(self) -> None:
+        """End at once: what is not done fails."""
+        self.drain(0.0)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._awake = False
+                if self.step():
+                    continue
+                with self._changed:
+                    if self._closed:
+                        return
+                    self._changed.wait_for(lambda: self._awake)
+        except BaseException:
+            log.critical("the model thread has died", exc_info=True)
+            with self._changed:
+                self._closed = "the model thread has died; restart the server"
+            self._end(list(self._open_jobs()), self._closed, "error")
+            raise
+
+    # ---- the model thread's work
+
+    def step(self) -> bool:
+        """Do the next piece of work: one decoder step at most. False if there is none left."""
+        self._end_jobs()
+        self._admit_jobs()
+        self._answer()
+        batch = self._loaded.next_turn()
+        if batch is not None:
+            self._draw(batch)
+        with self._changed:
+            return bool(self._queue or self._running or self._questions)
+
+    def _open_jobs(self) -> list[Job]:
+        with self._changed:
+            return [*self._queue, *self._running]
+
+    def _end_jobs(self) -> None:
+        """End jobs that were cancelled, are late, or that the server's end leaves no time for."""
+        now = self._clock()
+        jobs = self._open_jobs()
+        if self._end_at is not None and now >= self._end_at:
+            self._end(jobs, "the server was shut down before it was drawn", "shutdown")
+            return
+        for job in jobs:
+            if job.cancelled:
+                self._end([job], "cancelled", "cancelled")
+            elif now >= job.deadline:
+                self._end([job], f"not done within {self.limits.deadline:g} s", "deadline")
+
+    def _end(self, jobs: list[Job], reason: str, kind: FailureKind) -> None:
+        for job in jobs:
+            with self._changed:
+                if job in self._queue:
+                    self._queue.remove(job)
+                batch = self._running.pop(job, None)
+                self._counts["cancelled" if kind == "cancelled" else f"failed {kind}"] += 1
+            if batch is not None:
+                batch.drop(job)
+            job.fail(reason, kind)
+
+    def _admit_jobs(self) -> None:
+        """Put waiting jobs into the batches, first come first served for each model."""
+        waits: set[str] = set()  # models whose jobs wait
+        with self._changed:
+            queued = list(self._queue)
+        for job in queued:
+            name = job.request.model
+            if name in waits:
+                continue
+            try:
+                batch = self._loaded.get(name)
+                if batch is None:
+                    waits |= {name} | self._loaded.in_the_way(name)
+                elif not batch.has_room(job.request):
+                    waits.add(name)
+                else:
+                    self._admit(job, batch)
+            except Exception as error:
+                log.exception("a job of model %s cannot be drawn", name)
+                self._end([job], one_line(error), "error")
+
+    def _admit(self, job: Job, batch: ModelBatch) -> None:
+        batch.admit(job)
+        with self._changed:
+            self._queue.remove(job)
+            self._running[job] = batch
+
+    def _draw(self, batch: ModelBatch) -> None:
+        """Draw one token of every image of a batch."""
+        start = self._clock()
+        done = batch.step()
+        self.speed.add(done.tokens, start, self._clock())
+        with self._changed:
+            self._counts["finished"] += done.finished
+            if done.failed:
+                self._counts["failed error"] += done.failed
+            for job in [job for job in self._running if job.done]:
+                del self._running[job]
+
+    def _answer(self) -> None:
+        """Answer one question about an image."""
+        with self._changed:
+            if not self._questions:
+                return
+            image, answer = self._questions.popleft()
+        try:
+            answer.set_result(self._words(image))
+        except Exception as error:
+            answer.set_exception(error)
+
+    def _words(self, image: KeptImage) -> list[WordMap]:
+        if image.words is None:
+            batch = self._loaded.get(image.model)
+            if batch is None:
+                raise Overloaded(self.limits.turn)
+            layout = None if image.layout is None else image.layout[None]
+            image.words = batch.model.word_maps(image.prompt, image.tokens[None], layout)
+        return image.words
+
+    def _load(self, name: str) -> ModelBatch:
+        model = self.models[name].load()
+        return ModelBatch(name, model, self.models.options.rows, self.kept.add, self._observer,
+                          self._clock)
