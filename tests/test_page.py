@@ -190,7 +190,7 @@ def test_a_word_shows_what_it_painted(page):
     page.wait(lambda: len(page.all("#words button")) == 2, "words")
     red, cat = page.all("#words button")
     page.hover(red)
-    page.wait(lambda: len(page.all(".frame canvas[data-word=red]")) == 5, "heat on all pictures")
+    page.wait(lambda: page.all("#stage canvas[data-word=red]"), "heat")
     assert page.text("#word-place") == "“red” painted mostly at the top left"
     assert heat(page, 0.1) < heat(page, 0.9)  # dark where it did not paint
     page.hover(cat)
@@ -199,6 +199,10 @@ def test_a_word_shows_what_it_painted(page):
     assert heat(page, 0.1) > heat(page, 0.9)
     page.hover(page.find("h1"))
     page.wait(lambda: not page.all(".frame canvas"), "the pictures without heat")
+    page.all("#grid button")[1].click()
+    page.wait(lambda: len(page.server.behaviour.word_requests) == 2, "the other picture's words")
+    page.all("#grid button")[0].click()
+    page.wait(lambda: page.all("#words button"), "words")
     assert set(page.server.behaviour.word_requests.values()) == {1}
 
 
