@@ -61,6 +61,8 @@ _NAMES = {
 COMMANDS = {
     "generate": ("inference.commands.generate", "generate",
                  "sample pictures for a caption"),
+    "serve": ("inference.commands.serve", "serve",
+              "serve models over HTTP: a page, and OpenAI's images API"),
     "reconstruct": ("inference.commands.reconstruct", "reconstruct",
                     "send pictures through the image tokenizer and back"),
     "info": ("inference.commands.info", "info",

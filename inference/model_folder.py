@@ -1,8 +1,8 @@
 """The model folder: reading and writing it whole.
 
-It holds model_index.json, generation_config.json, tokenizer_image/, seq2seq/, text_tokenizer/ and
-README.md. This is the one module that knows its structure. It is written atomically; no pickle is
-ever read from it.
+It holds model_index.json, generation_config.json, tokenizer_image/, seq2seq/, text_tokenizer/,
+README.md, and optionally concepts.json: what the model was trained on. This is the one module that
+knows its structure. It is written atomically; no pickle is ever read from it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from inference.hooks.concepts_file import CONCEPTS_NAME, Concepts, folder_concepts
 from inference.sampling import SamplingParams
 from seq2seq import (
     TEXT_SOURCES,
@@ -55,6 +56,7 @@ class LoadedModel:
     generation: SamplingParams
     folder: Path
     card: str | None = None  # the text of README.md
+    concepts: Concepts | None = None  # of concepts.json, where there is one
 
 
 def toolkit_version() -> str:
@@ -80,21 +82,27 @@ class WrittenPart(Protocol):
 
 def save_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer,
                       seq2seq: ImageTransformer, text_tokenizer: TextSource,
-                      generation: SamplingParams, card: str) -> Path:
+                      generation: SamplingParams, card: str,
+                      concepts: Concepts | None = None) -> Path:
     """Write a whole model folder with its model card.
 
+    concepts: None keeps the concepts.json of the folder that is replaced, if it has one.
     UserError if the parts do not belong together.
     """
-    return write_model_folder(folder, image_tokenizer, seq2seq, text_tokenizer, generation, card)
+    return write_model_folder(folder, image_tokenizer, seq2seq, text_tokenizer, generation, card,
+                              concepts)
 
 
 def write_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer,
                        seq2seq: ImageTransformer | WrittenPart, text_tokenizer: TextSource,
-                       generation: SamplingParams, card: str) -> Path:
+                       generation: SamplingParams, card: str,
+                       concepts: Concepts | None = None) -> Path:
     """Do what save_model_folder does, also for a transformer that may be too large to hold."""
     check_pair(image_tokenizer, seq2seq, text_tokenizer, "the model folder to write")
     # a folder that holds anything else is not ours, and is not replaced
-    names = (*PARTS, INDEX_NAME, GENERATION_NAME, "README.md")
+    names = (*PARTS, INDEX_NAME, GENERATION_NAME, CONCEPTS_NAME, "README.md")
+    if concepts is None:  # built from the data by hand, and lost if a run's next export dropped it
+        concepts = folder_concepts(Path(folder))
     with atomic_folder(Path(folder), names) as aside:
         for name in PARTS:
             (aside / name).mkdir()
@@ -109,6 +117,8 @@ def write_model_folder(folder: str | Path, image_tokenizer: ImageTokenizer,
         text_tokenizer.write_files(aside / "text_tokenizer")
         write_json_atomic(aside / GENERATION_NAME, generation.plain())
         write_text_atomic(aside / "README.md", card)
+        if concepts is not None:
+            concepts.write(aside / CONCEPTS_NAME)
         # kinds alone: each part's config is in its own folder
         write_json_atomic(aside / INDEX_NAME, {
             "_class_name": CLASS_NAME, "_tokenloom_version": toolkit_version(),
@@ -126,7 +136,7 @@ def save_loaded_model(folder: str | Path, parts: LoadedModel) -> Path:
             summary="Saved with Tokenloom. Nothing is known here of its training.", usage=USAGE,
             pipeline_tag="text-to-image", tags=(parts.seq2seq.kind, parts.image_tokenizer.kind)))
     return save_model_folder(folder, parts.image_tokenizer, parts.seq2seq, parts.text_tokenizer,
-                             parts.generation, card)
+                             parts.generation, card, parts.concepts)
 
 
 # ---- reading
@@ -180,7 +190,8 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu",
     folder = resolve_folder(name, revision)
     index = read_model_index(folder)
     path = folder / INDEX_NAME
-    # both kinds before any weights are read, which takes long
+    # both kinds and the concepts before any weights are read, which takes long
+    concepts = folder_concepts(folder)
     tokenizer_class = choose(IMAGE_TOKENIZERS, str(index.get("tokenizer_image")),
                              f"{path}: kind of image tokenizer")
     seq2seq_class = choose(TRANSFORMER_KINDS, str(index.get("seq2seq")),
@@ -195,7 +206,7 @@ def load_model_folder(name: str | Path, device: str | torch.device = "cpu",
     generation = SamplingParams.parse(read_mapping(generation_file), str(generation_file))
     check_pair(image_tokenizer, seq2seq, text_tokenizer, str(folder))
     card = read_card(folder)
-    return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder, card)
+    return LoadedModel(image_tokenizer, seq2seq, text_tokenizer, generation, folder, card, concepts)
 
 
 def check_pair(image_tokenizer: ImageTokenizer, seq2seq: ImageTransformer | WrittenPart,

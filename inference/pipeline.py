@@ -24,6 +24,8 @@ from inference.generation.batch import Generation, Request
 from inference.generation.image_job import ImageJob
 from inference.generation.row_buffers import KEPT_UNCONDITIONAL
 from inference.generation.ways import generate_tokens
+from inference.hooked import generate_hooked
+from inference.hooks.applied import Hooks
 from inference.layouts import read_layout
 from inference.many import generate_many
 from inference.memory.estimate import Workload, check_sampling
@@ -36,6 +38,7 @@ from inference.requests import (
     check_counts,
     check_options,
     check_prompts,
+    encode_request,
     first_seeds,
     is_count,
     text_like,
@@ -119,7 +122,7 @@ class TextToImage(Pushable):
                  params: SamplingParams | None = None, seed: int | Sequence[int] = 0,
                  batch_size: int = 32, negative_prompt: str | None = None, layout: Any = None,
                  rerank_from: int | None = None, matcher: Scorer | None = None,
-                 jacobi: int = 1) -> GenerationResult:
+                 jacobi: int = 1, hooks: Hooks | None = None) -> GenerationResult:
         """Draw num_images images of each prompt.
 
         Image i of a prompt is drawn with seed + i, whatever shares its batch; a list of seeds gives
@@ -134,6 +137,8 @@ class TextToImage(Pushable):
         with their seeds and scores.
         jacobi: tokens worked on at once (`inference.generation.jacobi`), 1 = one after another; the
         tokens are the same, the time is not.
+        hooks: expand prompts, refuse prompts and images (`revised_prompts`, `refused` of the
+        result).
 
         UserError for an empty list, a prompt that is not text, num_images or batch_size below 1,
         rerank_from below num_images or without a matcher.
@@ -142,6 +147,9 @@ class TextToImage(Pushable):
         seeds = first_seeds(seed, len(prompts), num_images, batch_size)
         scorer = check_rerank(rerank_from, num_images, matcher, self.matcher)
         options = check_options(params, self.default_params, negative_prompt, layout, jacobi)
+        if hooks is not None:
+            return generate_hooked(self, prompts, seeds, hooks, options, num_images=num_images,
+                                   batch_size=batch_size, rerank_from=rerank_from, matcher=matcher)
 
         drawn = rerank_from or num_images
         tokens, layouts = self._sample(prompts, drawn, options, seeds, batch_size)
@@ -251,16 +259,8 @@ class TextToImage(Pushable):
     def _request(self, texts: list[str], images: int, options: SamplingOptions, seeds: list[int],
                  layout: Tensor | None) -> Request:
         """Encode prompts and unconditional text, and move all that is drawn from to the device."""
-        captions = self.text_tokenizer.encode(texts)
-        if options.negative_prompt is None:
-            unconditional = self.text_tokenizer.null_for(captions)
-        else:
-            unconditional = self.text_tokenizer.encode([options.negative_prompt])
-        if layout is not None:
-            layout = layout.to(self.device)
         weights = self.seq2seq.image_embedding.weight
-        return Request(text_like(captions, weights), text_like(unconditional, weights), images,
-                       options.params, seeds, layout, options.jacobi)
+        return encode_request(texts, images, options, seeds, layout, self.text_tokenizer, weights)
 
     def _check_memory(self, pictures: int, captions: int, guided: bool, **others: Any) -> None:
         """Raise UserError, before anything is allocated, for what memory has no room for."""

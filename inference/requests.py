@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from inference.generation.batch import Request
 from inference.sampling import SamplingParams
-from seq2seq import TextBatch
+from seq2seq import TextBatch, TextSource
 from tokenloom_common.errors import UserError, nearest_name
 from tokenloom_common.text_files import read_text_file, text_lines
 
@@ -132,6 +133,20 @@ def batches(prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[ra
         # several parts only if the images of one prompt do not fit into a batch
         for start in range(0, num_images, batch_size):
             yield which, range(start, min(start + batch_size, num_images))
+
+
+def encode_request(texts: list[str], images: int, options: SamplingOptions, seeds: list[int],
+                   layout: Tensor | None, source: TextSource, weights: Tensor) -> Request:
+    """Encode prompts and unconditional text, and move all that is drawn from beside the weights."""
+    captions = source.encode(texts)
+    if options.negative_prompt is None:
+        unconditional = source.null_for(captions)
+    else:
+        unconditional = source.encode([options.negative_prompt])
+    if layout is not None:
+        layout = layout.to(weights.device)
+    return Request(text_like(captions, weights), text_like(unconditional, weights), images,
+                   options.params, seeds, layout, options.jacobi)
 
 
 def text_like(text: TextBatch, weights: Tensor) -> TextBatch:

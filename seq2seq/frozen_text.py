@@ -193,6 +193,10 @@ class FrozenTextEncoder(SavedAsConfig):
         tokens = self._tokenizer(caption, truncation=True, max_length=self.config.text_length)
         return self._tokenizer.convert_ids_to_tokens(tokens["input_ids"])
 
+    def vocabulary(self) -> list[str]:
+        """Return all pieces that the encoder's tokenizer knows."""
+        return list(self._tokenizer.get_vocab())
+
     def to(self, device: str | torch.device) -> FrozenTextEncoder:
         """Move the encoder; returns itself."""
         self._model.to(device)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tokenloom
+from tests.page_browser import browser, page, stand_in  # noqa: F401
 from training.engine.launch import processes
 from training.engine.processes import Processes
 

@@ -58,8 +58,8 @@ def checked_expansion(value: object, name: str) -> Expansion:
 def load_expander(spec: str, model: object = None) -> PromptExpander:
     """Return the expander that --expand names: KNOWN_CONCEPTS, or module:function.
 
-    model: its `concepts` are what KNOWN_CONCEPTS knows; not needed for module:function. UserError
-    for an unknown name, for a function that cannot be imported, and for a model without concepts.
+    model: the TextToImage whose concepts.json KNOWN_CONCEPTS goes by; not needed for a function.
+    UserError for an unknown name, a function that cannot be imported, a model without concepts.
     """
     if ":" in spec:
         return FunctionExpander(load_function(spec, "--expand", arguments=1))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
-from PIL import Image
+from typing import TYPE_CHECKING, Protocol
 
 from inference.hooks.user_code import HookFailedError, load_function
 from tokenloom_common.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 WORDS = "words"
 NSFW = "nsfw"

@@ -66,8 +66,4 @@ def keep_best(result: GenerationResult, candidates: int, num_images: int,
         rows += (best + first).tolist()
         kept += scores[best, 0].tolist()
 
-    layouts = None if result.layouts is None else result.layouts[rows]
-    return replace(
-        result, images=[result.images[row] for row in rows], image_tokens=result.image_tokens[rows],
-        prompts=[result.prompts[row] for row in rows], seeds=[result.seeds[row] for row in rows],
-        layouts=layouts, scores=kept)
+    return replace(result.keep(rows), scores=kept)

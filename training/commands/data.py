@@ -1,4 +1,4 @@
-"""`tokenloom data emoji|shapes|import|check`: build a captioned data set, or check one."""
+"""`tokenloom data emoji|shapes|import|check|concepts`: make, check or list a captioned data set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from tokenloom_common.errors import DataError, OneLineParser, UserError
 from tokenloom_common.files import write_json_atomic
 from tokenloom_common.outputs import check_output_file, is_json_with
+from tokenloom_common.text_files import read_text_file
 from training.commands.next_command import after_images, after_tokens
 from training.commands.reading_options import add_reading_options, given_reading
 
@@ -24,6 +25,7 @@ EXAMPLES = """examples:
   tokenloom data check data/emoji --split train --json report.json
   tokenloom data check photos --caption-ending .tags
   tokenloom data check runs/tokens
+  tokenloom data concepts data/emoji --out demo/model/concepts.json
 """
 
 IMPORT_KINDS = {
@@ -52,12 +54,13 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="tokenloom data", description=__doc__, epilog=EXAMPLES,
                            allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    # argparse's own metavar would be {emoji,shapes,import,check}
-    commands = parser.add_subparsers(required=True, metavar="emoji|shapes|import|check")
+    # argparse's own metavar would be {emoji,shapes,import,check,concepts}
+    commands = parser.add_subparsers(required=True, metavar="emoji|shapes|import|check|concepts")
     _add_emoji(commands)
     _add_shapes(commands)
     _add_import(commands)
     _add_check(commands)
+    _add_concepts(commands)
     return parser
 
 
@@ -122,6 +125,21 @@ def _add_check(commands: Any) -> None:
     parser.add_argument("--json", metavar="FILE",
                         help="also write the whole report there")
     add_reading_options(parser, streaming=True)
+
+
+def _add_concepts(commands: Any) -> None:
+    parser = _command(commands, "concepts", _concepts, "the concepts, styles and words of a data "
+                      "set, as concepts.json of a model trained on it (generate --expand)")
+    parser.add_argument("path", help="the data set: folder, parquet file, tar shards or hub id")
+    parser.add_argument("--out", metavar="FILE", required=True,
+                        help="file to write, such as MODEL/concepts.json")
+    parser.add_argument("--split", "--data.split", help="default: train, or the only one")
+    parser.add_argument("--text-encoder", metavar="DIR", help="folder or hub id of a sentence "
+                        "encoder of BERT's kind, such as MiniLM: also find, for every word that it "
+                        "knows, the nearest word of the data")
+    parser.add_argument("--other-words", metavar="FILE", help="with --text-encoder: further words, "
+                        "one a line, such as /usr/share/dict/words")
+    add_reading_options(parser)
 
 
 def _folder(text: str) -> Path:
@@ -239,3 +257,22 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
                         streamed_rows=1 if arguments.streaming else 0)
     given = {**reading, **({"streaming": True} if arguments.streaming else {})}
     return {**report, "next": after_images(report, given)}
+
+
+def _concepts(arguments: argparse.Namespace) -> int:
+    out = check_output_file("--out", arguments.out, lambda path: is_json_with(path, "concepts"))
+    other_words = []
+    if arguments.other_words is not None:
+        if arguments.text_encoder is None:
+            raise UserError("--other-words belongs to --text-encoder, which finds what they mean")
+        name = f"--other-words {arguments.other_words}"
+        other_words = read_text_file(Path(arguments.other_words), name).split()
+    from training.data.concepts import build_concepts
+
+    found = build_concepts(arguments.path, arguments.split, arguments.text_encoder, other_words,
+                           **given_reading(arguments))
+    found.write(out)
+    synonyms = "" if found.synonyms is None else f", {len(found.synonyms):,} synonyms"
+    print(f"{out}: {len(found.concepts):,} concepts, {len(found.styles)} styles, "
+          f"{len(found.words):,} words{synonyms}, {out.stat().st_size:,} bytes")
+    return 0
