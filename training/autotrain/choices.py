@@ -239,25 +239,25 @@ def _shape(data: DataFacts, images: int, machine: MachineFacts, free: float, spe
         affordable = [shape for shape in same_size if _affordable(shape, free, speeds)]
         return (affordable or same_size[:1])[-1], "--size"
 
-    best, why = None, "the largest there is"
-    for shape in _with_start(start, images):
+    shapes = _with_start(start, images)
+    best = shapes[0]
+    for shape in shapes[1:]:
+        if best.start is not None and images < SMALL_DATA:
+            return best, "the size of the model that it starts from"
         reason = _too_large(shape, data, images)
-        if reason is None and best is not None:
-            if not speeds.fits(shape):
-                reason = "does not fit into memory"
-            elif not _affordable(shape, free, speeds):
-                reason = f"takes {minutes_text(_needed(shape, speeds))} of training on this machine"
+        # a larger one from scratch takes longer still, and each measurement takes seconds
+        from_scratch = shape.start is None
+        if reason is None and from_scratch and not _affordable(best, free, speeds):
+            needed = minutes_text(_needed(best, speeds))
+            return best, f"takes {needed} of training itself, and a larger one more"
+        if reason is None and not speeds.fits(shape):
+            reason = "does not fit into memory"
+        if reason is None and not _affordable(shape, free, speeds):
+            reason = f"takes {minutes_text(_needed(shape, speeds))} of training on this machine"
         if reason is not None:
-            if best is None:  # the smallest is the last resort
-                return shape, reason
-            why = f"{shape.size} px with {shape.tokens} tokens {reason}"
-            break
+            return best, f"{shape.size} px with {shape.tokens} tokens {reason}"
         best = shape
-        if shape.start is not None and images < SMALL_DATA:
-            why = "the size of the model that it starts from"
-            break
-    assert best is not None
-    return best, why
+    return best, "the largest there is"
 
 
 def _with_start(start: StartFacts | None, images: int) -> list[Shape]:

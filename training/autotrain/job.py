@@ -121,10 +121,10 @@ def make_plan(options: TrainOptions, clock: Clock) -> Plan:
 
 def say_plan(plan: Plan) -> None:
     """Print the choices, one line each, and what to expect."""
-    for line in format_lines(plan.choices.lines):
-        print(line)
-    for note in plan.choices.notes:
-        print(f"note: {note}")
+    lines = format_lines(plan.choices.lines)
+    lines += [f"note: {note}" for note in plan.choices.notes]
+    # now: what the scripts print comes after it, also in a file
+    print("\n".join(lines), flush=True)
 
 
 def continued_plan(options: TrainOptions) -> Plan | None:

@@ -28,9 +28,9 @@ from training.engine.optim import build_optimizer
 from training.objectives.seq2seq import seq2seq_loss
 from training.objectives.tokenizer import TokenizerObjective
 
-WARM_STEPS = 2
-LEAST_STEPS, MOST_STEPS = 3, 12
+LEAST_STEPS, MOST_STEPS = 2, 12
 ENOUGH_SECONDS = 2.5
+WARM_SECONDS, MOST_WARM_STEPS = 0.5, 3
 BESIDE_THE_STEP = 1.15
 """Time of a script's step / time of the bare one: loader, averages of weights and gradients."""
 
@@ -173,9 +173,12 @@ def _learn(total: torch.Tensor, module: torch.nn.Module, optimizer: torch.optim.
 
 def _seconds_of(step: Callable[[], None], device: torch.device) -> float:
     """Mean seconds of a step, after the first ones, which allocate and choose algorithms."""
-    for _ in range(WARM_STEPS):
+    started = time.perf_counter()
+    for _ in range(MOST_WARM_STEPS):
         step()
-    _synchronize(device)
+        _synchronize(device)
+        if time.perf_counter() - started >= WARM_SECONDS:  # a slow machine has no time for more
+            break
     started = time.perf_counter()
     for count in range(1, MOST_STEPS + 1):
         step()
