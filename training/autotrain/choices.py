@@ -356,7 +356,7 @@ def _lines(choices: Choices, data: DataFacts, machine: MachineFacts, images: int
     lines.append(Line("transformer", f"width {choices.width}, {encoder} + {decoder} layers",
                       whys["width"] or ""))
     lines.append(Line("captions", f"{choices.text_length} ids of {choices.vocabulary:,}",
-                      f"99 % of them need at most {data.text_ids}, "
+                      f"99 % of them fit into {data.text_ids}, "
                       f"{data.mean_words:.1f} words on average"))
     lines.append(Line("guidance", f"{choices.guidance:g}, top-k {choices.top_k}, "
                                   "caption dropout 0.1",
