@@ -99,7 +99,7 @@ def test_the_training_folder_may_hold_nothing_of_others(tmp_path):
 def test_a_model_inside_the_data_or_around_it_is_refused(tmp_path):
     data = pictures(tmp_path / "data")
     for out in (data, data / "model", tmp_path):
-        with pytest.raises(UserError, match="data folder|holds other files"):
+        with pytest.raises(UserError, match=r"data folder|holds other files"):
             check_places(str(out), str(data))
     check_places(str(tmp_path / "model"), str(data))
 

@@ -17,6 +17,7 @@ FLOOR_MINUTES = 1.0
 SCRIPTS = 3  # starts of the launcher: image tokenizer, tokens, transformer
 REPORT_SHARE = 0.05  # of the minutes, for samples and measurements
 LEAST_REPORT_SECONDS = 15.0
+SAMPLED, SAMPLING = 30, 4.0  # pictures sampled at least; seconds of one / seconds of a row
 COPY_SHARE = 0.15  # of the minutes, at most, for reading the images once
 LEAST_TRAINING_SECONDS = 20.0
 LEAST_STEPS = 20
@@ -26,6 +27,7 @@ ENCODING = 0.3  # seconds to encode an image / seconds to learn from it
 MOST_COPIED = 200_000  # images
 HELD_OUT_SHARE = 0.05
 HELD_OUT_BOUNDS = (10, 500)
+MOST_HELD_OUT = 2000  # of the data's own
 HELD_OUT_FROM = 100  # images; of fewer none is spared
 
 SMALL_DATA, MIDDLE_DATA, LARGE_DATA = 1000, 5000, 20_000  # images
@@ -166,14 +168,17 @@ def choose(data: DataFacts, machine: MachineFacts, seconds: float, speeds: Speed
     copied, copy_why = _copied(data, seconds)
     held_out = _held_out(data, copied)
     images = copied - (held_out if data.held_out is None else 0)
-    copy_seconds = (copied + data.held_out_images) * data.read_seconds
+    own_held_out = held_out if data.held_out is not None else 0
+    copy_seconds = (copied + own_held_out) * data.read_seconds
     report = max(LEAST_REPORT_SECONDS, REPORT_SHARE * seconds)
-    fixed = copy_seconds + report + SCRIPTS * speeds.start_seconds
+    fixed = copy_seconds + SCRIPTS * speeds.start_seconds
 
-    shape, shape_why = _shape(data, images, machine, seconds - fixed, speeds, start, size)
+    shape, shape_why = _shape(data, images, seconds - fixed - report, speeds, start, size)
     picture_seconds = speeds.picture(shape)
     encode = copied * picture_seconds * ENCODING
-    free = max(LEAST_TRAINING_SECONDS, seconds - fixed - encode)
+    sampling = SAMPLED * SAMPLING * speeds.row(shape, 256)
+    report = max(report, speeds.start_seconds / 2 + sampling)
+    free = max(LEAST_TRAINING_SECONDS, seconds - fixed - encode - report)
     share = _tokenizer_share(shape, speeds)
     width, width_why = _width(shape, images, free * (1 - share), speeds)
     times = Times(copy_seconds, free * share, encode, free * (1 - share), report, picture_seconds,
@@ -224,15 +229,15 @@ def _copied(data: DataFacts, seconds: float) -> tuple[int, str | None]:
 def _held_out(data: DataFacts, copied: int) -> int:
     """Images to hold out of the training split, where the data has no split of its own."""
     if data.held_out is not None:
-        return data.held_out_images
+        return min(data.held_out_images, MOST_HELD_OUT)
     if copied < HELD_OUT_FROM:
         return 0
     least, most = HELD_OUT_BOUNDS
     return max(least, min(most, round(HELD_OUT_SHARE * copied)))
 
 
-def _shape(data: DataFacts, images: int, machine: MachineFacts, free: float, speeds: Speeds,
-           start: StartFacts | None, size: int | None) -> tuple[Shape, str]:
+def _shape(data: DataFacts, images: int, free: float, speeds: Speeds, start: StartFacts | None,
+           size: int | None) -> tuple[Shape, str]:
     """Return the largest shape that data and time allow, and why it is no larger."""
     if size is not None:
         same_size = [shape for shape in _with_start(start, images) if shape.size == size]
@@ -340,7 +345,7 @@ def _lines(choices: Choices, data: DataFacts, machine: MachineFacts, images: int
                   whys["copy"] or f"{data.distinct:,} different captions, {data.words:,} words, "
                                   f"median shorter side {data.shorter_side} px")]
     if data.held_out is not None:
-        held_out, why = f"split {data.held_out}, {data.held_out_images:,} images", "the data's own"
+        held_out, why = f"{choices.held_out:,} images of split {data.held_out}", "the data's own"
     elif choices.held_out:
         held_out, why = f"{choices.held_out:,} images", "the data has no split for it"
     else:

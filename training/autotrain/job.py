@@ -7,7 +7,7 @@ import logging
 import shlex
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,11 @@ def make_plan(options: TrainOptions, clock: Clock) -> Plan:
     with ProbeWorkers(machine.processes) as workers:
         speeds = MeasuredSpeeds(workers, data, machine, options.overrides)
         choices = choose(data, machine, clock.left, speeds, start, options.size)
+    own = [f"--{name}.{key.removeprefix('--')} {value}" for name, words in options.overrides.items()
+           for key, value in zip(words[::2], words[1::2], strict=True)]
+    if own:
+        line = Line("set by you", " ".join(own), "counts more than what is said above")
+        choices = replace(choices, lines=(*choices.lines, line))
     return Plan(choices, data, machine, speeds.start_seconds)
 
 
@@ -192,8 +197,7 @@ class AutoTrain:
         arguments = ["--config", recipe, "--data.path", self.copy, "--run_dir", run_dir,
                      "--seed", self.options.seed, *self._validation()]
         self._run("tokenizer", "train_tokenizer.py", run_dir, arguments,
-                  self.clock.budget - after, times.picture_seconds * choices.tokenizer_batch,
-                  TOKENIZER_TOLERANCE)
+                  self.clock.budget - after, times.picture_seconds, TOKENIZER_TOLERANCE)
 
     def _encode(self) -> None:
         self.clock.begin("tokens")
@@ -214,17 +218,18 @@ class AutoTrain:
                      self.tokenizer / "model", "--run_dir", run_dir, "--seed", self.options.seed,
                      *self._validation()]
         self._run("transformer", "train_seq2seq.py", run_dir, arguments, self.clock.budget - after,
-                  choices.times.row_seconds * choices.batch, TRANSFORMER_TOLERANCE)
+                  choices.times.row_seconds, TRANSFORMER_TOLERANCE)
 
     def _run(self, name: str, script: str, run_dir: Path, arguments: list[object], until: float,
-             seconds_per_step: float, tolerance: float) -> None:
+             seconds_each: float, tolerance: float) -> None:
+        """Run a training script. seconds_each: of an image or a row."""
         overrides = self.options.overrides.get(name, [])
-        steps = None
-        if "--train.steps" in overrides:  # the last one counts, as in the script
-            config = read_stage(name, [str(word) for word in arguments], {name: overrides})
-            steps = config.train.steps
+        config = read_stage(name, [str(word) for word in arguments], {name: overrides})
+        # of the merged config: the user may have set another batch, or the steps
+        steps = config.train.steps if "--train.steps" in overrides else None
         stage = Stage(name, script, run_dir, [*arguments, *overrides], until,
-                      self.plan.start_seconds, seconds_per_step, tolerance, steps)
+                      self.plan.start_seconds, seconds_each * config.train.batch_size, tolerance,
+                      steps)
         run_stage(stage, self.clock)
 
     def _validation(self) -> list[str]:

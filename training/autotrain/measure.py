@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -28,7 +28,10 @@ from training.evaluation.sheets import labelled_grid, side_by_side
 
 QUESTIONS = 100  # captions that are sampled and measured, if there is time
 SHOWN = 24  # of these, in samples.png
+LEAST_SHOWN = 8  # also where the time is over
+MOST_REFERENCES = 20_000  # training images among which the nearest is looked for
 SHOWN_RECONSTRUCTIONS = 8
+SAMPLING_SHARE = 0.6  # of the time that is left for the report
 MEASURED = 256  # images, of each split
 BATCH = 32
 
@@ -55,12 +58,12 @@ def measure_model(folder: Path, train: CaptionedImages, held_out: CaptionedImage
     figures: dict[str, Any] = {"measured_on": measured_split, "images": len(rows)}
     figures |= _reconstruction(model, source, rows)
     figures |= _caption_loss(model, source, rows)
-    sections = []
-    scores, cells = _sample_known(model, train, seed, seconds)
-    figures |= scores
-    sections.append(("captions of training images", cells))
+    sampled = _sample_known(model, train, seed, seconds)
+    figures |= sampled.figures
+    sections = [("captions of training images", sampled.cells)]
     if held_out is not None:
-        questions = choose_questions(held_out, SHOWN // 2, seed)
+        count = max(LEAST_SHOWN // 2, min(SHOWN // 2, len(sampled.cells) // 2))
+        questions = choose_questions(held_out, count, seed)
         images = sample_questions(model, questions, seed, "sample held-out captions")
         sections.append(("captions of held-out images", _cells(questions, images)))
     return Measured(figures, labelled_grid(sections), _reconstruction_sheet(model, source, rows))
@@ -88,22 +91,33 @@ def _caption_loss(model: TextToImage, source: CaptionedImages, rows: list[int]) 
             "captions_tell": given_none - given_caption}
 
 
-def _sample_known(model: TextToImage, train: CaptionedImages, seed: int, seconds: float
-                  ) -> tuple[dict[str, Any], list[tuple[str, Image.Image]]]:
-    """Sample captions of the training images: the sheet's first, then as many as there is time."""
+class Sampled(NamedTuple):
+    """figures: of the report; cells: captions and pictures of the sheet."""
+
+    figures: dict[str, Any]
+    cells: list[tuple[str, Image.Image]]
+
+
+def _sample_known(model: TextToImage, train: CaptionedImages, seed: int, seconds: float) -> Sampled:
+    """Sample captions of training images, as many as there is time for."""
+    ends = time.perf_counter() + SAMPLING_SHARE * seconds
     questions = choose_questions(train, min(QUESTIONS, len(train)), seed)
-    started = time.perf_counter()
-    images = sample_questions(model, questions[:SHOWN], seed, "sample training captions")
-    each = (time.perf_counter() - started) / len(images)
-    affordable = max(SHOWN, int(0.7 * seconds / each))
-    asked = questions[:affordable]
-    more = asked[SHOWN:]
-    if more:
-        images += sample_questions(model, more, seed + SHOWN, "sample more of them")
-    reference = TrainingPictures(train, model.image_tokenizer.config.resolution)
-    score = reference.score(images, asked)
-    return ({"caption_accuracy": score["accuracy"], "caption_accuracy_details": score},
-            _cells(asked, images)[:SHOWN])
+    images: list[Image.Image] = []
+    while len(images) < len(questions):
+        started = time.perf_counter()
+        some = questions[len(images):len(images) + LEAST_SHOWN]
+        images += sample_questions(model, some, seed + len(images), "sample training captions",
+                                   batch_size=LEAST_SHOWN)
+        now = time.perf_counter()
+        if now + (now - started) > ends:  # another batch would take too long
+            break
+    asked = questions[:len(images)]
+    figures: dict[str, Any] = {"example": asked[0].caption}
+    if len(train) <= MOST_REFERENCES:
+        reference = TrainingPictures(train, model.image_tokenizer.config.resolution)
+        score = reference.score(images, asked)
+        figures |= {"caption_accuracy": score["accuracy"], "caption_accuracy_details": score}
+    return Sampled(figures, _cells(asked, images)[:SHOWN])
 
 
 def _cells(questions: list[Question], images: list[Image.Image]) -> list[tuple[str, Image.Image]]:

@@ -46,7 +46,8 @@ def write_copy(source: CaptionedImages, held_out: CaptionedImages | None, choice
         counts = {}
         parts = [(TRAIN, source, sorted(rows[spared:])), (HELD_OUT, source, sorted(rows[:spared]))]
         if held_out is not None:
-            parts[1] = (HELD_OUT, held_out, list(range(len(held_out))))
+            stride = -(-len(held_out) // choices.held_out)  # rounded up: no more than were chosen
+            parts[1] = (HELD_OUT, held_out, list(range(0, len(held_out), stride)))
         for split, images, indices in parts:
             if indices:
                 counts[split] = _write_split(aside, split, images, indices, choices.shape.size,

@@ -43,8 +43,9 @@ class ProbeWorkers:
         environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
         command = [sys.executable, "-m", "training.autotrain.probe"]
         self._workers = [
+            # a session of its own: Ctrl-C is for this process, whose end closes their stdin
             subprocess.Popen([*command, str(rank), str(processes)], env=environment, text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
             for rank in range(processes)]
         self._ask_all({"stage": "none"})
         self.import_seconds = time.perf_counter() - started
@@ -174,10 +175,13 @@ def _learn(total: torch.Tensor, module: torch.nn.Module, optimizer: torch.optim.
 def _seconds_of(step: Callable[[], None], device: torch.device) -> float:
     """Mean seconds of a step, after the first ones, which allocate and choose algorithms."""
     started = time.perf_counter()
-    for _ in range(MOST_WARM_STEPS):
+    for warm_steps in range(1, MOST_WARM_STEPS + 1):
         step()
         _synchronize(device)
-        if time.perf_counter() - started >= WARM_SECONDS:  # a slow machine has no time for more
+        warm_seconds = time.perf_counter() - started
+        if warm_seconds >= ENOUGH_SECONDS:  # beside such a step, allocations are nothing
+            return warm_seconds / warm_steps
+        if warm_seconds >= WARM_SECONDS:
             break
     started = time.perf_counter()
     for count in range(1, MOST_STEPS + 1):
