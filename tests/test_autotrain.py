@@ -18,10 +18,10 @@ from tokenloom_common.errors import RunFailedError, StoppedBySignalError, UserEr
 from training.autotrain import launching, stage
 from training.autotrain.clock import Clock
 from training.autotrain.facts import look_at_data, open_data
-from training.autotrain.job import TrainOptions, continued_plan
 from training.autotrain.launching import launch
 from training.autotrain.phases import PhaseRunner
 from training.autotrain.places import PLAN, check_places, training_folder
+from training.autotrain.plan import TrainOptions, continued_plan
 from training.autotrain.recipes import check_overrides, split_overrides
 from training.autotrain.stage import Stage, read_progress, run_stage, steps_until, worth_stopping
 

@@ -7,16 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tokenloom_common.errors import UserError
-from training.autotrain.choices import (
-    SHAPES,
-    Choices,
-    Shape,
-    check_minutes,
-    check_size,
-    choose,
-    steps_in,
-)
+from training.autotrain.choices import Choices, check_minutes, choose, steps_in
 from training.autotrain.facts import DataFacts, MachineFacts, StartFacts
+from training.autotrain.shapes import SHAPES, Shape, check_size
+from training.autotrain.words import choice_lines, notes_of
 
 EMOJI = DataFacts(images=300, shorter_side=64, held_out=None, held_out_images=0, captions=1800, distinct=1700,
                   first_captions=150, words=600, mean_words=5.0, vocabulary=1520, text_ids=18, read_seconds=0.001)
@@ -49,8 +43,12 @@ def chosen(data=EMOJI, machine=TWO_CORES, minutes=20.0, speeds=None, start=None,
     return choose(data, machine, 60 * minutes, speeds or Speeds(), start, size)
 
 
-def said(choices: Choices) -> dict[str, tuple[str, str]]:
-    return {line.name: (line.value, line.why) for line in choices.lines}
+def said(choices: Choices, data=EMOJI, machine=TWO_CORES) -> dict[str, tuple[str, str]]:
+    return {line.name: (line.value, line.why) for line in choice_lines(choices, data, machine)}
+
+
+def notes(choices: Choices, data=EMOJI) -> str:
+    return "\n".join(notes_of(choices, data))
 
 
 def test_the_stages_fill_the_minutes_and_no_more():
@@ -148,32 +146,35 @@ def test_too_few_minutes_are_refused_with_the_reason(minutes):
 
 def test_a_short_time_is_said_honestly_and_still_trains():
     choices = chosen(minutes=2)
-    assert any("the time is short" in note and "expect blurry pictures" in note for note in choices.notes)
+    assert "the time is short" in notes(choices)
+    assert "expect blurry pictures" in notes(choices)
     assert choices.steps >= 20
     assert choices.tokenizer_steps >= 20
-    assert not any("short" in note for note in chosen(minutes=60).notes)
+    assert notes(chosen(minutes=60)) == ""
 
 
 def test_images_are_held_out_unless_the_data_has_a_split_or_is_tiny():
     assert chosen().held_out == 15
     assert chosen(replace(EMOJI, images=60)).held_out == 0
     assert chosen(replace(EMOJI, images=40_000)).held_out == 500
-    own = chosen(replace(EMOJI, held_out="validation", held_out_images=80))
-    assert own.held_out == 80
-    assert said(own)["held out"][0] == "80 images of split validation"
+    data = replace(EMOJI, held_out="validation", held_out_images=80)
+    own = chosen(data)
+    assert (own.held_out, own.images) == (80, 300)
+    assert said(own, data)["held out"][0] == "80 images of split validation"
 
 
 def test_what_takes_too_long_to_read_is_read_in_part_and_said():
     slow = replace(PHOTOS, images=1_000_000, read_seconds=0.02)
     choices = chosen(slow, minutes=20)
     assert choices.copied == 9000  # 15 % of the 20 minutes
-    value, why = said(choices)["data"]
+    value, why = said(choices, slow)["data"]
     assert value == "9,000 images of 1,000,000"
     assert "reading all takes 5.6 hours" in why
 
 
 def test_captions_that_are_all_the_same_are_said():
-    assert any("all captions are the same" in note for note in chosen(replace(EMOJI, distinct=1)).notes)
+    data = replace(EMOJI, distinct=1)
+    assert "all captions are the same" in notes(chosen(data), data)
 
 
 def test_text_length_and_vocabulary_come_from_the_captions():
@@ -184,8 +185,9 @@ def test_text_length_and_vocabulary_come_from_the_captions():
 
 def test_every_choice_says_why():
     for choices in (chosen(), chosen(PHOTOS, ONE_GPU), chosen(start=SHIPPED), chosen(size=128)):
-        assert all(line.value and line.why for line in choices.lines)
-        assert len(choices.lines) == 11
+        lines = said(choices)
+        assert all(value and why for value, why in lines.values())
+        assert len(lines) == 11
 
 
 def test_every_shape_divides_its_size():

@@ -13,8 +13,9 @@ from inference import TextToImage
 from tests import command_line
 from tokenloom_common.errors import UserError
 from training.autotrain.clock import Clock
-from training.autotrain.job import AutoTrain, TrainOptions, continued_plan, train
+from training.autotrain.job import AutoTrain, train
 from training.autotrain.places import OUT_NAMES, check_places, training_folder
+from training.autotrain.plan import TrainOptions, continued_plan
 from training.autotrain.prepare import HELD_OUT, open_copy
 from training.runs.metrics import read_metrics
 

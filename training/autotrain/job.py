@@ -7,25 +7,14 @@ import logging
 import shlex
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tokenloom_common.errors import UserError
 from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
-from training.autotrain.choices import Choices, Line, Shape, Times, choose
 from training.autotrain.clock import Clock
-from training.autotrain.facts import (
-    DataFacts,
-    MachineFacts,
-    StartFacts,
-    look_at_data,
-    look_at_machine,
-    look_at_start,
-    open_data,
-)
+from training.autotrain.facts import open_data
 from training.autotrain.launching import launch
 from training.autotrain.measure import Measured, measure_model
 from training.autotrain.phases import PhaseRunner
@@ -37,117 +26,27 @@ from training.autotrain.places import (
     REPORT,
     SAMPLES,
     TIME,
-    read_plan,
     training_folder,
 )
+from training.autotrain.plan import (
+    Plan,
+    TrainOptions,
+    continued_plan,
+    make_plan,
+    plan_lines,
+    say_plan,
+)
 from training.autotrain.prepare import HELD_OUT, open_copy, write_copy
-from training.autotrain.probe import ProbeWorkers
 from training.autotrain.recipes import read_stage, tokenizer_values, transformer_values
-from training.autotrain.report import draw_curves, figure_rows, format_lines, next_steps, page
-from training.autotrain.speeds import MeasuredSpeeds
+from training.autotrain.report import draw_curves, figure_rows, next_steps, page
 from training.autotrain.stage import Stage, run_stage
+from training.autotrain.words import notes_of
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_TOLERANCE = 0.12  # shares of the minutes: the transformer can make up for the tokenizer
 TRANSFORMER_TOLERANCE = 0.07
 ENDING = 0.4  # seconds to measure and export / seconds to start
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What was asked for. reading: options of `open_dataset`; start_from: a model folder."""
-
-    data: str
-    out: str
-    minutes: float
-    split: str | None = None
-    size: int | None = None
-    seed: int = 0
-    start_from: str | None = None
-    reading: dict[str, Any] = field(default_factory=dict)
-    overrides: dict[str, list[str]] = field(default_factory=dict)
-
-    def plain(self) -> dict[str, Any]:
-        """What a training that goes on must share with the one that was begun."""
-        values = asdict(self)
-        del values["out"]
-        return {**values, "data": _place(self.data)}
-
-
-def _place(data: str) -> str:
-    return str(Path(data).resolve()) if Path(data).exists() else data
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Choices, and the facts that they follow from."""
-
-    choices: Choices
-    data: DataFacts
-    machine: MachineFacts
-    start_seconds: float
-
-    def plain(self, options: TrainOptions) -> dict[str, Any]:
-        """Return the contents of plan.json."""
-        return {"arguments": options.plain(), **asdict(self)}
-
-    @classmethod
-    def read(cls, values: dict[str, Any]) -> Plan:
-        """Read plan.json's contents."""
-        choices = dict(values["choices"])
-        choices["shape"] = Shape(**choices["shape"])
-        choices["times"] = Times(**choices["times"])
-        choices["lines"] = tuple(Line(*line) for line in choices["lines"])
-        choices["notes"] = tuple(choices["notes"])
-        return cls(Choices(**choices), DataFacts(**values["data"]),
-                   MachineFacts(**values["machine"]), values["start_seconds"])
-
-
-def make_plan(options: TrainOptions, clock: Clock) -> Plan:
-    """Look at data and machine, measure, and choose. DataError for unusable data."""
-    source = open_data(options.data, options.split, options.reading)
-    data = look_at_data(source, options.split, options.reading)
-    machine = look_at_machine()
-    start: StartFacts | None = None
-    if options.start_from is not None:
-        start = look_at_start(options.start_from)
-    log.info("measuring the speed of training on this machine ...")
-    with ProbeWorkers(machine.processes) as workers:
-        speeds = MeasuredSpeeds(workers, data, machine, options.overrides)
-        choices = choose(data, machine, clock.left, speeds, start, options.size)
-    own = [f"--{name}.{key.removeprefix('--')} {value}" for name, words in options.overrides.items()
-           for key, value in zip(words[::2], words[1::2], strict=True)]
-    if own:
-        line = Line("set by you", " ".join(own), "counts more than what is said above")
-        choices = replace(choices, lines=(*choices.lines, line))
-    return Plan(choices, data, machine, speeds.start_seconds)
-
-
-def say_plan(plan: Plan) -> None:
-    """Print the choices, one line each, and what to expect."""
-    lines = format_lines(plan.choices.lines)
-    lines += [f"note: {note}" for note in plan.choices.notes]
-    # now: what the scripts print comes after it, also in a file
-    print("\n".join(lines), flush=True)
-
-
-def continued_plan(options: TrainOptions) -> Plan | None:
-    """Return the plan that was begun with the same arguments; None where none was begun.
-
-    UserError, naming the argument, for another one: its results would be mixed with this one's.
-    """
-    folder = training_folder(options.out)
-    values = read_plan(folder)
-    if values is None:
-        return None
-    begun, asked = values["arguments"], json.loads(json.dumps(options.plain()))
-    for name, value in asked.items():
-        if begun.get(name) != value:
-            raise UserError(f"--out {options.out}: {folder} was begun with another {name} "
-                            f"({begun.get(name)}, not {value}); give the same, or another --out, "
-                            "or delete that folder")
-    return Plan.read(values)
 
 
 class AutoTrain:
@@ -270,7 +169,8 @@ class AutoTrain:
                                      ("transformer", self.transformer))}
         images: dict[str, Any] = {"Samples": measured.samples,
                                   "Reconstructions": measured.reconstructions, "Curves": curves}
-        return page(self.out.name, self.choices.lines, self.choices.notes, measured.figures,
+        return page(self.out.name, plan_lines(self.plan, self.options),
+                    notes_of(self.choices, self.plan.data), measured.figures,
                     dict(self.clock.stages), self._next(measured.figures), images, configs)
 
     def _next(self, figures: dict[str, Any]) -> list[str]:
@@ -302,7 +202,7 @@ def train(options: TrainOptions, dry_run: bool, started: float | None = None) ->
     else:
         log.info("%s: goes on; %.1f of %g minutes are spent", folder, clock.spent / 60,
                  options.minutes)
-    say_plan(plan)
+    say_plan(plan, options)
     if dry_run:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from training.autotrain.choices import Line, minutes_text
+from training.autotrain.shapes import minutes_text
+from training.autotrain.words import Line
 from training.evaluation.plots import plot_curves
 from training.runs.html_parts import bullets, document, image, section, table
 from training.runs.metrics import read_metrics
@@ -24,11 +25,6 @@ def draw_curves(tokenizer_run: Path, transformer_run: Path, path: Path) -> None:
               ("image tokenizer: share of codes used", tokenizer, ["codebook_usage"]),
               ("transformer: nats a token", transformer, ["loss"])]
     plot_curves(panels, path)
-
-
-def format_lines(lines: Sequence[Line]) -> list[str]:
-    """Format choices for a terminal: `name  value  (why)`."""
-    return [f"{name:<19} {value}" + (f"  ({why})" if why else "") for name, value, why in lines]
 
 
 def figure_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:

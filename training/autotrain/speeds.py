@@ -7,7 +7,6 @@ from typing import Any
 
 from training.autotrain.choices import (
     Choices,
-    Shape,
     Times,
     channels_of,
     row_batch,
@@ -22,6 +21,7 @@ from training.autotrain.recipes import (
     tokenizer_values,
     transformer_values,
 )
+from training.autotrain.shapes import Shape
 from training.config.tokenizer import TokenizerRunConfig
 from training.planning.fits import MemoryFit, MemoryOptions, least_memory
 from training.planning.plan import tokenizer_plan
@@ -94,10 +94,10 @@ class MeasuredSpeeds:
 
     def _assumed(self, shape: Shape, width: int) -> Choices:
         """Choices of this shape before there are times: what is not yet chosen costs no time."""
-        times = Times(0.0, 1000.0, 0.0, 1000.0, 0.0, 0.05, 0.05)
+        times = Times(0.0, 0.0, 1000.0, 0.0, 1000.0, 0.0, 0.05, 0.05)
         return Choices(
             shape=shape, codebook_size=shape.codebook_size or 1024,
             channels=channels_of(self.machine), tokenizer_batch=tokenizer_batch(self.machine),
             flip=0.0, width=width, dropout=0.0, batch=row_batch(self.machine),
             vocabulary=self.data.vocabulary, text_length=max(8, self.data.text_ids), guidance=2.0,
-            top_k=64, copied=self.data.images, held_out=0, times=times)
+            top_k=64, copied=self.data.images, held_out=0, images=self.data.images, times=times)

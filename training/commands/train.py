@@ -33,10 +33,11 @@ def train(argv: Sequence[str] | None = None) -> int:
     check_places(arguments.out, arguments.data)
     reading = given_reading(arguments)
 
-    from training.autotrain.choices import check_minutes, check_size
-    from training.autotrain.job import TrainOptions
+    from training.autotrain.choices import check_minutes
     from training.autotrain.job import train as run
+    from training.autotrain.plan import TrainOptions
     from training.autotrain.recipes import check_overrides, split_overrides
+    from training.autotrain.shapes import check_size
     from training.data.sources.open_dataset import open_dataset
     from training.data.tokens.check import is_token_folder
     from training.loop.log import setup_console
