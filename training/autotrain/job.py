@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from tokenloom_common.errors import UserError
 from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
 from training.autotrain.clock import Clock
 from training.autotrain.facts import open_data
@@ -41,6 +42,7 @@ from training.autotrain.recipes import read_stage, tokenizer_values, transformer
 from training.autotrain.report import draw_curves, figure_rows, next_steps, page
 from training.autotrain.stage import Stage, run_stage
 from training.autotrain.words import notes_of
+from training.runs.run_folder import hold_folder
 
 log = logging.getLogger(__name__)
 
@@ -205,5 +207,8 @@ def train(options: TrainOptions, dry_run: bool, started: float | None = None) ->
     say_plan(plan, options)
     if dry_run:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        hold_folder(folder)
+    except UserError as error:  # it speaks of the scripts' option
+        raise UserError(str(error).replace("--run_dir", "--out")) from None
     AutoTrain(options, plan, clock).run()

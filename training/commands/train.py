@@ -11,6 +11,11 @@ from tokenloom_common.errors import OneLineParser, UserError
 from training.autotrain.places import check_places
 from training.commands.reading_options import add_reading_options, given_reading
 
+DESCRIPTION = """Train a text-to-image model on a folder of captioned images, in the minutes given.
+
+Image size, models, batches and steps follow from the data, the machine and the time; --dry-run says
+them and why. Every key of the training scripts can be set: --tokenizer.KEY VALUE,
+--transformer.KEY VALUE."""
 EXAMPLES = """examples:
   tokenloom train my_pictures --out my_model --minutes 60
   tokenloom train my_pictures --out my_model --minutes 60 --dry-run
@@ -75,10 +80,7 @@ def _start(from_scratch: bool) -> str | None:
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="tokenloom train", epilog=EXAMPLES, allow_abbrev=False,
-        description="Train a text-to-image model on a folder of captioned images, in the minutes "
-                    "that are given. Image size, models, batches and steps follow from the data, "
-                    "the machine and the time; --dry-run says them and why. Every key of the "
-                    "training scripts can be set: --tokenizer.KEY VALUE, --transformer.KEY VALUE.",
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder of images with captions, parquet file, tar shards, "
                         "hub id; see `tokenloom data check`")
