@@ -75,6 +75,8 @@ COMMANDS = {
                  "say what sampling or a training run needs: memory, time, disk"),
     "data": ("training.commands.data", "main",
              "build and check captioned image data"),
+    "train": ("training.commands.train", "train",
+              "train a model on a folder of captioned images, in the minutes given"),
     "evaluate": ("training.commands.evaluate", "main",
                  "measure an image tokenizer or a text-to-image model"),
     "runs": ("training.commands.runs", "runs",

@@ -34,6 +34,7 @@ FOLDERS = {
     "train_seq2seq.py": ("--run_dir", ["--config", "small_seq2seq", "--data.path", DATA, "--image_tokenizer", MODEL]),
     "train_matcher.py": ("--run_dir", ["--config", "emoji_matcher", "--data.path", DATA]),
     "encode_dataset.py": ("--out", ["--image_tokenizer", MODEL, "--data.path", DATA]),
+    "tokenloom train": ("--out", [DATA, "--minutes", "5"]),
     "demo": ("--out", []),
 }
 FILES = {
@@ -127,7 +128,7 @@ def test_a_folder_is_no_file(refused, tmp_path, name):
 
 @pytest.mark.parametrize("name", [
     "tokenloom convert", "tokenloom data emoji", "tokenloom data shapes", "tokenloom evaluate tokenizer",
-    "tokenloom evaluate generator", "encode_dataset.py", "demo"])
+    "tokenloom evaluate generator", "encode_dataset.py", "tokenloom train", "demo"])
 def test_a_folder_of_others_is_kept(refused, tmp_path, name):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("mine")

@@ -16,15 +16,10 @@ from training.places import check_demo_folder, refuse_early
 if __name__ == "__main__":
     refuse_early("demo")  # before the imports below, which take seconds
 
-import hashlib
 import json
 import logging
-import os
 import shutil
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +28,12 @@ import torch
 import yaml
 
 from inference import TextToImage
-from tokenloom_common.errors import OneLineParser, RunFailedError, choose, run_command
+from tokenloom_common.errors import OneLineParser, choose, run_command
 from tokenloom_common.files import write_json_atomic
+from training.autotrain.launching import launch
+from training.autotrain.phases import PhaseRunner
+from training.autotrain.report import draw_curves
+from training.config.loading import RECIPES
 from training.data.builders.emoji import build_emoji
 from training.data.sources.open_dataset import list_splits, open_dataset
 from training.evaluation.caption_accuracy import (
@@ -42,18 +41,15 @@ from training.evaluation.caption_accuracy import (
     choose_questions,
     sample_questions,
 )
-from training.evaluation.plots import plot_curves
 from training.evaluation.reconstruction import evaluate_reconstruction
 from training.evaluation.sheets import labelled_grid
 from training.loop.log import setup_console
 from training.runs.environment import environment
-from training.runs.metrics import read_metrics
 
 log = logging.getLogger("training.demo")
 
-SCRIPTS = Path(__file__).parent
-TOKENIZER_RECIPE = SCRIPTS / "recipes" / "demo_tokenizer.yaml"
-SEQ2SEQ_RECIPE = SCRIPTS / "recipes" / "demo_seq2seq.yaml"
+TOKENIZER_RECIPE = RECIPES / "demo_tokenizer.yaml"
+SEQ2SEQ_RECIPE = RECIPES / "demo_seq2seq.yaml"
 QUESTIONS = 100  # captions per split that are sampled and measured
 SHOWN = 24  # of these, in samples.png
 
@@ -80,49 +76,14 @@ class DemoSize:
 SIZES = {"full": DemoSize(None, 240), "quick": DemoSize(60, 40, ("--train.steps", "30"))}
 
 
-class Demo:
-    """Phases that each note their inputs, so that the next run knows which results still hold."""
+class Demo(PhaseRunner):
+    """The phases of the demo, each made again when a recipe or an argument of it changed."""
 
     def __init__(self, out: Path, size: str, seed: int) -> None:
-        self.out, self.size, self.seed = out, choose(SIZES, size, "--size"), seed
-        self.phases: dict[str, dict[str, Any]] = {}
-        self.pictures, self.captioned = out / "data" / "pictures", out / "data" / "captioned"
         # with a GPU, precision and number of processes differ, and so do the results
-        self._chain = f"{size}/{seed}/{torch.cuda.is_available()}"
-        """Hash of the inputs of all phases so far: one that changes makes all later ones again."""
-
-    def phase(self, name: str, inputs: str, result: Path, work: Callable[[], None]) -> None:
-        """Run `work`, or reuse `result` when an earlier run made it from the same inputs."""
-        chained = f"{self._chain}|{name}|{inputs}"
-        self._chain = hashlib.blake2b(chained.encode(), digest_size=8).hexdigest()
-        path = self.out / "phases" / f"{name}.json"
-        # written last, so that a phase which was killed has none
-        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if note.get("made_from") == self._chain and result.exists():
-            log.info("%s: done before (%.0f s), reused: %s", name, note["seconds"], result)
-            self.phases[name] = {"seconds": note["seconds"], "reused": True}
-            return
-
-        log.info("== %s", name)
-        started = time.perf_counter()
-        work()
-        seconds = round(time.perf_counter() - started, 1)
-        write_json_atomic(path, {"made_from": self._chain, "seconds": seconds})
-        log.info("%s: %.0f s", name, seconds)
-        self.phases[name] = {"seconds": seconds, "reused": False}
-
-    def launch(self, script: str, *arguments: object) -> None:
-        """Run a script through the `deepspeed` launcher, on up to 8 GPUs or 2 CPU processes."""
-        # of this environment, which need not be on PATH
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher) if launcher.is_file() else "deepspeed", "--log_level", "warning",
-                   "--num_accelerators", str(_process_count()), "--master_port", str(_free_port()),
-                   str(SCRIPTS / script), *(str(argument) for argument in arguments)]
-        log.info("$ %s", " ".join(command))
-        code = subprocess.run(command, check=False).returncode
-        if code:
-            raise RunFailedError(f"{script} ended with exit code {code}; its reason is printed "
-                                 "above")
+        super().__init__(out, f"{size}/{seed}/{torch.cuda.is_available()}")
+        self.size, self.seed = choose(SIZES, size, "--size"), seed
+        self.pictures, self.captioned = out / "data" / "pictures", out / "data" / "captioned"
 
     def run(self) -> None:
         """Run all phases."""
@@ -166,33 +127,23 @@ class Demo:
 
     def train_tokenizer(self) -> None:
         """Train the image tokenizer on the training split."""
-        self.launch("train_tokenizer.py", "--config", TOKENIZER_RECIPE, "--data.path",
-                    self.pictures, "--run_dir", self._fresh("tokenizer"), "--seed", self.seed,
-                    *self.size.overrides)
+        launch("train_tokenizer.py", "--config", TOKENIZER_RECIPE, "--data.path", self.pictures,
+               "--run_dir", self.continued_folder("tokenizer"), "--seed", self.seed,
+               *self.size.overrides)
 
     def encode(self) -> None:
         """Encode every split of the captioned set as tokens."""
-        self.launch("encode_dataset.py", "--image_tokenizer", self.out / "tokenizer" / "model",
-                    "--data.path", self.captioned, "--out", self.out / "tokens")
+        launch("encode_dataset.py", "--image_tokenizer", self.out / "tokenizer" / "model",
+               "--data.path", self.captioned, "--out", self.out / "tokens")
 
     def train_seq2seq(self) -> None:
         """Train the transformer; its export becomes OUT/model."""
-        self.launch("train_seq2seq.py", "--config", SEQ2SEQ_RECIPE, "--data.path",
-                    self.out / "tokens", "--image_tokenizer", self.out / "tokenizer" / "model",
-                    "--run_dir", self._fresh("seq2seq"), "--seed", self.seed, *self.size.overrides)
+        launch("train_seq2seq.py", "--config", SEQ2SEQ_RECIPE, "--data.path", self.out / "tokens",
+               "--image_tokenizer", self.out / "tokenizer" / "model", "--run_dir",
+               self.continued_folder("seq2seq"), "--seed", self.seed, *self.size.overrides)
         # a copy, so that OUT/model is complete without the run folder
         shutil.rmtree(self.out / "model", ignore_errors=True)
         shutil.copytree(self.out / "seq2seq" / "model", self.out / "model")
-
-    def _fresh(self, name: str) -> Path:
-        """Return a run folder, with the checkpoints that a killed demo left of the same phase."""
-        folder, note = self.out / name, self.out / "phases" / f"{name}.started"
-        is_same_phase = note.is_file() and note.read_text(encoding="utf-8") == self._chain
-        if not is_same_phase:
-            shutil.rmtree(folder, ignore_errors=True)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(self._chain, encoding="utf-8")
-        return folder
 
     # ---- report
 
@@ -204,7 +155,7 @@ class Demo:
         seen = open_dataset(self.pictures, split="train")
         trained = evaluate_reconstruction(model.image_tokenizer, seen)
         scores = self._sample_splits(model)
-        self._draw_curves()
+        draw_curves(self.out / "tokenizer", self.out / "seq2seq", self.out / "curves.png")
         write_json_atomic(self.out / "report.json", {
             "caption_accuracy": scores["train"]["accuracy"],
             "codebook_usage": trained["codebook_usage"],
@@ -235,14 +186,6 @@ class Demo:
         labelled_grid(sections).save(self.out / "samples.png")
         return scores
 
-    def _draw_curves(self) -> None:
-        tokenizer = read_metrics(self.out / "tokenizer" / "metrics.jsonl")
-        seq2seq = read_metrics(self.out / "seq2seq" / "metrics.jsonl")
-        panels = [("image tokenizer: loss", tokenizer, ["loss", "l1"]),
-                  ("image tokenizer: share of codes used", tokenizer, ["codebook_usage"]),
-                  ("transformer: nats a token", seq2seq, ["loss"])]
-        plot_curves(panels, self.out / "curves.png")
-
     def _finish_report(self) -> None:
         """Add the seconds of each phase and the environment, and print where everything is."""
         path = self.out / "report.json"
@@ -260,20 +203,6 @@ class Demo:
               f"report: {path}")
         print(f'try: tokenloom generate "a red heart" --model {self.out / "model"} --num-images 4 '
               '--out pictures')
-
-
-def _process_count() -> int:
-    if torch.cuda.is_available():
-        available = min(8, torch.cuda.device_count())
-    else:
-        available = min(2, len(os.sched_getaffinity(0)))
-    return 1 << (available.bit_length() - 1)  # a power of two divides the recipes' batches
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))  # 0: the system chooses, so that two demos do not meet
-        return probe.getsockname()[1]
 
 
 def run(argv: Sequence[str] | None) -> int:

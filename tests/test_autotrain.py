@@ -1,0 +1,293 @@
+"""`tokenloom train` around its choices: refusals, the scripts' keys, phases, time, a stopped run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests import command_line
+from tokenloom_common.errors import RunFailedError, StoppedBySignalError, UserError
+from training.autotrain import launching, stage
+from training.autotrain.clock import Clock
+from training.autotrain.facts import look_at_data, open_data
+from training.autotrain.launching import launch
+from training.autotrain.phases import PhaseRunner
+from training.autotrain.places import PLAN, check_places, training_folder
+from training.autotrain.plan import TrainOptions, continued_plan
+from training.autotrain.recipes import check_overrides, split_overrides
+from training.autotrain.stage import Stage, read_progress, run_stage, steps_until, worth_stopping
+
+run = command_line.run
+
+
+def pictures(folder: Path, count: int = 12, side: int = 40) -> Path:
+    """A folder of captioned images; every second caption is `a red square`."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (side, side), (250, 20 * number, 0)).save(folder / f"{number}.png")
+        text = "a red square" if number % 2 else f"square number {number}"
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def lines(ran) -> str:
+    assert len(ran.err) == 1, ran.err
+    return ran.err[0]
+
+
+# ---- refusals
+
+def test_wrong_data_is_refused_as_by_data_check_and_nothing_is_made(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "a.png")
+    for name, code in (("missing", 2), ("empty", 4), ("bare", 4)):
+        before = sorted(tmp_path.rglob("*"))
+        ran = run("train", tmp_path / name, "--out", tmp_path / "model", "--minutes", 5)
+        assert ran.code == code
+        assert str(tmp_path / name) in lines(ran)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--minutes", "0.2"], "--minutes 0.2: give 1 to"),
+    (["--minutes", "soon"], "invalid float value: 'soon'"),
+    (["--minutes", "5", "--size", "50"], "--size 50"),
+    (["--minutes", "5", "--seed", "-1"], "'-1': give a number"),
+    (["--minutes", "5", "--widht", "64"], "unexpected argument '--widht'"),
+    (["--minutes", "5", "--tokenizer.model.chanels", "8"], "--tokenizer.model.chanels'; did you mean"),
+    (["--minutes", "5", "--transformer.optim.lr", "-1"], "optim.lr"),
+    (["--minutes", "5", "--transformer.optim.lr"], "--transformer.optim.lr needs a value"),
+    (["--minutes", "5", "--tokenizer.model.resolution", "48"], "use --size"),
+    (["--minutes", "5", "--transformer.run_dir", "x"], "`tokenloom train` decides it"),
+    (["--minutes", "5", "--split", "tests"], "no split 'tests'")])
+def test_wrong_options_are_one_line_before_any_work(run, tmp_path, options, words):
+    data = pictures(tmp_path / "data")
+    ran = run("train", data, "--out", tmp_path / "model", *options)
+    assert ran.code == 2
+    assert words in lines(ran)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_model_of_another_origin_is_kept(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="was not trained there"):
+        check_places(str(model), None)
+    (model / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files \(thesis.txt\)"):
+        check_places(str(model), None)
+
+
+def test_the_training_folder_may_hold_nothing_of_others(tmp_path):
+    training = training_folder(tmp_path / "model")
+    training.mkdir()
+    (training / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files \(thesis.txt\)"):
+        check_places(str(tmp_path / "model"), None)
+
+
+def test_a_model_inside_the_data_or_around_it_is_refused(tmp_path):
+    data = pictures(tmp_path / "data")
+    for out in (data, data / "model", tmp_path):
+        with pytest.raises(UserError, match=r"data folder|holds other files"):
+            check_places(str(out), str(data))
+    check_places(str(tmp_path / "model"), str(data))
+
+
+def test_another_command_does_not_go_on_with_a_begun_training(tmp_path):
+    options = TrainOptions("data", str(tmp_path / "model"), 20)
+    assert continued_plan(options) is None
+    folder = training_folder(options.out)
+    folder.mkdir()
+    (folder / PLAN).write_text(json.dumps({"arguments": options.plain()}))
+    with pytest.raises(UserError, match=r"begun with another minutes \(20, not 60\)"):
+        continued_plan(TrainOptions("data", options.out, 60))
+
+
+# ---- keys of the scripts
+
+def test_keys_go_to_their_script():
+    found = split_overrides(["--tokenizer.optim.lr", "0.1", "--transformer.model.width=128"])
+    assert found == {"tokenizer": ["--optim.lr", "0.1"], "transformer": ["--model.width", "128"]}
+    check_overrides(found)
+
+
+# ---- data
+
+def test_the_data_is_looked_at(tmp_path):
+    source = open_data(str(pictures(tmp_path / "data")), None, {})
+    facts = look_at_data(source, None, {})
+    assert (facts.images, facts.shorter_side, facts.held_out) == (12, 40, None)
+    assert (facts.captions, facts.distinct, facts.first_captions) == (12, 7, 7)
+    assert facts.repeats
+    assert 3 < facts.text_ids < 30
+
+
+def test_a_held_out_split_of_the_data_is_found(tmp_path):
+    pictures(tmp_path / "data" / "train")
+    pictures(tmp_path / "data" / "validation", 4)
+    source = open_data(str(tmp_path / "data"), None, {})
+    facts = look_at_data(source, None, {})
+    assert (facts.images, facts.held_out, facts.held_out_images) == (12, "validation", 4)
+
+
+# ---- phases
+
+def test_a_phase_is_reused_until_an_input_before_it_changes(tmp_path):
+    calls: list[str] = []
+
+    def run_phases(job: str) -> None:
+        runner = PhaseRunner(tmp_path, job)
+        for name in ("first", "second"):
+            runner.phase(name, "", tmp_path / name,
+                         lambda name=name: (calls.append(name), (tmp_path / name).touch()))
+
+    run_phases("a")
+    run_phases("a")
+    assert calls == ["first", "second"]
+    run_phases("b")
+    assert calls == ["first", "second"] * 2
+
+
+# ---- time
+
+def test_the_time_before_a_stop_counts(tmp_path):
+    first = Clock(tmp_path / "time.json", 100, time.monotonic() - 30)
+    first.begin("tokenizer")
+    first.save()
+    second = Clock(tmp_path / "time.json", 100)
+    assert 30 <= second.spent < 60
+    assert 40 < second.left <= 70
+    assert second.stages["choices"] >= 30
+
+
+def test_a_damaged_note_of_the_time_counts_as_none(tmp_path):
+    (tmp_path / "time.json").write_text("{half")
+    assert Clock(tmp_path / "time.json", 100).spent < 30
+
+
+def metrics(folder: Path, rows: list[tuple[int, float]]) -> None:
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps({"step": step, "elapsed_s": seconds, "loss": 1.0}) + "\n" for step, seconds in rows)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def test_speed_is_that_of_the_newest_start(tmp_path):
+    assert read_progress(tmp_path) == (0, None)
+    metrics(tmp_path, [(10, 100), (20, 200), (30, 10), (40, 20), (50, 30), (60, 40)])
+    assert read_progress(tmp_path) == (60, 1.0)
+    metrics(tmp_path, [(10, 100), (20, 200), (30, 10)])
+    assert read_progress(tmp_path) == (30, None)
+
+
+def test_steps_fill_the_time_that_is_left_and_never_undo_what_is_done():
+    assert steps_until(100, 20, 10, 0, 0.5) == 140
+    assert steps_until(100, 20, 10, 50, 0.5) == 190
+    assert steps_until(100, 120, 10, 50, 0.5) == 50
+    assert steps_until(100, 120, 10, 0, 0.5) == 20
+
+
+def test_a_run_is_stopped_for_other_steps_only_where_that_gains_time():
+    assert worth_stopping(late=100, left=200, tolerated=60, start_seconds=10)
+    assert worth_stopping(late=-100, left=200, tolerated=60, start_seconds=10)
+    assert not worth_stopping(late=50, left=200, tolerated=60, start_seconds=10)
+    assert not worth_stopping(late=100, left=15, tolerated=1, start_seconds=10)
+
+
+def test_a_slow_stage_is_stopped_and_goes_on_with_fewer_steps(tmp_path, monkeypatch):
+    run_dir, asked = tmp_path / "run", []
+
+    def pretend(script, *arguments, look):
+        asked.append(int(arguments[-1]))
+        if len(asked) == 1:  # four times slower than it was measured
+            metrics(run_dir, [(step, 4.0 * step) for step in range(1, 11)])
+            (run_dir / "checkpoints" / "step-00000010").mkdir(parents=True)
+            assert look()
+            return False
+        return True
+
+    monkeypatch.setattr(stage, "launch", pretend)
+    clock = Clock(tmp_path / "time.json", 1000)
+    run_stage(Stage("transformer", "train_seq2seq.py", run_dir, [], until=500, start_seconds=10, seconds_per_step=1.0,
+                    tolerance=0.07), clock)
+    assert asked[0] in range(480, 491)
+    assert asked[1] in range(128, 134)  # the 10 that are done, and as many as 490 s hold at 4 s each
+
+
+def test_steps_that_the_user_sets_are_no_matter_of_time(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stage, "launch", lambda script, *arguments, look: asked.append(arguments[-1]) or True)
+    run_stage(Stage("tokenizer", "x.py", tmp_path, [], 500, 10, 1.0, 0.1, steps=7), Clock(tmp_path / "time.json", 1000))
+    assert asked == [7]
+
+
+# ---- the launcher
+
+@pytest.mark.long
+def test_a_script_that_fails_ends_with_its_exit_code():
+    with pytest.raises(RunFailedError, match=r"train_tokenizer\.py ended with exit code 2"):
+        launch("train_tokenizer.py", "--nonsense", "1")
+
+
+SAVES_ON_SIGNAL = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+pathlib.Path(sys.argv[1]).write_text("started")
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """Replace the launcher's command by a shell that starts one script, which saves on SIGTERM."""
+    script, note = tmp_path / "script.py", tmp_path / "note"
+    script.write_text(SAVES_ON_SIGNAL)
+    launcher = f'"{sys.executable}" "{script}" "{note}"; exit 0'
+    real = launching._started
+    monkeypatch.setattr(launching, "_started", lambda command: real(["sh", "-c", launcher]))
+    return note
+
+
+def wait_for_start(note: Path) -> None:
+    while not note.exists() or note.read_text() != "started":
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+def test_a_script_that_is_asked_to_stop_saves_first(launched):
+    def look() -> bool:
+        return launched.exists() and launched.read_text() == "started"
+
+    assert launch("train_tokenizer.py", look=look) is False
+    assert launched.read_text() == "saved"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_checkpoint_and_ends_with_its_code(launched, number):
+    before = signal.getsignal(number)
+
+    def interrupt() -> None:
+        wait_for_start(launched)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(StoppedBySignalError) as stopped:
+        launch("train_tokenizer.py")
+    assert launched.read_text() == "saved"
+    assert stopped.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before

@@ -1,0 +1,119 @@
+"""The report of `tokenloom train`: figures in words, what to do next, and recipes that the scripts take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.test_autotrain_choices import EMOJI, ONE_GPU, PHOTOS, SHIPPED, TWO_CORES, Speeds, chosen
+from tokenloom_common.errors import DataError, UserError
+from training.autotrain.facts import open_data
+from training.autotrain.prepare import HELD_OUT, open_copy, write_copy
+from training.autotrain.recipes import (
+    STAND_INS,
+    check_size_of,
+    read_stage,
+    tokenizer_values,
+    transformer_values,
+)
+from training.autotrain.report import figure_rows, next_steps, page
+from training.autotrain.words import Line, format_lines
+
+FIGURES = {"measured_on": "held-out images", "images": 15, "reconstruction_psnr": 24.0, "loss": 3.0,
+           "loss_without_caption": 3.5, "captions_tell": 0.5, "caption_accuracy": 0.9,
+           "caption_accuracy_details": {"captions": 100, "chance": 0.01}}
+
+
+def advice(**changed) -> str:
+    return "\n".join(next_steps({**FIGURES, **changed}, 20, "tokenloom train d --out m", "tokenloom generate x"))
+
+
+def test_advice_follows_from_what_was_measured():
+    assert advice().splitlines()[0] == "tokenloom generate x"
+    assert "--minutes 60" in advice(reconstruction_psnr=18.0)
+    assert "captions tell the model little" in advice(captions_tell=0.01)
+    assert "in part (0.40)" in advice(caption_accuracy=0.4)
+    assert "images that the model has seen" in advice(measured_on="training images")
+
+
+def test_figures_say_what_they_were_measured_on():
+    rows = dict(figure_rows(FIGURES))
+    assert rows["reconstruction"] == "24.0 dB on 15 held-out images"
+    assert rows["captions tell"] == "0.500 nats a token"
+    assert "chance 0.010" in rows["caption accuracy"]
+    without = {name: value for name, value in FIGURES.items() if not name.startswith("caption_accuracy")}
+    assert "caption accuracy" not in dict(figure_rows(without))
+
+
+def test_the_page_is_one_file_and_escapes_what_the_user_named():
+    text = page("<model>", [Line("size", "32 px", "a < b")], ["short"], FIGURES, {"tokenizer": 300.0}, ["more"],
+                {"Samples": Image.new("RGB", (4, 4))}, {"Config": "a: 1"})
+    assert "&lt;model&gt;" in text and "a &lt; b" in text and "<model>" not in text
+    assert text.count("data:image/png;base64,") == 1
+    assert "5 minutes" in text and "http" not in text
+
+
+def test_choices_are_lines_of_name_value_and_reason():
+    assert format_lines([Line("image size", "32 px", "why"), Line("x", "y", "")]) == [
+        "image size          32 px  (why)", "x                   y"]
+
+
+@pytest.mark.parametrize(("data", "machine", "minutes", "start"), [
+    (EMOJI, TWO_CORES, 2, None), (EMOJI, TWO_CORES, 20, SHIPPED), (PHOTOS, ONE_GPU, 60, None),
+    (PHOTOS, ONE_GPU, 6000, None)])
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_every_choice_makes_configs_that_the_scripts_take(data, machine, minutes, start, size):
+    choices = chosen(data, machine, minutes, Speeds(0.1), start, size)
+    values = tokenizer_values(choices, machine)
+    if choices.shape.start is None:
+        config = read_stage("tokenizer", STAND_INS["tokenizer"], {"tokenizer": []}, values)
+        check_size_of(config, size, "data")
+        side = size // choices.shape.patch
+        assert config.model.grid == (side, side)
+        assert config.train.steps == choices.tokenizer_steps
+    else:  # the model's config is read from the folder, which is none here
+        assert values["init_from"] == "shipped" and "model" not in values
+    config = read_stage("transformer", STAND_INS["transformer"], {"transformer": []},
+                        transformer_values(choices, machine))
+    assert config.train.steps == choices.steps
+    assert config.optim.warmup_steps < config.train.steps
+
+
+def test_a_model_of_another_size_than_chosen_is_refused_with_the_option():
+    choices = chosen(size=32)
+    config = read_stage("tokenizer", STAND_INS["tokenizer"], {"tokenizer": ["--model.preset", "vq-16"]},
+                        tokenizer_values(choices, TWO_CORES))
+    with pytest.raises(UserError, match="give --size"):
+        check_size_of(config, 32, "data")
+
+
+def make_pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (50, 40), (number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"red {number}")
+    return folder
+
+
+def test_the_copy_holds_squares_and_keeps_held_out_images_apart(tmp_path):
+    source = open_data(str(make_pictures(tmp_path / "data", 120)), None, {})
+    choices = chosen(EMOJI, size=32)
+    write_copy(source, None, choices, tmp_path / "copy", 0, lambda: None)
+    learned, held_out = open_copy(tmp_path / "copy", "train"), open_copy(tmp_path / "copy", HELD_OUT)
+    assert learned is not None and held_out is not None
+    assert (len(learned), len(held_out)) == (105, 15)
+    assert learned[0].image.size == (32, 32)
+    assert learned.metadata(0)["caption"] == learned.captions(0)[0]
+    assert {learned.key(row) for row in range(105)}.isdisjoint(held_out.key(row) for row in range(15))
+
+
+def test_too_many_unusable_images_are_data_that_cannot_be_used(tmp_path):
+    folder = make_pictures(tmp_path / "data", 5)
+    for number in range(12):
+        (folder / f"bad{number}.png").write_bytes(b"no picture")
+        (folder / f"bad{number}.txt").write_text("bad")
+    with pytest.raises(DataError, match="tokenloom data check"):
+        write_copy(open_data(str(folder), None, {}), None, chosen(EMOJI, size=32), tmp_path / "copy", 0, lambda: None)
+    assert not (tmp_path / "copy").exists()

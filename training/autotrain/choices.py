@@ -1,0 +1,203 @@
+"""Choose sizes, models and the split of the time from data, machine, speed and minutes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from tokenloom_common.errors import UserError
+from training.autotrain.facts import LONGEST_TEXT, DataFacts, MachineFacts, StartFacts
+from training.autotrain.shapes import (
+    LARGE_DATA,
+    MIDDLE_DATA,
+    SMALL_DATA,
+    Shape,
+    Speeds,
+    choose_shape,
+    minutes_text,
+)
+
+FLOOR_MINUTES = 1.0
+SCRIPTS = 3  # starts of the launcher: image tokenizer, tokens, transformer
+REPORT_SHARE = 0.05  # of the minutes, for samples and measurements
+LEAST_REPORT_SECONDS = 15.0
+SAMPLED, SAMPLING = 30, 4.0  # pictures sampled at least; seconds of one / seconds of a row
+COPY_SHARE = 0.15  # of the minutes, at most, for reading the images once
+LEAST_TRAINING_SECONDS = 20.0
+LEAST_STEPS = 20
+SHARE_BOUNDS = (0.25, 0.6)  # of the training time, for the image tokenizer
+ENCODING = 0.3  # seconds to encode an image / seconds to learn from it
+
+MOST_COPIED = 200_000  # images
+HELD_OUT_SHARE = 0.05
+HELD_OUT_BOUNDS = (10, 500)
+MOST_HELD_OUT = 2000  # of the data's own
+HELD_OUT_FROM = 100  # images; of fewer none is spared
+
+WIDTHS = {128: (2, 4), 256: (2, 4), 512: (6, 12)}
+"""Width of the transformer -> layers of its encoder and decoder."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that the stages may take.
+
+    whole: of all, what is lost to starts too. picture_seconds, row_seconds: to learn from one.
+    """
+
+    whole: float
+    copy: float
+    tokenizer: float
+    encode: float
+    transformer: float
+    report: float
+    picture_seconds: float
+    row_seconds: float
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Everything that the scripts' configs follow from.
+
+    images: to train on, of those that are copied. whys: reasons that only the choice knows.
+    """
+
+    shape: Shape
+    codebook_size: int
+    channels: int
+    tokenizer_batch: int
+    flip: float
+    width: int
+    dropout: float
+    batch: int
+    vocabulary: int
+    text_length: int
+    guidance: float
+    top_k: int
+    copied: int
+    held_out: int
+    images: int
+    times: Times
+    whys: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def tokenizer_steps(self) -> int:
+        """Steps of the image tokenizer at the measured speed."""
+        return steps_in(self.times.tokenizer, self.times.picture_seconds * self.tokenizer_batch)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the transformer at the measured speed."""
+        return steps_in(self.times.transformer, self.times.row_seconds * self.batch)
+
+
+def steps_in(seconds: float, seconds_per_step: float) -> int:
+    """Steps that fit into the time, the least where none does."""
+    return max(LEAST_STEPS, int(seconds / seconds_per_step))
+
+
+def check_minutes(minutes: float) -> None:
+    """UserError for a time that no model can be made in."""
+    if not FLOOR_MINUTES <= minutes <= 60 * 24 * 60:  # NaN too
+        raise UserError(f"--minutes {minutes:g}: give {FLOOR_MINUTES:g} to 86400; starting the "
+                        "three programs alone takes most of a minute")
+
+
+def choose(data: DataFacts, machine: MachineFacts, seconds: float, speeds: Speeds,
+           start: StartFacts | None = None, size: int | None = None) -> Choices:
+    """Choose for `seconds` that are left. size: asked for by the user."""
+    copied, copy_why = _copied(data, seconds)
+    held_out = _held_out(data, copied)
+    images = copied - (held_out if data.held_out is None else 0)
+    own_held_out = held_out if data.held_out is not None else 0
+    copy_seconds = (copied + own_held_out) * data.read_seconds
+    report = max(LEAST_REPORT_SECONDS, REPORT_SHARE * seconds)
+    fixed = copy_seconds + SCRIPTS * speeds.start_seconds
+
+    shape, shape_why = choose_shape(data, images, seconds - fixed - report, speeds, start, size)
+    picture_seconds = speeds.picture(shape)
+    encode = copied * picture_seconds * ENCODING
+    sampling = SAMPLED * SAMPLING * speeds.row(shape, 256)
+    report = max(report, speeds.start_seconds / 2 + sampling)
+    free = max(LEAST_TRAINING_SECONDS, seconds - fixed - encode - report)
+    share = _tokenizer_share(shape, speeds)
+    width, width_why = _width(shape, images, free * (1 - share), speeds)
+    times = Times(seconds, copy_seconds, free * share, encode, free * (1 - share), report,
+                  picture_seconds, speeds.row(shape, width))
+    choices = Choices(
+        shape=shape, codebook_size=_codebook_size(shape, images), channels=channels_of(machine),
+        tokenizer_batch=tokenizer_batch(machine), flip=0.5 if images < MIDDLE_DATA else 0.0,
+        width=width, dropout=0.0, batch=row_batch(machine), vocabulary=data.vocabulary,
+        text_length=min(LONGEST_TEXT, max(8, data.text_ids)),
+        guidance=2.0 if images < SMALL_DATA else 4.0, top_k=64 if images < SMALL_DATA else 256,
+        copied=copied, held_out=held_out, images=images, times=times,
+        whys={"size": shape_why, "width": width_why, "copy": copy_why})
+    epochs = choices.steps * choices.batch / images
+    if width == max(WIDTHS) or (images >= SMALL_DATA and epochs >= 15):
+        choices = replace(choices, dropout=0.1)
+    return choices
+
+
+def channels_of(machine: MachineFacts) -> int:
+    """First channels of the image tokenizer."""
+    return 64 if machine.gpus else 16
+
+
+def tokenizer_batch(machine: MachineFacts) -> int:
+    """Images in a step of the image tokenizer."""
+    # on CPUs 8 learned more than 16 at equal images (docs/tokenizers.md)
+    return 32 * machine.processes if machine.gpus else 8
+
+
+def row_batch(machine: MachineFacts) -> int:
+    """Rows in a step of the transformer."""
+    return 64 * machine.processes if machine.gpus else 32
+
+
+# ---- one choice each
+
+def _copied(data: DataFacts, seconds: float) -> tuple[int, str]:
+    """Return how many images are taken, and why not all; an empty reason where all are."""
+    affordable = int(COPY_SHARE * seconds / max(1e-9, data.read_seconds))
+    most = min(MOST_COPIED, max(MIDDLE_DATA, affordable))
+    if data.images <= most:
+        return data.images, ""
+    why = (f"reading all takes {minutes_text(data.images * data.read_seconds)}"
+           if most < MOST_COPIED else "more are not seen often enough in the time")
+    return most, why
+
+
+def _held_out(data: DataFacts, copied: int) -> int:
+    """Images to hold out of the training split, where the data has no split of its own."""
+    if data.held_out is not None:
+        return min(data.held_out_images, MOST_HELD_OUT)
+    if copied < HELD_OUT_FROM:
+        return 0
+    least, most = HELD_OUT_BOUNDS
+    return max(least, min(most, round(HELD_OUT_SHARE * copied)))
+
+
+def _tokenizer_share(shape: Shape, speeds: Speeds) -> float:
+    tokenizer = shape.pictures * speeds.picture(shape)
+    share = tokenizer / (tokenizer + shape.rows * speeds.row(shape, 256))
+    least, most = SHARE_BOUNDS
+    return min(most, max(least, share))
+
+
+def _width(shape: Shape, images: int, seconds: float, speeds: Speeds) -> tuple[int, str]:
+    rows = seconds / speeds.row(shape, 256)
+    if rows < shape.rows / 2:
+        return 128, f"256 would see {rows:,.0f} rows in its time, of {shape.rows:,} that it takes"
+    if images >= LARGE_DATA:
+        wide_rows = seconds / speeds.row(shape, 512)
+        if wide_rows >= max(shape.rows, 3 * images):
+            return 512, f"time for {wide_rows:,.0f} rows of {images:,} images"
+        return 256, f"512 would see {wide_rows:,.0f} rows in its time"
+    return 256, f"a larger one learns {images:,} images by heart"
+
+
+def _codebook_size(shape: Shape, images: int) -> int:
+    if shape.codebook_size is not None:
+        return shape.codebook_size
+    if images >= LARGE_DATA and shape.tokens > 64:
+        return 4096
+    return 512 if images < SMALL_DATA or shape.size == 32 else 1024

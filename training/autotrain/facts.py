@@ -1,0 +1,200 @@
+"""Facts that the choices follow from: the data, the machine, the model to start from."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inference.memory.available import available_memory
+from seq2seq import TextTokenizer
+from tokenizer_image import IMAGE_TOKENIZERS
+from tokenloom_common.config import read_mapping
+from tokenloom_common.errors import DataError, UserError
+from tokenloom_common.progress import progress
+from training.autotrain.launching import process_count
+from training.config.start_folders import find_tokenizer
+from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
+from training.data.sources.drops import format_reasons
+from training.data.sources.open_dataset import list_splits, open_dataset
+
+LOOKED_AT = 400  # images that are decoded for sizes and reading speed, spread over the data
+READ_CAPTIONS = 20_000  # that the statistics are taken of
+HELD_OUT_SPLITS = ("validation", "val", "valid", "dev", "test", "unseen_concept")
+"""Names of a split that is held out, the first that is there."""
+LEAST_VOCABULARY, MOST_VOCABULARY = 320, 4096
+LONGEST_TEXT = 96  # ids; longer captions are cut
+SHARE_WHOLE = 0.99  # of the captions that no text length may cut
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The training images and their captions.
+
+    shorter_side: median in pixels. held_out: the data's own held-out split and its images.
+    captions, distinct, words: captions read, different ones, different words.
+    first_captions: different first captions. vocabulary, text_ids: entries of a text tokenizer
+    for them, ids that 99 % of the captions fit into. read_seconds: to read one image.
+    """
+
+    images: int
+    shorter_side: int
+    held_out: str | None
+    held_out_images: int
+    captions: int
+    distinct: int
+    first_captions: int
+    words: int
+    mean_words: float
+    vocabulary: int
+    text_ids: int
+    read_seconds: float
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same captions come again and again, as where they name kinds of things."""
+        return self.first_captions <= 0.8 * self.images
+
+    def plain(self) -> dict[str, Any]:
+        """Return the facts as a plain dict."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """Devices and the processes that train on them. memory: free bytes of a device, if known."""
+
+    cores: int
+    gpus: int
+    gpu_name: str | None
+    processes: int
+    memory: int | None
+
+    @property
+    def devices(self) -> str:
+        """The devices in words."""
+        if self.gpus:
+            return f"{self.processes} of {self.gpus} GPUs ({self.gpu_name})"
+        return f"{self.cores} CPU cores, {self.processes} processes"
+
+
+@dataclass(frozen=True)
+class StartFacts:
+    """The image tokenizer of a trained model, to start from."""
+
+    folder: str
+    size: int
+    grid: tuple[int, int]
+    codebook_size: int
+
+
+def open_data(path: str, split: str | None, reading: dict[str, Any]) -> CaptionedImages:
+    """Open the training images. Errors as from `open_dataset`: unusable data is a DataError."""
+    return open_dataset(path, split=split, **reading)
+
+
+def look_at_data(source: CaptionedImages, split: str | None, reading: dict[str, Any]) -> DataFacts:
+    """Decode some of the images, read the captions. DataError if none of them is usable."""
+    sides, seconds = _sizes(source)
+    held_out = None
+    if split is None:
+        existing = list_splits(source.path, **reading)
+        others = [name for name in HELD_OUT_SPLITS if name in existing]
+        # the only split is what is trained on, whatever it is called
+        held_out = others[0] if others and len(existing) > 1 else None
+    held_out_images = 0
+    if held_out is not None:
+        held_out_images = len(open_dataset(source.path, split=held_out, **reading))
+
+    rows = _spread(len(source), READ_CAPTIONS)
+    of_rows = [captions for row in rows if (captions := source.captions(row))]
+    captions = [caption for of_row in of_rows for caption in of_row]
+    words = Counter(word for caption in captions for word in _words(caption))
+    vocabulary = _vocabulary(words)
+    tokenizer = TextTokenizer.train(captions, vocabulary, LONGEST_TEXT)
+    return DataFacts(
+        images=len(source), shorter_side=int(statistics.median(sides)), held_out=held_out,
+        held_out_images=held_out_images, captions=len(captions), distinct=len(set(captions)),
+        first_captions=len({of_row[0] for of_row in of_rows}) * len(source) // max(1, len(rows)),
+        words=len(words), mean_words=words.total() / len(captions), vocabulary=vocabulary,
+        text_ids=_text_ids(tokenizer, captions), read_seconds=seconds)
+
+
+def _sizes(source: CaptionedImages) -> tuple[list[int], float]:
+    """Return the shorter sides of images spread over the data, and the seconds to read one."""
+    sides = []
+    unusable: Counter[str] = Counter()
+    rows = _spread(len(source), LOOKED_AT)
+    started = time.perf_counter()
+    for row in progress(rows, "look at the data", unit="image"):
+        try:
+            sides.append(min(source[row].image.size))
+        except BAD_ITEM_ERRORS as error:
+            unusable[error.reason] += 1
+    if not sides:
+        raise DataError(f"{source.path}: holds no usable item ({format_reasons(unusable)}); look "
+                        "with `tokenloom data check`")
+    return sides, (time.perf_counter() - started) / len(rows)
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """Row numbers that lie evenly over the data, at most `count`."""
+    if total <= count:
+        return list(range(total))
+    return [number * total // count for number in range(count)]
+
+
+def _words(caption: str) -> list[str]:
+    return re.findall(r"\w+", caption.lower())
+
+
+def _vocabulary(words: Counter[str]) -> int:
+    """Entries of a text tokenizer: one for each word that comes twice, and as many parts of words.
+
+    Words that come once teach nothing as a whole.
+    """
+    repeated = sum(count > 1 for count in words.values())
+    wanted = LEAST_VOCABULARY + 2 * repeated
+    return min(MOST_VOCABULARY, -(-wanted // 8) * 8)
+
+
+def _text_ids(tokenizer: TextTokenizer, captions: Sequence[str]) -> int:
+    """Ids that nearly all captions need, their end included."""
+    counts = []
+    some = [captions[row] for row in _spread(len(captions), 2000)]
+    for caption in some:
+        counts.append(int(tokenizer.encode([caption]).text_mask.sum()))
+    counts.sort()
+    # two more: the tokenizer of the run is trained on a part of these captions
+    return counts[min(len(counts) - 1, int(SHARE_WHOLE * len(counts)))] + 2
+
+
+def look_at_machine() -> MachineFacts:
+    """Count this machine's devices."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = torch.cuda.get_device_name() if gpus else None
+    memory = available_memory("cuda" if gpus else "cpu")
+    processes = process_count()
+    if memory is not None and not gpus:
+        memory //= processes  # a CPU's processes share it
+    return MachineFacts(len(os.sched_getaffinity(0)), gpus, name, processes, memory)
+
+
+def look_at_start(folder: str | Path) -> StartFacts:
+    """Read the config of a trained model's image tokenizer. UserError where there is none."""
+    values = read_mapping(find_tokenizer(str(folder)) / "config.json")
+    kind = IMAGE_TOKENIZERS.get(str(values.get("kind")))
+    if kind is None:
+        raise UserError(f"{folder}: its image tokenizer is of an unknown kind "
+                        f"{values.get('kind')!r}")
+    known = {name: value for name, value in values.items() if name != "schema_version"}
+    config = kind.config_class.parse(known, "config.json")
+    return StartFacts(str(folder), config.resolution, config.grid, config.codebook_size)

@@ -1,0 +1,107 @@
+"""`tokenloom train DATA --out MODEL --minutes N`: from a folder of captioned images to a model."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tokenloom_common.errors import OneLineParser, UserError
+from training.autotrain.places import check_places
+from training.commands.reading_options import add_reading_options, given_reading
+
+DESCRIPTION = """Train a text-to-image model on a folder of captioned images, in the minutes given.
+
+Image size, models, batches and steps follow from the data, the machine and the time; --dry-run says
+them and why. Every key of the training scripts can be set: --tokenizer.KEY VALUE,
+--transformer.KEY VALUE."""
+EXAMPLES = """examples:
+  tokenloom train my_pictures --out my_model --minutes 60
+  tokenloom train my_pictures --out my_model --minutes 60 --dry-run
+  tokenloom train my_pictures --out my_model --minutes 20 --size 32 --from-scratch
+  tokenloom train my_pictures --out my_model --minutes 60 --transformer.model.width 128 \\
+      --tokenizer.optim.lr 0.002
+
+Leaves my_model/ (the model folder, with samples.png, curves.png and report.html) and, beside it,
+my_model.training/ (plan, data, tokens, runs and checkpoints; may be deleted when the model is
+done). The same command goes on where it was stopped; the time before counts.
+"""
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Check, choose, train and report; returns 0. Raises UserError and its kin."""
+    started = time.monotonic()
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # the place first, then the data: neither needs torch
+    check_places(arguments.out, arguments.data)
+    reading = given_reading(arguments)
+
+    from training.autotrain.choices import check_minutes
+    from training.autotrain.job import train as run
+    from training.autotrain.plan import TrainOptions
+    from training.autotrain.recipes import check_overrides, split_overrides
+    from training.autotrain.shapes import check_size
+    from training.data.sources.open_dataset import open_dataset
+    from training.data.tokens.check import is_token_folder
+    from training.loop.log import setup_console
+
+    check_minutes(arguments.minutes)
+    check_size(arguments.size)
+    overrides = split_overrides(rest)
+    check_overrides(overrides)
+    if is_token_folder(arguments.data):
+        raise UserError(f"{arguments.data}: token shards, which training/train_seq2seq.py takes; "
+                        "give captioned images")
+    open_dataset(arguments.data, split=arguments.split, **reading)
+    setup_console(is_first=True)
+    options = TrainOptions(
+        data=arguments.data, out=arguments.out, minutes=arguments.minutes, split=arguments.split,
+        size=arguments.size, seed=arguments.seed, start_from=_start(arguments.from_scratch),
+        reading=reading, overrides=overrides)
+    run(options, arguments.dry_run, started)
+    return 0
+
+
+def _start(from_scratch: bool) -> str | None:
+    """Return the folder of the model that ships, if there is one and it is wanted."""
+    from inference.shipped import default_model_folder
+    from tokenloom_common.errors import MissingFileError
+
+    if from_scratch:
+        return None
+    try:
+        return str(default_model_folder())
+    except MissingFileError:
+        return None
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="tokenloom train", epilog=EXAMPLES, allow_abbrev=False,
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="folder of images with captions, parquet file, tar shards, "
+                        "hub id; see `tokenloom data check`")
+    parser.add_argument("--out", required=True, help="the model folder to write")
+    parser.add_argument("--minutes", type=float, required=True,
+                        help="time for everything, report included (1 or more)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="measure, say the choices, and stop (half a minute)")
+    parser.add_argument("--from-scratch", action="store_true",
+                        help="start from no trained model, also where that would help")
+    parser.add_argument("--size", type=int, help="pixels on a side: 32, 64, 128 or 256")
+    parser.add_argument("--split", "--data.split", help="of the data (default: train, or the only "
+                        "one)")
+    parser.add_argument("--seed", type=_seed, default=0,
+                        help="of weights, order and held-out images (default 0)")
+    add_reading_options(parser)
+    return parser
+
+
+def _seed(text: str) -> Any:
+    number = int(text) if text.isdecimal() else -1
+    if not 0 <= number < 1 << 31:
+        raise argparse.ArgumentTypeError(f"'{text}': give a number from 0 to {(1 << 31) - 1}")
+    return number
