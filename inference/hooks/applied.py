@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from inference.hooks.expansion import PromptExpander, checked_expansion
 from inference.hooks.safety import Filters, SafetyFilter
+from inference.hooks.user_code import UserFunction
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,8 +81,8 @@ class Hooks:
         if self.expander is None:
             return PreparedPrompt(prompt)
 
-        name = type(self.expander).__name__
-        drawn, note = checked_expansion(self.expander.expand(prompt), name)
+        expand = UserFunction(self.expander.expand, type(self.expander).__name__)
+        drawn, note = checked_expansion(expand(prompt), expand.name)
         if note:
             self.say(note)
         if drawn == prompt:
