@@ -14,7 +14,7 @@ from tokenloom_common.errors import UserError
 
 NAMES = {"octopus": ["animal", "sea"], "dog": ["animal", "pet"], "hot dog": ["food"], "sailboat": ["boat", "sea"],
          "motor boat": ["boat"], "couch and lamp": ["couch", "lamp"], "red apple": ["fruit"], "green apple": ["fruit"],
-         "turkey": ["bird"], "flag: Turkey": ["country"], "elephant": ["animal"], "elegant dress": ["clothing"]}
+         "turkey": ["bird"], "flag: Turkey": ["country"], "elephant": ["animal"], "dress": ["elegant"]}
 WORDS = frozenset(word for name, keywords in NAMES.items() for text in (name, *keywords)
                   for word in text.lower().replace(":", "").split()) | {"noto", "blob", "style", "a", "with", "joyful"}
 CONCEPTS = Concepts(tuple(Concept(name, tuple(keywords)) for name, keywords in NAMES.items()), WORDS, ("noto", "noto-blob"),
