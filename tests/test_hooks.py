@@ -213,6 +213,10 @@ class Good:
     def check_images(self, images):
         return [None] * len(images)
 
+class Picky(Good):
+    def check_images(self, images):
+        return ["picky"] * len(images)
+
 class Half:
     def check_prompt(self, prompt):
         return None
@@ -273,6 +277,8 @@ def test_the_first_filter_that_refuses_says_why(filters):
     safety = load_safety(["words", "my_filters:make"])
     assert safety.check_prompt("bad porn") == "words: 'porn' is on the word list"
     assert safety.check_prompt("bad cat") == "my_filters:make: bad word"
+    both = load_safety(["my_filters:Picky", "my_filters:Good"])
+    assert both.check_images(["a"]) == ["my_filters:Picky: picky"]
 
 
 def test_no_names_are_no_filter_and_wrong_ones_are_refused():
