@@ -26,6 +26,9 @@ import numpy
 def paint(prompt):
     return prompt + " heart"
 
+def other(prompt):
+    return "octopus"
+
 def fails(prompt):
     raise RuntimeError("no more money")
 
@@ -202,7 +205,7 @@ def test_expand_draws_the_nearest_concept_says_so_and_records_both(run, knowing,
 def test_from_image_does_not_expand_again(run, mine, knowing):
     (path,) = run("generate", "red", "--expand", "my_painting:paint", "--model", knowing, "--out", "a").out
     assert recipe(path).revised_prompt == "red heart"
-    (again,) = run("generate", "--from-image", path, "--expand", "my_painting:paint", "--out", "b").out
+    (again,) = run("generate", "--from-image", path, "--expand", "my_painting:other", "--out", "b").out
     assert recipe(again).drawn_prompt == "red heart"
 
 
@@ -216,7 +219,7 @@ def test_a_failing_function_ends_the_command_before_anything_is_made(run, mine, 
     shown = run("generate", "red", "blue", "--expand", "my_painting:fails", "--model", knowing, "--out", "a")
     assert shown.code == 1
     assert shown.err == [f"tokenloom generate: error: --expand my_painting:fails: RuntimeError: no more money "
-                         f"({mine}/my_painting.py, line 8)"]
+                         f"({mine}/my_painting.py, line 11)"]
     assert not (mine / "a").exists()
 
 
