@@ -163,6 +163,14 @@ def test_a_preview_that_is_known_to_take_long_is_not_made(monkeypatch, folder):
     assert yielded == [[7, 15], [15]]  # the first stream finds out at half the tokens
 
 
+def test_images_are_decoded_one_at_a_time_so_that_a_batch_does_not_round_them(model, monkeypatch):
+    at_a_time, decode = [], model.decode_tokens
+    monkeypatch.setattr(model, "decode_tokens", lambda tokens: at_a_time.append(len(tokens)) or decode(tokens))
+    result = model.generate(["a red heart", "octopus"], num_images=2)
+    assert at_a_time == [1, 1, 1, 1]
+    assert len(result.images) == 4
+
+
 def test_jacobi_decoding_gives_the_same_pictures(model):
     plain, faster = (model.generate(["a red heart", "octopus"], num_images=2, seed=5, jacobi=jacobi) for jacobi in (1, 6))
     assert torch.equal(plain.image_tokens, faster.image_tokens)

@@ -126,7 +126,8 @@ def _set_threads(model: TextToImage, asked: list[tuple[PromptRequest, str]],
     drawn = args.rerank_from or args.num_images
     if args.prompts is not None:
         drawn = sum(request.num_images for request, _ in asked)
-    calibrate_threads(model, min(args.batch_size, drawn), asked[0][0].params)
+    params = asked[0][0].params or model.default_params
+    calibrate_threads(model, min(args.batch_size, drawn), params)
 
 
 def _draw_each(model: TextToImage, asked: list[tuple[PromptRequest, str]], maker: RecipeMaker,
@@ -166,6 +167,8 @@ def _draw_file(model: TextToImage, requests: list[PromptRequest], recipes: list[
     left = sum(len(of_request) for of_request in recipes)
     if left < total:
         print(f"tokenloom generate: {total - left} of {total} there already", file=sys.stderr)
+    if not left:
+        return 0
 
     is_whole = True
     images = model.generate_many(requests, args.batch_size)

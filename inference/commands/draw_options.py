@@ -43,10 +43,12 @@ def check_options(args: argparse.Namespace) -> None:
 def _check_prompts_file(args: argparse.Namespace) -> None:
     if args.prompt:
         raise UserError("captions and --prompts: give one of them")
-    for name in ("attention", "rerank_from", "jacobi", "grid"):
-        if getattr(args, name) not in (None, 1, False):  # 1: --jacobi's default
-            raise UserError(f"--{name.replace('_', '-')} does not go with --prompts; "
-                            "give captions on the command line")
+    refused = {"--attention": args.attention is not None,
+               "--rerank-from": args.rerank_from is not None,
+               "--jacobi": args.jacobi != 1, "--grid": args.grid}
+    for name, is_given in refused.items():
+        if is_given:
+            raise UserError(f"{name} does not go with --prompts; give captions on the command line")
 
 
 def read_layout_file(name: str) -> Any:

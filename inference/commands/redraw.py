@@ -36,6 +36,8 @@ def read_origin(file: str) -> Origin:
 
     A line on stderr names what a newer version wrote and this one does not know.
     """
+    if not file:  # Path("") would be the working directory
+        raise UserError("--from-image is empty; give a file")
     name = f"--from-image {file}"
     data = read_image_file(Path(file), "--from-image")
     recipes = read_recipes(data, name)

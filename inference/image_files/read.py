@@ -39,8 +39,6 @@ def read_recipes(data: bytes, name: str) -> list[Recipe]:
 
 def read_image_file(path: Path, flag: str) -> bytes:
     """Return the bytes of a file that an option names. UserError for none, and for a large one."""
-    if not str(path):
-        raise UserError(f"{flag} is empty; give a file")
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{flag} {path}: not a file; give the picture itself")
@@ -79,12 +77,18 @@ def _open(data: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a picture that can be read; give a PNG, JPEG or WebP file"
                         ) from None
+    except Image.DecompressionBombError:  # from Pillow's reader of WebP
+        raise _too_large(name) from None
     except DECODE_ERRORS:
         raise _damaged(name) from None
     if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise UserError(f"{name}: {image.width} x {image.height} is over the limit of "
-                        f"{MAX_IMAGE_PIXELS:,} pixels; give a picture that Tokenloom wrote")
+        raise _too_large(name)
     return image
+
+
+def _too_large(name: str) -> UserError:
+    return UserError(f"{name}: is over the limit of {MAX_IMAGE_PIXELS:,} pixels; give a picture "
+                     "that Tokenloom wrote")
 
 
 def _damaged(name: str) -> UserError:
