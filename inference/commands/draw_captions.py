@@ -168,7 +168,7 @@ def _draw_file(model: TextToImage, requests: list[PromptRequest], recipes: list[
     if left < total:
         print(f"tokenloom generate: {total - left} of {total} there already", file=sys.stderr)
     if not left:
-        return 0
+        return True
 
     is_whole = True
     images = model.generate_many(requests, args.batch_size)
