@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -13,6 +13,7 @@ from inference.hooks.applied import Hooks, PreparedPrompt, Refusal
 from inference.layouts import read_layout
 from inference.requests import SamplingOptions
 from inference.results import GenerationResult
+from inference.sampling import SamplingParams
 from inference.scoring.scorer import Scorer
 from seq2seq import ImageTransformer
 
@@ -22,9 +23,9 @@ class Generator(Protocol):
 
     seq2seq: ImageTransformer
 
-    def generate(self, prompt: list[str], num_images: int, *, seed: list[int], batch_size: int,
-                 rerank_from: int | None, matcher: Scorer | None,
-                 **options: object) -> GenerationResult:
+    def generate(self, prompt: list[str], num_images: int, params: SamplingParams | None,
+                 seed: list[int], batch_size: int, negative_prompt: str | None, layout: Any,
+                 rerank_from: int | None, matcher: Scorer | None, jacobi: int) -> GenerationResult:
         """Draw num_images images of each prompt, those of a prompt one after another."""
         ...
 
@@ -52,9 +53,9 @@ def generate_hooked(model: Generator, prompts: list[str], seeds: list[int], hook
         layout = layouts.view(len(prompts), per_prompt, -1)[drawn].flatten(0, 1)
 
     result = model.generate(
-        [prepared[row].drawn for row in drawn], num_images, seed=[seeds[row] for row in drawn],
-        batch_size=batch_size, rerank_from=rerank_from, matcher=matcher, params=options.params,
-        negative_prompt=options.negative_prompt, layout=layout, jacobi=options.jacobi)
+        [prepared[row].drawn for row in drawn], num_images, options.params,
+        [seeds[row] for row in drawn], batch_size, options.negative_prompt, layout, rerank_from,
+        matcher, options.jacobi)
     of_images: list[PreparedPrompt] = []
     for row in drawn:
         of_images += [prepared[row]] * num_images
