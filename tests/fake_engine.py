@@ -46,6 +46,9 @@ class FakeJob:
     def start(self) -> None:
         self.put(Started(self.asked.request.params, text_tokens=3))
 
+    def partial(self, index: int, number: int = 0, side: int = 16) -> None:
+        self.put(Partial(index, picture(self.asked.request.seed + index, side), number, 4))
+
     def fail(self, reason: str, kind: str) -> None:
         for index in range(self.asked.request.num_images):
             self.put(Failed(index, reason, kind))
@@ -103,5 +106,8 @@ class FakeEngine:
         return self.figures
 
 
-def picture(seed: int) -> Image.Image:
-    return Image.new("RGB", (16, 16), (seed % 256, 0, 0))
+def picture(seed: int, side: int = 16) -> Image.Image:
+    """Red as the seed is; larger ones are noise, which no format makes small."""
+    if side > 16:
+        return Image.effect_noise((side, side), 100).convert("RGB")
+    return Image.new("RGB", (side, side), (seed % 256, 0, 0))
