@@ -140,6 +140,10 @@ class Page:
         """Return the address from # on."""
         return self.js("return location.hash")
 
+    def reads(self, selector: str, words: str) -> None:
+        """Wait until an element's text holds some words."""
+        self.wait(lambda: words in self.text(selector), f"{words!r} in {selector}")
+
     def told(self, words: str) -> None:
         """Wait until the page's message or status says something."""
         self.wait(lambda: words in self.text("#message-text") + self.text("#status"), repr(words))

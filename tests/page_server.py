@@ -26,7 +26,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 PAGE = Path(__file__).resolve().parents[1] / "inference" / "serving" / "page"
-SECURITY = {"Content-Security-Policy": "default-src 'self'; img-src 'self' blob:", "X-Content-Type-Options": "nosniff"}
+SECURITY = {"Content-Security-Policy":
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 SAMPLING = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 64, "top_p": 1.0}
 DEFAULTS = {**SAMPLING, "guidance_schedule": "constant", "min_p": 0.0}
 LAYOUT = {"kind": "colors", "grid": [4, 4], "classes": 27}
@@ -38,6 +40,7 @@ class Behaviour:
     """How the server answers; tests change it."""
 
     seconds: float = 0.05  # between two pictures of a stream
+    held: bool = False  # no picture goes on after its first part
     failures: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)  # of the next requests, in order
     key: str | None = None
     models: tuple[str, ...] = ("small",)
@@ -93,8 +96,7 @@ class PageServer:
         self.behaviour.requests.append(body)
         if self.behaviour.failures:
             status, message, extra = self.behaviour.failures.pop(0)
-            headers = {"Retry-After": str(extra.pop("retry_after"))} if "retry_after" in extra else {}
-            return _error(status, message, headers, **extra)
+            return _error(status, message, **extra)
         return StreamingResponse(self._stream(body), media_type="text/event-stream")
 
     async def _stream(self, body: dict[str, Any]) -> AsyncIterator[str]:
@@ -120,6 +122,8 @@ class PageServer:
                 else:
                     data["partial_image_index"] = step - 1
                 yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
+                while self.behaviour.held:
+                    await asyncio.sleep(0.02)
         except asyncio.CancelledError:
             self.behaviour.cancelled += 1
             raise
@@ -171,9 +175,10 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None = None, param: str | None = None,
-           code: str | None = None) -> Response:
+def _error(status: int, message: str, param: str | None = None, code: str | None = None,
+           retry_after: int | None = None) -> Response:
     error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    headers = None if retry_after is None else {"Retry-After": str(retry_after)}
     return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 

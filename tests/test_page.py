@@ -8,6 +8,7 @@ from urllib.parse import parse_qs
 
 import pytest
 from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
 
 from tests.page_browser import Page
 from tests.page_server import Behaviour, picture
@@ -124,7 +125,7 @@ def test_variations_never_switch_off_what_a_negative_prompt_needs(page):
 
 
 def test_escape_cancels_what_is_drawn_and_keeps_what_is_typed(page):
-    page.server.behaviour.seconds = 0.5
+    page.server.behaviour.held = True
     page.type("#prompt", "slow cat")
     page.keys(ENTER)
     page.wait(lambda: "drawing" in page.states(), "the first part of a picture")
@@ -158,7 +159,7 @@ def test_a_wrong_value_is_said_at_its_field_and_nothing_is_sent(page):
         page.type("#prompt", "cat")
         page.type(f"#{name}", value)
         page.find("#draw").click()
-        page.wait(lambda: says in page.text(f"#{name}-error"), says)
+        page.reads(f"#{name}-error", says)
         assert page.js("return document.activeElement.id") == name
         assert page.find(f"#{name}").get_attribute("aria-invalid") == "true"
     assert asked(page) == []
@@ -228,7 +229,7 @@ def test_words_are_found_behind_characters_that_javascript_counts_twice(page):
 def test_words_that_the_server_has_forgotten_are_said(page):
     page.server.behaviour.forget = True
     page.draw("red cat")
-    page.wait(lambda: "no longer keeps" in page.text("#words-hint"), "the reason")
+    page.reads("#words-hint", "no longer keeps")
 
 
 # ---- history and files
@@ -327,6 +328,17 @@ def test_a_layout_is_painted_with_the_keyboard(page):
     page.js("document.getElementById('layout-on').focus()")
     page.keys(SPACE, TAB, RIGHT, RIGHT, ENTER, TAB, RIGHT, DOWN, SPACE)
     assert page.js("return document.activeElement.getAttribute('aria-label')") == "row 2, column 2: magenta"
+
+
+def test_a_layout_is_painted_by_dragging(page):
+    page.server.behaviour = Behaviour(layouts=True)
+    page.open()
+    page.find("#layout-on").click()
+    cells = page.all(".layout-cells button")
+    ActionChains(page.driver, duration=50).click_and_hold(cells[4]).move_to_element(cells[5]).move_to_element(
+        cells[6]).release().perform()
+    names = [cell.get_attribute("aria-label").partition(": ")[2] for cell in cells[3:8]]
+    assert names == ["white", "red", "red", "red", "white"]
 
 
 # ---- the keyboard alone

@@ -140,7 +140,17 @@ def test_what_was_drawn_instead_of_an_unknown_word_is_said(page):
 
 def test_an_address_that_cannot_be_drawn_says_why(page):
     page.open("#/?prompt=cat&top_p=7")
-    page.wait(lambda: "A number" in page.text("#top_p-error"), "the reason")
+    page.reads("#top_p-error", "A number")
     page.open("#/?prompt=cat&count=many&layout=a.b-c&seed=x")
-    page.wait(lambda: page.text("#seed-error"), "the reason")
+    page.reads("#seed-error", "A seed is")
     assert page.server.behaviour.requests == []
+
+
+def test_the_focus_is_not_lost_when_what_has_it_disappears(page):
+    page.server.behaviour.failures = [(500, "failed", {})] * 4
+    start(page)
+    page.told("The server failed.")
+    page.js("document.getElementById('message-again').focus()")
+    page.keys(ENTER)
+    page.finished(4)
+    assert page.js("return document.activeElement.id") == "draw"

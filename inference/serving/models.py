@@ -21,6 +21,7 @@ from inference.model_folder import GENERATION_NAME, INDEX_NAME, read_model_index
 from inference.pipeline import TextToImage
 from inference.sampling import SamplingParams
 from inference.serving.jobs import UnknownModelError
+from inference.serving.model_memory import attention_bytes, frozen_encoder_bytes
 from seq2seq import TRANSFORMER_KINDS, TransformerConfig
 from tokenizer_image import IMAGE_TOKENIZERS
 from tokenizer_image.config import ImageTokenizerConfig
@@ -88,8 +89,9 @@ class ServedModel:
 
     @cached_property
     def bytes(self) -> int:
-        """Predicted bytes of the loaded model."""
-        return self.needs.total
+        """Predicted bytes of the loaded model, with its frozen text encoder and `words`."""
+        encoder = frozen_encoder_bytes(self.folder, self.options.text_encoder)
+        return self.needs.total + encoder + attention_bytes(self.config)
 
     def load(self) -> TextToImage:
         """Load the model. UserError for one that is damaged, or that memory has no room for."""
@@ -189,7 +191,7 @@ def model_name(folder: str | Path) -> str:
 def find_models(folder: Path) -> dict[str, Path]:
     """Return the model folders below a folder by their names: paths from it, without `/model`.
 
-    UserError where there is none, and where two have one name.
+    UserError where there is none.
     """
     if not folder.is_dir():
         raise MissingFileError(f"--models {folder}: no such folder")
@@ -207,11 +209,7 @@ def find_models(folder: Path) -> dict[str, Path]:
             continue
         below.clear()
         shown = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
-        name = "/".join(shown)
-        if name in found:
-            raise UserError(f"--models {folder}: {found[name]} and {path} would both be called "
-                            f"{name}; rename one")
-        found[name] = path
+        found["/".join(shown)] = path
     if not found:
         raise UserError(f"--models {folder}: holds no model folder (looked for {INDEX_NAME}, "
                         f"{MAX_DEPTH} folders deep)")

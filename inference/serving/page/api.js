@@ -38,7 +38,7 @@ export async function fetchWords(id) {
 }
 
 /**
- * Draw one picture; call onPartial(bytes, index) as it grows.
+ * Draw one picture; call onPartial(bytes) as it grows.
  * Return {bytes, id, revisedPrompt, note}. ApiError, Unreachable, or AbortError when the signal is given.
  * body: JSON text, because a seed may be larger than JavaScript's numbers hold.
  */
@@ -51,7 +51,7 @@ export async function streamPicture(body, { signal, onPartial }) {
   for await (const event of serverEvents(response)) {
     if (event.error) throw new ApiError(event.error.status ?? 500, event.error);
     if (event.type === "image_generation.partial_image") {
-      onPartial(decodeBase64(event.b64_json), event.partial_image_index);
+      onPartial(decodeBase64(event.b64_json));
     } else if (event.type === "image_generation.completed") {
       finished = event;
     }

@@ -12,6 +12,13 @@ export function element(tag, { data = {}, aria = {}, ...properties } = {}, ...ch
   return made;
 }
 
+/** Hide an element; a focus inside it goes to another one instead of being lost. */
+export function hide(hidden, next) {
+  const focused = hidden.contains(document.activeElement);
+  hidden.hidden = true;
+  if (focused) next.focus();
+}
+
 /** Let arrow keys, Home and End move among the children of a container: it is one stop of the Tab key. */
 export function moveWithArrows(container, { columns = () => 1 } = {}) {
   const items = () => [...container.querySelectorAll("button:not([disabled])")];

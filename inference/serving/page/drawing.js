@@ -62,15 +62,24 @@ export async function drawRun(run, { signal, changed, waiting }) {
     Object.assign(picture, { state: "waiting", error: null });
     changed(picture);
   }
+  const waits = new Map();  // picture -> seconds: the longest is told
+  const wait = (picture, seconds, error) => {
+    if (seconds > 0) waits.set(picture, seconds);
+    else waits.delete(picture);
+    waiting(Math.max(0, ...waits.values()), error);
+  };
   const worker = async () => {
-    while (open.length > 0) await drawPicture(open.shift(), { signal, changed, waiting });
+    while (open.length > 0) {
+      const picture = open.shift();
+      await drawPicture(picture, { signal, changed, waiting: (...told) => wait(picture, ...told) });
+    }
   };
   await Promise.all(Array.from({ length: AT_ONCE }, worker));
 }
 
 async function drawPicture(picture, { signal, changed, waiting }) {
-  const onPartial = (bytes, index) => {
-    Object.assign(picture, { state: "drawing", share: (index + 1) / (PARTIAL_IMAGES + 1) });
+  const onPartial = (bytes) => {
+    picture.state = "drawing";
     showBytes(picture, bytes);
     changed(picture);
   };
@@ -102,7 +111,7 @@ async function countDown(error, signal, waiting) {
     waiting(left, error);
     await pause(1000, signal);
   }
-  waiting(0);
+  waiting(0, error);
 }
 
 function pause(milliseconds, signal) {

@@ -51,7 +51,10 @@ export class Gallery {
   /** Add the run that is shown to the history, or redraw its entry. */
   remember(run) {
     if (!run.pictures.some((picture) => picture.state === "done")) return;
-    this.runs = [run, ...this.runs.filter((other) => other !== run)].slice(0, MAX_RUNS);
+    this.runs = [run, ...this.runs.filter((other) => other !== run)];
+    for (const forgotten of this.runs.splice(MAX_RUNS)) {
+      forgotten.pictures.forEach((picture) => URL.revokeObjectURL(picture.url));
+    }
     byId("history-section").hidden = false;
     byId("history").replaceChildren(...this.runs.map((entry) => this.#entry(entry)));
   }

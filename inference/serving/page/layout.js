@@ -67,7 +67,7 @@ export class LayoutEditor {
     moveWithArrows(this.cells, { columns: () => columns });
     singleTabStop(this.cells);
 
-    this.palette = element("div", { className: "palette", role: "group", aria: { label: "Colours to paint with" } });
+    this.palette = element("div", { className: "palette", role: "group", aria: { label: "Classes to paint with" } });
     for (let value = 0; value < this.layout.classes; value++) this.palette.append(this.#swatch(value));
     moveWithArrows(this.palette, { columns: () => 9 });
 

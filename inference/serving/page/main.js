@@ -2,7 +2,7 @@
 
 import { fetchModels, setKey } from "./api.js";
 import { fromAddress, toAddress } from "./address.js";
-import { byId, element } from "./dom.js";
+import { byId, element, hide } from "./dom.js";
 import { drawRun, newRun, newSeed } from "./drawing.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
@@ -40,6 +40,8 @@ async function draw(changes = {}, { keepAddress = false } = {}) {
   stop();
   if (!keepAddress) remember(run.address);
   gallery.show(run);
+  // on a phone the pictures are below the form
+  if (matchMedia("(max-width: 899px)").matches) byId("output").scrollIntoView();
   await finish(run);
 }
 
@@ -77,7 +79,6 @@ function cancel() {
   if (!current) return;
   stop();
   say("Cancelled. What was finished stays.");
-  byId("draw").focus();
 }
 
 function progress(run) {
@@ -124,7 +125,7 @@ function say(text) {
 }
 
 function clearMessage() {
-  byId("message").hidden = true;
+  hide(byId("message"), byId("draw"));
   byId("message-text").textContent = "";
   byId("message-again").hidden = true;
 }
@@ -163,7 +164,8 @@ function showWait(seconds, error = null) {
 }
 
 function showBusy(busy) {
-  byId("cancel").hidden = !busy;
+  if (busy) byId("cancel").hidden = false;
+  else hide(byId("cancel"), byId("draw"));
   byId("results").setAttribute("aria-busy", String(busy));
 }
 
@@ -172,8 +174,7 @@ function askForKey(run) {
   byId("key").focus();
   byId("use-key").onclick = () => {
     setKey(byId("key").value.trim());
-    byId("key-section").hidden = true;
-    byId("prompt").focus();
+    hide(byId("key-section"), byId("prompt"));
     goOn(run);
   };
 }
@@ -254,8 +255,13 @@ function listen() {
     }
   });
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape") cancel();
+    if (event.key !== "Escape") return;
+    document.body.classList.add("no-tips");  // until the focus or the mouse moves on
+    cancel();
   });
+  for (const kind of ["focusin", "pointerover"]) {
+    addEventListener(kind, () => document.body.classList.remove("no-tips"));
+  }
   addEventListener("popstate", openAddress);
   byId("key").addEventListener("keydown", (event) => {
     if (event.key !== "Enter") return;

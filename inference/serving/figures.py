@@ -1,12 +1,49 @@
-"""How fast an engine draws: tokens per second lately, and while it is drawing."""
+"""An engine's limits, its figures, and how fast it draws."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 WINDOW = 10
 """Seconds that a speed looks back."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """queue: jobs that may wait for their turn. deadline: seconds from a job's submission to its
+    last image. kept_images: finished images that `words` can be asked about. turn: seconds that a
+    model may draw its own jobs before it makes room for one that does not fit beside it.
+    """
+
+    queue: int = 32
+    deadline: float = 120.0
+    kept_images: int = 256
+    turn: float = 5.0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Figures of this moment, and counts since the start.
+
+    queued, running: jobs; images: those of them that have not ended. loaded: names of models;
+    model_bytes: their predicted memory. finished: images. rejected: jobs that found the queue
+    full. cancelled: jobs. failed: jobs by `jobs.FailureKind`, without the cancelled ones.
+    """
+
+    queued: int
+    running: int
+    images: int
+    active_rows: int
+    rows: int
+    tokens: int
+    tokens_per_second: float
+    finished: int
+    rejected: int
+    cancelled: int
+    failed: dict[str, int] = field(default_factory=dict)
+    loaded: tuple[str, ...] = ()
+    model_bytes: int = 0
 
 
 @dataclass
