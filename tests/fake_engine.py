@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import torch
 from PIL import Image
 
-from inference.serving.engine import EngineRequest, Failed, Finished, Overloaded, Partial, Started
+from inference.attention_maps import WordMap
+from inference.serving.engine import (
+    EngineRequest,
+    Failed,
+    Finished,
+    Overloaded,
+    Partial,
+    Started,
+    UnknownImageError,
+)
 
 DESCRIBED = {"size": "16x16", "grid": [4, 4], "image_tokens": 16, "title": "fake", "created": 1_700_000_000,
              "weights": "float32", "fingerprint": "0" * 16,
@@ -96,6 +107,13 @@ class FakeEngine:
         if self.plays:
             job.play()
         return job
+
+    def words(self, number: str) -> Future:
+        if not number.startswith("image-"):
+            raise UnknownImageError(f"id '{number[:40]}': no image of this id is kept")
+        answer: Future = Future()
+        answer.set_result([WordMap("a", 0, 1, torch.full((4, 4), 0.5))])
+        return answer
 
     def leave(self, job: FakeJob) -> None:
         if job in self.waiting:
