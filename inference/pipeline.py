@@ -154,9 +154,9 @@ class TextToImage(Pushable):
         drawn = rerank_from or num_images
         tokens, layouts = self._sample(prompts, drawn, options, seeds, batch_size)
         images: list[Image.Image] = []
-        # one at a time: sums round in another way in a batch, and a pixel here and there changes
-        for own in tokens.split(1):
-            images += self.decode_tokens(own)
+        # in batches, as _check_memory counted: the image tokenizer takes memory per image
+        for part in tokens.split(batch_size):
+            images += self.decode_tokens(part)
         result = GenerationResult(
             images, tokens, prompts=[text for text in prompts for _ in range(drawn)],
             seeds=[first + i for first in seeds for i in range(drawn)],
@@ -264,19 +264,16 @@ class TextToImage(Pushable):
 
     def _check_memory(self, pictures: int, captions: int, guided: bool, **others: Any) -> None:
         """Raise UserError, before anything is allocated, for what memory has no room for."""
-        is_bfloat16 = self.seq2seq.image_embedding.weight.dtype == torch.bfloat16
-        dtype: Any = "bfloat16" if is_bfloat16 else "float32"
-        weights = self.weights or dtype
-        work = Workload(pictures, captions, guided, weights=weights, dtype=dtype, **others)
+        dtype: Any = str(self.seq2seq.image_embedding.weight.dtype).removeprefix("torch.")
+        if self.device.type == "cpu":
+            others["decoded"] = 1  # see PixelDecoder
+        work = Workload(pictures, captions, guided, weights=self.weights or dtype, dtype=dtype, **others)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
 
     # ---- from tokens to images
 
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
-        """image_tokens [B, N] int64 in [0, K) -> B images.
-
-        UserError for another shape, dtype or range.
-        """
+        """image_tokens [B, N] int64 in [0, K) -> B images. UserError for another shape or type."""
         return self.pixels.decode(image_tokens)
 
     def decode_step(self, image_tokens: Tensor) -> list[Image.Image]:

@@ -27,8 +27,8 @@ class PixelDecoder:
     def decode(self, image_tokens: Tensor) -> list[Image.Image]:
         """image_tokens [B, N] int64 in [0, K) -> B images.
 
-        An image's pixels are the same whatever is decoded beside it. UserError for another shape,
-        dtype or range.
+        On the CPU an image's pixels are the same whatever is decoded beside it. UserError for
+        another shape, dtype or range.
         """
         if not isinstance(image_tokens, Tensor):
             raise UserError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}")
@@ -36,8 +36,10 @@ class PixelDecoder:
         codes = tokens_to_codes(image_tokens, self.image_tokenizer.grid)  # [B, h, w]
         images: list[Image.Image] = []
         # one by one: kernels round differently for another number of images, and 1 image of 16
-        # (demo, 32 px) would differ by a level from the same one decoded alone
-        for one in codes.split(1):
+        # (demo, 32 px) would differ by a level from the same one decoded alone. A GPU is for
+        # batches, and promises no equal bits
+        at_once = 1 if codes.device.type == "cpu" else max(len(codes), 1)
+        for one in codes.split(at_once):
             images += pixels_to_images(float_to_pixels(self.image_tokenizer.decode(one)))
         return images
 

@@ -194,8 +194,8 @@ def test_a_window_is_held_for_every_row():
 
 
 @pytest.mark.parametrize(("prompts", "num_images", "batch_size", "expected"), [
-    (1, 1, 32, (1, 1, 1, 1)), (1, 8, 4, (4, 1, 1, 8)), (5, 2, 4, (4, 2, 1, 10)), (3, 20, 32, (20, 1, 1, 60)),
-    (2, 2, 100, (4, 2, 1, 4))])
+    (1, 1, 32, (1, 1, 1, 1)), (1, 8, 4, (4, 1, 4, 8)), (5, 2, 4, (4, 2, 4, 10)), (3, 20, 32, (20, 1, 32, 60)),
+    (2, 2, 100, (4, 2, 4, 4))])
 def test_a_request_is_drawn_in_these_batches(monkeypatch, prompts, num_images, batch_size, expected):
     work = Workload.of_request(prompts, num_images, batch_size)
     assert (work.pictures, work.captions, work.decoded, work.kept) == expected

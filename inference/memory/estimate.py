@@ -79,7 +79,7 @@ class Workload:
         captions = min(prompts, max(1, batch_size // num_images))
         pictures = captions * min(num_images, batch_size)
         total = prompts * num_images
-        return cls(pictures, captions, decoded=1, kept=total, **others)
+        return cls(pictures, captions, decoded=min(batch_size, total), kept=total, **others)
 
     @property
     def rows(self) -> int:
@@ -222,7 +222,7 @@ def largest_batch(config: TransformerConfig, tokenizer: ImageTokenizerConfig | N
     def fits(pictures: int) -> bool:
         captions = min(work.captions, pictures)
         needs = estimate(config, tokenizer,
-                         replace(work, pictures=pictures, captions=captions))
+                         replace(work, pictures=pictures, captions=captions, decoded=pictures))
         return (needs.beyond_weights if loaded else needs.total) <= memory
 
     if not fits(1):
