@@ -42,7 +42,7 @@ FILES = {
     "tokenloom report": ("--out", ["/nowhere/run"]),
     **{f"benchmarks {name}": ("--out", []) for name in benchmarks.BENCHMARKS},
 }
-WRITES_NOTHING = {"tokenloom info", "tokenloom runs", "tokenloom estimate"}
+WRITES_NOTHING = {"tokenloom calibrate", "tokenloom info", "tokenloom runs", "tokenloom estimate"}
 ENTRIES = {**FOLDERS, **FILES}
 
 
