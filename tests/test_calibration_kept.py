@@ -120,7 +120,7 @@ def test_without_a_place_to_write_choices_are_measured_each_time(measured, folde
     assert [choose(), choose()] == [STRATEGY] * 2
     assert len(measured) == 2
     assert caplog.records == []
-    with pytest.raises(UserError, match="calibration.json: cannot be written to"):
+    with pytest.raises(UserError, match=r"calibration\.json: cannot be written to"):
         choices.KEPT.check_writable()
 
 

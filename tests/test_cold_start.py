@@ -36,13 +36,13 @@ def test_a_second_generate_imports_no_compiler_and_no_library_of_training(folder
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["data", "--help"], ["generate", "--help"], ["calibrate", "--help"]])
+@pytest.mark.parametrize("argv", ["--help", "--version", "data --help", "generate --help", "calibrate --help"])
 def test_help_imports_no_torch(argv):
     code = ("import sys, tokenloom\n"
             "try: tokenloom.main(sys.argv[1:])\n"
             "except SystemExit: pass\n"
             "print([name for name in ('torch', 'einx', 'numba', 'numpy') if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=launching.REPOSITORY, env=launching.environment(),
+    done = subprocess.run([sys.executable, "-c", code, *argv.split()], cwd=launching.REPOSITORY, env=launching.environment(),
                           capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

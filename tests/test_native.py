@@ -147,7 +147,8 @@ def test_without_pytorchs_own_threads_it_is_not_chosen(monkeypatch):
     real = threads.library.__wrapped__
     assert real() is None
     monkeypatch.setattr(threads, "library", lambda: None)
-    assert calibration._native_strategy([torch.randn(8, 8)], False, torch.Generator(), Budget(None)).strategy == MatmulStrategy()
+    measured = calibration._native_strategy([torch.randn(8, 8)], False, torch.Generator(), Budget(None))
+    assert measured.strategy == MatmulStrategy()
     monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "native thread pool")
     assert real() is None
 

@@ -13,15 +13,14 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from inference.decoder.native.basics import compiled_part, thread_share, version
+from inference.decoder.native.basics import compiled_part, named, thread_share, version
 from inference.decoder.native.products import PANEL, multiply_floats, multiply_integers
 from inference.decoder.native.threads import barrier, compiled, run, thread_count, thread_number
 
 COUNT, ROWS, INPUTS, OUTPUTS, X, OUT, MATRICES = range(7)
 
 
-def _make_multiply_each(multiply: Any) -> Any:
-    @compiled_part
+def _make_multiply_each(multiply: Any, name: str) -> Any:
     def multiply_each(table, matrices):
         """OUT = each of `matrices` times X in turn; threads share the outputs."""
         thread, threads = thread_number(), thread_count()
@@ -31,11 +30,11 @@ def _make_multiply_each(multiply: Any) -> Any:
             multiply(matrices[MATRICES + at], table[X], table[OUT], span, table[ROWS], sizes)
             barrier()
 
-    return multiply_each
+    return compiled_part(named(multiply_each, name))
 
 
-multiply_each_floats = _make_multiply_each(multiply_floats)
-multiply_each_integers = _make_multiply_each(multiply_integers)
+multiply_each_floats = _make_multiply_each(multiply_floats, "multiply_each_floats")
+multiply_each_integers = _make_multiply_each(multiply_integers, "multiply_each_integers")
 
 
 @lru_cache(maxsize=2)
