@@ -65,6 +65,8 @@ COMMANDS = {
               "serve models over HTTP: a page, and OpenAI's images API"),
     "reconstruct": ("inference.commands.reconstruct", "reconstruct",
                     "send pictures through the image tokenizer and back"),
+    "calibrate": ("inference.commands.calibrate", "calibrate",
+                  "measure this machine, and keep what is fastest for a model"),
     "info": ("inference.commands.info", "info",
              "say what a model folder holds"),
     "convert": ("inference.commands.convert", "convert_command",

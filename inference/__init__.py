@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tokenloom_common.imports import import_before_torch
+
 if TYPE_CHECKING:
     from inference.model_folder import LoadedModel, load_model_folder, save_model_folder
     from inference.pipeline import TextToImage
@@ -40,5 +42,6 @@ _NAMES = {
 def __getattr__(name: str) -> Any:
     """Load a public name on first use: the commands refuse a wrong call before torch is there."""
     if name in _NAMES:
+        import_before_torch()
         return getattr(importlib.import_module(f"inference.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'inference' has no attribute '{name}'")

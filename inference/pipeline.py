@@ -247,7 +247,7 @@ class TextToImage(Pushable):
     def image_job(self, request: PromptRequest, name: object = None) -> ImageJob:
         """Encode a request for the scheduler. UserError for what `generate` refuses."""
         texts = check_prompts(request.prompt)
-        check_counts(request.num_images, request.num_images, request.seed)
+        check_counts(request.num_images, 1, request.seed)
         options = check_options(request.params, self.default_params, request.negative_prompt,
                                 request.layout)
         layout = read_layout(request.layout, self.seq2seq.config, request.num_images)
@@ -267,7 +267,8 @@ class TextToImage(Pushable):
         dtype: Any = str(self.seq2seq.image_embedding.weight.dtype).removeprefix("torch.")
         if self.device.type == "cpu":
             others["decoded"] = 1  # see PixelDecoder
-        work = Workload(pictures, captions, guided, weights=self.weights or dtype, dtype=dtype, **others)
+        weights = self.weights or dtype
+        work = Workload(pictures, captions, guided, weights=weights, dtype=dtype, **others)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
 
     # ---- from tokens to images

@@ -10,6 +10,7 @@ import torch
 
 import tokenloom
 from tests.page_browser import browser, page, stand_in  # noqa: F401
+from tokenloom_common import kept_results
 from training.engine.launch import processes
 from training.engine.processes import Processes
 
@@ -25,6 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--kills 100`: how often tests/test_killed.py kills a training; `--mutations 10000`: of files that are read."""
     parser.addoption("--kills", type=int, default=6)
     parser.addoption("--mutations", type=int, default=200)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """Choices of the user's own runs are neither read nor replaced by tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_results, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from inference.decoder.native import basics, threads
 from inference.decoder.native.basics import error_function, exponential, version
 from inference.decoder.native.trial import products
 from inference.decoder.projection import MatmulStrategy
+from inference.decoder.timing import Budget
 from inference.generation.ways import generate_tokens
 from tests.decoder_shapes import SHAPES, STRATEGIES, build, cached_with, prefilled, tokens
 from tests.test_jacobi import PARAMS, request
@@ -146,7 +147,8 @@ def test_without_pytorchs_own_threads_it_is_not_chosen(monkeypatch):
     real = threads.library.__wrapped__
     assert real() is None
     monkeypatch.setattr(threads, "library", lambda: None)
-    assert calibration._native_strategy([torch.randn(8, 8)], False, torch.Generator()) == MatmulStrategy()
+    measured = calibration._native_strategy([torch.randn(8, 8)], False, torch.Generator(), Budget(None))
+    assert measured.strategy == MatmulStrategy()
     monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "native thread pool")
     assert real() is None
 

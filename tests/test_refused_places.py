@@ -44,7 +44,7 @@ FILES = {
     "tokenloom report": ("--out", ["/nowhere/run"]),
     **{f"benchmarks {name}": ("--out", []) for name in benchmarks.BENCHMARKS},
 }
-WRITES_NOTHING = {"tokenloom info", "tokenloom serve", "tokenloom runs", "tokenloom estimate"}
+WRITES_NOTHING = {"tokenloom calibrate", "tokenloom info", "tokenloom serve", "tokenloom runs", "tokenloom estimate"}
 ENTRIES = {**FOLDERS, **FILES}
 
 

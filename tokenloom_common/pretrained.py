@@ -74,8 +74,9 @@ def _with_tensors(kind: type[Any], config: StrictConfig, tensors: dict[str, Tens
                   ) -> Any:
     """A model whose parameters and buffers are `tensors`, cast to its dtypes."""
     try:
-        # shapes are compared on the meta device, before a hostile config can allocate anything
-        with torch.device("meta"):
+        # shapes are compared on the meta device, before a hostile config can allocate anything;
+        # random numbers would be drawn there by torch._refs, which imports torch._dynamo (0.7 s)
+        with torch.device("meta"), SkipParameterInit():
             model = kind(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise UserError(f"{path}: the weights do not fit config.json: no model can be built from "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tokenloom_common.errors import OneLineParser, UserError
 from tokenloom_common.outputs import check_output_folder
+from tokenloom_common.processor import free_cores
 
 if TYPE_CHECKING:
     from inference.pipeline import TextToImage
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Imports of torch are inside the functions: a parser is made before it is known that the command
 # can run.
+Step = Callable[[], object]
 MAX_THREADS = 4096  # also the largest Jacobi window
 WEIGHTS = ("float32", "bfloat16", "int8")
 """Names of `inference.decoder.projection.Precision`."""
@@ -81,19 +83,23 @@ def add_speed_options(parser: OneLineParser) -> None:
 
 
 def check_speed_options(args: argparse.Namespace) -> None:
-    """Raise UserError for an impossible value, and set the number of threads if it is given."""
+    """Raise UserError for an impossible value, and set torch's threads: --threads, else at most
+    the cores that are free."""
     for name in ("jacobi", "threads"):
         value = getattr(args, name)
         if value is not None and not 1 <= value <= MAX_THREADS:
             raise UserError(f"--{name} {value} must be 1 to {MAX_THREADS:,}")
-    if args.threads is not None:
-        import torch
 
+    import torch
+
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
+    else:
+        torch.set_num_threads(min(torch.get_num_threads(), free_cores()))
 
 
 def calibrate_threads(model: TextToImage, images: int, params: SamplingParams) -> None:
-    """Set torch's threads to the number that is fastest for a decoder step of this many images."""
+    """Set torch's threads, which are the most, to the fastest number for a step of these images."""
     import torch
 
     from inference.decoder.calibration import fastest_threads
@@ -101,23 +107,36 @@ def calibrate_threads(model: TextToImage, images: int, params: SamplingParams) -
     most = torch.get_num_threads()
     if most > 1:
         rows = images if params.guidance_scale == 1 else 2 * images
-        fastest_threads(_decoder_step(model, rows), most)
+        make_step, key = thread_trial(model, rows, most)
+        fastest_threads(make_step, most, key)
 
 
-def _decoder_step(model: TextToImage, rows: int) -> Callable[[], object]:
-    """Return one decoder step of `rows` rows, halfway down a meaningless image, to be timed."""
+def thread_trial(model: TextToImage, rows: int, most: int) -> tuple[Callable[[], Step], str]:
+    """Return what makes a decoder step to time thread counts by, and the key of the fastest one.
+
+    The step is halfway down a meaningless image, and has `rows` rows rounded up to a power of two,
+    so that few numbers of rows are ever measured.
+    """
     import torch
 
+    from inference.decoder.choices import threads_key
     from inference.requests import text_like
 
+    rows = 1 << (rows - 1).bit_length()
     decoder = model.decoder
-    text = text_like(model.text_tokenizer.null_caption(), model.seq2seq.image_embedding.weight)
-    groups = [decoder.prefill(text, rows)]
-    cache = decoder.new_cache(groups)
-    previous = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
-    # halfway: attention over a growing cache makes this step about the average one
-    position = max(1, decoder.config.num_tokens // 2)
-    return partial(decoder.decode_one, previous, position, groups, cache)
+    config = decoder.config
+    key = threads_key(f"{config.plain()}, {model.weights} weights", rows, most)
+
+    def make_step() -> Step:
+        text = text_like(model.text_tokenizer.null_caption(), model.seq2seq.image_embedding.weight)
+        groups = [decoder.prefill(text, rows)]
+        cache = decoder.new_cache(groups)
+        previous = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
+        # halfway: attention over a growing cache makes this step about the average one
+        position = max(1, config.num_tokens // 2)
+        return partial(decoder.decode_one, previous, position, groups, cache)
+
+    return make_step, key
 
 
 # ---- sampling

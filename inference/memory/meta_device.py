@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenloom_common.config import StrictConfig
 from tokenloom_common.errors import UserError, one_line
+from tokenloom_common.pretrained import SkipParameterInit
 
 
 def build_on_meta(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
@@ -28,7 +29,8 @@ def build_on_meta(kind: Callable[[Any], Any], config: StrictConfig) -> Any:
     UserError for one that no machine could hold.
     """
     try:
-        with torch.device("meta"):
+        # random numbers would be drawn there by torch._refs, which imports torch._dynamo
+        with torch.device("meta"), SkipParameterInit():
             return kind(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise UserError("no model can be built from this config "

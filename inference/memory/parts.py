@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import tokenizer_image
 from inference.memory.meta_device import build_on_meta, peak_on_meta
 from seq2seq import TRANSFORMER_KINDS, TransformerConfig
 from tokenizer_image.config import ImageTokenizerConfig
 from tokenizer_image.images import float_to_pixels
 from tokenizer_image.kinds import build_tokenizer
+from tokenloom_common.kept_results import KeptResults, source_hash, versions
 
+PACKAGE = Path(tokenizer_image.__file__).parent
+KEPT = KeptResults("memory.json")
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 """Precision of the decoder's matrices -> bytes per number."""
 
@@ -73,7 +78,29 @@ def tokenizer_bytes(config: ImageTokenizerConfig) -> int:
 
 @lru_cache(maxsize=32)
 def picture_bytes(config: ImageTokenizerConfig) -> tuple[int, int]:
-    """Return the peak bytes of decoding codes to uint8 pixels: (fixed, per image)."""
+    """Return the peak bytes of decoding codes to uint8 pixels: (fixed, per image).
+
+    They are kept on disk: counting them takes the start of a command half a second, since torch
+    imports its compiler for operations on the meta device.
+    """
+    code = f"{source_hash(PACKAGE)}{source_hash(Path(__file__).parent)}"
+    key = f"decoding of {config.kind} {config.plain()}; {versions('torch')} ({code})"
+    kept = KEPT.get(key)
+    if _is_two_counts(kept):
+        return kept[0], kept[1]
+
+    counted = _count_picture_bytes(config)
+    KEPT.put(key, counted)
+    return counted
+
+
+def _is_two_counts(value: Any) -> bool:
+    """Whether a kept value is one that `_count_picture_bytes` could have returned."""
+    return (isinstance(value, list) and len(value) == 2
+            and all(type(number) is int and number > 0 for number in value))
+
+
+def _count_picture_bytes(config: ImageTokenizerConfig) -> tuple[int, int]:
     model = build_on_meta(build_tokenizer, config).eval()
     family: Any = config  # every family has embed_dim, their common base does not
     embed_dim = family.embed_dim

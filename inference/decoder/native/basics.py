@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ REASSOCIATED = {"contract", "reassoc", "arcp", "nsz"}
 _options: Any = {"error_model": "numpy", "nogil": True,
                  "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 compiled_part = njit(fastmath=REASSOCIATED, **_options)
+
+
+def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Give one of several functions that are made by the same code a name of its own.
+
+    Numba names machine code by a function's name, argument types and a number that counts within a
+    process. Code from the disk cache has another process's numbers, and of two functions with one
+    name the linker takes the first for both.
+    """
+    function.__name__ = name
+    function.__qualname__ = name
+    return function
 
 
 def _pointer_to(number: Any, bits: ir.Type) -> Any:

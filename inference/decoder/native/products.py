@@ -23,6 +23,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from inference.decoder.native.basics import named
 from inference.decoder.native.instructions import (
     FLOAT,
     INT8,
@@ -49,10 +50,12 @@ MOST_ROWS = 4 if HAS_AVX512 else 2  # of one product: PANEL * MOST_ROWS sums mus
 class _Format:
     """Number types of a matrix, its inputs and its sums, and how products are added up.
 
+    name: of the functions that are made for it.
     step: inputs that one vector instruction takes.
     """
 
-    def __init__(self, matrix: ir.Type, row: ir.Type, total: ir.Type, step: int) -> None:
+    def __init__(self, name: str, matrix: ir.Type, row: ir.Type, total: ir.Type, step: int) -> None:
+        self.name = name
         self.matrix = matrix
         self.row = row
         self.total = total
@@ -96,8 +99,8 @@ class _Integers(_Format):
         return builder.add(sums, builder.add(*halves))
 
 
-FLOATS = _Floats(FLOAT, FLOAT, FLOAT, LANES)
-INTEGERS = _Integers(INT8, INT16, INT32, 2 * LANES)
+FLOATS = _Floats("floats", FLOAT, FLOAT, FLOAT, LANES)
+INTEGERS = _Integers("integers", INT8, INT16, INT32, 2 * LANES)
 
 
 def _make_product(kind: _Format, rows: int, outputs: int, prefetch: bool) -> Callable[..., None]:
@@ -220,7 +223,6 @@ def _make_multiply(kind: _Format) -> Callable[..., None]:
     matrix_bytes, row_bytes = bytes_of(kind.matrix), bytes_of(kind.row)
     most = MOST_ROWS
 
-    @njit(error_model="numpy", nogil=True)
     def multiply(matrix: int, rows: int, out: int, span: tuple[int, int], count: int,
                  sizes: tuple[int, int, int]) -> None:
         """out[m, o] = sum of matrix[o, i] * rows[m, i] over i, for `count` rows and the outputs
@@ -263,7 +265,7 @@ def _make_multiply(kind: _Format) -> Callable[..., None]:
                      out + (row * out_stride + output) * 4, inputs, row_stride, out_stride)
             output += 1
 
-    return multiply
+    return njit(error_model="numpy", nogil=True)(named(multiply, f"multiply_{kind.name}"))
 
 
 multiply_floats = _make_multiply(FLOATS)
