@@ -238,8 +238,8 @@ class TextToImage(Pushable):
         batch size below 1, and for a wrong request when it is read.
         """
         check_counts(1, batch_size, 0)
-        # the captions of the rows, the next one, and kept unconditional texts; guided=False, since
-        # batch_size counts rows, two for a guided image; 1, since each is handed over as it ends
+        # captions of the rows, the next one, kept unconditional texts; guided=False: batch_size
+        # counts rows, two for a guided image; 1, since each image is handed over as it ends
         captions = batch_size + 1 + KEPT_UNCONDITIONAL
         self._check_memory(batch_size, captions, guided=False, kept=1, decoded=1, streamed=True)
         return generate_many(self, requests, batch_size)
@@ -251,10 +251,9 @@ class TextToImage(Pushable):
         options = check_options(request.params, self.default_params, request.negative_prompt,
                                 request.layout)
         layout = read_layout(request.layout, self.seq2seq.config, request.num_images)
-        seeds = [request.seed + i for i in range(request.num_images)]
-        encoded = self._request(texts, 1, options, seeds, layout)  # 1: the scheduler repeats it
-        return ImageJob(encoded.captions, encoded.unconditional, encoded.params, encoded.seeds,
-                        encoded.layout, name)
+        seeds = list(range(request.seed, request.seed + request.num_images))
+        one = self._request(texts, 1, options, seeds, layout)  # 1: the scheduler repeats it
+        return ImageJob(one.captions, one.unconditional, one.params, one.seeds, one.layout, name)
 
     def _request(self, texts: list[str], images: int, options: SamplingOptions, seeds: list[int],
                  layout: Tensor | None) -> Request:
@@ -267,8 +266,8 @@ class TextToImage(Pushable):
         dtype: Any = str(self.seq2seq.image_embedding.weight.dtype).removeprefix("torch.")
         if self.device.type == "cpu":
             others["decoded"] = 1  # see PixelDecoder
-        weights = self.weights or dtype
-        work = Workload(pictures, captions, guided, weights=weights, dtype=dtype, **others)
+        work = Workload(pictures, captions, guided, dtype=dtype, weights=self.weights or dtype,
+                        **others)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
 
     # ---- from tokens to images

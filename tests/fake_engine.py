@@ -20,7 +20,7 @@ from inference.serving.engine import (
     UnknownImageError,
 )
 
-DESCRIBED = {"size": "16x16", "grid": [4, 4], "image_tokens": 16, "title": "fake", "created": 1_700_000_000,
+DESCRIBED = {"size": "16x16", "grid": [4, 4], "image_tokens": 16, "text_length": 12, "title": "fake", "created": 1_700_000_000,
              "weights": "float32", "fingerprint": "0" * 16,
              "sampling": {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 8, "top_p": 1.0}}
 
@@ -54,8 +54,8 @@ class FakeJob:
         self.cancelled = True
         self.engine.leave(self)
 
-    def start(self) -> None:
-        self.put(Started(self.asked.request.params, text_tokens=3))
+    def start(self, text_tokens: int = 3) -> None:
+        self.put(Started(self.asked.request.params, text_tokens))
 
     def partial(self, index: int, number: int = 0, side: int = 16) -> None:
         self.put(Partial(index, picture(self.asked.request.seed + index, side), number, 4))
@@ -65,10 +65,10 @@ class FakeJob:
             self.put(Failed(index, reason, kind))
         self.engine.leave(self)
 
-    def play(self) -> None:
+    def play(self, text_tokens: int = 3) -> None:
         """All events of the job: partial images, then the finished ones."""
         request = self.asked.request
-        self.start()
+        self.start(text_tokens)
         for index in range(request.num_images):
             for number in range(self.asked.partial_images):
                 self.put(Partial(index, picture(request.seed + index), number, 4 * number + 4))

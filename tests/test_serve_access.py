@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.routing import Route
 
 from inference.serving.app import build_app
 from inference.serving.auth import ApiKey, is_loopback
-from inference.serving.logs import start_logging
+from inference.serving.logs import SAYS_PROMPTS, start_logging
 from inference.serving.page_files import PAGE, read_page
 from inference.serving.routes import GuardedRoute
 from inference.serving.service import Service
@@ -177,9 +178,9 @@ def test_files_of_other_kinds_are_not_part_of_the_page(tmp_path):
 def logged():
     """Lines of the log."""
     stream = io.StringIO()
-    kept = {name: (logging.getLogger(name).handlers, logging.getLogger(name).propagate, logging.getLogger(name).level)
-            for name in ("inference.serving", "uvicorn.error")}
-    start_logging(stream)
+    loggers = [logging.getLogger(name) for name in ("", "inference.serving", "uvicorn.error", SAYS_PROMPTS)]
+    kept = [(logger.handlers, logger.level) for logger in loggers]
+    start_logging(stream=stream)
 
     def lines(count: int) -> list[dict]:
         # a line is written once its reply has been sent
@@ -187,9 +188,8 @@ def logged():
         return [json.loads(line) for line in stream.getvalue().splitlines()]
 
     yield lines
-    for name, (handlers, propagate, level) in kept.items():
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = handlers, propagate
+    for logger, (handlers, level) in zip(loggers, kept, strict=True):
+        logger.handlers = handlers
         logger.setLevel(level)
 
 
@@ -203,6 +203,21 @@ def test_a_log_line_says_everything_but_the_prompt(server, logged):
     text = json.dumps(line)
     assert not any(word in text for word in ("secret", "hidden", "jane", KEY))
     assert len(line["user"]) == 16
+
+
+def test_what_is_longer_than_the_model_reads_is_said_in_the_reply_and_not_in_the_log(logged):
+    from tests import tiny
+
+    tokenizer = tiny.text_tokenizer()
+    tokenizer.encode(["my secret " * 50])
+    with running(FakeEngine(plays=False)) as server:
+        with ThreadPoolExecutor() as pool:
+            reply = pool.submit(server.http.post, ROUTE, json={"prompt": "my secret " * 50})
+            wait_for(lambda: server.engine.waiting)
+            server.engine.waiting[0].play(text_tokens=12)
+            [image] = reply.result().json()["data"]
+    assert image["note"].startswith("the prompt fills all 12 text tokens that this model reads")
+    assert "secret" not in json.dumps(logged(1))
 
 
 def test_prompts_are_logged_where_that_is_asked_for(logged):

@@ -107,14 +107,8 @@ function remember(address) {
 async function openAddress() {
   const settings = fromAddress(location.hash);
   if (!settings || !await modelsKnown()) return;
-  const known = gallery.find(location.hash);
-  if (known) {
-    bringBack(known, false);
-    return;
-  }
   const notes = form.fill(settings);
-  if (settings.vary) await draw({ vary: true }, { keepAddress: true });
-  else await draw({}, { keepAddress: true });
+  await draw(settings.vary ? { vary: true } : {}, { keepAddress: true });
   if (notes.length > 0) say(notes.join(" "));
 }
 
