@@ -196,5 +196,5 @@ def look_at_start(folder: str | Path) -> StartFacts:
         raise UserError(f"{folder}: its image tokenizer is of an unknown kind "
                         f"{values.get('kind')!r}")
     known = {name: value for name, value in values.items() if name != "schema_version"}
-    config = kind.config_class.parse(known, "config.json")
+    config: Any = kind.config_class.parse(known, "config.json")
     return StartFacts(str(folder), config.resolution, config.grid, config.codebook_size)

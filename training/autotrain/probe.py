@@ -100,6 +100,7 @@ def main() -> int:
     torch.set_float32_matmul_precision("high")  # as training does
     for line in sys.stdin:
         question = json.loads(line)
+        answer: dict[str, Any]
         try:
             answer = {"seconds": _measure(question, device, processes)}
         except (RuntimeError, ValueError) as error:
@@ -154,7 +155,8 @@ def _transformer_step(config: Seq2SeqRunConfig, derived: dict[str, Any], device:
     model = TRANSFORMER_KINDS[model_config.kind](model_config).to(device, dtype)
     optimizer = build_optimizer(model, config.optim)
     count = max(1, config.train.batch_size // (processes * config.train.accumulation))
-    text_ids = torch.randint(model_config.text_vocab_size, (count, model_config.text_length))
+    vocabulary: int = derived["text_vocab_size"]
+    text_ids = torch.randint(vocabulary, (count, model_config.text_length))
     text = TextBatch(text_ids.to(device), torch.ones_like(text_ids, dtype=torch.bool).to(device))
     shape = (count, model_config.num_tokens)
     tokens = torch.randint(model_config.codebook_size, shape, device=device)
