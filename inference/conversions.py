@@ -30,6 +30,7 @@ EXPORT_ENDINGS: dict[str, tuple[str, ...]] = {
     "diffusers-vq": (),  # a folder
     "llamagen-vq": _TORCH_ENDINGS,
     "llamagen-gpt": _TORCH_ENDINGS,
+    "float16": (),  # a folder of ours
 }
 """Kind of `checkpoints.export.EXPORTERS` -> endings of the file that it writes."""
 

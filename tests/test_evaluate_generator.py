@@ -96,6 +96,23 @@ def test_every_guidance_scale_is_measured_on_the_same_captions(run, folders, tmp
 
 
 @pytest.mark.long
+def test_nearest_split_finds_the_training_picture_of_the_concept(run, tmp_path):
+    options = {**NO_DIVERSITY, "features": "none", "num-captions": 12}
+    shown = run("--nearest-split", "train", out=tmp_path / "out", **options)
+    assert shown.code == 0, shown.err
+    report = report_in(tmp_path / "out")
+    own = report["real"]["caption_accuracy"]
+    assert own["accuracy"] == 1.0  # a training picture is nearest to itself
+    assert own["captions"] == len(report["questions"]) >= 11
+    generated = report["generated"][0]["caption_accuracy"]
+    assert generated["accuracy"] < 1.0  # of a model that was never trained
+    assert report["metrics"]["caption_accuracy"]["value"] == generated["accuracy"]
+    wrong = run("--nearest-split", "trian", out=tmp_path / "wrong", **options)
+    assert (wrong.code, len(wrong.err)) == (2, 1)
+    assert "trian" in wrong.err[0]
+
+
+@pytest.mark.long
 def test_sampling_options_reach_the_pictures(run, tmp_path):
     options = {"num-captions": 6, "diversity-captions": 0, "diversity-images": None}
     found = {}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from inference.checkpoints.export_float16 import to_float16
 from inference.checkpoints.export_llamagen_gpt import llamagen_state
 from inference.checkpoints.formats.diffusers_vq import as_linear, diffusers_config
 from inference.checkpoints.formats.vqgan_names import (
@@ -64,9 +65,10 @@ class _StoredVQGAN(NamedTuple):
 def export_checkpoint(kind: str, folder: str | Path, out: str | Path) -> Path:
     """Write one of our folders as another project's checkpoint -> the path written.
 
-    kind: a name in EXPORTERS. folder: an image tokenizer's, a transformer's, or a whole model
-    folder. out: a file that does not exist (a folder for diffusers-vq). UserError naming the field
-    that the other project's code cannot express.
+    kind: a name in EXPORTERS; float16 is no other project's: our own folder, rounded.
+    folder: an image tokenizer's, a transformer's, or a whole model folder. out: a file that does
+    not exist (a folder for diffusers-vq and float16). UserError naming the field that the other
+    project's code cannot express.
     """
     exporter = choose(EXPORTERS, kind, "kind of checkpoint to export")
     path = check_exported_path(kind, out)
@@ -215,7 +217,7 @@ def _to_llamagen_gpt(folder: Path, out: Path) -> Path:
 
 EXPORTERS: dict[str, Callable[[Path, Path], Path]] = {
     "taming": _to_taming, "diffusers-vq": _to_diffusers, "llamagen-vq": _to_llamagen,
-    "llamagen-gpt": _to_llamagen_gpt}
+    "llamagen-gpt": _to_llamagen_gpt, "float16": to_float16}
 """Kind -> its exporter: (our folder, path to write) -> path written."""
 
 

@@ -30,7 +30,8 @@ _CONVERT_EXAMPLES = """examples:
 _EXPORT_EXAMPLES = """examples:
   tokenloom export taming runs/tokenizer/model vqgan.ckpt
   tokenloom export diffusers-vq demo/model vqvae
-  tokenloom export llamagen-vq vq16 vq_ds16.pt"""
+  tokenloom export llamagen-vq vq16 vq_ds16.pt
+  tokenloom export float16 demo/model half_the_size"""
 
 
 def convert_command(argv: Sequence[str] | None = None) -> int:
@@ -121,13 +122,14 @@ def export_command(argv: Sequence[str] | None = None) -> int:
     """`tokenloom export`: print the file's name on stdout."""
     parser = OneLineParser(
         prog="tokenloom export",
-        description="Write a Tokenloom folder as another project's checkpoint, bit-exact.",
+        description="Write a Tokenloom folder as another project's checkpoint, bit-exact; or "
+        "(float16) as one of ours with weights rounded to 16 bits.",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EXPORT_EXAMPLES)
     parser.add_argument("kind", metavar="KIND", help=", ".join(EXPORT_ENDINGS))
     parser.add_argument("folder", metavar="DIR",
                         help="a model folder, or the folder of one of its parts")
     parser.add_argument("out", metavar="OUT",
-                        help="file to write (diffusers-vq: folder); never overwritten")
+                        help="file to write (diffusers-vq, float16: folder); never overwritten")
     args = parser.parse_args(argv)
     choose(EXPORT_ENDINGS, args.kind, "kind of checkpoint to export")
     check_exported_path(args.kind, args.out)  # before the import, which takes seconds

@@ -113,6 +113,9 @@ def _generator_parser() -> OneLineParser:
     add_sampling_options(parser, several_scales=True)
     parser.add_argument("--matcher", metavar="DIR", help="scores captions against pictures: "
                         "RUN/model of train_matcher, a CLIP or a SigLIP (default: not measured)")
+    parser.add_argument("--nearest-split", metavar="SPLIT", help="also report the share of pictures"
+                        " whose nearest one of this split (16 x 16 RGB) shows what was asked for; "
+                        "give the split of training (default: not measured)")
     _add_features(parser)
     parser.add_argument("--diversity-captions", type=int, metavar="N", help="captions that are "
                         "sampled several times and compared; 0 = none (default 16)")

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from inference import TextToImage
-from tokenizer_image.images import image_to_pixels
+from tokenizer_image.images import BadImageError, image_to_pixels
 from tokenloom_common.errors import DataError
 from tokenloom_common.progress import progress
 from training.data.sources.captioned_images import CaptionedImages
@@ -54,26 +54,47 @@ def nearest(features: Tensor, reference: Tensor) -> Tensor:
 class TrainingPictures:
     """Features and base captions of a training split."""
 
-    def __init__(self, source: CaptionedImages, resolution: int) -> None:
-        """DataError if the rows have no base caption (column `caption`)."""
+    def __init__(self, source: CaptionedImages, resolution: int,
+                 is_base_first: bool = False) -> None:
+        """is_base_first: a row's base caption is its first one, instead of its column `caption`.
+
+        DataError if the rows have no base caption.
+        """
         self.base_captions: list[str] = []
+        self.unusable = 0
         images = []
         for row in range(len(source)):
-            self.base_captions.append(_base_caption(source.metadata(row), row))
+            try:
+                pixels = image_to_pixels(source[row].image, resolution)
+            except BadImageError:  # training leaves it out too
+                self.unusable += 1
+                continue
             # at the model's resolution first, so that both sides lose the same detail
-            images.append(Image.fromarray(image_to_pixels(source[row].image, resolution)))
+            images.append(Image.fromarray(pixels))
+            if is_base_first:
+                base = source.captions(row)[0]
+            else:
+                base = _base_caption(source.metadata(row), row)
+            self.base_captions.append(base)
+        if not images:
+            raise DataError(f"none of {self.unusable} training pictures can be read")
         self.features = picture_features(images)
 
     def score(self, images: Sequence[Image.Image], questions: Sequence[Question]) -> dict[str, Any]:
         """Share of images whose nearest training image has the question's base caption."""
+        base_captions = [question.base_caption for question in questions]
+        return self.score_features(picture_features(images), base_captions)
+
+    def score_features(self, features: Tensor, base_captions: Sequence[str]) -> dict[str, Any]:
+        """Do what `score` does for features [B, F] of images that should have `base_captions`."""
         right = 0
-        hits = nearest(picture_features(images), self.features).tolist()
-        for hit, question in zip(hits, questions, strict=True):
-            right += self.base_captions[hit] == question.base_caption
+        hits = nearest(features, self.features).tolist()
+        for hit, base_caption in zip(hits, base_captions, strict=True):
+            right += self.base_captions[hit] == base_caption
         distinct = len(set(self.base_captions))  # several rows may draw the same thing in styles
-        return {"accuracy": right / len(images), "captions": len(images), "chance": 1 / distinct,
+        return {"accuracy": right / len(hits), "captions": len(hits), "chance": 1 / distinct,
                 "base_captions": distinct, "training_pictures": len(self.base_captions),
-                "feature_space": FEATURE_SPACE}
+                "unusable_training_pictures": self.unusable, "feature_space": FEATURE_SPACE}
 
 
 def _base_caption(values: dict[str, Any], row: int) -> str:

@@ -70,6 +70,10 @@ def alignment_metrics(observations: Observations, questions: Sequence[Question],
     report: dict[str, Any] = {}
     if scorers.matcher is not None:
         report |= _matcher_metrics(scorers.matcher, observations, questions, others)
+    if scorers.training is not None:
+        concepts = [question.concept for question in questions]
+        report["caption_accuracy"] = scorers.training.score_features(observations.small_images,
+                                                                     concepts)
     if scorers.reads_scenes:
         wanted = [parse_caption(caption) for caption in captions]
         wanted_elsewhere = [wanted[place] for place in others]

@@ -101,7 +101,7 @@ def evaluate_generator(model: str | Path, data: str | Path,
     # the loss needs no sampling, so that it is the same at every scale
     if len(settings) > 1 and not scorers.any:
         raise UserError("several --guidance scales, but nothing looks at the pictures; give "
-                        "--matcher or --features")
+                        "--matcher, --nearest-split or --features")
 
     with reproducible_cudnn():
         layout_column = options.layout_column or DEFAULT_LAYOUT_COLUMN

@@ -35,6 +35,10 @@ def headline(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
             chance = retrieval[f"chance_top{top}"]
             values[f"retrieval_top{top}"] = (retrieval[f"top{top}"],
                                              f"of pictures (chance {chance:.4f})")
+    if "caption_accuracy" in run:
+        nearest = run["caption_accuracy"]
+        values["caption_accuracy"] = (nearest["accuracy"],
+                                      f"of pictures (chance {nearest['chance']:.4f})")
     if "picture_retrieval" in run:
         nearest = run["picture_retrieval"]
         values["picture_retrieval_top1"] = (nearest["top1"],

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from training.evaluation.caption_accuracy import picture_features
 from training.evaluation.image_metrics.pixel_metrics import Moments
 from training.evaluation.scenes.reader import Seen, read_scene
 from training.evaluation.scorers import Scorers
@@ -30,6 +31,7 @@ class Observations:
         self.moments = Moments(dimensions)
         self._embeddings: list[Tensor] = []
         self._features: list[Tensor] = []
+        self._small: list[Tensor] = []
 
     def add(self, pixels: Tensor) -> None:
         """Observe pixels uint8 [B, S, S, 3]."""
@@ -44,6 +46,8 @@ class Observations:
             features = scorers.extractor(pixels)
             self.moments.update(features)
             self._features.append(features)  # the moments are not enough for nearest neighbours
+        if scorers.training is not None:
+            self._small.append(picture_features(images))
         if scorers.reads_scenes:
             self.scenes += [read_scene(array) for array in arrays]
 
@@ -51,6 +55,11 @@ class Observations:
     def embeddings(self) -> Tensor:
         """The matcher's embeddings [P, E] float32, of length 1."""
         return torch.cat(self._embeddings)
+
+    @property
+    def small_images(self) -> Tensor:
+        """The images averaged down, as `caption_accuracy.picture_features` [P, 768] does."""
+        return torch.cat(self._small)
 
     @property
     def directions(self) -> Tensor:

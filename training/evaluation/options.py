@@ -98,6 +98,7 @@ class GeneratorEvaluationOptions(EvaluationOptions):
     num_captions: rows to sample (2 or more); None: 500, or all if there are fewer.
     guidance: guidance scales; everything is sampled once per scale.
     matcher: folder of an image-text scorer (ours, a CLIP or a SigLIP); None: not measured.
+    nearest_split: split in which to find the nearest picture of each sampled one; None: not done.
     diversity_captions, diversity_images: captions sampled several times, and how often; 0
         captions: not measured. None: 16 and 4.
     composition: whether to read shapes off the images: "yes", "no", or "auto" for data built by
@@ -116,6 +117,7 @@ class GeneratorEvaluationOptions(EvaluationOptions):
     min_p: float | None = None
     temperature: float | None = None
     matcher: str | Path | None = None
+    nearest_split: str | None = None
     diversity_captions: int | None = None
     diversity_images: int | None = None
     composition: str = "auto"

@@ -11,6 +11,8 @@ from inference import TextToImage
 from inference.scoring.matcher_folder import load_matcher
 from inference.scoring.scorer import ImageTextScorer
 from tokenloom_common.errors import UserError
+from training.data.sources.open_dataset import open_dataset
+from training.evaluation.caption_accuracy import TrainingPictures
 from training.evaluation.image_metrics.features import FeatureExtractor
 from training.evaluation.image_metrics.frechet import load_frechet_inputs
 from training.evaluation.image_metrics.reference import ReferenceStatistics
@@ -27,17 +29,20 @@ class Scorers:
     reads_scenes: whether to read coloured shapes, as the captions of the shapes data describe.
     reference: statistics of real images to measure the Frechet distance against, instead of the
         images that belong to the captions.
+    training: training images, among which the nearest one is found.
     """
 
     matcher: ImageTextScorer | None = None
     extractor: FeatureExtractor | None = None
     reads_scenes: bool = False
     reference: ReferenceStatistics | None = None
+    training: TrainingPictures | None = None
 
     @property
     def any(self) -> bool:
         """Whether images are measured at all."""
-        return self.matcher is not None or self.extractor is not None or self.reads_scenes
+        return (self.matcher is not None or self.extractor is not None or self.reads_scenes
+                or self.training is not None)
 
 
 def load_scorers(options: GeneratorEvaluationOptions, data: str, model: TextToImage,
@@ -59,7 +64,12 @@ def load_scorers(options: GeneratorEvaluationOptions, data: str, model: TextToIm
         for question in questions:
             # a caption of another form is refused now, not after sampling
             parse_caption(question.caption)
-    return Scorers(matcher, extractor, reads_scenes, reference)
+    training = None
+    if options.nearest_split is not None:
+        # last, since it reads the whole split
+        source = open_dataset(data, split=options.nearest_split, **options.reading)
+        training = TrainingPictures(source, side, is_base_first=True)
+    return Scorers(matcher, extractor, reads_scenes, reference, training)
 
 
 def _is_shapes_data(path: str) -> bool:
