@@ -267,8 +267,6 @@ class TextToImage(Pushable):
         work = Workload(pictures, captions, guided, weights=weights, dtype=dtype, **others)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
 
-    # ---- from tokens to images
-
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
         """image_tokens [B, N] int64 in [0, K) -> B images.
 
