@@ -68,6 +68,8 @@ def attention_maps(model: ImageTransformer, text: TextBatch, words: Sequence[lis
                    image_tokens: Tensor, layout: Tensor | None = None) -> list[Tensor]:
     """Do what attention_map does for the positions of several words, in one forward pass."""
     real = text.text_mask[0].nonzero().flatten()  # a caption may be padded on its left
+    if layout is not None:
+        layout = layout.to(image_tokens.device)
     weights = attention_to_text(model, text, image_tokens, layout)
     maps = []
     for positions in words:

@@ -270,8 +270,6 @@ class TextToImage(Pushable):
                         **others)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
 
-    # ---- from tokens to images
-
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
         """image_tokens [B, N] int64 in [0, K) -> B images. UserError for another shape or type."""
         return self.pixels.decode(image_tokens)
@@ -287,8 +285,8 @@ class TextToImage(Pushable):
                       layout: Tensor | None = None) -> Tensor:
         """Return the attention [h, w] float32 of image_tokens [1, N] (layout [1, L]) to `word`."""
         positions = word_positions(self.text_tokenizer, prompt, word)
-        return attention_map(self.seq2seq, self._text(prompt), positions,
-                             image_tokens.to(self.device), layout)
+        text = self._text(prompt)
+        return attention_map(self.seq2seq, text, positions, image_tokens.to(self.device), layout)
 
     def word_maps(self, prompt: str, image_tokens: Tensor,
                   layout: Tensor | None = None) -> list[WordMap]:
