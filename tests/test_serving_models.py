@@ -108,24 +108,24 @@ def test_two_models_take_turns(folder):
     assert engine.stats().loaded == ("a", "b") or engine.stats().loaded == ("b", "a")
 
 
-def test_a_model_that_does_not_fit_beside_another_gets_its_turn(folder, size):
+def test_models_that_do_not_fit_together_take_turns(folder, size):
     clock = Clock()
-    engine = make_engine(folder, names=("a", "b"), rows=6, memory=int(1.5 * size), clock=clock, turn=5.0)
-    jobs, other = [], None
-    for step in range(60):  # there is always a job of `a`
+    engine = make_engine(folder, names=("a", "b"), rows=3, memory=int(1.5 * size), clock=clock, turn=15.0)
+    jobs, order = [engine.submit(ask(images=3, model="a"))], []
+    for step in range(120):  # there is always a job of `a`
+        if step == 4:
+            jobs.append(engine.submit(ask(model="b")))
         if engine.stats().queued < 2:
             jobs.append(engine.submit(ask(images=3, seed=step, model="a")))
-        if step == 4:
-            other = engine.submit(ask(model="b"))
         engine.step()
         clock.now += 0.25
         assert len(engine.stats().loaded) <= 1
-        if step < 20:
-            assert engine.stats().loaded == ("a",)
-    assert other.done
-    assert len(finished(other)) == 1
+        order += [number for number, job in enumerate(jobs) if job.done and number not in order]
+    names = "".join(jobs[number].request.model for number in order)
+    # for 15 s, 60 steps, later jobs of `a` are drawn before b's: 4 of them, since each takes 16 steps
+    assert names.startswith("aaaaba")
     run(engine)
-    assert all(len(finished(job)) == 3 for job in jobs)
+    assert all(len(finished(job)) == job.request.request.num_images for job in jobs)
 
 
 # ---- memory

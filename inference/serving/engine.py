@@ -46,15 +46,10 @@ __all__ = ["Engine", "EngineLimits", "EngineRequest", "EngineStats", "Failed", "
            "UnknownImageError", "UnknownModelError"]
 
 log = logging.getLogger(__name__)
-UNKNOWN_WAIT = 5.0
-"""Seconds of Overloaded.retry_after before anything was drawn."""
 
 
 class Engine:
-    """Owns the models and draws all jobs, in one thread.
-
-    observer: takes measured times. clock: in seconds.
-    """
+    """Owns the models and draws all jobs. observer: takes measured times. clock: in seconds."""
 
     def __init__(self, models: Models, limits: EngineLimits = EngineLimits(),  # noqa: B008
                  observer: Observer | None = None,
@@ -143,11 +138,9 @@ class Engine:
 
     def _wait(self) -> float:
         """Return the seconds until all that is queued and running should be drawn."""
-        if not self.speed.while_drawing:
-            return UNKNOWN_WAIT
         tokens = sum(len(job.left) * self.models[job.request.model].config.num_tokens
                      for job in (*self._queue, *self._running))
-        return min(max(1.0, tokens / self.speed.while_drawing), self.limits.deadline)
+        return min(self.speed.seconds_for(tokens), self.limits.deadline)
 
     def _wake(self) -> None:
         with self._changed:
@@ -253,14 +246,15 @@ class Engine:
         waits: set[str] = set()  # models whose jobs wait
         with self._changed:
             queued = list(self._queue)
+        wanted = {job.request.model for job in queued}
         for job in queued:
             name = job.request.model
             if name in waits:
                 continue
             try:
-                batch = self._loaded.get(name)
+                batch = self._loaded.get(name, wanted)
                 if batch is None:
-                    waits |= {name} | self._loaded.in_the_way(name)
+                    waits |= {name} | self._loaded.in_the_way(name, wanted)
                 elif not batch.has_room(job.request):
                     waits.add(name)
                 else:
@@ -289,7 +283,9 @@ class Engine:
 
     def _words(self, image: KeptImage) -> list[WordMap]:
         """Return the words of an image, by the model that drew it."""
-        batch = self._loaded.get(image.model)
+        with self._changed:
+            wanted = {job.request.model for job in self._queue}
+        batch = self._loaded.get(image.model, wanted)
         if batch is None:
             raise Overloaded(self.limits.turn)
         layout = None if image.layout is None else image.layout[None]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 WINDOW = 10
 """Seconds that a speed looks back."""
+UNKNOWN_WAIT = 5.0
+"""Seconds to wait before anything was drawn, when nobody knows the speed."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Speed:
         busy = sum(second.busy for second in self._seconds)
         if busy:
             self.while_drawing = sum(second.tokens for second in self._seconds) / busy
+
+    def seconds_for(self, tokens: int) -> float:
+        """Return the seconds that so many tokens should take, at least 1."""
+        if not self.while_drawing:
+            return UNKNOWN_WAIT
+        return max(1.0, tokens / self.while_drawing)
 
     def lately(self, now: float) -> float:
         """Tokens per second of the clock, idle time included."""

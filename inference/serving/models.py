@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +37,8 @@ MAX_DEPTH = 3
 BUDGET_SHARE = 0.8
 """Share of the memory that is there at the start, which models may take where no budget is given;
 the rest is for what grows: replies, other processes."""
+_ESTIMATING = threading.Lock()
+"""Estimates replace functions of torch for a moment, which two threads must not do at once."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class ServedModel:
         # and kept unconditional texts
         work = Workload(rows, rows + 1 + KEPT_UNCONDITIONAL, guided=False, weights=self.weights,
                         decoded=1, kept=rows, streamed=True)
-        return estimate(self.config, self.tokenizer_config, work)
+        with _ESTIMATING:
+            return estimate(self.config, self.tokenizer_config, work)
 
     @cached_property
     def bytes(self) -> int:
@@ -163,8 +167,10 @@ class Models:
         return self._served[name]
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Return what GET /v1/models says of a model."""
-        return dict(self[name].description)
+        """Return what GET /v1/models says of a model. The first call takes about a second."""
+        served = self[name]
+        _ = served.bytes  # here, where callers can wait, and not at the first request
+        return dict(served.description)
 
     def check_budget(self, name: str) -> None:
         """Raise UserError for a model that can never be loaded."""
