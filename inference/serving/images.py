@@ -41,6 +41,8 @@ Handle = Callable[[Event], Awaitable[None]]
 RANDOM_SEEDS = 1 << 32
 """Seeds that are chosen here; JavaScript holds them exactly."""
 QUIET_SECONDS = 15.0
+SMALL_PIXELS = 128 * 128
+"""Images up to here are encoded in a millisecond or two, less than a change of threads takes."""
 
 
 class Generations:
@@ -219,9 +221,11 @@ class Generations:
         """Return an image's file in base64, with its recipe if it is finished."""
         recipe = None if seed is None else drawing.recipe(seed)
         asked = drawing.asked
-        # away from the event loop, which answers everyone
-        content = await asyncio.to_thread(
-            encode_image, image, asked.format, asked.output_compression, recipe)
+        arguments = image, asked.format, asked.output_compression, recipe
+        if image.width * image.height <= SMALL_PIXELS:
+            content = encode_image(*arguments)
+        else:  # away from the event loop, which answers everyone
+            content = await asyncio.to_thread(encode_image, *arguments)
         return base64.b64encode(content).decode("ascii")
 
 
