@@ -19,6 +19,8 @@ BENCHMARKS = {
     "data": ("benchmarks.data", "reading data: our readers beside datasets and webdataset"),
     "attention": ("benchmarks.attention",
                   "sparse attention patterns: speed and memory beside a dense mask"),
+    "serving": ("benchmarks.serving",
+                "requests of a server that share a batch, beside single generate calls"),
 }
 """Name -> module with `main(argv)`, one line of help."""
 

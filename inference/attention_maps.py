@@ -24,6 +24,8 @@ from seq2seq.layers import blinded, layer_blocks
 from tokenloom_common.errors import UserError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a piece of a character that the vocabulary lacks
+_UNKNOWN_PIECES = ("[UNK]", "<unk>")
+_UNKNOWN = "\ufffd"
 _WORD_START_MARKS = ("▁", "Ġ")
 """Of SentencePiece and byte-level BPE.
 
@@ -66,6 +68,8 @@ def attention_maps(model: ImageTransformer, text: TextBatch, words: Sequence[lis
                    image_tokens: Tensor, layout: Tensor | None = None) -> list[Tensor]:
     """Do what attention_map does for the positions of several words, in one forward pass."""
     real = text.text_mask[0].nonzero().flatten()  # a caption may be padded on its left
+    if layout is not None:
+        layout = layout.to(image_tokens.device)
     weights = attention_to_text(model, text, image_tokens, layout)
     maps = []
     for positions in words:
@@ -193,37 +197,34 @@ def split_words(source: TextSource, caption: str) -> list[tuple[range, list[int]
         positions, bare = groups.pop(0)
         end = start + len(text)
         # a vocabulary without marks of spaces: both sides grow until they are of one length
-        wanted = len(text)
-        while not spaced and bare is not None and len(bare) != wanted:
+        wanted = len(text.casefold())
+        while not spaced and len(bare) != wanted and _UNKNOWN not in bare:
             if len(bare) < wanted and groups:
                 more, following = groups.pop(0)
                 positions = positions + more
-                bare = None if following is None else bare + following
+                bare += following
             elif len(bare) > wanted and written:
                 next_start, text = written.pop(0)
                 end = next_start + len(text)
-                wanted += len(text)
+                wanted += len(text.casefold())
             else:
                 break
         words.append((range(start, end), positions))
     return words
 
 
-def _grouped(pieces: list[str]) -> list[tuple[list[int], str | None]]:
-    """Return positions and text of the pieces of each word; None for a text that is unknown."""
+def _grouped(pieces: list[str]) -> list[tuple[list[int], str]]:
+    """Return positions and text of the pieces of each word."""
     starts = _word_starts(pieces)
-    groups: list[tuple[list[int], str | None]] = []
+    groups: list[tuple[list[int], str]] = []
     for position, piece in enumerate(pieces):
-        is_unknown = piece.casefold() in ("[unk]", "<unk>")
-        if _is_special(piece) and not is_unknown and not _BYTE.fullmatch(piece):
+        if _is_special(piece):
             continue
-        bare = None if is_unknown else _bare(piece)
-        if starts[position] or is_unknown or not groups:
-            groups.append(([position], bare))
+        if starts[position] or not groups:
+            groups.append(([position], _bare(piece)))
         else:
             positions, text = groups[-1]
-            joined = None if text is None or bare is None else text + bare
-            groups[-1] = [*positions, position], joined
+            groups[-1] = [*positions, position], text + _bare(piece)
     return groups
 
 
@@ -251,11 +252,15 @@ def _word_starts(pieces: list[str]) -> list[bool]:
 
 def _is_special(piece: str) -> bool:
     """Whether a piece is a special token, such as <s> or [CLS]."""
+    if _BYTE.fullmatch(piece) or piece in _UNKNOWN_PIECES:
+        return False
     return len(piece) > 2 and (piece[0] + piece[-1]) in ("<>", "[]")
 
 
 def _bare(piece: str) -> str:
-    if _is_special(piece):
+    if piece in _UNKNOWN_PIECES:
+        return _UNKNOWN
+    if _is_special(piece) or _BYTE.fullmatch(piece):
         return ""
     for mark in (*_WORD_START_MARKS, "##", "</w>"):
         piece = piece.replace(mark, "")

@@ -290,8 +290,8 @@ class TextToImage(Pushable):
                       layout: Tensor | None = None) -> Tensor:
         """Return the attention [h, w] float32 of image_tokens [1, N] (layout [1, L]) to `word`."""
         positions = word_positions(self.text_tokenizer, prompt, word)
-        return attention_map(self.seq2seq, self._text(prompt), positions,
-                             image_tokens.to(self.device), layout)
+        text = self._text(prompt)
+        return attention_map(self.seq2seq, text, positions, image_tokens.to(self.device), layout)
 
     def word_maps(self, prompt: str, image_tokens: Tensor,
                   layout: Tensor | None = None) -> list[WordMap]:

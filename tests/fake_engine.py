@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import torch
 from PIL import Image
 
-from inference.serving.engine import EngineRequest, Failed, Finished, Overloaded, Partial, Started
+from inference.attention_maps import WordMap
+from inference.serving.engine import (
+    EngineRequest,
+    Failed,
+    Finished,
+    Overloaded,
+    Partial,
+    Started,
+    UnknownImageError,
+)
 
-DESCRIBED = {"size": "16x16", "grid": [4, 4], "image_tokens": 16, "title": "fake", "created": 1_700_000_000,
+DESCRIBED = {"size": "16x16", "grid": [4, 4], "image_tokens": 16, "text_length": 12, "title": "fake", "created": 1_700_000_000,
              "weights": "float32", "fingerprint": "0" * 16,
              "sampling": {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 8, "top_p": 1.0}}
 
@@ -43,18 +54,21 @@ class FakeJob:
         self.cancelled = True
         self.engine.leave(self)
 
-    def start(self) -> None:
-        self.put(Started(self.asked.request.params, text_tokens=3))
+    def start(self, text_tokens: int = 3) -> None:
+        self.put(Started(self.asked.request.params, text_tokens))
+
+    def partial(self, index: int, number: int = 0, side: int = 16) -> None:
+        self.put(Partial(index, picture(self.asked.request.seed + index, side), number, 4))
 
     def fail(self, reason: str, kind: str) -> None:
         for index in range(self.asked.request.num_images):
             self.put(Failed(index, reason, kind))
         self.engine.leave(self)
 
-    def play(self) -> None:
+    def play(self, text_tokens: int = 3) -> None:
         """All events of the job: partial images, then the finished ones."""
         request = self.asked.request
-        self.start()
+        self.start(text_tokens)
         for index in range(request.num_images):
             for number in range(self.asked.partial_images):
                 self.put(Partial(index, picture(request.seed + index), number, 4 * number + 4))
@@ -94,6 +108,13 @@ class FakeEngine:
             job.play()
         return job
 
+    def words(self, number: str) -> Future:
+        if not number.startswith("image-"):
+            raise UnknownImageError(f"id '{number[:40]}': no image of this id is kept")
+        answer: Future = Future()
+        answer.set_result([WordMap("a", 0, 1, torch.full((4, 4), 0.5))])
+        return answer
+
     def leave(self, job: FakeJob) -> None:
         if job in self.waiting:
             self.waiting.remove(job)
@@ -103,5 +124,8 @@ class FakeEngine:
         return self.figures
 
 
-def picture(seed: int) -> Image.Image:
-    return Image.new("RGB", (16, 16), (seed % 256, 0, 0))
+def picture(seed: int, side: int = 16) -> Image.Image:
+    """Red as the seed is; larger ones are noise, which no format makes small."""
+    if side > 16:
+        return Image.effect_noise((side, side), 100).convert("RGB")
+    return Image.new("RGB", (side, side), (seed % 256, 0, 0))

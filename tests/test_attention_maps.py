@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from inference import SamplingParams, TextToImage
-from inference.attention_maps import attention_to_text, overlay, word_positions
+from inference.attention_maps import attention_to_text, overlay, split_words, word_positions
 from seq2seq import ClassLabels, EncoderDecoder, FrozenTextEncoder, TextBatch, TextTokenizer
 from seq2seq.layers import layer_blocks
 from tests import tiny
@@ -95,6 +95,43 @@ def test_a_word_that_is_not_there_is_refused(word):
         word_positions(tiny.text_tokenizer(), "a red heart", word)
 
 
+class Pieces:
+    """A text source of given pieces."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = list(pieces)
+
+    def words(self, caption: str) -> list[str]:
+        return self.pieces
+
+
+@pytest.mark.parametrize(("caption", "pieces", "expected"), [
+    ("A  red heart", ["▁a", "▁r", "ed", "▁", "heart", "</s>"], {"A": [0], "red": [1, 2], "heart": [3, 4]}),
+    ("red 🐙, blue", ["▁red", "▁", "<0xF0>", "<0x9F>", "<0x90>", "<0x99>", ",", "▁blue", "</s>"],
+     {"red": [0], "🐙,": [1, 2, 3, 4, 5, 6], "blue": [7]}),
+    ("red heart here", ["▁red", "▁he", "</s>"], {"red": [0], "heart": [1]}),  # cut: no room for the last word
+    ("a cat's tail", ["[CLS]", "a", "cat", "'", "s", "tail", "[SEP]"], {"a": [1], "cat's": [2, 3, 4], "tail": [5]}),
+    ("one zyx tail", ["[CLS]", "one", "[UNK]", "ta", "##il", "[SEP]"], {"one": [1], "zyx": [2], "tail": [3, 4]}),
+    ("a zyxly tail", ["▁a", "▁", "<unk>", "ly", "▁tail", "</s>"], {"a": [0], "zyxly": [1, 2, 3], "tail": [4]}),
+    ("red apple, tree", ["<|startoftext|>", "red</w>", "app", "le</w>", ",</w>", "tree</w>", "<|endoftext|>"],
+     {"red": [1], "apple,": [2, 3, 4], "tree": [5]}),
+    ("red heart", ["red", "Ġhe", "art"], {"red": [0], "heart": [1, 2]}),
+    ("red heart", ["red heart"], {"red heart": [0]}),
+    ("", ["</s>"], {})])
+def test_a_caption_is_split_into_words_with_their_pieces(caption, pieces, expected):
+    words = split_words(Pieces(*pieces), caption)
+    assert {caption[at.start: at.stop]: positions for at, positions in words} == expected
+
+
+def test_the_words_of_a_vocabulary_are_those_that_are_found_one_by_one(tmp_path):
+    caption = "a large blue apple tree"
+    bert = FrozenTextEncoder.load(str(tiny.bert_folder(tmp_path / "bert")), 10)
+    for source in (TextTokenizer.train(tiny.CAPTIONS, 320, 30), bert):
+        words = split_words(source, caption)
+        assert [caption[at.start: at.stop] for at, _ in words] == caption.split()
+        assert [positions for _, positions in words] == [word_positions(source, caption, word) for word in caption.split()]
+
+
 @pytest.mark.parametrize("layout", [False, True])
 def test_a_result_shows_where_a_word_is(tmp_path, layout):
     model = TextToImage.from_pretrained(tiny.model_folder(tmp_path / "m", **(LAYOUT if layout else {})), device="cpu")
@@ -106,6 +143,9 @@ def test_a_result_shows_where_a_word_is(tmp_path, layout):
     weights = attention_to_text(model.seq2seq, text, result.image_tokens[1:], result.layouts[1:] if layout else None)
     expected = weights[0][:, word_positions(model.text_tokenizer, "a red heart", "heart")].sum(dim=1)
     assert torch.allclose(maps[1].flatten(), expected, atol=1e-6)
+    words = model.word_maps("a red heart", result.image_tokens[1:], result.layouts[1:] if layout else None)
+    assert [word.word for word in words] == ["a", "red", "heart"]
+    assert torch.equal(words[2].weights, maps[1])
     assert result.attention_overlay("red").size == result.images[0].size
     with pytest.raises(UserError, match="pictures 0 to 1"):
         result.attention("red", 2)

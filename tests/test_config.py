@@ -155,7 +155,7 @@ def test_every_field_of_the_transformer_changes_it(family, field):
 
 
 def test_there_are_recipes():
-    assert len(RECIPES) == 23
+    assert len(RECIPES) == 25
 
 
 @pytest.mark.parametrize(("flag", "text"), [("--data.path", "20261121"), ("--run_dir", "runs/try #2"), ("--run_dir", "null: x"),

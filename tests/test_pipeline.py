@@ -152,7 +152,7 @@ def test_a_preview_that_is_known_to_take_long_is_not_made(monkeypatch, folder):
         seconds["now"] += 10.0
         return [None] * len(tokens)
 
-    monkeypatch.setattr(model, "decode_tokens", decoded)
+    monkeypatch.setattr(model.pixels, "decode", decoded)
     yielded = []
     for _ in range(2):
         steps = []

@@ -39,6 +39,7 @@ FOLDERS = {
 FILES = {
     "tokenloom export": ("OUT", ["taming", MODEL]),
     "tokenloom data check": ("--json", [DATA]),
+    "tokenloom data concepts": ("--out", [DATA]),
     "tokenloom report": ("--out", ["/nowhere/run"]),
     **{f"benchmarks {name}": ("--out", []) for name in benchmarks.BENCHMARKS},
 }

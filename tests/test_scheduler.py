@@ -224,7 +224,8 @@ def test_nothing_is_allocated_after_construction(shape, monkeypatch):
 
     monkeypatch.setattr(CachedDecoder, "prefill", watched)
     scheduler = Scheduler(CachedDecoder(model), rows=4)
-    places, size = [buffer.data_ptr() for buffer in scheduler._buffers.tensors()], scheduler.nbytes
+    buffers = [(buffer.data_ptr(), buffer.nbytes) for buffer in scheduler._buffers.tensors()]
+    size = sum(nbytes for _, nbytes in buffers)
     slots = scheduler.decoder.slots + (model.config.text_length if scheduler.decoder.crosses else 0)
     floats = 2 * len(scheduler.decoder.layers) * 4 * model.config.heads * model.config.head_dim * slots
     assert floats * 4 < size < floats * 4 * 1.2  # keys and values; beside them tokens, noise and masks
@@ -236,8 +237,26 @@ def test_nothing_is_allocated_after_construction(shape, monkeypatch):
         assert sum(ref() is not None for ref in alive) <= KEPT_UNCONDITIONAL + 1
     list(scheduler.run())
     assert sum(ref() is not None for ref in alive) == KEPT_UNCONDITIONAL < 8
-    assert [buffer.data_ptr() for buffer in scheduler._buffers.tensors()] == places
-    assert scheduler.nbytes == size
+    assert [(buffer.data_ptr(), buffer.nbytes) for buffer in scheduler._buffers.tensors()] == buffers
+
+
+def test_tokens_of_unfinished_images_are_the_first_of_the_finished_ones(decoder, text):
+    scheduler = Scheduler(decoder, rows=5)
+    first = scheduler.submit(job(text, 0, KINDS["guided"], range(2)))
+    for _ in range(4):
+        scheduler.step()
+    second = scheduler.submit(job(text, 1, PLAIN, [7, 8]))  # one of them waits
+    assert scheduler.free_rows == -1
+    seen = {}
+    while scheduler.waiting or scheduler.drawing:
+        for ticket in (first, second):
+            seen |= {(ticket, index, len(tokens)): tokens for index, tokens in scheduler.drawn_so_far(ticket).items()}
+        seen |= {(image.ticket, image.index, 16): image.image_tokens for image in scheduler.step()}
+    assert len(seen) == 13 * 2 + 16 * 2  # the first two are seen from 4 tokens on, the others from 1
+    for (ticket, index, length), tokens in seen.items():
+        assert torch.equal(tokens, seen[ticket, index, 16][:length])
+    assert scheduler.free_rows == 5
+    assert scheduler.drawn_so_far(first) == {}
 
 
 def test_tokens_handed_out_stay_as_they_are(decoder, text):

@@ -10,6 +10,12 @@ from typing import Any
 
 from inference.attention_maps import word_positions
 from inference.commands.draw_options import check_options, read_layout_file
+from inference.commands.hook_options import (
+    checked_safety,
+    hooked_requests,
+    load_hooks,
+    refused_images,
+)
 from inference.commands.options import calibrate_threads, check_pictures_folder, given_params
 from inference.commands.picture_files import make_folder
 from inference.commands.picture_output import PictureOutput
@@ -20,6 +26,7 @@ from inference.commands.redraw import (
     take_from,
     warn_of_other_model,
 )
+from inference.hooks.applied import Hooks
 from inference.image_files.recipe import Recipe
 from inference.picture_recipes import RecipeMaker
 from inference.pipeline import TextToImage
@@ -34,10 +41,11 @@ from tokenloom_common.progress import progress
 def draw_captions(args: argparse.Namespace, out: Path) -> int:
     """Write one file per image into `out`, and print the files' names.
 
-    1 if an image could not be drawn.
+    1 if an image could not be drawn, or was refused.
     """
     device = choose_device(args.device)
     check_options(args)
+    safety = checked_safety(args)
     layout = None if args.layout is None else read_layout_file(args.layout)
     prompt_lines = _read_prompts(args, out)
     origin = None
@@ -53,7 +61,11 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
     if origin is not None:
         warn_of_other_model(origin, maker.fingerprint)
     params = given_params(args, model.default_params, args.guidance)
-    asked = _requests(args, params, layout, prompt_lines, origin)
+    wanted = _requests(args, params, layout, prompt_lines, origin)
+    hooks = load_hooks(args, safety, model, "tokenloom generate")
+    asked = hooked_requests(wanted, hooks, model)
+    if not asked:  # each refusal has been said
+        return 1
     recipes = [maker.recipes(request, prompt) for request, prompt in asked]
     _check_attention_words(model, asked, args.attention or [])
     _set_threads(model, asked, args, device)
@@ -68,8 +80,10 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
     output = PictureOutput(out, args.output_format or "png", not args.no_metadata, origin)
     if args.prompts is not None:
         requests = [request for request, _ in asked]
-        return _draw_file(model, requests, recipes, output, args)
-    return _draw_each(model, asked, maker, output, args)
+        is_whole = _draw_file(model, requests, recipes, output, hooks, args)
+    else:
+        is_whole = _draw_each(model, asked, maker, output, hooks, args)
+    return 0 if is_whole and len(asked) == len(wanted) else 1
 
 
 def _read_prompts(args: argparse.Namespace, out: Path) -> list[PromptLine]:
@@ -116,28 +130,36 @@ def _set_threads(model: TextToImage, asked: list[tuple[PromptRequest, str]],
 
 
 def _draw_each(model: TextToImage, asked: list[tuple[PromptRequest, str]], maker: RecipeMaker,
-               output: PictureOutput, args: argparse.Namespace) -> int:
-    """Draw one request after another, save its images, their attention overlays, and the grid."""
+               output: PictureOutput, hooks: Hooks, args: argparse.Namespace) -> bool:
+    """Draw one request after another, save its images, their attention overlays, and the grid.
+
+    False if an image was refused.
+    """
+    is_whole = True
     for request, prompt in progress(asked, "generate", unit="caption"):
         result = model.generate(
             request.prompt, num_images=request.num_images, params=request.params,
             seed=request.seed, batch_size=args.batch_size, negative_prompt=request.negative_prompt,
             layout=request.layout, rerank_from=args.rerank_from, jacobi=args.jacobi)
         recipes = maker.of_seeds(request, result.seeds, result.scores, prompt)
+        refused = refused_images(result.images, prompt, result.seeds, hooks)
         for number, (image, recipe) in enumerate(zip(result.images, recipes, strict=True)):
+            if refused[number]:
+                is_whole = False
+                continue
             output.save(image, recipe)
             for word in args.attention or []:
                 output.save_overlay(result.attention_overlay(word, number), recipe, word)
     if args.grid:
         output.save_grid()
-    return 0
+    return is_whole
 
 
 def _draw_file(model: TextToImage, requests: list[PromptRequest], recipes: list[list[Recipe]],
-               output: PictureOutput, args: argparse.Namespace) -> int:
+               output: PictureOutput, hooks: Hooks, args: argparse.Namespace) -> bool:
     """Draw the images of a prompts file that are not there, and save each as it ends.
 
-    1 if one could not be drawn.
+    False if one could not be drawn, or was refused.
     """
     total = sum(len(of_request) for of_request in recipes)
     requests, recipes = output.missing(requests, recipes)
@@ -145,13 +167,17 @@ def _draw_file(model: TextToImage, requests: list[PromptRequest], recipes: list[
     if left < total:
         print(f"tokenloom generate: {total - left} of {total} there already", file=sys.stderr)
 
-    failed = False
+    is_whole = True
     images = model.generate_many(requests, args.batch_size)
     for result in progress(images, "generate", total=left, unit="picture"):
         if result.image is None:  # the others of the file are drawn all the same
             which = f"'{result.prompt[:60]}', seed {result.seed}"
             print(f"tokenloom generate: {which}: {result.reason}", file=sys.stderr)
-            failed = True
+            is_whole = False
             continue
-        output.save(result.image, recipes[result.request][result.index])
-    return 1 if failed else 0
+        recipe = recipes[result.request][result.index]
+        if any(refused_images([result.image], recipe.prompt, [result.seed], hooks)):
+            is_whole = False
+            continue
+        output.save(result.image, recipe)
+    return is_whole

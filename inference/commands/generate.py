@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from inference.commands.hook_options import add_hook_options
 from inference.commands.options import (
     add_revision,
     add_sampling_options,
@@ -21,7 +22,7 @@ from tokenloom_common.outputs import BLOCK_BYTES
 def generate(argv: Sequence[str] | None = None) -> int:
     """Write one file per image, and print the files' names.
 
-    1 if an image could not be drawn.
+    1 if an image could not be drawn, or was refused.
     """
     args = _parser().parse_args(argv)
     if not args.prompt and args.prompts is None and args.from_image is None:
@@ -44,7 +45,9 @@ def _parser() -> OneLineParser:
         '  tokenloom generate "a cat" --num-images 4 --grid --guidance 2 --seed 7\n'
         '  tokenloom generate "a red heart" --model demo/model --out hearts\n'
         "  tokenloom generate --from-image pictures/octopus-seed0.png --seed 8\n"
-        "  tokenloom generate --prompts prompts.jsonl --model demo/model --out pictures")
+        "  tokenloom generate --prompts prompts.jsonl --model demo/model --out pictures\n"
+        '  tokenloom generate "a doggy" --expand known-concepts\n'
+        '  tokenloom generate "a cat" --safety words,nsfw')
     parser.add_argument(
         "prompt", nargs="*", type=caption_text, help="one or more captions, each in quotes")
     parser.add_argument(
@@ -61,6 +64,7 @@ def _parser() -> OneLineParser:
     _add_output_options(parser)
     _add_drawing_options(parser)
     add_speed_options(parser)
+    add_hook_options(parser)
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from inference.hooks.safety import BUILT_IN, SafetyFilter, load_safety
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from inference.requests import PromptRequest
 
 SHOWN_NOTES = 3  # of prompts without a known word; a prompts file may hold thousands
 
@@ -50,18 +53,32 @@ def load_hooks(args: argparse.Namespace, safety: SafetyFilter | None, model: obj
     return Hooks(expander, safety, partial(_say, command))
 
 
-def prepare_prompts(prompts: Sequence[str], hooks: Hooks, model: object) -> list[PreparedPrompt]:
-    """Expand and check prompts before any is drawn, each different one once; say what is refused.
+def hooked_requests(asked: Sequence[tuple[PromptRequest, str]], hooks: Hooks,
+                    model: object) -> list[tuple[PromptRequest, str]]:
+    """Return the requests that are not refused, with what the hooks make of their prompts.
 
-    Without an expander, also say which prompts have no word that the model was shown.
+    asked: what is to be drawn, and the prompt as it was asked for; where the two differ, it was
+    expanded before. All is done before anything is drawn, each prompt once, and refusals are said.
+    Without an expander, prompts of which the model was shown no word are said as well.
     """
-    prepared = {prompt: hooks.prepare(prompt) for prompt in dict.fromkeys(prompts)}
+    prepared: dict[tuple[str, str], PreparedPrompt] = {}
+    for request, prompt in asked:
+        if (request.prompt, prompt) not in prepared:
+            revised = None if request.prompt == prompt else request.prompt
+            prepared[request.prompt, prompt] = hooks.prepare(prompt, revised)
+
     for one in prepared.values():
         if one.refusal is not None:
             hooks.say(str(Refusal(one.prompt, one.refusal)))
     if hooks.expander is None:
-        _say_unknown([one.prompt for one in prepared.values() if one.refusal is None], hooks, model)
-    return [prepared[prompt] for prompt in prompts]
+        _say_unknown([one.drawn for one in prepared.values() if one.refusal is None], hooks, model)
+
+    kept = []
+    for request, prompt in asked:
+        one = prepared[request.prompt, prompt]
+        if one.refusal is None:
+            kept.append((replace(request, prompt=one.drawn), prompt))
+    return kept
 
 
 def refused_images(images: Sequence[Image.Image], prompt: str, seeds: Sequence[int],

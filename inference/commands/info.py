@@ -44,7 +44,7 @@ def info(argv: Sequence[str] | None = None) -> int:
 
 def _report(model: LoadedModel) -> dict[str, Any]:
     tokenizer, seq2seq = model.image_tokenizer, model.seq2seq
-    return {
+    report: dict[str, Any] = {
         "folder": str(model.folder),
         "image_tokenizer": {"kind": tokenizer.kind, "parameters": _parameters(tokenizer),
                             **tokenizer.config.plain()},
@@ -53,6 +53,12 @@ def _report(model: LoadedModel) -> dict[str, Any]:
         "text_tokenizer": model.text_tokenizer.config.plain(),
         "generation": model.generation.plain(),
     }
+    if model.concepts is not None:
+        known = model.concepts
+        report["concepts"] = {"concepts": len(known.concepts), "words": len(known.words),
+                              "synonyms": len(known.synonyms or {}),
+                              "styles": ", ".join(known.styles)}
+    return report
 
 
 def _parameters(module: torch.nn.Module) -> int:

@@ -52,7 +52,9 @@ class PictureOutput:
         self._write(image, f"{_stem(recipe)}-attention-{slug(word)}", None)
 
     def save_grid(self) -> None:
-        """Write all pictures that were saved on one sheet, which carries their recipes."""
+        """Write all pictures that were saved, if any, on a sheet that carries their recipes."""
+        if not self._saved:  # all were refused
+            return
         images = [image for image, _ in self._saved]
         recipes = [recipe for _, recipe in self._saved]
         self._write(image_grid(images, columns=grid_columns(recipes)), "grid", recipes)

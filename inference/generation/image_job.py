@@ -57,6 +57,9 @@ class FailedImage:
     reason: str
 
 
+EndedImage = FinishedImage | FailedImage
+
+
 def check_job(job: ImageJob, config: TransformerConfig) -> None:
     """Raise UserError for a job that the model cannot draw, before anything slow."""
     for name, text in (("captions", job.captions), ("unconditional", job.unconditional)):

@@ -31,6 +31,7 @@ from inference.generation.drawing import count_branches, draw_tokens, guidance_s
 from inference.generation.image_job import (
     ActiveImage,
     DrawCall,
+    EndedImage,
     FailedImage,
     FinishedImage,
     ImageJob,
@@ -66,15 +67,10 @@ class Scheduler:
         self._rows: list[Row] = []  # active rows: self._rows[i].index == i
         self._images: list[ActiveImage] = []  # in the order of their admission
         self._queue: deque[QueuedJob] = deque()
-        self._ended: deque[FinishedImage | FailedImage] = deque()  # not handed out yet
+        self._ended: deque[EndedImage] = deque()  # not handed out yet
         self._tickets = count()
         self._unconditional = UnconditionalTexts(decoder)
         self._draw_calls: list[DrawCall] | None = None  # None when rows have changed
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows' buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.tensors())
 
     @property
     def active_rows(self) -> int:
@@ -84,8 +80,8 @@ class Scheduler:
     @property
     def free_rows(self) -> int:
         """Rows that neither an image of the batch nor one in the queue needs; may be negative."""
-        queued = sum(job.waiting * job.branches for job in self._queue)
-        return self.rows - self.active_rows - queued
+        queued = [job.waiting * job.branches for job in self._queue]
+        return self.rows - self.active_rows - sum(queued)
 
     @property
     def waiting(self) -> int:
@@ -131,12 +127,11 @@ class Scheduler:
         drawn = {}
         for image in self._images:
             if image.job.ticket == ticket:
-                # a copy, since the row may move
-                tokens = self._buffers.tokens[image.rows[0].index, 1: image.position + 1].clone()
-                drawn[image.index] = tokens
+                tokens = self._buffers.tokens[image.rows[0].index, 1: image.position + 1]
+                drawn[image.index] = tokens.clone()  # since the row may move
         return drawn
 
-    def run(self, jobs: Iterable[ImageJob] = ()) -> Iterator[FinishedImage | FailedImage]:
+    def run(self, jobs: Iterable[ImageJob] = ()) -> Iterator[EndedImage]:
         """Step until nothing is left, yielding images as they end.
 
         `jobs` are submitted one by one as the queue runs short, so there may be any number of them.
@@ -152,7 +147,7 @@ class Scheduler:
             while self._ended:
                 yield self._ended.popleft()
 
-    def step(self) -> list[FinishedImage | FailedImage]:
+    def step(self) -> list[EndedImage]:
         """Admit what fits, draw one token of every image in the batch; return those that ended.
 
         If the decoder raises (out of memory), no image has moved: the step may be repeated, or a

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from inference.hooks.expansion import PromptExpander, checked_expansion
 from inference.hooks.safety import Filters, SafetyFilter
+from inference.hooks.user_code import UserFunction
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,17 +67,22 @@ class Hooks:
     safety: SafetyFilter | None = None
     say: Callable[[str], object] = log.warning
 
-    def prepare(self, prompt: str) -> PreparedPrompt:
+    def prepare(self, prompt: str, revised: str | None = None) -> PreparedPrompt:
         """Check a prompt, expand it, and check what it became.
 
-        HookFailedError for a hook that fails: a prompt is never let through by that.
+        revised: what it became earlier, which is not expanded again. HookFailedError for a hook
+        that fails: a prompt is never let through by that.
         """
         refusal = self._refusal(prompt)
-        if refusal is not None or self.expander is None:
+        if refusal is not None:
             return PreparedPrompt(prompt, refusal=refusal)
+        if revised is not None:
+            return PreparedPrompt(prompt, revised, refusal=self._refusal(revised))
+        if self.expander is None:
+            return PreparedPrompt(prompt)
 
-        name = type(self.expander).__name__
-        drawn, note = checked_expansion(self.expander.expand(prompt), name)
+        expand = UserFunction(self.expander.expand, type(self.expander).__name__)
+        drawn, note = checked_expansion(expand(prompt), expand.name)
         if note:
             self.say(note)
         if drawn == prompt:

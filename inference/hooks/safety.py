@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from inference.hooks.user_code import HookFailedError, load_function
+from inference.hooks.user_code import HookFailedError, UserFunction, load_function
 from tokenloom_common.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ class Filters:
     def check_prompt(self, prompt: str) -> str | None:
         """Return the first filter's reason. HookFailedError for a filter that does not work."""
         for name, one in self.filters.items():
-            reason = one.check_prompt(prompt)
-            _check_reason(reason, f"--safety {name}: check_prompt")
+            what = f"--safety {name}: check_prompt"
+            reason = UserFunction(one.check_prompt, what)(prompt)
+            _check_reason(reason, what)
             if reason is not None:
                 return f"{name}: {reason}"
         return None
@@ -48,8 +49,8 @@ class Filters:
         """Return the first filter's reason for each image, as check_prompt does."""
         reasons: list[str | None] = [None] * len(images)
         for name, one in self.filters.items():
-            found = one.check_images(images)
             what = f"--safety {name}: check_images"
+            found = UserFunction(one.check_images, what)(images)
             if not isinstance(found, list) or len(found) != len(images):
                 count = f"{len(found)} values" if isinstance(found, list) else type(found).__name__
                 raise HookFailedError(f"{what} must return a list of one value per image, returned "

@@ -29,6 +29,8 @@ class UserFunction(NamedTuple):
         """Call the function. HookFailedError for whatever it raises."""
         try:
             return self.call(*arguments)
+        except HookFailedError:  # of a hook that this one calls, and names it
+            raise
         # SystemExit: a hook that calls exit() must not end a server
         except (Exception, SystemExit) as error:
             raise HookFailedError(f"{self.name}: {_with_place(error)}") from None

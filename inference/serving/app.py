@@ -106,7 +106,7 @@ class Endpoints:
         except UnknownImageError as error:
             raise ApiError(404, str(error), "id", "image_not_found") from None
         return _json(Words(words=[
-            Word(word=one.word, start=one.start, end=one.end, weights=one.weights)
+            Word(word=one.word, start=one.start, end=one.end, weights=one.weights.tolist())
             for one in found]))
 
     async def page(self, request: Request) -> Response:

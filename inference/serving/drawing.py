@@ -67,6 +67,15 @@ class Drawing:
         return Recipe(self.asked.prompt, seed, self.params, self.asked.negative_prompt,
                       self.prepared.revised, model, self.described["fingerprint"], extra)
 
+    @property
+    def note(self) -> str | None:
+        """What is said to a person about the prompt."""
+        notes = [self.prepared.note] if self.prepared.note else []
+        if self.text_tokens >= self.described["text_length"]:
+            notes.append(f"the prompt fills all {self.described['text_length']} text tokens that "
+                         "this model reads; what is beyond them is not drawn")
+        return "; ".join(notes) or None
+
     def refusal(self) -> ApiError:
         """Return the error that says which images the safety filter refused."""
         first = self.refused[0]
@@ -79,7 +88,7 @@ class Drawing:
     def reply(self, files: Sequence[tuple[Finished, str]]) -> ImagesReply:
         """Return the whole reply, with what the safety filter left."""
         data = [ImageData(b64_json=encoded, seed=event.seed, id=event.id,
-                          revised_prompt=self.prepared.revised, note=self.prepared.note)
+                          revised_prompt=self.prepared.revised, note=self.note)
                 for event, encoded in files]
         return ImagesReply(
             created=int(time.time()), data=data, output_format=self.asked.format,
@@ -97,7 +106,7 @@ class Drawing:
         """Return the event of a finished image."""
         completed = CompletedEvent(
             **self._event(event.index, encoded), id=event.id, usage=self._usage(1),
-            revised_prompt=self.prepared.revised, note=self.prepared.note,
+            revised_prompt=self.prepared.revised, note=self.note,
             safety_identifier=self.asked.end_user)
         return completed.model_dump(exclude_none=True)
 

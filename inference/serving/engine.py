@@ -18,10 +18,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from inference.attention_maps import WordMap
 from inference.serving.batches import ModelBatch, Observer
+from inference.serving.figures import EngineLimits, EngineStats, Speed
 from inference.serving.jobs import (
     EngineRequest,
     Failed,
@@ -35,11 +35,10 @@ from inference.serving.jobs import (
     UnknownImageError,
     UnknownModelError,
 )
-from inference.serving.kept_images import KeptImage, KeptImages
+from inference.serving.kept_images import KeptImage, KeptImages, WordQuestions
 from inference.serving.loaded_models import LoadedModels, names_of
 from inference.serving.models import ModelOptions, Models
 from inference.serving.requests import check_request
-from inference.serving.speed import Speed
 from tokenloom_common.errors import one_line
 
 __all__ = ["Engine", "EngineLimits", "EngineRequest", "EngineStats", "Failed", "Finished", "Job",
@@ -47,54 +46,12 @@ __all__ = ["Engine", "EngineLimits", "EngineRequest", "EngineStats", "Failed", "
            "UnknownImageError", "UnknownModelError"]
 
 log = logging.getLogger(__name__)
-UNKNOWN_WAIT = 5.0
-"""Seconds of Overloaded.retry_after before anything was drawn."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """queue: jobs that may wait for their turn. deadline: seconds from a job's submission to its
-    last image. kept_images: finished images that `words` can be asked about. turn: seconds that a
-    model may draw its own jobs before it makes room for one that does not fit beside it.
-    """
-
-    queue: int = 32
-    deadline: float = 120.0
-    kept_images: int = 256
-    turn: float = 5.0
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Figures of this moment, and counts since the start.
-
-    queued, running: jobs; images: those of them that have not ended. loaded: names of models;
-    model_bytes: their predicted memory. finished: images. rejected: jobs that found the queue
-    full. cancelled: jobs. failed: jobs by `jobs.FailureKind`, without the cancelled ones.
-    """
-
-    queued: int
-    running: int
-    images: int
-    active_rows: int
-    rows: int
-    tokens: int
-    tokens_per_second: float
-    finished: int
-    rejected: int
-    cancelled: int
-    failed: dict[str, int] = field(default_factory=dict)
-    loaded: tuple[str, ...] = ()
-    model_bytes: int = 0
 
 
 class Engine:
-    """Owns the models and draws all jobs, in one thread.
+    """Owns the models and draws all jobs. observer: takes measured times. clock: in seconds."""
 
-    observer: takes measured times. clock: in seconds.
-    """
-
-    def __init__(self, models: Models, limits: EngineLimits = EngineLimits(),
+    def __init__(self, models: Models, limits: EngineLimits = EngineLimits(),  # noqa: B008
                  observer: Observer | None = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.models = models
@@ -103,6 +60,7 @@ class Engine:
         self.speed = Speed()
         self._observer = observer
         self._clock = clock
+        self._questions = WordQuestions(self._words, limits.queue)
         self._loaded = LoadedModels(models, self._load, limits.turn, clock)
         self._thread: threading.Thread | None = None
         # what threads share, under _changed
@@ -112,7 +70,6 @@ class Engine:
         self._end_at: float | None = None  # when those that are left fail
         self._queue: deque[Job] = deque()
         self._running: dict[Job, ModelBatch] = {}
-        self._questions: deque[tuple[KeptImage, Future]] = deque()
         self._counts: Counter[str] = Counter()
 
     # ---- for callers, from any thread
@@ -151,13 +108,9 @@ class Engine:
         number: the id of its Finished. UnknownImageError for one that is not kept, Overloaded for
         too many questions at once, NotServing where none are answered any more.
         """
-        image = self.kept.get(number)
-        answer: Future[list[WordMap]] = Future()
         with self._changed:
             self._check_open()
-            if len(self._questions) >= self.limits.queue:
-                raise Overloaded(1.0)
-            self._questions.append((image, answer))
+            answer = self._questions.ask(self.kept.get(number))
         self._wake()
         return answer
 
@@ -185,11 +138,9 @@ class Engine:
 
     def _wait(self) -> float:
         """Return the seconds until all that is queued and running should be drawn."""
-        if not self.speed.while_drawing:
-            return UNKNOWN_WAIT
         tokens = sum(len(job.left) * self.models[job.request.model].config.num_tokens
                      for job in (*self._queue, *self._running))
-        return min(max(1.0, tokens / self.speed.while_drawing), self.limits.deadline)
+        return min(self.speed.seconds_for(tokens), self.limits.deadline)
 
     def _wake(self) -> None:
         with self._changed:
@@ -241,12 +192,12 @@ class Engine:
                     if self._closed:
                         return
                     self._changed.wait_for(lambda: self._awake)
-        except BaseException:
+        except BaseException:  # nobody else would hear of it
             log.critical("the model thread has died", exc_info=True)
             with self._changed:
                 self._closed = "the model thread has died; restart the server"
-            self._end(list(self._open_jobs()), self._closed, "error")
-            raise
+            self._end(self._open_jobs(), self._closed, "error")
+            self._questions.refuse(self._closed)
 
     # ---- the model thread's work
 
@@ -254,12 +205,12 @@ class Engine:
         """Do the next piece of work: one decoder step at most. False if there is none left."""
         self._end_jobs()
         self._admit_jobs()
-        self._answer()
+        self._questions.answer_one()
         batch = self._loaded.next_turn()
         if batch is not None:
             self._draw(batch)
         with self._changed:
-            return bool(self._queue or self._running or self._questions)
+            return bool(self._queue or self._running or len(self._questions))
 
     def _open_jobs(self) -> list[Job]:
         with self._changed:
@@ -271,6 +222,7 @@ class Engine:
         jobs = self._open_jobs()
         if self._end_at is not None and now >= self._end_at:
             self._end(jobs, "the server was shut down before it was drawn", "shutdown")
+            self._questions.refuse(self._closed)
             return
         for job in jobs:
             if job.cancelled:
@@ -294,14 +246,15 @@ class Engine:
         waits: set[str] = set()  # models whose jobs wait
         with self._changed:
             queued = list(self._queue)
+        wanted = {job.request.model for job in queued}
         for job in queued:
             name = job.request.model
             if name in waits:
                 continue
             try:
-                batch = self._loaded.get(name)
+                batch = self._loaded.get(name, wanted)
                 if batch is None:
-                    waits |= {name} | self._loaded.in_the_way(name)
+                    waits |= {name} | self._loaded.in_the_way(name, wanted)
                 elif not batch.has_room(job.request):
                     waits.add(name)
                 else:
@@ -328,25 +281,15 @@ class Engine:
             for job in [job for job in self._running if job.done]:
                 del self._running[job]
 
-    def _answer(self) -> None:
-        """Answer one question about an image."""
-        with self._changed:
-            if not self._questions:
-                return
-            image, answer = self._questions.popleft()
-        try:
-            answer.set_result(self._words(image))
-        except Exception as error:
-            answer.set_exception(error)
-
     def _words(self, image: KeptImage) -> list[WordMap]:
-        if image.words is None:
-            batch = self._loaded.get(image.model)
-            if batch is None:
-                raise Overloaded(self.limits.turn)
-            layout = None if image.layout is None else image.layout[None]
-            image.words = batch.model.word_maps(image.prompt, image.tokens[None], layout)
-        return image.words
+        """Return the words of an image, by the model that drew it."""
+        with self._changed:
+            wanted = {job.request.model for job in self._queue}
+        batch = self._loaded.get(image.model, wanted)
+        if batch is None:
+            raise Overloaded(self.limits.turn)
+        layout = None if image.layout is None else image.layout[None]
+        return batch.model.word_maps(image.prompt, image.tokens[None], layout)
 
     def _load(self, name: str) -> ModelBatch:
         model = self.models[name].load()

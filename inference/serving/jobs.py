@@ -202,7 +202,8 @@ class Job:
     @property
     def left(self) -> list[int]:
         """Indices of the images that have not ended."""
-        return sorted(self._left)
+        with self._changed:
+            return sorted(self._left)
 
     def publish(self, event: Event) -> None:
         """Hand an event to the caller. What an image's last event follows is dropped."""

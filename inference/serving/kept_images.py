@@ -1,4 +1,4 @@
-"""Finished images that can still be asked about: a bounded store, newest last."""
+"""Finished images that can still be asked about, in a bounded store, and the questions."""
 
 # Axes: N image tokens, L layout tokens
 
@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from inference.attention_maps import WordMap
-from inference.serving.jobs import UnknownImageError
+from inference.serving.jobs import NotServing, Overloaded, UnknownImageError
 
 
 @dataclass
@@ -54,3 +56,49 @@ class KeptImages:
         if image is None:
             raise UnknownImageError(f"no image '{number[:40]}': the last {self.limit} are kept")
         return image
+
+
+class WordQuestions:
+    """Questions for the words of images, answered one by one between two decoder steps.
+
+    They are asked in any thread, one at a time, and answered in the model thread. An answer is kept
+    with its image.
+    """
+
+    def __init__(self, words: Callable[[KeptImage], list[WordMap]], limit: int) -> None:
+        """words: computes them. limit: questions that may wait."""
+        self._words = words
+        self._limit = limit
+        self._waiting: deque[tuple[KeptImage, Future[list[WordMap]]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def ask(self, image: KeptImage) -> Future[list[WordMap]]:
+        """Queue a question. Overloaded where too many wait."""
+        if len(self._waiting) >= self._limit:
+            raise Overloaded(1.0)
+        answer: Future[list[WordMap]] = Future()
+        self._waiting.append((image, answer))
+        return answer
+
+    def answer_one(self) -> None:
+        """Answer the oldest question, if there is one."""
+        if not self._waiting:
+            return
+        image, answer = self._waiting.popleft()
+        if not answer.set_running_or_notify_cancel():  # whoever asked has left
+            return
+        try:
+            if image.words is None:
+                image.words = self._words(image)
+            answer.set_result(image.words)
+        except Exception as error:
+            answer.set_exception(error)
+
+    def refuse(self, reason: str) -> None:
+        """Answer all questions with NotServing."""
+        while self._waiting:
+            _, answer = self._waiting.popleft()
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(NotServing(reason))

@@ -49,22 +49,22 @@ class LoadedModels:
                 return batch
         return None
 
-    def get(self, name: str) -> ModelBatch | None:
+    def get(self, name: str, wanted: Collection[str] = ()) -> ModelBatch | None:
         """Return a model's batch if it is loaded, or if idle ones can make room for it.
 
-        UserError for a model that cannot be loaded.
+        wanted: models that jobs wait for; they stay while it is their turn. UserError for a model
+        that cannot be loaded.
         """
         if name in self._batches:
             return self._batches[name]
-        idle = sorted((batch for batch in self.batches if batch.idle),
-                      key=lambda batch: batch.used_at)
-        leaving = []
         missing = self._missing(name)
-        for batch in idle:
+        leaving = []
+        for batch in sorted(self.batches, key=lambda batch: batch.used_at):
             if missing <= 0:
                 break
-            leaving.append(batch.name)
-            missing -= self.models[batch.name].bytes
+            if batch.idle and self._may_leave(batch, wanted):
+                leaving.append(batch.name)
+                missing -= self.models[batch.name].bytes
         if missing > 0:
             return None
 
@@ -76,21 +76,21 @@ class LoadedModels:
                  self.models.budget, self.bytes)
         return batch
 
-    def in_the_way(self, name: str) -> set[str]:
+    def in_the_way(self, name: str, wanted: Collection[str]) -> set[str]:
         """Return the models that should take no more jobs, so that there is room for this one.
 
-        None while the others have not had their turn.
+        None while the others have their turn.
         """
-        now = self._clock()
         missing = self._missing(name)
         leaving: set[str] = set()
         for batch in sorted(self.batches, key=lambda batch: batch.loaded_at):
-            if missing <= 0:
-                break
-            if batch.idle or now - batch.loaded_at >= self._turn:
+            if missing > 0 and self._may_leave(batch, wanted):
                 leaving.add(batch.name)
                 missing -= self.models[batch.name].bytes
         return leaving if missing <= 0 else set()
+
+    def _may_leave(self, batch: ModelBatch, wanted: Collection[str]) -> bool:
+        return batch.name not in wanted or self._clock() - batch.loaded_at >= self._turn
 
     def remove(self, name: str) -> None:
         """Let a model leave."""

@@ -10,7 +10,8 @@ import time
 import traceback
 from typing import Any, TextIO
 
-LOGGERS = ("inference.serving", "uvicorn.error")
+SAYS_PROMPTS = "seq2seq.text_tokenizer"
+"""Its warnings quote captions that are longer than a model reads; replies say that in `note`."""
 
 
 class JsonLines(logging.Formatter):
@@ -28,14 +29,13 @@ class JsonLines(logging.Formatter):
         return json.dumps(values, default=str)
 
 
-def start_logging(stream: TextIO | None = None) -> None:
-    """Send the server's loggers to stderr as JSON lines."""
+def start_logging(prompts: bool = False, stream: TextIO | None = None) -> None:
+    """Send the process's logs to stderr as JSON lines: ours, and what libraries warn of."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
+    logging.getLogger().handlers = [handler]
+    if not prompts:
+        logging.getLogger(SAYS_PROMPTS).setLevel(logging.ERROR)
     logging.getLogger("inference.serving").setLevel(logging.INFO)
     # its warnings are of what clients send, one for each
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from inference.model_folder import GENERATION_NAME, INDEX_NAME, read_model_index
 from inference.pipeline import TextToImage
 from inference.sampling import SamplingParams
 from inference.serving.jobs import UnknownModelError
+from inference.serving.model_memory import attention_bytes, frozen_encoder_bytes
 from seq2seq import TRANSFORMER_KINDS, TransformerConfig
 from tokenizer_image import IMAGE_TOKENIZERS
 from tokenizer_image.config import ImageTokenizerConfig
@@ -35,6 +37,8 @@ MAX_DEPTH = 3
 BUDGET_SHARE = 0.8
 """Share of the memory that is there at the start, which models may take where no budget is given;
 the rest is for what grows: replies, other processes."""
+_ESTIMATING = threading.Lock()
+"""Estimates replace functions of torch for a moment, which two threads must not do at once."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,14 @@ class ServedModel:
         # and kept unconditional texts
         work = Workload(rows, rows + 1 + KEPT_UNCONDITIONAL, guided=False, weights=self.weights,
                         decoded=1, kept=rows, streamed=True)
-        return estimate(self.config, self.tokenizer_config, work)
+        with _ESTIMATING:
+            return estimate(self.config, self.tokenizer_config, work)
 
     @cached_property
     def bytes(self) -> int:
-        """Predicted bytes of the loaded model."""
-        return self.needs.total
+        """Predicted bytes of the loaded model, with its frozen text encoder and `words`."""
+        encoder = frozen_encoder_bytes(self.folder, self.options.text_encoder)
+        return self.needs.total + encoder + attention_bytes(self.config)
 
     def load(self) -> TextToImage:
         """Load the model. UserError for one that is damaged, or that memory has no room for."""
@@ -161,8 +167,10 @@ class Models:
         return self._served[name]
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Return what GET /v1/models says of a model."""
-        return dict(self[name].description)
+        """Return what GET /v1/models says of a model. The first call takes about a second."""
+        served = self[name]
+        _ = served.bytes  # here, where callers can wait, and not at the first request
+        return dict(served.description)
 
     def check_budget(self, name: str) -> None:
         """Raise UserError for a model that can never be loaded."""
@@ -189,7 +197,7 @@ def model_name(folder: str | Path) -> str:
 def find_models(folder: Path) -> dict[str, Path]:
     """Return the model folders below a folder by their names: paths from it, without `/model`.
 
-    UserError where there is none, and where two have one name.
+    UserError where there is none.
     """
     if not folder.is_dir():
         raise MissingFileError(f"--models {folder}: no such folder")
@@ -207,11 +215,7 @@ def find_models(folder: Path) -> dict[str, Path]:
             continue
         below.clear()
         shown = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
-        name = "/".join(shown)
-        if name in found:
-            raise UserError(f"--models {folder}: {found[name]} and {path} would both be called "
-                            f"{name}; rename one")
-        found[name] = path
+        found["/".join(shown)] = path
     if not found:
         raise UserError(f"--models {folder}: holds no model folder (looked for {INDEX_NAME}, "
                         f"{MAX_DEPTH} folders deep)")

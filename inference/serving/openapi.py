@@ -92,7 +92,11 @@ def _paths(needs_key: bool) -> dict[str, Any]:
     body = {"required": True, "content": {"application/json": {
         "schema": {"$ref": _REF.format(model="ImageRequest")},
         "example": {"prompt": "a red heart", "n": 2, "seed": 7}}}}
-    drawn = {**_json_content("ImagesReply"), "text/event-stream": text}
+    event = {"type": "object", "required": ["event", "data"], "properties": {
+        "event": {"enum": ["image_generation.partial_image", "image_generation.completed",
+                           "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"}}}
+    drawn = {**_json_content("ImagesReply"), "text/event-stream": {"schema": event}}
     file = {"*/*": {"schema": {}}}
     ready = operation("ready", "Whether requests are taken", _json_content("Readiness"))
     # the one reply of 503 that is no error

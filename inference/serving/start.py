@@ -52,7 +52,7 @@ def serve_until_stopped(options: ServeOptions, listening: socket.socket) -> int:
         torch.set_num_threads(options.threads)
     disable_created_metrics()  # a second series for each counter, with the time of its first event
     service = make_service(options)
-    start_logging()
+    start_logging(options.log_prompts)
     server = make_server(service)
     address = shown_address(listening)
     names = service.model_names

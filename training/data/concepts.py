@@ -120,10 +120,11 @@ def find_synonyms(encoder: FrozenTextEncoder, others: Iterable[str], words: Iter
     found = {}
     for start in progress(range(0, len(searched), ENCODED_AT_ONCE), "synonyms", unit="batch"):
         part = searched[start:start + ENCODED_AT_ONCE]
-        similarity = _directions(encoder, part) @ known_directions.T  # [part, known]
-        nearest = (similarity + bonus).argmax(dim=1)
-        for row, (word, index) in enumerate(zip(part, nearest.tolist(), strict=True)):
-            if similarity[row, index] >= SYNONYM_SIMILARITY:
+        similarity = _directions(encoder, part) @ known_directions.T + bonus  # [part, known]
+        best = similarity.max(dim=1)
+        for word, value, index in zip(part, best.values.tolist(), best.indices.tolist(),
+                                      strict=True):
+            if value >= SYNONYM_SIMILARITY:
                 found[word] = known[index]
     return found
 

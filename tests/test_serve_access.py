@@ -1,0 +1,263 @@
+"""Who may ask a server for what: keys by route, hosts, headers; its page's files; what its log says."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from starlette.routing import Route
+
+from inference.serving.app import build_app
+from inference.serving.auth import ApiKey, is_loopback
+from inference.serving.logs import SAYS_PROMPTS, start_logging
+from inference.serving.page_files import PAGE, read_page
+from inference.serving.routes import GuardedRoute
+from inference.serving.service import Service
+from tests.fake_engine import FakeEngine
+from tests.serving_http import KEY, running, wait_for
+
+PUBLIC = {"/health", "/", "/page/{name:path}"}
+ROUTE = "/v1/images/generations"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(key=ApiKey(KEY)) as one:
+        yield one
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def routes() -> list[Route]:
+    """Of an application: behind its frame lies the router."""
+    return build_app(Service(FakeEngine(), key=ApiKey(KEY))).app.routes
+
+
+# ---- keys
+
+def test_every_route_is_guarded_and_few_are_public():
+    found = routes()
+    assert all(type(route) is GuardedRoute and route.key is not None for route in found)
+    assert {route.path for route in found if route.public} == PUBLIC
+
+
+@pytest.mark.parametrize("path", [route.path for route in routes()])
+def test_every_route_but_the_public_ones_needs_the_key(server, path):
+    address = path.replace("{name:path}", "page.css").replace("{model:path}", "fake").replace("{image}", "x")
+    for method in ("GET", "POST", "HEAD", "OPTIONS", "DELETE", "TRACE"):
+        status = server.http.request(method, address).status_code
+        assert (status == 401) == (path not in PUBLIC), (method, address, status)
+    for headers in (bearer("wrong"), {"Authorization": f"Basic {KEY}"}, {"Authorization": KEY}):
+        assert (server.http.get(address, headers=headers).status_code == 401) == (path not in PUBLIC)
+    assert server.http.get(address, headers=bearer(KEY)).status_code != 401
+
+
+@pytest.mark.parametrize("path", ["/nope", "/v1", "//v1/models", "/v1/models/", "/page", "/health/", "/HEALTH",
+                                  "/%2e%2e/v1/models", "/page/../v1/models", "/health/../v1/models", "/v1%2Fmodels",
+                                  "/v1/models?x=/health", "/v1/models#/health"])
+def test_no_spelling_of_a_path_gets_around_the_key(server, path):
+    sent = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    reply = raw(server.port, sent)
+    # a model's name is never said, and nothing but a public route answers
+    assert b"fake" not in reply
+    assert reply.split()[1] in (b"401", b"404")
+
+
+def raw(port: int, text: str) -> bytes:
+    import socket
+
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(text.encode())
+        parts = []
+        while part := connection.recv(65_536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_a_key_is_not_kept_in_words():
+    assert KEY not in repr(vars(ApiKey(KEY)))
+
+
+# ---- hosts
+
+@pytest.mark.parametrize(("host", "status"), [
+    ("localhost", 200), ("localhost:8000", 200), ("127.0.0.1:1", 200), ("[::1]:80", 200), ("LOCALHOST", 200),
+    ("evil.example", 403),
+    ("localhost.evil.example", 403), ("127.0.0.1.evil.example:80", 403), ("", 403), ("[::1", 403), ("0.0.0.0", 403)])
+def test_a_server_on_loopback_answers_to_names_of_loopback_alone(server, host, status):
+    reply = server.http.get("/health", headers={"Host": host})
+    assert reply.status_code == status
+    if status == 403:
+        assert reply.json()["error"]["code"] == "host_not_allowed"
+
+
+def test_a_server_for_other_machines_answers_to_any_name():
+    with running(key=ApiKey(KEY), host="0.0.0.0") as server:
+        assert server.http.get("/health", headers={"Host": "pictures.example"}).status_code == 200
+
+
+def test_addresses_of_this_machine_alone():
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.9.9.9", "::1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "", "example.com", "127.0.0.1.example.com")))
+
+
+# ---- headers
+
+@pytest.mark.parametrize(("method", "path"), [
+    ("GET", "/"), ("GET", "/health"), ("GET", "/nope"), ("POST", ROUTE), ("GET", "/v1/models")])
+def test_every_reply_has_the_security_headers(server, method, path):
+    headers = server.http.request(method, path).headers
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'; script-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    assert (headers["x-content-type-options"], headers["x-frame-options"]) == ("nosniff", "DENY")
+    assert len(headers["x-request-id"]) == 32
+    assert "server" not in headers
+
+
+def test_no_other_site_may_read_replies(server):
+    reply = server.http.options(ROUTE, headers={
+        **bearer(KEY), "Origin": "https://evil.example", "Access-Control-Request-Method": "POST"})
+    assert reply.status_code == 405
+    assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/nope", 404), ("DELETE", "/v1/models", 405), ("GET", ROUTE, 405), ("POST", "/health", 405),
+    ("GET", "/page/nope.js", 404),
+    ("GET", "/v1/models/nope", 404)])
+def test_errors_of_the_router_have_openais_shape(server, method, path, status):
+    reply = server.http.request(method, path, headers=bearer(KEY))
+    assert reply.status_code == status
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    assert ("allow" in reply.headers) == (status == 405)
+
+
+def test_words_of_an_image_that_is_kept(server):
+    reply = server.http.get("/v1/images/image-7/words", headers=bearer(KEY))
+    assert reply.json() == {"words": [{"word": "a", "start": 0, "end": 1, "weights": [[0.5] * 4] * 4}]}
+    reply = server.http.get("/v1/images/nope/words", headers=bearer(KEY))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "image_not_found")
+
+
+# ---- the page's files
+
+def test_the_page_is_served_with_its_types_and_kept_by_browsers(server):
+    page = server.http.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["cache-control"] == "no-cache"
+    assert server.http.get("/", headers={"If-None-Match": f'"x", {page.headers["etag"]}'}).status_code == 304
+    for path in PAGE.iterdir():
+        reply = server.http.get(f"/page/{path.name}")
+        assert reply.content == path.read_bytes()
+        assert reply.headers["content-type"].partition(";")[0] in {"text/html", "text/css", "text/javascript", "image/svg+xml"}
+
+
+@pytest.mark.parametrize("name", [
+    "../app.py", "..%2fapp.py", "%2e%2e/app.py", "/etc/passwd", "....//app.py", "page.css%00", ".", "", "..\\app.py"])
+def test_only_the_pages_own_files_are_served(server, name):
+    assert raw(server.port, f"GET /page/{name} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").split()[1] == b"404"
+
+
+def test_files_of_other_kinds_are_not_part_of_the_page(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("index.html", "a.py", ".hidden.js", "b.js~", "sub/c.js"):
+        (tmp_path / name).write_text("x")
+    assert set(read_page(tmp_path)) == {"index.html", "sub/c.js"}
+
+
+# ---- logs and metrics
+
+@pytest.fixture
+def logged():
+    """Lines of the log."""
+    stream = io.StringIO()
+    loggers = [logging.getLogger(name) for name in ("", "inference.serving", "uvicorn.error", SAYS_PROMPTS)]
+    kept = [(logger.handlers, logger.level) for logger in loggers]
+    start_logging(stream=stream)
+
+    def lines(count: int) -> list[dict]:
+        # a line is written once its reply has been sent
+        wait_for(lambda: len(stream.getvalue().splitlines()) >= count)
+        return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+    yield lines
+    for logger, (handlers, level) in zip(loggers, kept, strict=True):
+        logger.handlers = handlers
+        logger.setLevel(level)
+
+
+def test_a_log_line_says_everything_but_the_prompt(server, logged):
+    asked = {"prompt": "my secret heart", "negative_prompt": "hidden", "n": 2, "seed": 4, "user": "jane@example.com"}
+    reply = server.http.post(ROUTE, json=asked, headers=bearer(KEY))
+    [line] = logged(1)
+    assert line["request"] == reply.headers["x-request-id"]
+    assert (line["route"], line["status"], line["n"], line["model"], line["prompt_characters"]) == (ROUTE, 200, 2, "fake", 15)
+    assert line["seconds"] >= 0
+    text = json.dumps(line)
+    assert not any(word in text for word in ("secret", "hidden", "jane", KEY))
+    assert len(line["user"]) == 16
+
+
+def test_what_is_longer_than_the_model_reads_is_said_in_the_reply_and_not_in_the_log(logged):
+    from tests import tiny
+
+    tokenizer = tiny.text_tokenizer()
+    tokenizer.encode(["my secret " * 50])
+    with running(FakeEngine(plays=False)) as server:
+        with ThreadPoolExecutor() as pool:
+            reply = pool.submit(server.http.post, ROUTE, json={"prompt": "my secret " * 50})
+            wait_for(lambda: server.engine.waiting)
+            server.engine.waiting[0].play(text_tokens=12)
+            [image] = reply.result().json()["data"]
+    assert image["note"].startswith("the prompt fills all 12 text tokens that this model reads")
+    assert "secret" not in json.dumps(logged(1))
+
+
+def test_prompts_are_logged_where_that_is_asked_for(logged):
+    with running(log_prompts=True) as server:
+        server.http.post(ROUTE, json={"prompt": "my secret\nheart"})
+    [line] = logged(1)
+    assert line["prompt"] == "my secret\nheart"
+
+
+def test_a_refused_key_or_a_wrong_path_is_a_line_too_and_a_probe_is_none(server, logged):
+    server.http.get("/health")
+    server.http.get("/v1/models", headers=bearer("a wrong key that nobody has"))
+    server.http.get("/nope")
+    lines = logged(2)
+    assert [(line["status"], line["route"]) for line in lines] == [(401, "/v1/models"), (401, "none")]
+    assert "nobody" not in json.dumps(lines)
+
+
+def test_metrics_count_what_happened(server):
+    before = server.http.get("/metrics", headers=bearer(KEY)).text
+    server.http.post(ROUTE, json={"prompt": "a", "n": 3, "stream": True, "partial_images": 1}, headers=bearer(KEY))
+    server.http.post(ROUTE, json={"prompt": "a", "n": 30}, headers=bearer(KEY))
+    wait_for(lambda: value(server.http.get("/metrics", headers=bearer(KEY)).text, "tokenloom_request_seconds_count")
+             == value(before, "tokenloom_request_seconds_count") + 2)
+    after = server.http.get("/metrics", headers=bearer(KEY))
+    assert after.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+    def grown(name: str) -> float:
+        return value(after.text, name) - value(before, name)
+
+    assert grown('tokenloom_images_total{model="fake"}') == 3
+    assert grown('tokenloom_rejected_total{reason="invalid_value"}') == 1
+    assert grown("tokenloom_request_seconds_count") == 2
+    assert grown("tokenloom_first_partial_seconds_count") == 1
+    assert grown("tokenloom_queue_seconds_count") == 1
+    names = {line.split()[2] for line in after.text.splitlines() if line.startswith("# TYPE")}
+    assert names >= {f"tokenloom_{name}" for name in (
+        "queue_jobs", "requests_in_flight", "tokens_per_second", "tokens_total", "rows_active")}
+
+
+def value(text: str, name: str) -> float:
+    found = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    return float(found[0].split()[-1]) if found else 0.0
