@@ -14,7 +14,7 @@ from tests.page_server import Behaviour, PageServer, page_server
 
 WINDOW = (1200, 800)
 PHONE = (360, 740)
-SECONDS = 8  # of waiting, on a busy machine
+SECONDS = 30  # of waiting, on a busy machine
 
 
 class Page:

@@ -85,6 +85,17 @@ def test_the_address_draws_the_same(page):
     assert (page.value("negative"), page.value("temperature")) == ("blue & green? 100%", "0.7")
 
 
+def test_an_address_of_a_prompt_alone_gets_the_rest_without_a_step_for_the_back_button(page):
+    page.draw("dog")
+    steps = page.js("return history.length")
+    page.js("location.hash = '#/?prompt=cat'")
+    page.wait(lambda: "seed" in address(page) and address(page)["prompt"] == "cat", "the whole address")
+    page.finished(4)
+    assert {name: address(page)[name] for name in ("count", "guidance", "top_p")} == {
+        "count": "4", "guidance": "2", "top_p": "1"}
+    assert page.js("return history.length") == steps + 1
+
+
 def test_again_takes_a_new_seed_and_nothing_else(page):
     page.draw("cat")
     first = asked(page)[0]
