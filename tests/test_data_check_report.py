@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.published_sets import put
 from tests.source_files import PNG, as_bytes, own_cache, write_parquet, write_tar  # noqa: F401
 from tokenloom_common.errors import run_command
 from training.commands.data import main
-from training.commands.next_command import RECIPES, WAYS, after_images, after_tokens
+from training.commands.next_command import RECIPES, WAYS, after_images, after_tokens, in_one_command
 from training.config.loading import load_config
 from training.config.tokenizer import TokenizerRunConfig
 from training.data.check import check_data, format_report
@@ -38,8 +39,9 @@ def next_words(capsys, *argv: str | Path) -> list[str]:
     """The words of the command that a check ends with."""
     assert main(["check", *map(str, argv)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("next: ")
-    return shlex.split(last.removeprefix("next: "))
+    found = re.match("(next|or step by step): ", last)
+    assert found
+    return shlex.split(last[found.end():])
 
 
 def test_report_says_how_the_data_is_read_and_the_size_of_every_split(tmp_path, capsys):
@@ -123,6 +125,25 @@ def test_next_command_repeats_the_options_and_holds_out_what_is_held_out(tmp_pat
                    "--data.validation_split validation"):
         assert option in " ".join(words)
     assert "--data.split val" in " ".join(next_words(capsys, tmp_path / "a b", "--split", "validation"))
+
+
+def test_next_is_one_command_that_tokenloom_train_takes(tmp_path, capsys):
+    from training.commands.train import _parser
+
+    folder = sidecars(tmp_path / "a b", 30)
+    for number in range(12):
+        (folder / f"{number}.txt").unlink()
+    assert main(["check", str(folder), "--encoding", "cp1252"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    words = shlex.split(line.removeprefix("next: "))
+    assert words[:2] == ["tokenloom", "train"]
+    arguments = _parser().parse_args(words[2:])
+    assert (arguments.data, arguments.out, arguments.minutes) == (str(folder), "my_model", 60)
+    assert (arguments.encoding, arguments.max_bad_fraction) == ("cp1252", 0.4)
+    # rows that stream are not copied: the scripts read them where they lie
+    report = {"usable": 9, "items": 9, "unusable": [], "split": None, "path": "d"}
+    assert in_one_command(report, {"streaming": True}) is None
+    assert in_one_command(report, {}) == "tokenloom train d --out my_model --minutes 60"
 
 
 def test_next_command_raises_the_limit_that_the_data_would_break(tmp_path, capsys):

@@ -86,7 +86,7 @@ class AutoTrain:
         held_out = None
         if data.held_out is not None:
             held_out = open_data(options.data, data.held_out, options.reading)
-        write_copy(source, held_out, self.choices, self.copy, options.seed, self.clock.tick)
+        write_copy(source, held_out, self.choices, self.copy, options, self.clock.tick)
         self.clock.save()
 
     def _train_tokenizer(self, run_dir: Path) -> None:

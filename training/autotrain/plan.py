@@ -40,6 +40,7 @@ class TrainOptions:
     size: int | None = None
     seed: int = 0
     start_from: str | None = None
+    max_bad_fraction: float = 0.01
     reading: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, list[str]] = field(default_factory=dict)
 

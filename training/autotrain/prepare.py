@@ -19,6 +19,7 @@ from tokenloom_common.errors import DataError
 from tokenloom_common.files import atomic_folder, write_json_atomic
 from tokenloom_common.progress import progress
 from training.autotrain.choices import Choices
+from training.autotrain.plan import TrainOptions
 from training.data.builders.dataset_folder import ShardWriter
 from training.data.origin import data_origin, write_origin
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
@@ -30,17 +31,17 @@ COPY_NAMES = ("data", "README.md", "ATTRIBUTION.md", "copy.json")
 
 
 def write_copy(source: CaptionedImages, held_out: CaptionedImages | None, choices: Choices,
-               folder: Path, seed: int, tick: Callable[[], None]) -> None:
+               folder: Path, options: TrainOptions, tick: Callable[[], None]) -> None:
     """Write the splits `train` and `held_out` to `folder`, which appears whole.
 
     held_out: the data's own split; None takes choices.held_out images out of `source`.
-    tick: called for every image. DataError if too many images are unusable.
+    options: its seed decides what is held out. tick: called for every image. DataError if too many images are unusable.
     """
     rows = list(range(len(source)))
-    random.Random(seed).shuffle(rows)  # a folder may be sorted by what it shows
+    random.Random(options.seed).shuffle(rows)  # a folder may be sorted by what it shows
     rows = rows[:choices.copied]
     spared = 0 if held_out is not None else choices.held_out
-    drops = DropCounter(str(source.path))
+    drops = DropCounter(str(source.path), options.max_bad_fraction)
     drops.record_opened(source)
     with atomic_folder(folder, COPY_NAMES) as aside:
         counts = {}

@@ -13,7 +13,7 @@ from tokenloom_common.errors import DataError, OneLineParser, UserError
 from tokenloom_common.files import write_json_atomic
 from tokenloom_common.outputs import check_output_file, is_json_with
 from tokenloom_common.text_files import read_text_file
-from training.commands.next_command import after_images, after_tokens
+from training.commands.next_command import after_images, after_tokens, in_one_command
 from training.commands.reading_options import add_reading_options, given_reading
 
 EXAMPLES = """examples:
@@ -232,7 +232,11 @@ def _check(arguments: argparse.Namespace) -> int:
         return 1
 
     print(format_token_report(report) if "damaged" in report else format_report(report))
-    print(f"next: {report['next']}")
+    if report["next_in_one"] is None:
+        print(f"next: {report['next']}")
+    else:
+        print(f"next: {report['next_in_one']}")
+        print(f"or step by step: {report['next']}")
     if out:
         write_json_atomic(Path(out), report)
     return 0 if report["usable"] and not report.get("damaged") else 1
@@ -250,13 +254,14 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{arguments.path}: token shards, which are read in one way; leave "
                             f"{names} out")
         report = check_tokens(arguments.path, arguments.split)
-        return {**report, "next": after_tokens(report)}
+        return {**report, "next": after_tokens(report), "next_in_one": None}
 
     # each row is read once, in order
     report = check_data(arguments.path, split=arguments.split, **reading,
                         streamed_rows=1 if arguments.streaming else 0)
     given = {**reading, **({"streaming": True} if arguments.streaming else {})}
-    return {**report, "next": after_images(report, given)}
+    return {**report, "next": after_images(report, given),
+            "next_in_one": in_one_command(report, given)}
 
 
 def _concepts(arguments: argparse.Namespace) -> int:

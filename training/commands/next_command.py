@@ -26,10 +26,23 @@ WAYS = {
 """What helps where nothing is usable, by the most frequent reason."""
 
 
-def after_images(report: dict[str, Any], options: dict[str, Any]) -> str:
-    """Return the command that trains on checked images, or what to do if none is usable.
+def in_one_command(report: dict[str, Any], options: dict[str, Any]) -> str | None:
+    """Return the `tokenloom train` of checked images; None if none is usable, or if they stream.
 
     options: those of the check, by their names in a config.
+    """
+    if not report["usable"] or "streaming" in options:
+        return None
+    words = ["tokenloom", "train", report["path"], "--out", "my_model", "--minutes", "60"]
+    if report["split"]:
+        words += ["--split", report["split"]]
+    return shlex.join([*words, *_data_words(report, options)])
+
+
+def after_images(report: dict[str, Any], options: dict[str, Any]) -> str:
+    """Return the script that trains on checked images, or what to do if none is usable.
+
+    options: as in `in_one_command`.
     """
     if not report["usable"]:
         ways = [WAYS[reason] for reason in report["unusable_by_reason"] if reason in WAYS]
@@ -44,15 +57,22 @@ def after_images(report: dict[str, Any], options: dict[str, Any]) -> str:
         words += ["--data.split", report["split"]]
     elif "validation" in report["splits"] and len(report["splits"]) > 1:
         words += ["--data.validation_split", "validation"]
+    words += _data_words(report, options)
+    if resolution:
+        words += ["--model.resolution", str(resolution)]
+    return shlex.join([*words, "--run_dir", "runs/tokenizer"])
+
+
+def _data_words(report: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """Return the options that say how the data is read, and what share of it may be unusable."""
+    words: list[str] = []
     for name, value in options.items():
         words += [f"--data.{name}", "true" if value is True else str(value)]
     bad = len(report["unusable"])
     if bad > max(10, TOLERATED * report["items"]):
         share = math.ceil(100 * bad / report["items"]) / 100
         words += ["--data.max_bad_fraction", f"{share:g}"]
-    if resolution:
-        words += ["--model.resolution", str(resolution)]
-    return shlex.join([*words, "--run_dir", "runs/tokenizer"])
+    return words
 
 
 def after_tokens(report: dict[str, Any]) -> str:

@@ -43,11 +43,13 @@ def train(argv: Sequence[str] | None = None) -> int:
     from training.autotrain.plan import TrainOptions
     from training.autotrain.recipes import check_overrides, split_overrides
     from training.autotrain.shapes import check_size
+    from training.data.sources.drops import check_bad_fraction
     from training.data.sources.open_dataset import open_dataset
     from training.data.tokens.check import is_token_folder
     from training.loop.log import setup_console
 
     check_minutes(arguments.minutes)
+    check_bad_fraction(arguments.max_bad_fraction)
     check_size(arguments.size)
     overrides = split_overrides(rest)
     check_overrides(overrides)
@@ -59,6 +61,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     options = TrainOptions(
         data=arguments.data, out=arguments.out, minutes=arguments.minutes, split=arguments.split,
         size=arguments.size, seed=arguments.seed, start_from=_start(arguments.from_scratch),
+        max_bad_fraction=arguments.max_bad_fraction,
         reading=reading, overrides=overrides)
     run(options, arguments.dry_run, started)
     return 0
@@ -96,6 +99,9 @@ def _parser() -> OneLineParser:
                         "one)")
     parser.add_argument("--seed", type=_seed, default=0,
                         help="of weights, order and held-out images (default 0)")
+    parser.add_argument("--max-bad-fraction", "--data.max_bad_fraction", type=float, default=0.01,
+                        help="share of unusable images that is tolerated (default 0.01; ten "
+                        "always are)")
     add_reading_options(parser)
     return parser
 

@@ -36,6 +36,12 @@ def format_reasons(reasons: Counter) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
 
 
+def check_bad_fraction(max_bad_fraction: float) -> None:
+    """UserError for a share that is none."""
+    if not 0.0 <= max_bad_fraction <= 1.0:
+        raise UserError(f"--data.max_bad_fraction {max_bad_fraction}: must lie in 0 to 1")
+
+
 class DropCounter:
     """Counts items seen and dropped while data is read once; raises when too many are bad.
 
@@ -44,8 +50,7 @@ class DropCounter:
     """
 
     def __init__(self, where: str, max_bad_fraction: float = 0.01) -> None:
-        if not 0.0 <= max_bad_fraction <= 1.0:
-            raise UserError(f"--data.max_bad_fraction {max_bad_fraction}: must lie in 0 to 1")
+        check_bad_fraction(max_bad_fraction)
         self.where = where
         self.max_bad_fraction = max_bad_fraction
         self.seen = 0
