@@ -35,7 +35,8 @@ def write_copy(source: CaptionedImages, held_out: CaptionedImages | None, choice
     """Write the splits `train` and `held_out` to `folder`, which appears whole.
 
     held_out: the data's own split; None takes choices.held_out images out of `source`.
-    options: its seed decides what is held out. tick: called for every image. DataError if too many images are unusable.
+    options: its seed decides what is held out. tick: called for every image. DataError if too many
+    images are unusable.
     """
     rows = list(range(len(source)))
     random.Random(options.seed).shuffle(rows)  # a folder may be sorted by what it shows
