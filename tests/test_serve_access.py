@@ -210,12 +210,11 @@ def test_what_is_longer_than_the_model_reads_is_said_in_the_reply_and_not_in_the
 
     tokenizer = tiny.text_tokenizer()
     tokenizer.encode(["my secret " * 50])
-    with running(FakeEngine(plays=False)) as server:
-        with ThreadPoolExecutor() as pool:
-            reply = pool.submit(server.http.post, ROUTE, json={"prompt": "my secret " * 50})
-            wait_for(lambda: server.engine.waiting)
-            server.engine.waiting[0].play(text_tokens=12)
-            [image] = reply.result().json()["data"]
+    with running(FakeEngine(plays=False)) as server, ThreadPoolExecutor() as pool:
+        reply = pool.submit(server.http.post, ROUTE, json={"prompt": "my secret " * 50})
+        wait_for(lambda: server.engine.waiting)
+        server.engine.waiting[0].play(text_tokens=12)
+        [image] = reply.result().json()["data"]
     assert image["note"].startswith("the prompt fills all 12 text tokens that this model reads")
     assert "secret" not in json.dumps(logged(1))
 
