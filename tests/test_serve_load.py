@@ -21,9 +21,10 @@ from PIL import Image
 from inference.serving.auth import ApiKey
 from inference.serving.engine import Engine, EngineLimits, ModelOptions, Models
 from inference.serving.limits import Limits
-from tests import launching, tiny
+from tests import tiny
 from tests.fake_engine import FakeEngine
 from tests.serving_http import KEY, running, wait_for
+from tests.serving_process import Process
 from tokenloom import TextToImage
 
 ROUTE = "/v1/images/generations"
@@ -141,32 +142,6 @@ def test_clients_that_leave_free_the_rows(tiny_server):
 
 
 # ---- a process of its own
-
-class Process:
-    """`tokenloom serve` on a tiny model, on a free port."""
-
-    def __init__(self, folder: Path, log: Path, *options: str) -> None:
-        self.log = log.open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tokenloom", "serve", str(folder), "--port", "0", *options], cwd=launching.REPOSITORY,
-            env=launching.environment(), stdout=subprocess.PIPE, stderr=self.log, text=True)
-        line = self.process.stdout.readline()
-        self.url = line.split(" at ")[1].split(" ")[0]
-        self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=120)
-        wait_for(lambda: self.http.get("/ready").status_code == 200, 120)
-
-    def resident_bytes(self) -> int:
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        [size] = [line.split()[1] for line in lines if line.startswith("VmRSS:")]
-        return int(size) * 1024
-
-    def close(self) -> None:
-        self.http.close()
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-        self.log.close()
-
 
 @pytest.fixture
 def process(folder, tmp_path):
