@@ -125,9 +125,8 @@ def _parser() -> OneLineParser:
     models.add_argument(
         "--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
 
-    prompts = parser.add_argument_group("prompts and pictures")
-    add_hook_options(prompts)
-    prompts.add_argument(
+    add_hook_options(parser)
+    parser.add_argument(
         "--log-prompts", action="store_true", help="write prompts into the log (default: their "
         "length alone)")
     return parser

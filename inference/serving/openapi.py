@@ -97,7 +97,7 @@ def _paths(needs_key: bool) -> dict[str, Any]:
                            "error"]},
         "data": {"type": "string", "contentMediaType": "application/json"}}}
     drawn = {**_json_content("ImagesReply"), "text/event-stream": {"schema": event}}
-    file = {"*/*": {"schema": {}}}
+    file: dict[str, Any] = {"*/*": {"schema": {}}}
     ready = operation("ready", "Whether requests are taken", _json_content("Readiness"))
     # the one reply of 503 that is no error
     ready["responses"]["503"] = {"description": "Not now", "content": {"application/json": {

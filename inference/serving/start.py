@@ -14,7 +14,7 @@ from prometheus_client import disable_created_metrics
 
 from inference.hooks.applied import Hooks
 from inference.hooks.concepts_file import folder_concepts
-from inference.hooks.expansion import KNOWN_CONCEPTS, load_expander
+from inference.hooks.expansion import KNOWN_CONCEPTS, PromptExpander, load_expander
 from inference.hooks.known_concepts import KnownConcepts
 from inference.hooks.safety import SafetyFilter
 from inference.serving.auth import ApiKey
@@ -107,7 +107,7 @@ def make_service(options: ServeOptions) -> Service:
                 if (found := folder_concepts(folder)) is not None}
     hooks = {}
     for name in models.names:
-        expander = None
+        expander: PromptExpander | None = None
         if options.expand == KNOWN_CONCEPTS:
             if name not in concepts:
                 raise UserError(f"--expand {KNOWN_CONCEPTS}: model {name} has no concepts.json "
