@@ -13,7 +13,7 @@ from inference.commands.options import (
     command_parser,
 )
 from tokenloom_common.errors import OneLineParser
-from tokenloom_common.imports import import_before_torch
+from tokenloom_common.imports import importing_torch
 from tokenloom_common.outputs import BLOCK_BYTES
 
 
@@ -26,8 +26,8 @@ def generate(argv: Sequence[str] | None = None) -> int:
     # of a prompts file, the number of pictures is known once it is read
     least = len(args.prompt) * max(args.num_images, 1) * BLOCK_BYTES
     out = check_pictures_folder(args.out, args.model, least)
-    import_before_torch()
-    from inference.commands.draw_captions import draw_captions  # imports torch, which takes seconds
+    with importing_torch():  # takes seconds
+        from inference.commands.draw_captions import draw_captions
 
     return draw_captions(args, out)
 
