@@ -40,7 +40,7 @@ def test_every_command_has_help_with_examples(run, name):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["generat"], "did you mean 'generate'"), (["inof"], "did you mean 'info'"),
-    (["zzz"], "valid names: convert, data, estimate, evaluate"),
+    (["zzz"], "valid names: calibrate, convert, data, estimate"),
     (["--model"], "unknown command '--model'"), ([""], "unknown command ''")])
 def test_an_unknown_command_is_one_line_with_the_nearest_name(run, argv, words):
     shown = run(*argv)

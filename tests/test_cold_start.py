@@ -53,6 +53,22 @@ def test_after_torch_nothing_is_imported_early(monkeypatch):
     assert "einx" not in sys.modules
 
 
+@pytest.mark.long
+def test_the_collector_rests_while_torch_is_imported_and_not_after_it():
+    code = ("import gc\n"
+            "from tokenloom_common.imports import importing_torch\n"
+            "with importing_torch():\n"
+            "    on = gc.isenabled()\n"
+            "    import torch\n"
+            "kept = gc.get_freeze_count()\n"
+            "with importing_torch():\n"
+            "    rest = [[] for _ in range(1000)]\n"
+            "print(on, gc.isenabled(), kept > 100_000, gc.get_freeze_count() == kept)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=launching.REPOSITORY, env=launching.environment(),
+                          capture_output=True, text=True, check=True)
+    assert done.stdout == "False True True True\n"
+
+
 # ---- the memory of decoding
 
 

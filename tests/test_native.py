@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -173,3 +174,31 @@ def test_compiled_code_is_kept_by_all_of_its_sources(monkeypatch, tmp_path):
     first = version.__wrapped__()
     (tmp_path / "a.py").write_text("two")
     assert version.__wrapped__() != first
+
+
+@pytest.mark.long
+def test_compiling_is_said_and_reading_the_disk_is_not(monkeypatch, tmp_path, caplog):
+    def made(note: str):
+        def first_share(pointer):
+            basics.thread_share(pointer[0], 4, 0, 2)
+
+        return threads.compiled(first_share, note)
+
+    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
+    made("compiling")
+    assert [record.message for record in caplog.records] == ["compiling"]
+    made("compiling")
+    made("")
+    assert len(caplog.records) == 1
+
+
+def test_where_compiled_code_cannot_be_kept_it_is_said(monkeypatch, caplog):
+    def refuse(signature, cache=False, **options):
+        if cache:
+            raise RuntimeError("no locator available")
+        return lambda function: "code"
+
+    monkeypatch.setattr(threads, "cfunc", refuse)
+    assert threads.compiled(lambda pointer: None, "compiling") == "code"
+    (record,) = caplog.records
+    assert "set NUMBA_CACHE_DIR" in record.message

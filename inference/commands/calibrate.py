@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from inference.commands.options import add_revision, command_parser, thread_trial
 from inference.shipped import default_model_folder
 from tokenloom_common.errors import OneLineParser
-from tokenloom_common.imports import import_before_torch
+from tokenloom_common.imports import importing_torch
 from tokenloom_common.kept_results import CALIBRATION_NAME, KeptResults
 from tokenloom_common.processor import free_cores, processor, usable_cores
 
@@ -58,20 +58,20 @@ def _parser() -> OneLineParser:
 
 def _measure(folder: str | Path, weights: str, revision: str | None, cores: int) -> None:
     """Measure the products with each thread count, then the threads of a step; print and keep."""
-    import_before_torch()
-    import torch
+    with importing_torch():
+        import torch
 
-    from inference.decoder.calibration import (
-        SMALL_MATRIX,
-        fastest_strategy,
-        measure_strategy,
-        measure_threads,
-        thread_counts,
-    )
-    from inference.decoder.choices import keep, strategy_key
-    from inference.decoder.timing import Budget
-    from inference.model_folder import load_model_folder
-    from inference.pipeline import TextToImage
+        from inference.decoder.calibration import (
+            SMALL_MATRIX,
+            fastest_strategy,
+            measure_strategy,
+            measure_threads,
+            thread_counts,
+        )
+        from inference.decoder.choices import keep, strategy_key
+        from inference.decoder.timing import Budget
+        from inference.model_folder import load_model_folder
+        from inference.pipeline import TextToImage
 
     parts = load_model_folder(folder, "cpu", revision)
     width = parts.seq2seq.config.width

@@ -16,7 +16,7 @@ from inference.commands.options import (
 from inference.commands.picture_index import check_index
 from inference.shipped import default_model_folder
 from tokenloom_common.errors import OneLineParser, UserError
-from tokenloom_common.imports import import_before_torch
+from tokenloom_common.imports import importing_torch
 from tokenloom_common.outputs import BLOCK_BYTES
 
 
@@ -34,8 +34,8 @@ def generate(argv: Sequence[str] | None = None) -> int:
     check_index(out)
     if args.model is None and args.from_image is None:
         default_model_folder()  # an installation without it is said at once
-    import_before_torch()
-    from inference.commands.draw_captions import draw_captions  # imports torch, which takes seconds
+    with importing_torch():  # takes seconds
+        from inference.commands.draw_captions import draw_captions
 
     return draw_captions(args, out)
 

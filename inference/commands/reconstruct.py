@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from inference.commands.options import add_revision, check_pictures_folder, command_parser
 from inference.shipped import default_model_folder
 from tokenloom_common.errors import OneLineParser
-from tokenloom_common.imports import import_before_torch
+from tokenloom_common.imports import importing_torch
 from tokenloom_common.outputs import BLOCK_BYTES
 
 
@@ -20,9 +20,8 @@ def reconstruct(argv: Sequence[str] | None = None) -> int:
     out = check_pictures_folder(args.out, args.model, len(args.image) * BLOCK_BYTES)
     if args.model is None:
         args.model = str(default_model_folder())
-    import_before_torch()
-    # imports torch, which takes seconds
-    from inference.commands.rebuild_pictures import rebuild_pictures
+    with importing_torch():  # takes seconds
+        from inference.commands.rebuild_pictures import rebuild_pictures
 
     return rebuild_pictures(args, out)
 

@@ -140,4 +140,4 @@ def step_function() -> Any:
         if source:  # a captured value is part of the cache key, see `version`
             run_step(carray(table, (t.STEP_SIZE,)))
 
-    return compiled(step)
+    return compiled(step, "compiling the decoder for this processor: once, 20 seconds or more")

@@ -8,6 +8,7 @@ hundred barriers (a microsecond each).
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import llvmlite.binding
 import torch
 from numba import cfunc, types
+from numba.core import event
+
+log = logging.getLogger(__name__)
 
 LIBRARY = "libgomp.so.1"  # by this name the loader returns the copy that PyTorch has already loaded
 _NAMES = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
@@ -43,19 +47,39 @@ def library() -> Any | None:
     return found
 
 
-def compiled(function: Callable[[Any], None]) -> Any:
+def compiled(function: Callable[[Any], None], note: str = "") -> Any:
     """Compile a function of one int64 table into a C function of its address.
 
     The machine code is cached on disk if possible, so that only the first call on a machine takes
-    seconds.
+    seconds. note: a warning to log if they are taken.
     """
     library()
     options: Any = {"error_model": "numpy", "nogil": True}
     signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache can be written to
-        return cfunc(signature, **options)(function)
+    with event.install_listener("numba:compile", _Announcement(note)):
+        try:
+            return cfunc(signature, cache=True, **options)(function)
+        except RuntimeError:  # no folder for the cache can be written to
+            if note:
+                log.warning("compiled code cannot be kept, and is compiled at each start; set "
+                            "NUMBA_CACHE_DIR to a folder that can be written to")
+            return cfunc(signature, **options)(function)
+
+
+class _Announcement(event.Listener):
+    """Logs a note when Numba begins to compile, and not when it reads its cache."""
+
+    def __init__(self, note: str) -> None:
+        self._note = note
+
+    def on_start(self, event: Any) -> None:
+        """Log the note, once."""
+        if self._note:
+            log.warning(self._note)
+            self._note = ""
+
+    def on_end(self, event: Any) -> None:
+        """Do nothing."""
 
 
 def run(function: int, arguments: Any, threads: int) -> None:
