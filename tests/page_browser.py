@@ -28,7 +28,8 @@ class Page:
         """Load the page anew at an address (from # on), and wait until the models are known."""
         self.driver.get("about:blank")  # another # alone would not load anything
         self.driver.get((url or self.server.url) + address)
-        self.wait(lambda: self.js("return document.querySelectorAll('#examples button').length > 0"), "start")
+        self.wait(lambda: self.js("""const shown = id => document.getElementById(id);
+            return shown('guidance').value !== '' || !shown('message').hidden"""), "the models, or an error")
         return self
 
     def size(self, width: int, height: int) -> None:

@@ -131,7 +131,9 @@ const checks = {
   sideways() {
     const width = document.scrollingElement.clientWidth;
     if (document.scrollingElement.scrollWidth <= width) return [];
-    return shownElements().filter((element) => element.getBoundingClientRect().right > width + 1).map(nameOf);
+    const wide = (element) => element.getBoundingClientRect().right > width + 1
+      || (element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).display !== "inline");
+    return [`wider than ${width}`, ...shownElements().filter(wide).map(nameOf)];
   },
 
   motion() {

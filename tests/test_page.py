@@ -85,6 +85,17 @@ def test_the_address_draws_the_same(page):
     assert (page.value("negative"), page.value("temperature")) == ("blue & green? 100%", "0.7")
 
 
+def test_an_address_of_a_prompt_alone_gets_the_rest_without_a_step_for_the_back_button(page):
+    page.draw("dog")
+    steps = page.js("return history.length")
+    page.js("location.hash = '#/?prompt=cat'")
+    page.wait(lambda: "seed" in address(page) and address(page)["prompt"] == "cat", "the whole address")
+    page.finished(4)
+    assert {name: address(page)[name] for name in ("count", "guidance", "top_p")} == {
+        "count": "4", "guidance": "2", "top_p": "1"}
+    assert page.js("return history.length") == steps + 1
+
+
 def test_again_takes_a_new_seed_and_nothing_else(page):
     page.draw("cat")
     first = asked(page)[0]
@@ -190,7 +201,7 @@ def test_a_word_shows_what_it_painted(page):
     page.wait(lambda: len(page.all("#words button")) == 2, "words")
     red, cat = page.all("#words button")
     page.hover(red)
-    page.wait(lambda: len(page.all(".frame canvas[data-word=red]")) == 5, "heat on all pictures")
+    page.wait(lambda: page.all("#stage canvas[data-word=red]"), "heat")
     assert page.text("#word-place") == "“red” painted mostly at the top left"
     assert heat(page, 0.1) < heat(page, 0.9)  # dark where it did not paint
     page.hover(cat)
@@ -199,6 +210,10 @@ def test_a_word_shows_what_it_painted(page):
     assert heat(page, 0.1) > heat(page, 0.9)
     page.hover(page.find("h1"))
     page.wait(lambda: not page.all(".frame canvas"), "the pictures without heat")
+    page.all("#grid button")[1].click()
+    page.wait(lambda: len(page.server.behaviour.word_requests) == 2, "the other picture's words")
+    page.all("#grid button")[0].click()
+    page.wait(lambda: page.all("#words button"), "words")
     assert set(page.server.behaviour.word_requests.values()) == {1}
 
 

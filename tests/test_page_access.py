@@ -27,7 +27,7 @@ def findings(page: Page, check: str) -> list[str]:
 def show_everything(page: Page) -> None:
     """Bring the page into a state in which nothing is hidden."""
     page.server.behaviour = Behaviour(layouts=True, models=("small", "a-model-with-a-rather-long-name-" + "x" * 40),
-                                      note="“abzeichen” is unknown to the model.")
+                                      note=f"“{LONG.split()[0]}” is unknown to the model.")
     page.open()
     page.js("document.getElementById('settings').open = true")
     page.find("#layout-on").click()

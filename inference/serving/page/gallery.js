@@ -12,7 +12,7 @@ export class Gallery {
     this.runs = [];
     this.selected = null;
     this.broughtBack = broughtBack;
-    this.words = new WordLine(() => this.#frames());
+    this.words = new WordLine(byId("stage-picture"));
     moveWithArrows(byId("grid"), { columns: () => gridColumns() });
   }
 
@@ -82,12 +82,6 @@ export class Gallery {
       + (run.settings.vary ? ", variations" : ""));
     button.addEventListener("click", () => this.broughtBack(run));
     return element("li", {}, button);
-  }
-
-  #frames() {
-    const tiles = [...byId("grid").querySelectorAll(".frame")];
-    const shown = this.run.pictures.map((picture, index) => ({ picture, frame: tiles[index] }));
-    return [{ picture: this.selected, frame: byId("stage-picture") }, ...shown];
   }
 
   #showStage() {

@@ -17,12 +17,12 @@ let current = null;  // {run, abort} while it is drawn
 
 const layout = new LayoutEditor(() => {});
 const form = new Form(layout);
-const gallery = new Gallery({ broughtBack: (run) => bringBack(run, true) });
+const gallery = new Gallery({ broughtBack: (run) => bringBack(run) });
 
 // ---- drawing
 
-/** Draw what the form holds; `changes` override it ("vary", a new seed). */
-async function draw(changes = {}, { keepAddress = false } = {}) {
+/** Draw what the form holds; `changes` override it ("vary", a new seed). sameEntry: as `remember` has it. */
+async function draw(changes = {}, { sameEntry = false } = {}) {
   if (!await modelsKnown()) return;
   if (!form.check()) return;
   const settings = { ...form.read(), ...changes };
@@ -33,12 +33,12 @@ async function draw(changes = {}, { keepAddress = false } = {}) {
   run.address = toAddress(settings);
   const known = gallery.find(run.address);
   if (known) {
-    bringBack(known, !keepAddress);
+    bringBack(known, { sameEntry });
     say("The same words, seed and settings give the same pictures. Again draws with a new seed.");
     return;
   }
   stop();
-  if (!keepAddress) remember(run.address);
+  remember(run.address, sameEntry);
   gallery.show(run);
   // on a phone the pictures are below the form
   if (matchMedia("(max-width: 899px)").matches) byId("output").scrollIntoView();
@@ -89,32 +89,29 @@ function progress(run) {
 }
 
 /** Show an earlier run without drawing it again. */
-function bringBack(run, newAddress) {
+function bringBack(run, { sameEntry = false } = {}) {
   stop();
   clearMessage();
   form.fill(run.settings);
-  if (newAddress) remember(run.address);
+  remember(run.address, sameEntry);
   gallery.show(run);
   say("Brought back from this session.");
 }
 
-function remember(address) {
+/** Put a run's address in place. sameEntry: no new entry for the Back button, when it was an address that led here. */
+function remember(address, sameEntry) {
   document.title = `${byId("prompt").value.trim()} · Tokenloom`;
-  if (location.hash !== address) history.pushState(null, "", address);
+  if (location.hash === address) return;
+  if (sameEntry) history.replaceState(null, "", address);
+  else history.pushState(null, "", address);
 }
 
 /** Draw what the address says. */
 async function openAddress() {
   const settings = fromAddress(location.hash);
   if (!settings || !await modelsKnown()) return;
-  const known = gallery.find(location.hash);
-  if (known) {
-    bringBack(known, false);
-    return;
-  }
   const notes = form.fill(settings);
-  if (settings.vary) await draw({ vary: true }, { keepAddress: true });
-  else await draw({}, { keepAddress: true });
+  await draw(settings.vary ? { vary: true } : {}, { sameEntry: true });
   if (notes.length > 0) say(notes.join(" "));
 }
 

@@ -6,12 +6,11 @@ import { paintHeat, placeOf, promptParts, wordsOf } from "./words.js";
 const HINT = "Point at a word to see which part it painted; with the keyboard, arrow keys go from word to word";
 
 export class WordLine {
-  /** frames(): the pictures that are shown with their frames, the selected one first. */
-  constructor(frames) {
-    this.frames = frames;
+  /** frame: holds the picture. */
+  constructor(frame) {
+    this.frame = frame;
     this.picture = null;
     this.pinned = null;
-    this.active = null;
     moveWithArrows(byId("words"));
   }
 
@@ -35,7 +34,7 @@ export class WordLine {
       if (this.picture !== picture) return;
       byId("words").replaceChildren(...this.#buttons(prompt, words));
       singleTabStop(byId("words"));
-      byId("words-hint").textContent = HINT;
+      byId("words-hint").textContent = words.length > 0 ? HINT : "";
     } catch (error) {
       if (this.picture !== picture) return;
       byId("words-hint").textContent = error.status === 404
@@ -45,10 +44,10 @@ export class WordLine {
   }
 
   #buttons(prompt, words) {
-    return promptParts(prompt, words).map((part) => (part.word === null ? part.text : this.#button(part)));
+    return promptParts(prompt, words).map(({ text, word }) => (word ? this.#button(text, word) : text));
   }
 
-  #button({ text, word }) {
+  #button(text, word) {
     const button = element("button", { type: "button", textContent: text, aria: { pressed: "false" } });
     button.addEventListener("pointerenter", (event) => {
       if (event.pointerType !== "touch") this.#activate(word);  // a tap is a click: it would undo itself
@@ -68,37 +67,14 @@ export class WordLine {
     return button;
   }
 
-  /** Lay the heat of a word over every picture of the run, or take it away. */
+  /** Lay the heat of a word over the picture, or take it away. */
   #activate(word) {
-    this.active = word;
-    if (word === null) {
-      byId("word-place").textContent = "";
-      for (const canvas of document.querySelectorAll(".frame canvas")) canvas.remove();
-      return;
-    }
-    for (const { picture, frame } of this.frames()) {
-      if (picture.state === "done" && picture.id) this.#paint(picture, frame, word);
-    }
-  }
-
-  async #paint(picture, frame, word) {
-    let words;
-    try {
-      words = await wordsOf(picture);
-    } catch {
-      return;  // the selected picture's failure is said by #load; the others only lack their heat
-    }
-    const gone = this.active !== word || !frame.isConnected || word >= words.length;
-    if (gone) return;
-    let canvas = frame.querySelector("canvas");
-    if (!canvas) {
-      canvas = element("canvas", { className: "heat", aria: { hidden: "true" } });
-      frame.append(canvas);
-    }
-    paintHeat(canvas, words[word].weights);
-    canvas.dataset.word = words[word].word;
-    if (picture === this.picture) {
-      byId("word-place").textContent = `“${words[word].word}” painted ${placeOf(words[word].weights)}`;
-    }
+    this.frame.querySelector("canvas")?.remove();
+    byId("word-place").textContent = "";
+    if (word === null) return;
+    const canvas = element("canvas", { className: "heat", data: { word: word.word }, aria: { hidden: "true" } });
+    paintHeat(canvas, word.weights);
+    this.frame.append(canvas);
+    byId("word-place").textContent = `“${word.word}” painted ${placeOf(word.weights)}`;
   }
 }

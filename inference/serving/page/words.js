@@ -11,18 +11,18 @@ export function wordsOf(picture) {
   return picture.words;
 }
 
-/** Split a prompt into parts {text, word}: word is an index into `words`, null between words. */
+/** Split a prompt into parts {text, word}: word is one of `words`, null between words. */
 export function promptParts(prompt, words) {
   // offsets count characters as Python does; a JavaScript string counts an emoji twice
   const characters = Array.from(prompt);
   const parts = [];
   let at = 0;
-  words.forEach((word, index) => {
-    if (word.start < at || word.end > characters.length) return;
+  for (const word of words) {
+    if (word.start < at || word.end > characters.length) continue;
     if (word.start > at) parts.push({ text: characters.slice(at, word.start).join(""), word: null });
-    parts.push({ text: characters.slice(word.start, word.end).join(""), word: index });
+    parts.push({ text: characters.slice(word.start, word.end).join(""), word });
     at = word.end;
-  });
+  }
   if (at < characters.length) parts.push({ text: characters.slice(at).join(""), word: null });
   return parts;
 }
