@@ -22,7 +22,7 @@ from inference.decoder.calibration import build_decoder
 from inference.decoder.projection import Precision, check_precision
 from inference.generation.batch import Generation, Request
 from inference.generation.image_job import ImageJob
-from inference.generation.row_buffers import KEPT_UNCONDITIONAL
+from inference.generation.row_buffers import KEPT_TEXTS
 from inference.generation.ways import generate_tokens
 from inference.hooked import generate_hooked
 from inference.hooks.applied import Hooks
@@ -238,9 +238,9 @@ class TextToImage(Pushable):
         batch size below 1, and for a wrong request when it is read.
         """
         check_counts(1, batch_size, 0)
-        # the captions of the rows, the next one, and kept unconditional texts; guided=False, since
+        # the captions of the rows, the next one, and kept texts; guided=False, since
         # batch_size counts rows, two for a guided image; 1, since each is handed over as it ends
-        captions = batch_size + 1 + KEPT_UNCONDITIONAL
+        captions = batch_size + 1 + KEPT_TEXTS
         self._check_memory(batch_size, captions, guided=False, kept=1, decoded=1, streamed=True)
         return generate_many(self, requests, batch_size)
 
@@ -269,8 +269,6 @@ class TextToImage(Pushable):
         weights = self.weights or dtype
         work = Workload(pictures, captions, guided, weights=weights, dtype=dtype, **others)
         check_sampling(self.seq2seq.config, self.image_tokenizer.config, work, self.device)
-
-    # ---- from tokens to images
 
     def decode_tokens(self, image_tokens: Tensor) -> list[Image.Image]:
         """image_tokens [B, N] int64 in [0, K) -> B images.

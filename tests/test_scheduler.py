@@ -10,7 +10,7 @@ import torch
 
 from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.kv_cache import SelfCache
-from inference.generation.row_buffers import KEPT_UNCONDITIONAL
+from inference.generation.row_buffers import KEPT_CAPTIONS, KEPT_TEXTS
 from inference.generation.scheduler import Scheduler
 from inference.sampling import SamplingParams
 from seq2seq import TextBatch
@@ -205,10 +205,10 @@ def test_each_text_is_worked_through_once(decoder, text, monkeypatch):
         scheduler.submit(job(text, at, guided, range(5), unconditional=unconditional))
     assert len(list(scheduler.run())) == 25
     names = [text.text_input[at].tolist() for at in range(4)]
-    assert [names.index(each) for each in worked] == [0, 2, 1, 0, 3, 1, 3]
-    scheduler.submit(job(text, 0, PLAIN, [0]))
+    assert [names.index(each) for each in worked] == [0, 2, 1, 3, 1]  # captions and unconditional texts are kept apart
+    scheduler.submit(job(text, 2, PLAIN, [0], unconditional=3))
     list(scheduler.run())
-    assert len(worked) == 8  # no second branch, no unconditional text
+    assert len(worked) == 6  # no second branch, no unconditional text
 
 
 @pytest.mark.long
@@ -234,10 +234,28 @@ def test_nothing_is_allocated_after_construction(shape, monkeypatch):
         scheduler.submit(job(other, at % 4, KINDS["short guidance"], range(3)))
     while scheduler.waiting:
         scheduler.step()
-        assert sum(ref() is not None for ref in alive) <= KEPT_UNCONDITIONAL + 1
+        assert sum(ref() is not None for ref in alive) <= KEPT_TEXTS + 1
     list(scheduler.run())
-    assert sum(ref() is not None for ref in alive) == KEPT_UNCONDITIONAL < 8
+    assert sum(ref() is not None for ref in alive) == KEPT_TEXTS < 16
     assert [(buffer.data_ptr(), buffer.nbytes) for buffer in scheduler._buffers.tensors()] == buffers
+
+
+def test_a_caption_that_is_drawn_again_is_not_encoded_again(text, monkeypatch):
+    decoder = CachedDecoder(tiny.seq2seq())
+    encoded, prefill = [], CachedDecoder.prefill
+    monkeypatch.setattr(CachedDecoder, "prefill", lambda self, *args: encoded.append(1) or prefill(self, *args))
+    scheduler = Scheduler(decoder, rows=2)
+    jobs = {}
+    for seed in range(4):
+        one = job(text, 0, PLAIN, [seed])
+        jobs[scheduler.submit(one)] = one
+    ended = list(scheduler.run())
+    assert len(encoded) == 1
+    for at in (1, 2, 3):
+        scheduler.submit(job(text, at, PLAIN, [0]))
+    list(scheduler.run())
+    assert len(encoded) == KEPT_CAPTIONS == 4
+    check_equal(decoder, jobs, ended)
 
 
 def test_tokens_of_unfinished_images_are_the_first_of_the_finished_ones(decoder, text):

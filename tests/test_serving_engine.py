@@ -45,6 +45,7 @@ def model(folder):
 # ---- the same pictures
 
 
+@pytest.mark.long
 def test_tokens_and_pixels_are_those_of_generate_in_mixed_company(folder, model):
     engine = make_engine(folder, rows=5)
     asked = [ask("a red heart", 2, 5, GUIDED), ask("octopus", 3, 7, COOLER), ask("a large blue apple tree", 1, 5, PLAIN),
@@ -65,6 +66,7 @@ def test_tokens_and_pixels_are_those_of_generate_in_mixed_company(folder, model)
         assert job.done
 
 
+@pytest.mark.long
 def test_layouts_are_drawn_and_handed_back(tmp_path):
     changes = {"layout_kind": "colors", "layout_classes": 27, "layout_grid": (2, 2)}
     folder = tiny.model_folder(tmp_path / "layouts", **changes)
@@ -139,6 +141,7 @@ def test_each_image_is_published_as_it_ends(folder):
 # ---- cancelling, deadline, end
 
 
+@pytest.mark.long
 def test_fifty_of_fifty_cancelled_jobs_free_their_rows_within_one_step(folder):
     engine = make_engine(folder, rows=8, queue=64)
     dice = random.Random(0)
@@ -365,6 +368,7 @@ def test_only_the_last_images_are_kept(folder):
     assert len(answer.result(0)) == 3
 
 
+@pytest.mark.long
 def test_nothing_is_left_behind_by_many_jobs(folder):
     engine = make_engine(folder, rows=4, kept_images=8)
     for seed in range(40):

@@ -108,6 +108,7 @@ def test_two_models_take_turns(folder):
     assert engine.stats().loaded == ("a", "b") or engine.stats().loaded == ("b", "a")
 
 
+@pytest.mark.long
 def test_models_that_do_not_fit_together_take_turns(folder, size):
     clock = Clock()
     engine = make_engine(folder, names=("a", "b"), rows=3, memory=int(1.5 * size), clock=clock, turn=15.0)
@@ -131,6 +132,7 @@ def test_models_that_do_not_fit_together_take_turns(folder, size):
 # ---- memory
 
 
+@pytest.mark.long
 def test_the_least_recently_used_model_leaves(folder, size):
     clock = Clock()
     engine = make_engine(folder, names=("a", "b", "c"), memory=int(2.5 * size), clock=clock)

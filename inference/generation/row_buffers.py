@@ -13,8 +13,11 @@ from inference.decoder.cached_decoder import CachedDecoder
 from inference.decoder.kv_cache import CaptionMemory, SelfCache
 from seq2seq import TextBatch
 
+KEPT_CAPTIONS = 4
+"""Captions whose memory is kept for later jobs: often one is drawn again, with other seeds."""
 KEPT_UNCONDITIONAL = 4
-"""Unconditional texts (the null caption, negative prompts) whose memory is kept for later jobs."""
+"""Unconditional texts (the null caption, negative prompts) whose memory is kept likewise."""
+KEPT_TEXTS = KEPT_CAPTIONS + KEPT_UNCONDITIONAL
 
 
 @dataclass
@@ -109,11 +112,12 @@ def text_to(text: TextBatch, device: torch.device) -> TextBatch:
     return TextBatch(text.text_input.to(device), text.text_mask.to(device))
 
 
-class UnconditionalTexts:
-    """Prefill unconditional texts; keep the last KEPT_UNCONDITIONAL memories for later jobs."""
+class KeptTexts:
+    """Prefill texts; keep the last `limit` memories for later jobs."""
 
-    def __init__(self, decoder: CachedDecoder) -> None:
+    def __init__(self, decoder: CachedDecoder, limit: int) -> None:
         self.decoder = decoder
+        self.limit = limit
         self._kept: list[tuple[TextBatch, CaptionMemory]] = []  # least recently used first
 
     def get(self, text: TextBatch) -> CaptionMemory:
@@ -126,5 +130,13 @@ class UnconditionalTexts:
         if known is None:
             known = text, self.decoder.prefill(text, 1)
         others = [entry for entry in self._kept if entry is not known]
-        self._kept = [*others, known][-KEPT_UNCONDITIONAL:]
+        self._kept = [*others, known][-self.limit:]
         return known[1]
+
+
+class JobTexts:
+    """The texts of jobs, each prefilled once while it is kept."""
+
+    def __init__(self, decoder: CachedDecoder) -> None:
+        self.captions = KeptTexts(decoder, KEPT_CAPTIONS)
+        self.unconditional = KeptTexts(decoder, KEPT_UNCONDITIONAL)

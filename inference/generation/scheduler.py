@@ -40,7 +40,7 @@ from inference.generation.image_job import (
     check_job,
     draw_calls,
 )
-from inference.generation.row_buffers import RowBuffers, UnconditionalTexts, text_to
+from inference.generation.row_buffers import JobTexts, RowBuffers
 from inference.sampling import guided_steps, noise_keys
 from tokenloom_common.errors import UserError, one_line
 
@@ -52,8 +52,8 @@ class Scheduler:
     """Draw the images of all submitted jobs, first come first served, in `rows` rows.
 
     `forwards` counts the decoder's steps. The rows' buffers are allocated once, here; beside them
-    live the memory of the caption whose images are being admitted and of up to KEPT_UNCONDITIONAL
-    unconditional texts. UserError for rows below 1.
+    live the memory of the caption whose images are being admitted, and of the last KEPT_CAPTIONS
+    captions and KEPT_UNCONDITIONAL unconditional texts. UserError for rows below 1.
     """
 
     def __init__(self, decoder: CachedDecoder, rows: int) -> None:
@@ -69,7 +69,7 @@ class Scheduler:
         self._queue: deque[QueuedJob] = deque()
         self._ended: deque[EndedImage] = deque()  # not handed out yet
         self._tickets = count()
-        self._unconditional = UnconditionalTexts(decoder)
+        self._texts = JobTexts(decoder)
         self._draw_calls: list[DrawCall] | None = None  # None when rows have changed
 
     @property
@@ -193,10 +193,10 @@ class Scheduler:
         decoder, buffers, job = self.decoder, self._buffers, queued.job
         layout_tokens = decoder.config.layout_tokens
         if queued.memory is None:
-            queued.memory = decoder.prefill(text_to(job.captions, decoder.device), 1)
+            queued.memory = self._texts.captions.get(job.captions)
         memories = [queued.memory]
         if queued.branches == 2:
-            memories.append(self._unconditional.get(job.unconditional))
+            memories.append(self._texts.unconditional.get(job.unconditional))
         groups = [replace(memory, images=images) for memory in memories]
         branches = len(groups)
         first, end = self.active_rows, self.active_rows + branches * images

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from inference.decoder.projection import Precision, check_precision
-from inference.generation.row_buffers import KEPT_UNCONDITIONAL
+from inference.generation.row_buffers import KEPT_TEXTS
 from inference.image_files.fingerprint import model_fingerprint
 from inference.memory.available import available_memory
 from inference.memory.estimate import MemoryEstimate, Workload, check_fits, estimate
@@ -85,8 +85,8 @@ class ServedModel:
         """The predicted memory of the loaded model with a full batch."""
         rows = self.options.rows
         # guided=False, since `rows` counts both branches; the captions of the rows, the next one,
-        # and kept unconditional texts
-        work = Workload(rows, rows + 1 + KEPT_UNCONDITIONAL, guided=False, weights=self.weights,
+        # and kept texts
+        work = Workload(rows, rows + 1 + KEPT_TEXTS, guided=False, weights=self.weights,
                         decoded=1, kept=rows, streamed=True)
         with _ESTIMATING:
             return estimate(self.config, self.tokenizer_config, work)
