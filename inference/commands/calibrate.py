@@ -16,6 +16,7 @@ from tokenloom_common.processor import free_cores, processor, usable_cores
 
 if TYPE_CHECKING:
     from inference.decoder.calibration import MeasuredStrategy
+    from inference.decoder.projection import Precision
 
 ROWS = (1, 2, 4, 8, 16, 32)  # of a step: the number of pictures, twice that with guidance
 
@@ -56,7 +57,7 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _measure(folder: str | Path, weights: str, revision: str | None, cores: int) -> None:
+def _measure(folder: str | Path, weights: Precision, revision: str | None, cores: int) -> None:
     """Measure the products with each thread count, then the threads of a step; print and keep."""
     with importing_torch():
         import torch
