@@ -117,9 +117,9 @@ def test_calibrate_prints_what_it_measures_and_keeps_it(folder, capsys, monkeypa
     lines = shown.out.splitlines()
     assert shown.err == ""
     assert lines[0].startswith("processor: ")
-    assert "are small" in lines[1]
-    assert [line.split(" rows:")[0] for line in lines[2:-1]] == [f"step of {rows:>2}" for rows in (1, 2, 4, 8, 16, 32)]
-    assert all("1 thread " in line and "2 threads " in line and " ms -> " in line for line in lines[2:-1])
+    assert [line.split(": ")[1] for line in lines[1:3]] == ["too small for a choice"] * 2
+    assert [line.split(" rows:")[0] for line in lines[3:-1]] == [f"step of {rows:>2}" for rows in (1, 2, 4, 8, 16, 32)]
+    assert all("1 thread " in line and "2 threads " in line and " ms -> " in line for line in lines[3:-1])
     assert lines[-1] == f"kept in {tmp_path / 'calibration.json'}"
     keys = json.loads((tmp_path / "calibration.json").read_text())["results"]
     assert len(keys) == 6

@@ -16,6 +16,8 @@ from tokenloom_common.processor import free_cores, processor, usable_cores
 
 if TYPE_CHECKING:
     from inference.decoder.calibration import MeasuredStrategy
+    from inference.decoder.projection import Precision
+    from inference.pipeline import TextToImage
 
 ROWS = (1, 2, 4, 8, 16, 32)  # of a step: the number of pictures, twice that with guidance
 
@@ -56,39 +58,22 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _measure(folder: str | Path, weights: str, revision: str | None, cores: int) -> None:
+def _measure(folder: str | Path, weights: Precision, revision: str | None, cores: int) -> None:
     """Measure the products with each thread count, then the threads of a step; print and keep."""
     with importing_torch():
         import torch
 
-        from inference.decoder.calibration import (
-            SMALL_MATRIX,
-            fastest_strategy,
-            measure_strategy,
-            measure_threads,
-            thread_counts,
-        )
-        from inference.decoder.choices import keep, strategy_key
-        from inference.decoder.timing import Budget
+        from inference.decoder.calibration import fastest_strategy, thread_counts
         from inference.model_folder import load_model_folder
         from inference.pipeline import TextToImage
 
     parts = load_model_folder(folder, "cpu", revision)
-    width = parts.seq2seq.config.width
     most = min(torch.get_num_threads(), cores)
-    unlimited = Budget(None)
-    int8 = weights == "int8"
-    if 4 * width * width < SMALL_MATRIX:
-        print(f"matrices of {4 * width} x {width} are small: every product is as fast")
-    else:
-        for threads in thread_counts(most):
-            torch.set_num_threads(threads)
-            measured = measure_strategy(width, 4 * width, int8, unlimited)
-            assert measured is not None, "without a limit of time there is always a result"
-            keep(strategy_key(width, 4 * width, threads, int8), measured.strategy, thorough=True)
-            _print_products(f"{4 * width} x {width} {weights}, {_threads(threads)}", measured)
+    for threads in thread_counts(most):
+        torch.set_num_threads(threads)
+        _measure_products(parts.seq2seq.config.width, weights, threads)
 
-    # one that this process has measured in haste, or read before, is not to be used
+    # what this process has read before is not to be used
     fastest_strategy.cache_clear()
     torch.set_num_threads(most)
     model = TextToImage(parts, weights=weights)
@@ -96,14 +81,40 @@ def _measure(folder: str | Path, weights: str, revision: str | None, cores: int)
         print("one core: nothing to choose among numbers of threads")
         return
     for rows in ROWS:
-        make_step, key = thread_trial(model, rows, most)
-        seconds = measure_threads(make_step, most, unlimited)
-        assert seconds is not None, "without a limit of time there is always a result"
-        best = min(seconds, key=lambda count: seconds[count])
-        keep(key, best, thorough=True)
-        times = {_threads(count): value / 2 for count, value in seconds.items()}
-        print(f"step of {rows:>2} rows: {_times(times)} -> {_threads(best)}")
+        _measure_threads(model, rows, most)
     torch.set_num_threads(most)
+
+
+def _measure_products(width: int, weights: Precision, threads: int) -> None:
+    """Measure products of matrices of this width; torch has `threads` threads."""
+    from inference.decoder.calibration import SMALL_MATRIX, measure_strategy
+    from inference.decoder.choices import keep, strategy_key
+    from inference.decoder.timing import Budget
+
+    shape = f"{4 * width} x {width}"
+    if 4 * width * width < SMALL_MATRIX:
+        print(f"products of {shape}, {_threads(threads)}: too small for a choice")
+        return
+    int8 = weights == "int8"
+    measured = measure_strategy(width, 4 * width, int8, Budget(None))
+    assert measured is not None, "without a limit of time there is always a result"
+    keep(strategy_key(width, 4 * width, threads, int8), measured.strategy, thorough=True)
+    _print_products(f"{shape} {weights}, {_threads(threads)}", measured)
+
+
+def _measure_threads(model: TextToImage, rows: int, most: int) -> None:
+    """Measure a step of `rows` rows with up to `most` threads."""
+    from inference.decoder.calibration import measure_threads
+    from inference.decoder.choices import keep
+    from inference.decoder.timing import Budget
+
+    make_step, key = thread_trial(model, rows, most)
+    seconds = measure_threads(make_step, most, Budget(None))
+    assert seconds is not None, "without a limit of time there is always a result"
+    best = min(seconds, key=lambda count: seconds[count])
+    keep(key, best, thorough=True)
+    times = {_threads(count): value / 2 for count, value in seconds.items()}  # of two steps
+    print(f"step of {rows:>2} rows: {_times(times)} -> {_threads(best)}")
 
 
 def _print_products(matrices: str, measured: MeasuredStrategy) -> None:

@@ -85,7 +85,7 @@ def picture_bytes(config: ImageTokenizerConfig) -> tuple[int, int]:
     """
     code = f"{source_hash(PACKAGE)}{source_hash(Path(__file__).parent)}"
     key = f"decoding of {config.kind} {config.plain()}; {versions('torch')} ({code})"
-    kept = KEPT.get(key)
+    kept: Any = KEPT.get(key)
     if _is_two_counts(kept):
         return kept[0], kept[1]
 
