@@ -181,6 +181,7 @@ def test_compiling_is_said_and_reading_the_disk_is_not(monkeypatch, tmp_path, ca
     def made(note: str):
         def first_share(pointer):
             basics.thread_share(pointer[0], 4, 0, 2)
+            basics.maximum(basics.float32_at(pointer[1], 4), 4)
 
         return threads.compiled(first_share, note)
 
