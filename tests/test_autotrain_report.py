@@ -10,6 +10,7 @@ from PIL import Image
 from tests.test_autotrain_choices import EMOJI, ONE_GPU, PHOTOS, SHIPPED, TWO_CORES, Speeds, chosen
 from tokenloom_common.errors import DataError, UserError
 from training.autotrain.facts import open_data
+from training.autotrain.plan import TrainOptions
 from training.autotrain.prepare import HELD_OUT, open_copy, write_copy
 from training.autotrain.recipes import (
     STAND_INS,
@@ -100,7 +101,8 @@ def make_pictures(folder: Path, count: int) -> Path:
 def test_the_copy_holds_squares_and_keeps_held_out_images_apart(tmp_path):
     source = open_data(str(make_pictures(tmp_path / "data", 120)), None, {})
     choices = chosen(EMOJI, size=32)
-    write_copy(source, None, choices, tmp_path / "copy", 0, lambda: None)
+    options = TrainOptions(str(tmp_path / "data"), "model", 60)
+    write_copy(source, None, choices, tmp_path / "copy", options, lambda: None)
     learned, held_out = open_copy(tmp_path / "copy", "train"), open_copy(tmp_path / "copy", HELD_OUT)
     assert learned is not None and held_out is not None
     assert (len(learned), len(held_out)) == (105, 15)
@@ -110,10 +112,14 @@ def test_the_copy_holds_squares_and_keeps_held_out_images_apart(tmp_path):
 
 
 def test_too_many_unusable_images_are_data_that_cannot_be_used(tmp_path):
-    folder = make_pictures(tmp_path / "data", 5)
+    folder = make_pictures(tmp_path / "data", 40)
     for number in range(12):
         (folder / f"bad{number}.png").write_bytes(b"no picture")
         (folder / f"bad{number}.txt").write_text("bad")
+    options = TrainOptions(str(folder), "model", 60)
     with pytest.raises(DataError, match="tokenloom data check"):
-        write_copy(open_data(str(folder), None, {}), None, chosen(EMOJI, size=32), tmp_path / "copy", 0, lambda: None)
+        write_copy(open_data(str(folder), None, {}), None, chosen(EMOJI, size=32), tmp_path / "copy", options, lambda: None)
     assert not (tmp_path / "copy").exists()
+    tolerant = TrainOptions(str(folder), "model", 60, max_bad_fraction=1.0)
+    write_copy(open_data(str(folder), None, {}), None, chosen(EMOJI, size=32), tmp_path / "copy", tolerant, lambda: None)
+    assert open_copy(tmp_path / "copy", "train") is not None

@@ -59,7 +59,7 @@ def test_first_twenty_are_listed_and_json_has_all(tmp_path, capsys):
                           {"a.png": "x", **{f"gone{n}.png": "x" for n in range(33)}})
     assert main(["check", str(folder), "--json", str(tmp_path / "out" / "r.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "  and 13 more (all of them with --json FILE)" and lines[-3] == "  gone19.png: missing file"
+    assert lines[-3] == "  and 13 more (all of them with --json FILE)" and lines[-4] == "  gone19.png: missing file"
     assert len(json.loads((tmp_path / "out" / "r.json").read_text())["unusable"]) == 33
 
 

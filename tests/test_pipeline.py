@@ -164,8 +164,8 @@ def test_a_preview_that_is_known_to_take_long_is_not_made(monkeypatch, folder):
 
 
 def test_images_are_decoded_one_at_a_time_so_that_a_batch_does_not_round_them(model, monkeypatch):
-    at_a_time, decode = [], model.decode_tokens
-    monkeypatch.setattr(model, "decode_tokens", lambda tokens: at_a_time.append(len(tokens)) or decode(tokens))
+    at_a_time, decode = [], model.image_tokenizer.decode
+    monkeypatch.setattr(model.image_tokenizer, "decode", lambda codes: at_a_time.append(len(codes)) or decode(codes))
     result = model.generate(["a red heart", "octopus"], num_images=2)
     assert at_a_time == [1, 1, 1, 1]
     assert len(result.images) == 4
