@@ -28,6 +28,7 @@ PACKAGES = ("tokenizer_image", "seq2seq", "inference", "training", "benchmarks",
 FEWER = {"training/train_tokenizer.py": ["--train.steps", "2", "--train.batch_size", "4", "--model.channels", "32"],
          "training/train_seq2seq.py": ["--train.steps", "2", "--train.batch_size", "4", "--model.width", "64",
                                        "--model.encoder_layers", "1", "--model.decoder_layers", "1"],
+         "train": ["--minutes", "1"],  # of `tokenloom train`: the last one counts
          "llamagen-gpt": ["--config", "heads.json"]}  # whose published sizes are known by their shapes
 NOT_RUN = ("git ", "make ", "pip ")
 
