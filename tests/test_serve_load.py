@@ -88,7 +88,7 @@ def test_more_than_a_server_can_draw_is_refused_at_once():
         thread.join()
         assert set(counts) == {200, 429}
         assert server.engine.most_waiting == QUEUE
-        assert server.service.active == 0
+        wait_for(lambda: server.service.active == 0)  # a client may have its reply before the server counts it
 
 
 @pytest.mark.long
@@ -134,9 +134,14 @@ def test_clients_that_leave_free_the_rows(tiny_server):
             connection.sendall(head.encode() + body)
             wait_for(lambda: tiny_server.service.active)
         wait_for(lambda: not tiny_server.service.active)
-    wait_for(lambda: tiny_server.engine.stats().active_rows == 0)
+
+    def nothing_left() -> bool:
+        stats = tiny_server.engine.stats()
+        return (stats.queued, stats.running, stats.active_rows) == (0, 0, 0)
+
+    # a request that was still queued is let go by the model thread, which may be in the middle of a step
+    wait_for(nothing_left)
     after = tiny_server.engine.stats()
-    assert (after.queued, after.running) == (0, 0)
     assert after.cancelled + after.finished >= before.cancelled + 50
     assert tiny_server.http.post(ROUTE, json={"prompt": "a"}).status_code == 200
 
