@@ -1,4 +1,4 @@
-"""What the serving benchmark measures: a model, its server on a free port, and clients of it."""
+"""The serving benchmark: a model, its server on a free port, and clients of it."""
 
 from __future__ import annotations
 

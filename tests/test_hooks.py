@@ -15,7 +15,7 @@ from inference.hooks import (
     load_expander,
     load_safety,
 )
-from inference.hooks.expansion import check_expander_name
+from inference.hooks.expanders import check_expander_name
 from tokenloom_common.errors import UserError
 
 MODULE = """

@@ -9,7 +9,7 @@ import pytest
 
 from inference.image_files.read import read_recipe
 from inference.serving.engine import Engine
-from inference.serving.models import Models
+from inference.serving.engine.models import Models
 from tests import tiny
 from tests.page_browser import WINDOW
 from tests.serving_http import running

@@ -13,7 +13,7 @@ import pytest
 from inference.hooks.concepts_file import Concept, Concepts
 from inference.serving import start
 from inference.serving.auth import KEY_VARIABLE
-from inference.serving.models import ModelOptions
+from inference.serving.engine.models import ModelOptions
 from inference.serving.start import ServeOptions, make_service, model_folders, run_server
 from inference.shipped import DEFAULT_NAME
 from tests import launching, tiny

@@ -10,7 +10,7 @@ from PIL import Image
 
 from inference.requests import PromptRequest
 from inference.sampling import SamplingParams
-from inference.serving.jobs import EngineRequest, Failed, Job, JobFailedError, Partial, Started
+from inference.serving.engine.jobs import EngineRequest, Failed, Job, JobFailedError, Partial, Started
 from tokenloom_common.errors import RunFailedError
 
 STARTED = Started(SamplingParams(), 3)

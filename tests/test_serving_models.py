@@ -10,8 +10,8 @@ import torch
 from inference import TextToImage
 from inference.memory.sizes import exact_and_human
 from inference.serving.engine import EngineRequest, ModelOptions, Models, UnknownModelError
-from inference.serving.model_memory import attention_bytes, frozen_encoder_bytes
-from inference.serving.models import find_models, model_name
+from inference.serving.engine.model_memory import attention_bytes, frozen_encoder_bytes
+from inference.serving.engine.models import find_models, model_name
 from seq2seq import FrozenTextEncoder
 from tests import tiny
 from tests.serving_engine import PLAIN, Clock, ask, failed, finished, make_engine, run
@@ -160,7 +160,7 @@ def test_a_model_beyond_the_budget_is_refused_with_both_numbers(folder, size):
 def test_a_model_that_memory_has_no_room_for_fails_its_jobs_only(folder, monkeypatch):
     engine = make_engine(folder, names=("a", "b"))
     engine.load("a")
-    monkeypatch.setattr("inference.serving.models.available_memory", lambda device: 1000)
+    monkeypatch.setattr("inference.serving.engine.models.available_memory", lambda device: 1000)
     fits, lacks = engine.submit(ask(model="a")), engine.submit(ask(model="b"))
     run(engine)
     assert len(finished(fits)) == 1

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from inference.hooks.applied import Hooks, PreparedPrompt, Refusal
-from inference.hooks.expansion import KNOWN_CONCEPTS, check_expander_name, load_expander
+from inference.hooks.expanders import KNOWN_CONCEPTS, check_expander_name, load_expander
 from inference.hooks.known_concepts import model_concepts, unknown_note
 from inference.hooks.safety import BUILT_IN, SafetyFilter, load_safety
 

@@ -34,8 +34,8 @@ def serve(argv: Sequence[str] | None = None) -> int:
     listening = _bind(args.host, args.port)  # before seconds of imports
     try:
         from inference.memory.sizes import bytes_of  # imports torch, as all that follows
+        from inference.serving.engine.models import ModelOptions
         from inference.serving.limits import Limits
-        from inference.serving.models import ModelOptions
         from inference.serving.start import ServeOptions, serve_until_stopped
         from tokenloom_common.devices import choose_device
 

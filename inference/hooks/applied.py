@@ -58,7 +58,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is done with prompts before they are drawn, and with images after; nothing by default.
+    """Checks and rewrites prompts, and checks images; does nothing by default.
 
     say: told each note of the expander.
     """

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from inference.hooks.user_code import HookFailedError, UserFunction, load_function
-from tokenloom_common.errors import UserError
-
-KNOWN_CONCEPTS = "known-concepts"
-"""Built-in expander: words that the model does not know become the nearest ones that it knows."""
+from inference.hooks.user_code import HookFailedError, UserFunction
 
 
 class Expansion(NamedTuple):
@@ -53,26 +49,3 @@ def checked_expansion(value: object, name: str) -> Expansion:
     if not prompt.strip():
         raise HookFailedError(f"{name}: returned empty text")
     return expansion
-
-
-def load_expander(spec: str, model: object = None) -> PromptExpander:
-    """Return the expander that --expand names: KNOWN_CONCEPTS, or module:function.
-
-    model: the TextToImage whose concepts.json KNOWN_CONCEPTS goes by; not needed for a function.
-    UserError for an unknown name, a function that cannot be imported, a model without concepts.
-    """
-    if ":" in spec:
-        return FunctionExpander(load_function(spec, "--expand", arguments=1))
-    check_expander_name(spec)
-    from inference.hooks.known_concepts import concepts_expander
-
-    return concepts_expander(model)
-
-
-def check_expander_name(spec: str) -> None:
-    """Raise UserError for a --expand that cannot be, before a model is loaded for it."""
-    if ":" in spec:
-        load_expander(spec)
-    elif spec != KNOWN_CONCEPTS:
-        raise UserError(f"--expand {spec!r}: unknown; give {KNOWN_CONCEPTS}, or a function of your "
-                        "own as module:function")

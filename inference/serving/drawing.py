@@ -69,7 +69,7 @@ class Drawing:
 
     @property
     def note(self) -> str | None:
-        """What is said to a person about the prompt."""
+        """Notes about the prompt that a person is shown."""
         notes = [self.prepared.note] if self.prepared.note else []
         if self.text_tokens >= self.described["text_length"]:
             notes.append(f"the prompt fills all {self.described['text_length']} text tokens that "

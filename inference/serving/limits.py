@@ -21,7 +21,7 @@ MAX_LAYOUT_SIDE = 128
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server grants; seconds and counts.
+    """Limits of one server, in seconds and counts.
 
     queue: jobs that wait. deadline: from a request to the end of its reply. drain: for what is
     being drawn when the server is stopped. read: for a whole request to arrive. write: for a client

@@ -83,7 +83,7 @@ class ImagesReply(Reply):
 
 
 class StreamEvent(Reply):
-    """What both events of a stream have; `image_index` is ours: which of the n images."""
+    """Fields of both events of a stream; `image_index` is ours: which of the n images."""
 
     type: str
     b64_json: str

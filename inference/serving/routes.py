@@ -43,7 +43,7 @@ SECURITY_HEADERS = {
 
 @dataclass
 class Record:
-    """What is known of a request when it is logged; endpoints add `fields`."""
+    """Facts about a request for its log line; endpoints add `fields`."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     route: str = "none"

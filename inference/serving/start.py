@@ -14,14 +14,15 @@ from prometheus_client import disable_created_metrics
 
 from inference.hooks.applied import Hooks
 from inference.hooks.concepts_file import folder_concepts
-from inference.hooks.expansion import KNOWN_CONCEPTS, PromptExpander, load_expander
+from inference.hooks.expanders import KNOWN_CONCEPTS, load_expander
+from inference.hooks.expansion import PromptExpander
 from inference.hooks.known_concepts import KnownConcepts
 from inference.hooks.safety import SafetyFilter
 from inference.serving.auth import ApiKey
 from inference.serving.engine import Engine, EngineLimits
+from inference.serving.engine.models import ModelOptions, Models, find_models, model_name
 from inference.serving.limits import Limits
 from inference.serving.logs import log_event, start_logging
-from inference.serving.models import ModelOptions, Models, find_models, model_name
 from inference.serving.server import DrainingServer, make_server
 from inference.serving.service import Service
 from inference.shipped import DEFAULT_NAME, default_model_folder

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What was asked for. reading: options of `open_dataset`; start_from: a model folder."""
+    """A request for a training. reading: options of `open_dataset`; start_from: a model folder."""
 
     data: str
     out: str
@@ -45,7 +45,7 @@ class TrainOptions:
     overrides: dict[str, list[str]] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """What a training that goes on must share with the one that was begun."""
+        """Facts that a continued training must share with the one that was begun."""
         values = asdict(self)
         del values["out"]
         return {**values, "data": _place(self.data)}

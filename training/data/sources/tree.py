@@ -148,7 +148,7 @@ def is_file(path: Path) -> bool:
 
 
 class PathGuard:
-    """What a data set may name or link to: files below its folder, and on request any others.
+    """Files that a data set may name or link to: those below its folder, and on request any others.
 
     A snapshot in the hub's cache holds links to the blobs beside it, which are part of it.
     """

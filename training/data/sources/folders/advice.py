@@ -1,4 +1,4 @@
-"""What a folder without usable data holds, and the nearest way on."""
+"""Advice about a folder without usable data: what it holds, and the nearest way on."""
 
 from __future__ import annotations
 

@@ -20,30 +20,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from inference.attention_maps import WordMap
-from inference.serving.batches import ModelBatch, Observer
-from inference.serving.figures import EngineLimits, EngineStats, Speed
-from inference.serving.jobs import (
+from inference.serving.engine.batches import ModelBatch, Observer
+from inference.serving.engine.figures import EngineLimits, EngineStats, Speed
+from inference.serving.engine.jobs import (
     EngineRequest,
-    Failed,
     FailureKind,
-    Finished,
     Job,
     NotServing,
     Overloaded,
-    Partial,
-    Started,
-    UnknownImageError,
-    UnknownModelError,
 )
-from inference.serving.kept_images import KeptImage, KeptImages, WordQuestions
-from inference.serving.loaded_models import LoadedModels, names_of
-from inference.serving.models import ModelOptions, Models
-from inference.serving.requests import check_request
+from inference.serving.engine.kept_images import KeptImage, KeptImages, WordQuestions
+from inference.serving.engine.loaded_models import LoadedModels, names_of
+from inference.serving.engine.models import Models
+from inference.serving.engine.requests import check_request
 from tokenloom_common.errors import one_line
-
-__all__ = ["Engine", "EngineLimits", "EngineRequest", "EngineStats", "Failed", "Finished", "Job",
-           "ModelOptions", "Models", "NotServing", "Observer", "Overloaded", "Partial", "Started",
-           "UnknownImageError", "UnknownModelError"]
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from inference.layouts import read_layout
 from inference.memory.available import available_memory
 from inference.memory.estimate import check_fits
 from inference.requests import check_counts, check_options, check_prompts, is_count
-from inference.serving.jobs import MAX_PARTIAL_IMAGES, EngineRequest
-from inference.serving.models import Models
+from inference.serving.engine.jobs import MAX_PARTIAL_IMAGES, EngineRequest
+from inference.serving.engine.models import Models
 from tokenloom_common.errors import UserError
 
 

@@ -21,8 +21,8 @@ from inference.memory.sizes import exact_and_human
 from inference.model_folder import GENERATION_NAME, INDEX_NAME, read_model_index
 from inference.pipeline import TextToImage
 from inference.sampling import SamplingParams
-from inference.serving.jobs import UnknownModelError
-from inference.serving.model_memory import attention_bytes, frozen_encoder_bytes
+from inference.serving.engine.jobs import UnknownModelError
+from inference.serving.engine.model_memory import attention_bytes, frozen_encoder_bytes
 from seq2seq import TRANSFORMER_KINDS, TransformerConfig
 from tokenizer_image import IMAGE_TOKENIZERS
 from tokenizer_image.config import ImageTokenizerConfig
@@ -108,7 +108,7 @@ class ServedModel:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What GET /v1/models says of the model."""
+        """Describe the model, as GET /v1/models does."""
         config, side = self.config, self.tokenizer_config.resolution
         layout = None
         if config.layout_grid is not None:

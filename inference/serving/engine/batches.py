@@ -16,8 +16,8 @@ from inference.generation.drawing import count_branches
 from inference.generation.image_job import FailedImage, FinishedImage
 from inference.generation.scheduler import Scheduler
 from inference.pipeline import TextToImage
-from inference.serving.jobs import EngineRequest, Failed, Finished, Job, Partial, Started
-from inference.serving.kept_images import KeptImage
+from inference.serving.engine.jobs import EngineRequest, Failed, Finished, Job, Partial, Started
+from inference.serving.engine.kept_images import KeptImage
 from tokenloom_common.errors import one_line
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Observer(Protocol):
 
 
 class StepCounts(NamedTuple):
-    """What a step did: tokens drawn, images finished, jobs of which an image failed."""
+    """Counts of one decoder step: tokens drawn, images finished, jobs of which an image failed."""
 
     tokens: int = 0
     finished: int = 0

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from inference.serving.batches import ModelBatch
-from inference.serving.models import Models
+from inference.serving.engine.batches import ModelBatch
+from inference.serving.engine.models import Models
 
 log = logging.getLogger(__name__)
 

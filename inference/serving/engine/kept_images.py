@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from inference.attention_maps import WordMap
-from inference.serving.jobs import NotServing, Overloaded, UnknownImageError
+from inference.serving.engine.jobs import NotServing, Overloaded, UnknownImageError
 
 
 @dataclass

@@ -57,7 +57,7 @@ class JobFailedError(RunFailedError):
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A request for images of one model, by its name in `inference.serving.models.Models`.
+    """A request for images of one model, by its name in `inference.serving.engine.models.Models`.
 
     partial_images: how many unfinished images are wanted of each image, 0 to 3, at equal shares of
     its tokens.
