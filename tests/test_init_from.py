@@ -232,6 +232,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "text length": (["--text.text_length", 9], "leave text.text_length out"),
     "text kind": (["--text.kind", "classes"], "its text.kind is sentencepiece, this run's classes"),
     "predicted text": (["--init_from", "MADE/predicts_text"], "loss.text_weight is 0; give the text a weight"),
+    "its own tables of codes": (["--code_tables_from_codebook", "true"], "init_from brings the tables of codes"),
     "two starts": (["--text.start_from", "MADE/matcher"], "leave one of them out"),
     "layout": (["--use_layout", "true"], "layout_kind is None there and colors here"),
     "alone": (["--init_from", "MADE/encoder_decoder/seq2seq"], "name image_tokenizer and text.tokenizer"),

@@ -73,6 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layout": {"use_layout": True, "loss": {"region_weights": {"3": 4.0}, "layout_weight": 0.5}},
     "layout, decoder-only": {"use_layout": True, "model": DECODER_ONLY},
     "smoothed": {"loss": {"label_smoothing": 0.1, "z_weight": 1e-3}, "token_corruption": 0.2, "train": {"weight_ema": 0.5}},
+    "tables from the codebook": {"code_tables_from_codebook": True},
 }
 
 

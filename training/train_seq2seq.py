@@ -53,6 +53,7 @@ from training.runs.metrics import sample_path
 from training.runs.random_state import seed_everything
 from training.runs.retention import Measured
 from training.runs.run_state import RunState
+from training.warm_start.code_tables import start_code_tables
 from training.warm_start.text_encoder import check_text_start, take_text_encoder
 from training.warm_start.transformer import model_of_start
 
@@ -156,6 +157,8 @@ class Seq2SeqTraining(Training):
         seed_everything(config.seed, 0)  # the same weights on every process
         if warm_model is None:
             warm_model = TRANSFORMER_KINDS[model_config.kind](model_config)
+            if config.code_tables_from_codebook:
+                start_code_tables(warm_model, self.image_tokenizer)
         self.model: ImageTransformer = warm_model
         recompute_activations(self.model, config.train.gradient_checkpointing)
         self._take_text_encoder()

@@ -84,6 +84,9 @@ class Seq2SeqRunConfig(RunConfig):
     # a factory: defaults skip the validators, which fill in the family that a union needs
     model: TransformerSection = Field(default_factory=lambda: read_settings({}))
     loss: TokenLossConfig = TokenLossConfig()
+    code_tables_from_codebook: bool = Field(
+        False, description="begin the input and output table of image codes as a random projection "
+                           "of the code vectors instead of noise, so that like codes begin alike")
     use_layout: bool = Field(
         True, description="learn the layout before the image, where the token shards have one")
     caption_dropout: float = Field(
@@ -134,6 +137,9 @@ class Seq2SeqRunConfig(RunConfig):
     def _check_possible(self) -> Seq2SeqRunConfig:
         if self.init_from is None and self.image_tokenizer is None:
             raise ValueError("missing key 'image_tokenizer'")  # worded like any required key's
+        if self.init_from is not None and self.code_tables_from_codebook:
+            raise ValueError("init_from brings the tables of codes; leave "
+                             "code_tables_from_codebook out")
         if self.init_from is not None and self.text.start_from is not None:
             raise ValueError("init_from brings the whole model, the text encoder of "
                              "text.start_from too; leave one of them out")

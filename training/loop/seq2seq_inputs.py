@@ -18,6 +18,7 @@ from training.data.visits.on_the_fly import OnTheFlyTokens
 from training.engine.processes import Processes
 from training.loop.drops import PictureDrops
 from training.objectives.seq2seq import check_losses
+from training.warm_start.code_tables import check_code_tables
 from training.warm_start.transformer import (
     check_codes,
     check_start,
@@ -104,6 +105,8 @@ class Seq2SeqInputs:
         if start is not None:  # configs alone: its weights are read later
             self.group.first_does(lambda: check_start(start, self.model_config))
         check_losses(self.config, self.model_config)
+        if self.config.code_tables_from_codebook:
+            check_code_tables(self.image_tokenizer)
 
 
 def _kept_text(config: Seq2SeqRunConfig) -> Path | None:
