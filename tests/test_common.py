@@ -200,6 +200,7 @@ def test_errors_stay_what_python_code_expects_to_catch():
 @pytest.mark.parametrize(("name", "valid", "text"), [
     ("wdith", ["width", "depth"], "; did you mean 'width'?"),
     ("qqqq", ["width", "depth"], "; valid names: depth, width"),
+    ("qqqq", ["model", "seed", *(f"model.m{i}" for i in range(30))], "; valid names: model.*, seed"),
     ("qqqq", [], ""),
 ])
 def test_the_nearest_name_or_else_all_names(name, valid, text):

@@ -81,13 +81,26 @@ class StoppedBySignalError(Exception):
         self.exit_code = 128 + signal_number
 
 
+MANY_NAMES = 24
+"""More names than this, as a whole config has, are listed by their sections."""
+
+
 def nearest_name(name: str, valid: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest valid name, or the list of names when none is close."""
     names = list(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"
+    if len(names) > MANY_NAMES:
+        names = _sections(names)
     return f"; valid names: {', '.join(sorted(names))}" if names else ""
+
+
+def _sections(names: list[str]) -> list[str]:
+    """Shorten dotted names to their sections: "model.width" and "model.heads" to "model.*"."""
+    sections = {name.split(".")[0] for name in names if "." in name}
+    return [*(f"{section}.*" for section in sections),
+            *(name for name in names if "." not in name and name not in sections)]
 
 
 def choose(table: dict, name: str, what: str):
