@@ -313,6 +313,18 @@ def test_an_image_that_cannot_be_decoded_fails_alone(folder, monkeypatch):
     assert engine.stats().failed == {"error": 1}
 
 
+def test_a_model_that_is_loaded_beforehand_is_warm_and_its_batch_empty(folder, monkeypatch):
+    drawn, decoded = [], []
+    step, decode = Scheduler.step, TextToImage.decode_tokens
+    monkeypatch.setattr(Scheduler, "step", lambda self: drawn.append(self.active_rows) or step(self))
+    monkeypatch.setattr(TextToImage, "decode_tokens", lambda self, tokens: decoded.append(len(tokens)) or decode(self, tokens))
+    engine = make_engine(folder)
+    engine.load("tiny")
+    assert (len(drawn), decoded) == (2, [1])
+    assert engine.stats().active_rows == 0
+    assert not engine.step()  # nothing is left to do
+
+
 def test_a_caption_that_cannot_be_encoded_fails_its_job(folder, monkeypatch):
     engine = make_engine(folder)
     engine.load("tiny")

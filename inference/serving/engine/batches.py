@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from inference.generation.drawing import count_branches
 from inference.generation.image_job import FailedImage, FinishedImage
 from inference.generation.scheduler import Scheduler
 from inference.pipeline import TextToImage
+from inference.requests import PromptRequest
 from inference.serving.engine.jobs import EngineRequest, Failed, Finished, Job, Partial, Started
 from inference.serving.engine.kept_images import KeptImage
 from tokenloom_common.errors import one_line
@@ -70,6 +72,18 @@ class ModelBatch:
     def idle(self) -> bool:
         """Whether no job is in the batch."""
         return not self._drawn
+
+    def warm_up(self) -> None:
+        """Draw two tokens and decode an image that nobody sees.
+
+        The first request then waits neither for products to be compiled nor for threads to be
+        measured.
+        """
+        ticket = self.scheduler.submit(self.model.image_job(PromptRequest("0")))  # of class models a class too
+        for _ in range(2):
+            self.scheduler.step()
+        self.scheduler.cancel(ticket)
+        self.model.decode_tokens(torch.zeros(1, self.total, dtype=torch.int64))
 
     def has_room(self, request: EngineRequest) -> bool:
         """Whether an image of this request can be drawn from the next step on."""

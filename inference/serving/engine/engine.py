@@ -140,12 +140,14 @@ class Engine:
     # ---- beginning and end
 
     def load(self, name: str) -> None:
-        """Load a model before the first job needs it; to be called before `start`.
+        """Load and warm up a model before the first job needs it; to be called before `start`.
 
         UserError for one that cannot be loaded.
         """
         self.models.check_budget(name)
-        self._loaded.get(name)
+        batch = self._loaded.get(name)
+        if batch is not None:
+            batch.warm_up()
 
     def start(self) -> None:
         """Start the model thread."""
