@@ -33,7 +33,7 @@ class Speeds:
         return self.factor * 0.0045 * (shape.size / 32) ** 2
 
     def row(self, shape: Shape, width: int) -> float:
-        return self.factor * 0.016 * (shape.tokens / 64) * (width / 256) ** 2
+        return self.factor * 0.016 * (shape.tokens / 64) * (width / 320) ** 2
 
     def fits(self, shape: Shape) -> bool:
         return shape.size <= self.fitting
@@ -67,7 +67,7 @@ def test_more_minutes_never_make_smaller_pictures():
 
 def test_a_slower_machine_gets_smaller_pictures_or_a_smaller_transformer():
     fast, slow = chosen(minutes=60), chosen(minutes=60, speeds=Speeds(6))
-    assert (fast.shape.size, fast.width) == (64, 256)
+    assert (fast.shape.size, fast.width) == (64, 320)
     assert slow.shape.size == 32
     assert chosen(minutes=20, speeds=Speeds(6)).width == 128
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tokenloom_common.errors import UserError
-from training.autotrain.choices import WIDTHS, Choices
+from training.autotrain.choices import LARGE_WIDTH, WIDTHS, Choices
 from training.autotrain.facts import MachineFacts
 from training.config.loading import load_config
 from training.config.run import RunConfig
@@ -142,10 +142,11 @@ def transformer_values(choices: Choices, machine: MachineFacts) -> dict[str, Any
                   "dropout": choices.dropout},
         "train": {"steps": choices.steps, "batch_size": choices.batch, "sample_every": 0,
                   "weight_ema": 0.99 if choices.steps >= 1000 else 0.0},
-        "optim": {"lr": 0.0005 if choices.width == max(WIDTHS) else 0.0015, "weight_decay": 0.05},
+        "optim": {"lr": 0.0005 if choices.width == LARGE_WIDTH else 0.002, "weight_decay": 0.05},
         "caption_dropout": 0.1,
         # without it the model knows pictures by their first tokens and not by their captions
-        "token_corruption": 0.3,
+        "token_corruption": 0.5,
+        "code_tables_from_codebook": True,
         "sample_guidance": choices.guidance, "sample_top_k": choices.top_k,
     }
     _add_pace(values, choices.times.row_seconds * choices.batch)

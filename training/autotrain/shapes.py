@@ -13,6 +13,7 @@ from tokenloom_common.errors import UserError, nearest_name
 from training.autotrain.facts import DataFacts, StartFacts
 
 SMALL_DATA, MIDDLE_DATA, LARGE_DATA = 1000, 5000, 20_000  # images
+USUAL_WIDTH = 320  # of the transformer
 WARM_START_SAVES = 3  # times fewer images than from scratch
 
 
@@ -142,7 +143,7 @@ def _too_large(shape: Shape, data: DataFacts, images: int) -> str | None:
 
 def _needed(shape: Shape, speeds: Speeds) -> float:
     """Seconds of training until decent results."""
-    return shape.pictures * speeds.picture(shape) + shape.rows * speeds.row(shape, 256)
+    return shape.pictures * speeds.picture(shape) + shape.rows * speeds.row(shape, USUAL_WIDTH)
 
 
 def _affordable(shape: Shape, free: float, speeds: Speeds) -> bool:

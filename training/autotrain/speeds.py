@@ -21,7 +21,7 @@ from training.autotrain.recipes import (
     tokenizer_values,
     transformer_values,
 )
-from training.autotrain.shapes import Shape
+from training.autotrain.shapes import USUAL_WIDTH, Shape
 from training.config.tokenizer import TokenizerRunConfig
 from training.planning.fits import MemoryFit, MemoryOptions, least_memory
 from training.planning.plan import tokenizer_plan
@@ -85,7 +85,8 @@ class MeasuredSpeeds:
         return needed <= self.machine.memory
 
     def _tokenizer_config(self, shape: Shape) -> TokenizerRunConfig:
-        config = self._read("tokenizer", tokenizer_values(self._assumed(shape, 256), self.machine))
+        values = tokenizer_values(self._assumed(shape, USUAL_WIDTH), self.machine)
+        config = self._read("tokenizer", values)
         check_size_of(config, shape.size, "this data")
         return config
 

@@ -79,7 +79,8 @@ class ModelBatch:
         The first request then waits neither for products to be compiled nor for threads to be
         measured.
         """
-        ticket = self.scheduler.submit(self.model.image_job(PromptRequest("0")))  # of class models a class too
+        any_prompt = PromptRequest("0")  # a class too, of models of classes
+        ticket = self.scheduler.submit(self.model.image_job(any_prompt))
         for _ in range(2):
             self.scheduler.step()
         self.scheduler.cancel(ticket)
