@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -37,11 +38,26 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
         yield
 
 
+def _log_levels() -> dict[str, int]:
+    loggers = logging.root.manager.loggerDict.items()
+    levels = {name: logger.level for name, logger in loggers if isinstance(logger, logging.Logger)}
+    return {**levels, "": logging.root.level}
+
+
 @pytest.fixture(autouse=True)
 def own_settings() -> Iterator[None]:
-    """Take back what a test's commands set: threads (others round sums in another way), MASTER_PORT and its like."""
+    """Take back what a test's commands set: threads (others round sums in another way), MASTER_PORT and its like, logs.
+
+    A handler that stayed would write to the stderr of a test that is over.
+    """
     before, threads = dict(os.environ), torch.get_num_threads()
+    handlers, levels = list(logging.root.handlers), _log_levels()
     yield
+    for handler in set(logging.root.handlers) - set(handlers):
+        logging.root.removeHandler(handler)
+    for name, level in _log_levels().items():
+        if level != levels.get(name, logging.NOTSET):
+            logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
     if dict(os.environ) != before:
         _set_environment(before)
     if torch.get_num_threads() != threads:
