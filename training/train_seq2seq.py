@@ -175,8 +175,7 @@ class Seq2SeqTraining(Training):
                             "text tokenizer need not be that of text.start_from; give another "
                             "run_dir")
 
-        self.group.first_then_others(
-            lambda: take_text_encoder(self.model, start_from, encoder))
+        self.group.first_then_others(lambda: take_text_encoder(self.model, start_from, encoder))
 
     # ---- training
 
@@ -208,8 +207,8 @@ class Seq2SeqTraining(Training):
             return batch
         assert self.drops is not None
         self.drops.count(batch.dropped)
-        return tokenize_batch(batch, self.image_tokenizer, self.config.seed,
-                           self.config.token_corruption)
+        config = self.config
+        return tokenize_batch(batch, self.image_tokenizer, config.seed, config.token_corruption)
 
     def _on_device(self, batch: TokenBatch) -> TokenBatch:
         device = self.group.device
@@ -245,8 +244,7 @@ class Seq2SeqTraining(Training):
         if not self.group.is_first:
             return
 
-        data = self.inputs.data
-        # spread over the data, and the same captions in every grid
+        data = self.inputs.data  # spread over it, and the same captions in every grid
         stride = max(1, len(data) // SAMPLE_PICTURES)
         of_rows = [data.captions(row) for row in range(0, len(data), stride)][:SAMPLE_PICTURES]
         # a row of a stream may have none that can be used
@@ -260,7 +258,7 @@ class Seq2SeqTraining(Training):
     def validate(self, step: int) -> Measured:
         """Measure the held-out loss after a step."""
         model = self.full_model()
-        held_out: HeldOut = self.group.first_does(lambda: self.held_out_report(model, step))
+        held_out = self.group.first_does(lambda: self.held_out_report(model, step))
         return Measured("validation_loss", held_out.loss)
 
     def measure(self, model: ImageTransformer, quiet: bool = True) -> HeldOut:
@@ -281,9 +279,9 @@ class Seq2SeqTraining(Training):
         if self.held_out is not None:
             held_out: HeldOut = self.held_out_report(model, self.config.train.steps)
             held_out_loss = held_out.loss
-            split = self.config.data.validation_split or ""
-            write_json_atomic(run_dir / "validation.json", held_out.plain(split, model.config.grid))
-            plot_positions(held_out.by_position, model.config.grid, run_dir / "positions.png")
+            split, grid = self.config.data.validation_split or "", model.config.grid
+            write_json_atomic(run_dir / "validation.json", held_out.plain(split, grid))
+            plot_positions(held_out.by_position, grid, run_dir / "positions.png")
             log.info("held-out loss: %.4f nats a token", held_out_loss)
 
         card = seq2seq_card(self.config, model.config, len(self.inputs.data), held_out_loss)
