@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
+from tests import tiny
 from tests.test_autotrain_choices import EMOJI, ONE_GPU, PHOTOS, SHIPPED, TWO_CORES, Speeds, chosen
 from tokenloom_common.errors import DataError, UserError
+from training.autotrain.clock import Clock
 from training.autotrain.facts import open_data
-from training.autotrain.plan import TrainOptions
+from training.autotrain.job import AutoTrain
+from training.autotrain.plan import Plan, TrainOptions
 from training.autotrain.prepare import HELD_OUT, open_copy, write_copy
 from training.autotrain.recipes import (
     STAND_INS,
@@ -77,9 +81,20 @@ def test_every_choice_makes_configs_that_the_scripts_take(data, machine, minutes
     else:  # the model's config is read from the folder, which is none here
         assert values["init_from"] == "shipped" and "model" not in values
     config = read_stage("transformer", STAND_INS["transformer"], {"transformer": []},
-                        transformer_values(choices, machine))
+                        transformer_values(choices, code_tables=True))
     assert config.train.steps == choices.steps
     assert config.optim.warmup_steps < config.train.steps
+
+
+@pytest.mark.parametrize(("quantizer", "code_tables"), [({"kind": "vq"}, True), ({"kind": "residual", "depth": 2}, False)])
+def test_code_tables_follow_a_codebook_that_has_a_vector_per_code(quantizer, code_tables, tmp_path, monkeypatch):
+    plan = Plan(chosen(size=32), EMOJI, TWO_CORES, start_seconds=1.0)
+    training = AutoTrain(TrainOptions("pictures", str(tmp_path / "model"), 20), plan, Clock(tmp_path / "time.json", 1200))
+    tiny.vqgan(quantizer=quantizer).save_pretrained(training.tokenizer / "model")
+    monkeypatch.setattr(training, "_run", lambda *arguments: None)
+    training._train_transformer(tmp_path / "run")
+    recipe = yaml.safe_load((training.folder / "transformer.yaml").read_text())
+    assert recipe["code_tables_from_codebook"] is code_tables
 
 
 def test_a_model_of_another_size_than_chosen_is_refused_with_the_option():

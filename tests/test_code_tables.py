@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny
-from tokenizer_image import VQGAN, VQGANConfig
 from tokenloom_common.errors import UserError
 from training.warm_start.code_tables import SCALE, check_code_tables, code_features, start_code_tables
 
@@ -53,9 +52,6 @@ def test_both_tables_follow_the_codebook_and_nothing_else_changes():
 
 
 def test_a_residual_codebook_is_refused():
-    config = VQGANConfig(resolution=16, channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=1, norm_groups=4,
-                         attention_resolutions=(), mid_attention=False, z_channels=8, embed_dim=4, codebook_size=32,
-                         quantizer={"kind": "residual", "depth": 2})
     with pytest.raises(UserError, match="64 code vectors for 32 codes"):
-        check_code_tables(VQGAN(config))
+        check_code_tables(tiny.vqgan(quantizer={"kind": "residual", "depth": 2}))
     check_code_tables(tiny.vqgan())

@@ -40,12 +40,12 @@ def text_tokenizer() -> TextTokenizer:
     return TextTokenizer.train(CAPTIONS, vocab_size=320, text_length=TEXT_LENGTH)
 
 
-def vqgan(codebook_size: int = 32, seed: int = 0) -> VQGAN:
-    """Make a VQGAN of 16 px and 4 x 4 codes."""
+def vqgan(codebook_size: int = 32, seed: int = 0, **changes) -> VQGAN:
+    """Make a VQGAN of 16 px and 4 x 4 codes. changes: of its config."""
     torch.manual_seed(seed)
     config = VQGANConfig(resolution=16, channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=1,
                          norm_groups=4, attention_resolutions=(), mid_attention=False, z_channels=8,
-                         embed_dim=4, codebook_size=codebook_size)
+                         embed_dim=4, codebook_size=codebook_size, **changes)
     model = VQGAN(config)
     # k-means fills the codebook, which is all zeros before: every token would decode alike
     with torch.no_grad():

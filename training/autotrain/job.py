@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from tokenizer_image import load_tokenizer
 from tokenloom_common.errors import UserError
 from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
 from training.autotrain.clock import Clock
@@ -43,6 +44,7 @@ from training.autotrain.report import draw_curves, figure_rows, next_steps, page
 from training.autotrain.stage import Stage, run_stage
 from training.autotrain.words import notes_of
 from training.runs.run_folder import hold_folder
+from training.warm_start.code_tables import has_vector_per_code
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +115,8 @@ class AutoTrain:
 
     def _train_transformer(self, run_dir: Path) -> None:
         choices = self.choices
-        recipe = self._write_recipe("transformer", transformer_values(choices, self.plan.machine))
+        code_tables = has_vector_per_code(load_tokenizer(self.tokenizer / "model"))
+        recipe = self._write_recipe("transformer", transformer_values(choices, code_tables))
         after = choices.times.report + ENDING * self.plan.start_seconds
         arguments = ["--config", recipe, "--data.path", self.tokens, "--image_tokenizer",
                      self.tokenizer / "model", "--run_dir", run_dir, "--seed", self.options.seed,

@@ -132,8 +132,11 @@ def _codebook_decay(choices: Choices) -> float:
     return round(min(0.99, max(0.9, 1 - latents / 20)), 3)
 
 
-def transformer_values(choices: Choices, machine: MachineFacts) -> dict[str, Any]:
-    """Return the recipe of the transformer, without places."""
+def transformer_values(choices: Choices, code_tables: bool) -> dict[str, Any]:
+    """Return the recipe of the transformer, without places.
+
+    code_tables: whether its tables of codes can begin as the tokenizer's codebook.
+    """
     encoder, decoder = WIDTHS[choices.width]
     values = {
         "text": {"vocab_size": choices.vocabulary, "text_length": choices.text_length},
@@ -146,7 +149,7 @@ def transformer_values(choices: Choices, machine: MachineFacts) -> dict[str, Any
         "caption_dropout": 0.1,
         # without it the model knows pictures by their first tokens and not by their captions
         "token_corruption": 0.5,
-        "code_tables_from_codebook": True,
+        "code_tables_from_codebook": code_tables,
         "sample_guidance": choices.guidance, "sample_top_k": choices.top_k,
     }
     _add_pace(values, choices.times.row_seconds * choices.batch)

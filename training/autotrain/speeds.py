@@ -58,7 +58,7 @@ class MeasuredSpeeds:
         key = ("row", shape.tokens, width)
         if key not in self._known:
             choices = self._assumed(shape, width)
-            values = transformer_values(choices, self.machine)
+            values = transformer_values(choices, code_tables=True)
             config = self._read("transformer", values)
             side = shape.size // shape.patch
             derived = {"text_vocab_size": choices.vocabulary, "text_feature_width": None,

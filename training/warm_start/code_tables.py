@@ -17,10 +17,15 @@ FEW_VALUES = 16
 """Numbers of code vectors with at most so many values are levels (FSQ, LFQ), with any relation."""
 
 
+def has_vector_per_code(image_tokenizer: ImageTokenizer) -> bool:
+    """Whether each code has one code vector; a residual quantizer's has one for each depth."""
+    return len(image_tokenizer.codebook) == image_tokenizer.codebook_size
+
+
 def check_code_tables(image_tokenizer: ImageTokenizer) -> None:
     """Raise UserError for a tokenizer whose codebook has not one vector for each code."""
     vectors, codes = len(image_tokenizer.codebook), image_tokenizer.codebook_size
-    if vectors != codes:
+    if not has_vector_per_code(image_tokenizer):
         raise UserError(f"code_tables_from_codebook: the image tokenizer has {vectors:,} code "
                         f"vectors for {codes:,} codes, as a residual quantizer has; leave it out")
 
