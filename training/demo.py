@@ -3,8 +3,8 @@
     python -m training.demo --out demo                # `make demo`; 15 minutes on 2 CPU cores
     python -m training.demo --out demo --size quick   # two minutes, with poor pictures
 
-Leaves OUT/model (the model folder), samples.png, curves.png and report.json. A second run reuses
-what is done.
+Draws first.png with the model that ships, then trains, and leaves OUT/model (the model folder),
+samples.png, curves.png and report.json. A second run reuses what is done.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ TOKENIZER_RECIPE = RECIPES / "demo_tokenizer.yaml"
 SEQ2SEQ_RECIPE = RECIPES / "demo_seq2seq.yaml"
 QUESTIONS = 100  # captions per split that are sampled and measured
 SHOWN = 24  # of these, in samples.png
+FIRST_CAPTIONS = ("octopus", "red heart", "rocket, noto style", "smiling face with sunglasses",
+                  "a tiger face emoji", "pizza, fluent 3d style", "green apple", "snowman")
 
 # the emoji sets: four from npm, and the one that a pip package brings
 ALL_STYLES = ("noto", "twemoji", "fluent-flat", "fluent-3d")
@@ -88,6 +90,7 @@ class Demo(PhaseRunner):
     def run(self) -> None:
         """Run all phases."""
         self.out.mkdir(parents=True, exist_ok=True)
+        self.draw_first()
         # whole recipes as inputs: whatever changes in one, its phase and all later ones run again
         tokenizer_recipe = TOKENIZER_RECIPE.read_text(encoding="utf-8")
         seq2seq_recipe = SEQ2SEQ_RECIPE.read_text(encoding="utf-8")
@@ -99,6 +102,18 @@ class Demo(PhaseRunner):
         self.phase("seq2seq", seq2seq_recipe, self.out / "model", self.train_seq2seq)
         self.phase("report", "", self.out / "report.json", self.report)
         self._finish_report()
+
+    def draw_first(self) -> None:
+        """Draw with the model that ships, so that there is something to see at once."""
+        path = self.out / "first.png"
+        if path.exists():
+            return
+        # no phase: what is trained does not depend on it
+        model = TextToImage.from_pretrained()
+        images = model.generate(list(FIRST_CAPTIONS), seed=self.seed).images
+        cells = list(zip(FIRST_CAPTIONS, images, strict=True))
+        labelled_grid([("drawn by the model that ships", cells)]).save(path)
+        log.info("drawn by the model that ships: %s; now one of your own is trained", path)
 
     # ---- data and training
 
