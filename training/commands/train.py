@@ -40,7 +40,7 @@ def train(argv: Sequence[str] | None = None) -> int:
 
     from training.autotrain.choices import check_minutes
     from training.autotrain.job import train as run
-    from training.autotrain.plan import TrainOptions
+    from training.autotrain.plan import TrainOptions, shipped_start
     from training.autotrain.recipes import check_overrides, split_overrides
     from training.autotrain.shapes import check_size
     from training.data.sources.drops import check_bad_fraction
@@ -60,24 +60,11 @@ def train(argv: Sequence[str] | None = None) -> int:
     setup_console(is_first=True)
     options = TrainOptions(
         data=arguments.data, out=arguments.out, minutes=arguments.minutes, split=arguments.split,
-        size=arguments.size, seed=arguments.seed, start_from=_start(arguments.from_scratch),
-        max_bad_fraction=arguments.max_bad_fraction,
-        reading=reading, overrides=overrides)
+        size=arguments.size, seed=arguments.seed,
+        start_from=None if arguments.from_scratch else shipped_start(),
+        max_bad_fraction=arguments.max_bad_fraction, reading=reading, overrides=overrides)
     run(options, arguments.dry_run, started)
     return 0
-
-
-def _start(from_scratch: bool) -> str | None:
-    """Return the folder of the model that ships, if there is one and it is wanted."""
-    from inference.shipped import default_model_folder
-    from tokenloom_common.errors import MissingFileError
-
-    if from_scratch:
-        return None
-    try:
-        return str(default_model_folder())
-    except MissingFileError:
-        return None
 
 
 def _parser() -> OneLineParser:
