@@ -25,6 +25,7 @@ from training.config.start_folders import find_tokenizer
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.sources.drops import format_reasons
 from training.data.sources.open_dataset import list_splits, open_dataset
+from training.data.sources.tree import counted
 
 LOOKED_AT = 400  # images that are decoded for sizes and reading speed, spread over the data
 READ_CAPTIONS = 20_000  # that the statistics are taken of
@@ -83,7 +84,8 @@ class MachineFacts:
         """The devices in words."""
         if self.gpus:
             return f"{self.processes} of {self.gpus} GPUs ({self.gpu_name})"
-        return f"{self.cores} CPU cores, {self.processes} processes"
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return f"{counted(self.cores, 'CPU core')}, {processes}"
 
 
 @dataclass(frozen=True)
