@@ -1,29 +1,32 @@
-"""`tokenloom train` around its choices: refusals, the scripts' keys, phases, time, a stopped run that goes on."""
+"""`tokenloom train` around its choices: refusals, the scripts' keys, phases, time."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-import threading
+import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from tests import command_line
-from tokenloom_common.errors import RunFailedError, StoppedBySignalError, UserError
-from training.autotrain import launching, stage
+from tests.test_autotrain_choices import EMOJI, TWO_CORES, chosen
+from tokenloom_common.errors import MissingFileError, UserError
+from training.autotrain import stage
 from training.autotrain.clock import Clock
-from training.autotrain.facts import look_at_data, open_data
-from training.autotrain.launching import launch
+from training.autotrain.facts import look_at_data
+from training.autotrain.job import train
+from training.autotrain.overrides import split_overrides
 from training.autotrain.phases import PhaseRunner
 from training.autotrain.places import PLAN, check_places, training_folder
-from training.autotrain.plan import TrainOptions, continued_plan
-from training.autotrain.recipes import check_overrides, split_overrides
+from training.autotrain.plan import Plan, TrainOptions, continued_plan
+from training.autotrain.recipes import check_overrides
+from training.autotrain.shapes import SHAPES
+from training.autotrain.speeds import MeasuredSpeeds
 from training.autotrain.stage import Stage, read_progress, run_stage, steps_until, worth_stopping
+from training.data.sources.open_dataset import open_dataset
 
 run = command_line.run
 
@@ -62,12 +65,16 @@ def test_wrong_data_is_refused_as_by_data_check_and_nothing_is_made(run, tmp_pat
     (["--minutes", "soon"], "invalid float value: 'soon'"),
     (["--minutes", "5", "--size", "50"], "--size 50"),
     (["--minutes", "5", "--seed", "-1"], "'-1': give a number"),
-    (["--minutes", "5", "--widht", "64"], "unexpected argument '--widht'"),
+    (["--minutes", "100000"], "--minutes 100000: give 1 to 86,400"),
+    (["--minutes", "5", "--widht", "64"], "unrecognized arguments: --widht 64"),
     (["--minutes", "5", "--tokenizer.model.chanels", "8"], "--tokenizer.model.chanels'; did you mean"),
     (["--minutes", "5", "--transformer.optim.lr", "-1"], "optim.lr"),
     (["--minutes", "5", "--transformer.optim.lr"], "--transformer.optim.lr needs a value"),
     (["--minutes", "5", "--tokenizer.model.resolution", "48"], "use --size"),
     (["--minutes", "5", "--transformer.run_dir", "x"], "`tokenloom train` decides it"),
+    (["--minutes", "5", "--transformer.data", "{path: other}"], "`tokenloom train` decides it"),
+    (["--minutes", "5", "--transformer.checkpoint", "{resume: never}"], "`tokenloom train` decides it"),
+    (["--minutes", "5", "--tokenizer.data.caption_column", "label"], "give --data.caption_column"),
     (["--minutes", "5", "--split", "tests"], "no split 'tests'")])
 def test_wrong_options_are_one_line_before_any_work(run, tmp_path, options, words):
     data = pictures(tmp_path / "data")
@@ -110,35 +117,78 @@ def test_another_command_does_not_go_on_with_a_begun_training(tmp_path):
     folder = training_folder(options.out)
     folder.mkdir()
     (folder / PLAN).write_text(json.dumps({"arguments": options.plain()}))
-    with pytest.raises(UserError, match=r"begun with another minutes \(20, not 60\)"):
+    with pytest.raises(UserError, match=r"begun with another --minutes \(20, not 60\)"):
         continued_plan(TrainOptions("data", options.out, 60))
+    with pytest.raises(UserError, match=r"another start \(--from-scratch, not shipped\)"):
+        continued_plan(TrainOptions("data", options.out, 20, start_from="shipped"))
+    keys = {"tokenizer": ["--optim.lr", "1"], "transformer": []}
+    with pytest.raises(UserError, match="begun with other --tokenizer and --transformer keys;"):
+        continued_plan(TrainOptions("data", options.out, 20, overrides=keys))
 
 
 # ---- keys of the scripts
 
 def test_keys_go_to_their_script():
-    found = split_overrides(["--tokenizer.optim.lr", "0.1", "--transformer.model.width=128"])
+    words = ["--tokenizer.optim.lr", "0.1", "pictures", "--transformer.model.width=128", "--out", "model"]
+    found, others = split_overrides(words)
     assert found == {"tokenizer": ["--optim.lr", "0.1"], "transformer": ["--model.width", "128"]}
+    assert others == ["pictures", "--out", "model"]
     check_overrides(found)
+
+
+@pytest.fixture
+def measured() -> MeasuredSpeeds:
+    """Speeds whose workers are never asked."""
+    workers = SimpleNamespace(import_seconds=1.0)
+    return MeasuredSpeeds(workers, EMOJI, TWO_CORES, {"tokenizer": [], "transformer": []})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("keys", "words"), [
+    (["--train.batch_size", "5"], "--transformer.*: train.batch_size 5 is not divisible by 2 processes"),
+    (["--deepspeed.config", "no.json"], "no.json")])
+def test_what_a_script_would_refuse_when_it_starts_is_refused_when_it_is_measured(measured, keys, words):
+    measured.overrides["transformer"] = keys
+    with pytest.raises((UserError, MissingFileError), match=re.escape(words)):
+        measured.row(SHAPES[0], 320)
+
+
+def test_a_tokenizer_of_the_users_own_shape_begins_with_no_other_ones_weights(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("training.autotrain.job.train", lambda options, *rest: asked.append(options.start_from))
+    monkeypatch.setattr("training.autotrain.plan.shipped_start", lambda: "shipped")
+    data = pictures(tmp_path / "data")
+    for options in ([], ["--from-scratch"], ["--tokenizer.model.codebook_size", 64], ["--tokenizer.optim.lr", "0.01"]):
+        assert run("train", *options, data, "--out", tmp_path / "model", "--minutes", 5).code == 0
+    assert asked == ["shipped", None, None, "shipped"]
+
+
+def test_data_that_changed_since_the_training_was_begun_is_refused(tmp_path):
+    options = TrainOptions(str(pictures(tmp_path / "data")), str(tmp_path / "model"), 20, overrides={})
+    plan = Plan(chosen(size=32), EMOJI, TWO_CORES, start_seconds=1.0)
+    training_folder(options.out).mkdir()
+    (training_folder(options.out) / PLAN).write_text(json.dumps(plan.plain(options)))
+    with pytest.raises(UserError, match=r"held 300 images when the training in .* and holds 12 now"):
+        train(options, dry_run=True)
 
 
 # ---- data
 
 def test_the_data_is_looked_at(tmp_path):
-    source = open_data(str(pictures(tmp_path / "data")), None, {})
+    source = open_dataset(str(pictures(tmp_path / "data")))
     facts = look_at_data(source, None, {})
     assert (facts.images, facts.shorter_side, facts.held_out) == (12, 40, None)
-    assert (facts.captions, facts.distinct, facts.first_captions) == (12, 7, 7)
-    assert facts.repeats
+    assert (facts.captions, facts.distinct) == (12, 7)
     assert 3 < facts.text_ids < 30
 
 
 def test_a_held_out_split_of_the_data_is_found(tmp_path):
     pictures(tmp_path / "data" / "train")
     pictures(tmp_path / "data" / "validation", 4)
-    source = open_data(str(tmp_path / "data"), None, {})
+    source = open_dataset(str(tmp_path / "data"))
     facts = look_at_data(source, None, {})
     assert (facts.images, facts.held_out, facts.held_out_images) == (12, "validation", 4)
+    named = look_at_data(source, "train", {})
+    assert (named.held_out, named.held_out_images) == ("validation", 4)
 
 
 # ---- phases
@@ -229,65 +279,3 @@ def test_steps_that_the_user_sets_are_no_matter_of_time(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "launch", lambda script, *arguments, look: asked.append(arguments[-1]) or True)
     run_stage(Stage("tokenizer", "x.py", tmp_path, [], 500, 10, 1.0, 0.1, steps=7), Clock(tmp_path / "time.json", 1000))
     assert asked == [7]
-
-
-# ---- the launcher
-
-@pytest.mark.long
-def test_a_script_that_fails_ends_with_its_exit_code():
-    with pytest.raises(RunFailedError, match=r"train_tokenizer\.py ended with exit code 2"):
-        launch("train_tokenizer.py", "--nonsense", "1")
-
-
-SAVES_ON_SIGNAL = """
-import pathlib, signal, sys, time
-def save(number, frame):
-    pathlib.Path(sys.argv[1]).write_text("saved")
-    sys.exit(1)
-signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-pathlib.Path(sys.argv[1]).write_text("started")
-time.sleep(100)
-"""
-
-
-@pytest.fixture
-def launched(tmp_path, monkeypatch):
-    """Replace the launcher's command by a shell that starts one script, which saves on SIGTERM."""
-    script, note = tmp_path / "script.py", tmp_path / "note"
-    script.write_text(SAVES_ON_SIGNAL)
-    launcher = f'"{sys.executable}" "{script}" "{note}"; exit 0'
-    real = launching._started
-    monkeypatch.setattr(launching, "_started", lambda command: real(["sh", "-c", launcher]))
-    return note
-
-
-def wait_for_start(note: Path) -> None:
-    while not note.exists() or note.read_text() != "started":
-        time.sleep(0.05)
-
-
-@pytest.mark.long
-def test_a_script_that_is_asked_to_stop_saves_first(launched):
-    def look() -> bool:
-        return launched.exists() and launched.read_text() == "started"
-
-    assert launch("train_tokenizer.py", look=look) is False
-    assert launched.read_text() == "saved"
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_for_the_checkpoint_and_ends_with_its_code(launched, number):
-    before = signal.getsignal(number)
-
-    def interrupt() -> None:
-        wait_for_start(launched)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(StoppedBySignalError) as stopped:
-        launch("train_tokenizer.py")
-    assert launched.read_text() == "saved"
-    assert stopped.value.exit_code == 128 + number
-    assert signal.getsignal(number) is before

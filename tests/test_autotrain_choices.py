@@ -13,8 +13,8 @@ from training.autotrain.shapes import SHAPES, Shape, check_size
 from training.autotrain.words import choice_lines, notes_of
 
 EMOJI = DataFacts(images=300, shorter_side=64, held_out=None, held_out_images=0, captions=1800, distinct=1700,
-                  first_captions=150, words=600, mean_words=5.0, vocabulary=1520, text_ids=18, read_seconds=0.001)
-PHOTOS = replace(EMOJI, images=30_000, shorter_side=480, first_captions=29_000, distinct=29_000, words=9000,
+                  words=600, mean_words=5.0, vocabulary=1520, text_ids=18, read_seconds=0.001)
+PHOTOS = replace(EMOJI, images=30_000, shorter_side=480, distinct=29_000, words=9000,
                  vocabulary=4096, text_ids=24, read_seconds=0.004)
 TWO_CORES = MachineFacts(cores=2, gpus=0, gpu_name=None, processes=2, memory=4 << 30)
 ONE_GPU = MachineFacts(cores=16, gpus=1, gpu_name="H200", processes=1, memory=100 << 30)
@@ -130,6 +130,10 @@ def test_a_start_is_taken_where_even_the_smallest_shape_from_scratch_takes_too_l
     assert chosen(minutes=minutes, speeds=FastTokenizer(), start=SHIPPED).shape.start == "shipped"
 
 
+def test_a_size_that_the_start_has_keeps_the_start():
+    assert chosen(start=SHIPPED, size=64, minutes=120).shape == chosen(start=SHIPPED, minutes=120).shape
+
+
 def test_the_size_that_the_user_gives_is_taken():
     for size in (32, 64, 128, 256):
         assert chosen(size=size).shape.size == size
@@ -138,9 +142,15 @@ def test_the_size_that_the_user_gives_is_taken():
         check_size(48)
 
 
-@pytest.mark.parametrize("minutes", [0, 0.5, -3, float("nan"), float("inf")])
+@pytest.mark.parametrize("minutes", [0, 0.5, -3])
 def test_too_few_minutes_are_refused_with_the_reason(minutes):
     with pytest.raises(UserError, match="starting the three programs"):
+        check_minutes(minutes)
+
+
+@pytest.mark.parametrize("minutes", [float("nan"), float("inf"), 100_000])
+def test_more_than_sixty_days_are_refused(minutes):
+    with pytest.raises(UserError, match=r"give 1 to 86,400$"):
         check_minutes(minutes)
 
 
@@ -151,6 +161,17 @@ def test_a_short_time_is_said_honestly_and_still_trains():
     assert choices.steps >= 20
     assert choices.tokenizer_steps >= 20
     assert notes(chosen(minutes=60)) == ""
+
+
+@pytest.mark.parametrize("size", [None, 32, 64, 128, 256])
+def test_a_time_that_is_enough_is_not_said_to_be_short(size):
+    for minutes in range(5, 1500, 5):
+        choices = chosen(PHOTOS, minutes=minutes, size=size)
+        times, shape = choices.times, choices.shape
+        speeds = Speeds()
+        needed = shape.pictures * speeds.picture(shape) + shape.rows * speeds.row(shape, 320)
+        is_short = "the time is short" in notes(choices, PHOTOS)
+        assert is_short is (needed > times.tokenizer + times.transformer) or choices.width != 320
 
 
 def test_images_are_held_out_unless_the_data_has_a_split_or_is_tiny():
@@ -170,6 +191,14 @@ def test_what_takes_too_long_to_read_is_read_in_part_and_said():
     value, why = said(choices, slow)["data"]
     assert value == "9,000 images of 1,000,000"
     assert "reading all takes 5.6 hours" in why
+
+
+def test_reading_never_takes_more_than_its_share_of_the_time():
+    slow = replace(EMOJI, images=5000, read_seconds=0.2, held_out="test", held_out_images=2000)
+    choices = chosen(slow, minutes=10)
+    assert choices.copied == 500
+    assert choices.held_out == 45
+    assert choices.times.copy < 0.2 * 600
 
 
 def test_captions_that_are_all_the_same_are_said():

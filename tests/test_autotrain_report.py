@@ -12,7 +12,6 @@ from tests import tiny
 from tests.test_autotrain_choices import EMOJI, ONE_GPU, PHOTOS, SHIPPED, TWO_CORES, Speeds, chosen
 from tokenloom_common.errors import DataError, UserError
 from training.autotrain.clock import Clock
-from training.autotrain.facts import open_data
 from training.autotrain.job import AutoTrain
 from training.autotrain.plan import Plan, TrainOptions
 from training.autotrain.prepare import HELD_OUT, open_copy, write_copy
@@ -25,6 +24,7 @@ from training.autotrain.recipes import (
 )
 from training.autotrain.report import figure_rows, next_steps, page
 from training.autotrain.words import Line, format_lines
+from training.data.sources.open_dataset import open_dataset
 
 FIGURES = {"measured_on": "held-out images", "images": 15, "reconstruction_psnr": 24.0, "loss": 3.0,
            "loss_without_caption": 3.5, "captions_tell": 0.5, "caption_accuracy": 0.9,
@@ -114,7 +114,7 @@ def make_pictures(folder: Path, count: int) -> Path:
 
 
 def test_the_copy_holds_squares_and_keeps_held_out_images_apart(tmp_path):
-    source = open_data(str(make_pictures(tmp_path / "data", 120)), None, {})
+    source = open_dataset(str(make_pictures(tmp_path / "data", 120)))
     choices = chosen(EMOJI, size=32)
     options = TrainOptions(str(tmp_path / "data"), "model", 60)
     write_copy(source, None, choices, tmp_path / "copy", options, lambda: None)
@@ -133,8 +133,8 @@ def test_too_many_unusable_images_are_data_that_cannot_be_used(tmp_path):
         (folder / f"bad{number}.txt").write_text("bad")
     options = TrainOptions(str(folder), "model", 60)
     with pytest.raises(DataError, match="tokenloom data check"):
-        write_copy(open_data(str(folder), None, {}), None, chosen(EMOJI, size=32), tmp_path / "copy", options, lambda: None)
+        write_copy(open_dataset(str(folder)), None, chosen(EMOJI, size=32), tmp_path / "copy", options, lambda: None)
     assert not (tmp_path / "copy").exists()
     tolerant = TrainOptions(str(folder), "model", 60, max_bad_fraction=1.0)
-    write_copy(open_data(str(folder), None, {}), None, chosen(EMOJI, size=32), tmp_path / "copy", tolerant, lambda: None)
+    write_copy(open_dataset(str(folder)), None, chosen(EMOJI, size=32), tmp_path / "copy", tolerant, lambda: None)
     assert open_copy(tmp_path / "copy", "train") is not None

@@ -11,6 +11,7 @@ from tokenloom_common.errors import RunFailedError, UserError
 from training import demo
 from training.autotrain.places import training_folder
 from training.demo import Demo
+from training.places import check_demo_folder
 
 
 def run_phases(out: Path, inputs: str, calls: list[str]) -> Demo:
@@ -87,12 +88,20 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys):
         Demo(tmp_path, "huge", 0)
 
 
+def test_a_begun_demo_may_go_on_in_its_folder(tmp_path):
+    folder = tmp_path / "demo"
+    begun = Demo(folder, "quick", 0)
+    for path in (begun.data, begun.model, training_folder(begun.model)):
+        path.mkdir(parents=True)
+    check_demo_folder(folder)
+
+
 def test_another_seed_in_the_same_folder_is_refused_before_any_work(tmp_path):
     begun = Demo(tmp_path, "quick", 0)
     training = training_folder(begun.model)
     training.mkdir()
     (training / "plan.json").write_text(json.dumps({"arguments": begun.options.plain()}))
-    with pytest.raises(UserError, match="begun with another seed \\(0, not 1\\)"):
+    with pytest.raises(UserError, match="begun with another --seed \\(0, not 1\\)"):
         Demo(tmp_path, "quick", 1).run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.training"]
 

@@ -32,6 +32,7 @@ from tokenloom_common.files import write_json_atomic
 from training.autotrain.job import train
 from training.autotrain.phases import PhaseRunner
 from training.autotrain.plan import TrainOptions, continued_plan, shipped_start
+from training.commands.train import seed_number
 from training.data.builders.emoji import build_emoji
 from training.data.sources.open_dataset import list_splits, open_dataset
 from training.evaluation.caption_accuracy import (
@@ -185,7 +186,7 @@ def run(argv: Sequence[str] | None) -> int:
                            description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="demo", help="folder for everything (default: demo)")
     parser.add_argument("--size", default="full", help=f"one of {', '.join(SIZES)} (default: full)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     args = parser.parse_args(argv)
     check_demo_folder(args.out)
     setup_console(is_first=True)

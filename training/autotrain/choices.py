@@ -17,7 +17,7 @@ from training.autotrain.shapes import (
     minutes_text,
 )
 
-FLOOR_MINUTES = 1.0
+FLOOR_MINUTES, MOST_MINUTES = 1.0, 86_400
 SCRIPTS = 3  # starts of the launcher: image tokenizer, tokens, transformer
 REPORT_SHARE = 0.05  # of the minutes, for samples and measurements
 LEAST_REPORT_SECONDS = 15.0
@@ -28,7 +28,7 @@ LEAST_STEPS = 20
 SHARE_BOUNDS = (0.25, 0.6)  # of the training time, for the image tokenizer
 ENCODING = 0.3  # seconds to encode an image / seconds to learn from it
 
-MOST_COPIED = 200_000  # images
+LEAST_COPIED, MOST_COPIED = 500, 200_000  # images
 HELD_OUT_SHARE = 0.05
 HELD_OUT_BOUNDS = (10, 500)
 MOST_HELD_OUT = 2000  # of the data's own
@@ -103,16 +103,19 @@ def steps_in(seconds: float, seconds_per_step: float) -> int:
 
 def check_minutes(minutes: float) -> None:
     """UserError for a time that no model can be made in."""
-    if not FLOOR_MINUTES <= minutes <= 60 * 24 * 60:  # NaN too
-        raise UserError(f"--minutes {minutes:g}: give {FLOOR_MINUTES:g} to 86400; starting the "
-                        "three programs alone takes most of a minute")
+    if not FLOOR_MINUTES <= minutes <= MOST_MINUTES:  # NaN too
+        reason = ("; starting the three programs alone takes most of a minute"
+                  if minutes < FLOOR_MINUTES else "")
+        raise UserError(f"--minutes {minutes:g}: give {FLOOR_MINUTES:g} to {MOST_MINUTES:,}"
+                        f"{reason}")
 
 
 def choose(data: DataFacts, machine: MachineFacts, seconds: float, speeds: Speeds,
            start: StartFacts | None = None, size: int | None = None) -> Choices:
     """Choose for `seconds` that are left. size: asked for by the user."""
-    copied, copy_why = _copied(data, seconds)
-    held_out = _held_out(data, copied)
+    affordable = int(COPY_SHARE * seconds / max(1e-9, data.read_seconds))  # images to read
+    copied, copy_why = _copied(data, affordable)
+    held_out = _held_out(data, copied, affordable)
     images = copied - (held_out if data.held_out is None else 0)
     own_held_out = held_out if data.held_out is not None else 0
     copy_seconds = (copied + own_held_out) * data.read_seconds
@@ -125,7 +128,7 @@ def choose(data: DataFacts, machine: MachineFacts, seconds: float, speeds: Speed
     sampling = SAMPLED * SAMPLING * speeds.row(shape, USUAL_WIDTH)
     report = max(report, speeds.start_seconds / 2 + sampling)
     free = max(LEAST_TRAINING_SECONDS, seconds - fixed - encode - report)
-    share = _tokenizer_share(shape, speeds)
+    share = _tokenizer_share(shape, speeds, free)
     width, width_why = _width(shape, images, free * (1 - share), speeds)
     times = Times(seconds, copy_seconds, free * share, encode, free * (1 - share), report,
                   picture_seconds, speeds.row(shape, width))
@@ -161,32 +164,36 @@ def row_batch(machine: MachineFacts) -> int:
 
 # ---- one choice each
 
-def _copied(data: DataFacts, seconds: float) -> tuple[int, str]:
+def _copied(data: DataFacts, affordable: int) -> tuple[int, str]:
     """Return how many images are taken, and why not all; an empty reason where all are."""
-    affordable = int(COPY_SHARE * seconds / max(1e-9, data.read_seconds))
-    most = min(MOST_COPIED, max(MIDDLE_DATA, affordable))
+    most = min(MOST_COPIED, max(LEAST_COPIED, affordable))
     if data.images <= most:
         return data.images, ""
-    why = (f"reading all takes {minutes_text(data.images * data.read_seconds)}"
-           if most < MOST_COPIED else "more are not seen often enough in the time")
-    return most, why
+    if most == MOST_COPIED:
+        return most, "no more are copied, however long the time"
+    return most, f"reading all takes {minutes_text(data.images * data.read_seconds)}"
 
 
-def _held_out(data: DataFacts, copied: int) -> int:
-    """Images to hold out of the training split, where the data has no split of its own."""
+def _held_out(data: DataFacts, copied: int, affordable: int) -> int:
+    """Images to hold out: of the data's own split, or else of the training split."""
+    least, most = HELD_OUT_BOUNDS
     if data.held_out is not None:
-        return min(data.held_out_images, MOST_HELD_OUT)
+        return min(data.held_out_images, MOST_HELD_OUT, max(least, affordable // 10))
     if copied < HELD_OUT_FROM:
         return 0
-    least, most = HELD_OUT_BOUNDS
     return max(least, min(most, round(HELD_OUT_SHARE * copied)))
 
 
-def _tokenizer_share(shape: Shape, speeds: Speeds) -> float:
+def _tokenizer_share(shape: Shape, speeds: Speeds, free: float) -> float:
+    """Return the tokenizer's share of the `free` seconds of training."""
     tokenizer = shape.pictures * speeds.picture(shape)
-    share = tokenizer / (tokenizer + shape.rows * speeds.row(shape, USUAL_WIDTH))
+    transformer = shape.rows * speeds.row(shape, USUAL_WIDTH)
+    share = tokenizer / (tokenizer + transformer)
     least, most = SHARE_BOUNDS
-    return min(most, max(least, share))
+    bounded = min(most, max(least, share))
+    # where the time is enough for both, the bounds must not make it too short for one
+    takes_enough = bounded * free >= tokenizer and (1 - bounded) * free >= transformer
+    return bounded if takes_enough or tokenizer + transformer > free else share
 
 
 def _width(shape: Shape, images: int, seconds: float, speeds: Speeds) -> tuple[int, str]:

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tokenizer_image import IMAGE_TOKENIZERS
 from tokenloom_common.config import read_mapping
 from tokenloom_common.errors import DataError, UserError
 from tokenloom_common.progress import progress
-from training.autotrain.launching import process_count
+from training.autotrain.launching import launcher_devices, process_count
 from training.config.start_folders import find_tokenizer
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.sources.drops import format_reasons
@@ -42,8 +42,8 @@ class DataFacts:
 
     shorter_side: median in pixels. held_out: the data's own held-out split and its images.
     captions, distinct, words: captions read, different ones, different words.
-    first_captions: different first captions. vocabulary, text_ids: entries of a text tokenizer
-    for them, ids that 99 % of the captions fit into. read_seconds: to read one image.
+    vocabulary, text_ids: entries of a text tokenizer for them, ids that 99 % of the captions fit
+    into. read_seconds: to read one image.
     """
 
     images: int
@@ -52,21 +52,11 @@ class DataFacts:
     held_out_images: int
     captions: int
     distinct: int
-    first_captions: int
     words: int
     mean_words: float
     vocabulary: int
     text_ids: int
     read_seconds: float
-
-    @property
-    def repeats(self) -> bool:
-        """Whether the same captions come again and again, as where they name kinds of things."""
-        return self.first_captions <= 0.8 * self.images
-
-    def plain(self) -> dict[str, Any]:
-        """Return the facts as a plain dict."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ class MachineFacts:
     def devices(self) -> str:
         """The devices in words."""
         if self.gpus:
-            return f"{self.processes} of {self.gpus} GPUs ({self.gpu_name})"
+            return f"{self.processes} of {counted(self.gpus, 'GPU')} ({self.gpu_name})"
         processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
         return f"{counted(self.cores, 'CPU core')}, {processes}"
 
@@ -98,20 +88,13 @@ class StartFacts:
     codebook_size: int
 
 
-def open_data(path: str, split: str | None, reading: dict[str, Any]) -> CaptionedImages:
-    """Open the training images. Errors as from `open_dataset`: unusable data is a DataError."""
-    return open_dataset(path, split=split, **reading)
-
-
 def look_at_data(source: CaptionedImages, split: str | None, reading: dict[str, Any]) -> DataFacts:
     """Decode some of the images, read the captions. DataError if none of them is usable."""
     sides, seconds = _sizes(source)
-    held_out = None
-    if split is None:
-        existing = list_splits(source.path, **reading)
-        others = [name for name in HELD_OUT_SPLITS if name in existing]
-        # the only split is what is trained on, whatever it is called
-        held_out = others[0] if others and len(existing) > 1 else None
+    existing = list_splits(source.path, **reading)
+    others = [name for name in HELD_OUT_SPLITS if name in existing and name != split]
+    # the only split is what is trained on, whatever it is called
+    held_out = others[0] if others and len(existing) > 1 else None
     held_out_images = 0
     if held_out is not None:
         held_out_images = len(open_dataset(source.path, split=held_out, **reading))
@@ -125,7 +108,6 @@ def look_at_data(source: CaptionedImages, split: str | None, reading: dict[str, 
     return DataFacts(
         images=len(source), shorter_side=int(statistics.median(sides)), held_out=held_out,
         held_out_images=held_out_images, captions=len(captions), distinct=len(set(captions)),
-        first_captions=len({of_row[0] for of_row in of_rows}) * len(source) // max(1, len(rows)),
         words=len(words), mean_words=words.total() / len(captions), vocabulary=vocabulary,
         text_ids=_text_ids(tokenizer, captions), read_seconds=seconds)
 
@@ -181,6 +163,7 @@ def _text_ids(tokenizer: TextTokenizer, captions: Sequence[str]) -> int:
 
 def look_at_machine() -> MachineFacts:
     """Count this machine's devices."""
+    launcher_devices()  # refuses now what cannot be launched later
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = torch.cuda.get_device_name() if gpus else None
     memory = available_memory("cuda" if gpus else "cpu")

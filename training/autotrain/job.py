@@ -16,7 +16,6 @@ from tokenizer_image import load_tokenizer
 from tokenloom_common.errors import UserError
 from tokenloom_common.files import atomic_folder, write_json_atomic, write_text_atomic
 from training.autotrain.clock import Clock
-from training.autotrain.facts import open_data
 from training.autotrain.launching import launch
 from training.autotrain.measure import Measured, measure_model
 from training.autotrain.phases import PhaseRunner
@@ -33,6 +32,7 @@ from training.autotrain.places import (
 from training.autotrain.plan import (
     Plan,
     TrainOptions,
+    check_same_data,
     continued_plan,
     make_plan,
     plan_lines,
@@ -43,6 +43,7 @@ from training.autotrain.recipes import read_stage, tokenizer_values, transformer
 from training.autotrain.report import draw_curves, figure_rows, next_steps, page
 from training.autotrain.stage import Stage, run_stage
 from training.autotrain.words import notes_of
+from training.data.sources.open_dataset import open_dataset
 from training.runs.run_folder import hold_folder
 from training.warm_start.code_tables import has_vector_per_code
 
@@ -84,10 +85,10 @@ class AutoTrain:
     def _copy(self) -> None:
         self.clock.begin("data")
         options, data = self.options, self.plan.data
-        source = open_data(options.data, options.split, options.reading)
+        source = open_dataset(options.data, split=options.split, **options.reading)
         held_out = None
         if data.held_out is not None:
-            held_out = open_data(options.data, data.held_out, options.reading)
+            held_out = open_dataset(options.data, split=data.held_out, **options.reading)
         write_copy(source, held_out, self.choices, self.copy, options, self.clock.tick)
         self.clock.save()
 
@@ -205,6 +206,8 @@ def train(options: TrainOptions, dry_run: bool, started: float | None = None) ->
     if plan is None:
         plan = make_plan(options, clock)
     else:
+        source = open_dataset(options.data, split=options.split, **options.reading)
+        check_same_data(len(source), plan, options)
         log.info("%s: goes on; %.1f of %g minutes are spent", folder, clock.spent / 60,
                  options.minutes)
     say_plan(plan, options)

@@ -18,7 +18,13 @@ from types import FrameType
 import psutil
 import torch
 
-from tokenloom_common.errors import RunFailedError, StoppedBySignalError
+from tokenloom_common.errors import (
+    DataError,
+    MissingFileError,
+    RunFailedError,
+    StoppedBySignalError,
+    UserError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +33,7 @@ MOST_GPUS = 8
 CPU_PROCESSES = 2
 LOOK_SECONDS = 0.5  # between looks at a running script
 LONGEST_SAVE = 300.0  # seconds that a stopped script may take to write its checkpoint
+REASON_CODES = (UserError.exit_code, MissingFileError.exit_code, DataError.exit_code)
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -39,6 +46,23 @@ def process_count() -> int:
     return 1 << (available.bit_length() - 1)
 
 
+def launcher_devices() -> list[str]:
+    """Return the launcher's options for the devices that this process sees.
+
+    UserError where CUDA_VISIBLE_DEVICES holds other names than numbers.
+    """
+    count = process_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or not torch.cuda.is_available():
+        return ["--num_accelerators", str(count)]
+    names = [name.strip() for name in visible.split(",")][:count]
+    if not all(name.isdecimal() for name in names):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed takes numbers alone, "
+                        "such as 0,1")
+    # beside a plain count the launcher ignores the variable and takes the first GPUs
+    return ["--include", "localhost:" + ",".join(names)]
+
+
 def launch(script: str, *arguments: object, look: Callable[[], bool] | None = None) -> bool:
     """Run a script to its end; False if `look` had it stopped, after a checkpoint.
 
@@ -49,7 +73,7 @@ def launch(script: str, *arguments: object, look: Callable[[], bool] | None = No
     # of this environment, which need not be on PATH
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher) if launcher.is_file() else "deepspeed", "--log_level", "warning",
-               "--num_accelerators", str(process_count()), "--master_port", str(_free_port()),
+               *launcher_devices(), "--master_port", str(_free_port()),
                str(SCRIPTS / script), *(str(argument) for argument in arguments)]
     log.info("$ %s", " ".join(command))
     with _signals() as received, _started(command) as job:
@@ -71,7 +95,10 @@ def launch(script: str, *arguments: object, look: Callable[[], bool] | None = No
     if stopped_by_look:
         return False
     if code:
-        raise RunFailedError(f"{script} ended with exit code {code}; its reason is printed above")
+        error = RunFailedError(f"{script} ended with exit code {code}; its reason is printed above")
+        if code in REASON_CODES:
+            error.exit_code = code
+        raise error
     return True
 
 

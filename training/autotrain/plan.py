@@ -19,13 +19,13 @@ from training.autotrain.facts import (
     look_at_data,
     look_at_machine,
     look_at_start,
-    open_data,
 )
 from training.autotrain.places import read_plan, training_folder
 from training.autotrain.probe import ProbeWorkers
 from training.autotrain.shapes import Shape
 from training.autotrain.speeds import MeasuredSpeeds
 from training.autotrain.words import Line, choice_lines, format_lines, notes_of
+from training.data.sources.open_dataset import open_dataset
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Plan:
 
 def make_plan(options: TrainOptions, clock: Clock) -> Plan:
     """Look at data and machine, measure, and choose. DataError for unusable data."""
-    source = open_data(options.data, options.split, options.reading)
+    source = open_dataset(options.data, split=options.split, **options.reading)
     data = look_at_data(source, options.split, options.reading)
     machine = look_at_machine()
     start: StartFacts | None = None
@@ -122,6 +122,25 @@ def say_plan(plan: Plan, options: TrainOptions) -> None:
     print("\n".join(lines), flush=True)
 
 
+def _difference(name: str, begun: Any, asked: Any) -> str:
+    """Say how an argument of the training that was begun differs, in the words of its options."""
+    if name == "overrides":
+        return "other --tokenizer and --transformer keys"
+    if name == "reading":
+        return "other options of how the data is read"
+    if name == "start_from":
+        return f"another start ({begun or '--from-scratch'}, not {asked or '--from-scratch'})"
+    return f"another --{name.replace('_', '-')} ({begun}, not {asked})"
+
+
+def check_same_data(images: int, plan: Plan, options: TrainOptions) -> None:
+    """UserError where the data has another number of images than when the training was begun."""
+    if images != plan.data.images:
+        raise UserError(f"{options.data}: held {plan.data.images:,} images when the training in "
+                        f"{training_folder(options.out)} was begun, and holds {images:,} now; give "
+                        "another --out, or delete that folder")
+
+
 def continued_plan(options: TrainOptions) -> Plan | None:
     """Return the plan that was begun with the same arguments; None where none was begun.
 
@@ -134,7 +153,7 @@ def continued_plan(options: TrainOptions) -> Plan | None:
     begun, asked = values["arguments"], json.loads(json.dumps(options.plain()))
     for name, value in asked.items():
         if begun.get(name) != value:
-            raise UserError(f"--out {options.out}: {folder} was begun with another {name} "
-                            f"({begun.get(name)}, not {value}); give the same, or another --out, "
-                            "or delete that folder")
+            raise UserError(f"--out {options.out}: {folder} was begun with "
+                            f"{_difference(name, begun.get(name), value)}; give the same, or "
+                            "another --out, or delete that folder")
     return Plan.read(values)

@@ -43,7 +43,8 @@ class ProbeWorkers:
 
     def __init__(self, processes: int) -> None:
         started = time.perf_counter()
-        environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
+        paths = [str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, "-m", "training.autotrain.probe"]
         self._workers = [
             # a session of its own: Ctrl-C is for this process, whose end closes their stdin

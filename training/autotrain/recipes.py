@@ -22,41 +22,12 @@ STAGES: dict[str, type[RunConfig]] = {
     "transformer": Seq2SeqRunConfig,
 }
 """Stage -> config of its script; its keys are given as --STAGE.KEY."""
-OWN_KEYS = ("config", "run_dir", "seed", "image_tokenizer", "init_from", "data.path", "data.split",
-            "data.validation_split", "data.on_the_fly", "data.format", "model.resolution",
-            "checkpoint.resume")
-"""Keys that this command decides itself."""
 STAND_INS = {
     "tokenizer": ["--run_dir", "RUN", "--data.path", "DATA"],
     "transformer": ["--run_dir", "RUN", "--data.path", "TOKENS", "--image_tokenizer", "TOKENIZER"],
 }
 LOG_SECONDS = 3.0  # between lines of metrics.jsonl, by which the time is watched
 CHECKPOINT_SECONDS = 60.0
-
-
-def split_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Sort `--tokenizer.KEY VALUE --transformer.KEY VALUE` by stage, as the scripts take them.
-
-    UserError for anything else, and for keys that are decided here.
-    """
-    found: dict[str, list[str]] = {stage: [] for stage in STAGES}
-    items = list(arguments)
-    while items:
-        argument = items.pop(0)
-        flag, has_value, value = argument.partition("=")
-        stage, dot, key = flag.removeprefix("--").partition(".")
-        if not flag.startswith("--") or not dot or stage not in STAGES:
-            raise UserError(f"unexpected argument '{argument}'; keys of the scripts are given as "
-                            "--tokenizer.KEY VALUE and --transformer.KEY VALUE")
-        if key in OWN_KEYS:
-            instead = "; use --size" if key == "model.resolution" else "; leave it out"
-            raise UserError(f"{flag}: `tokenloom train` decides it{instead}")
-        if not has_value:
-            if not items:
-                raise UserError(f"{flag} needs a value")
-            value = items.pop(0)
-        found[stage] += [f"--{key}", value]
-    return found
 
 
 def check_overrides(overrides: dict[str, list[str]]) -> None:

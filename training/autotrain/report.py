@@ -52,7 +52,7 @@ def next_steps(figures: dict[str, Any], minutes: float, command: str, generate: 
                      "more leave some to measure on")
     if figures["reconstruction_psnr"] < 21:
         steps.append(f"reconstructions are blurry ({figures['reconstruction_psnr']:.1f} dB): give "
-                     f"more minutes ({command} --minutes {3 * minutes:g}), or a smaller --size")
+                     f"more minutes ({command} --minutes {3 * minutes:g})")
     if figures["captions_tell"] < 0.05:
         steps.append("captions tell the model little: captions that say what is in the picture, "
                      "more images of the same things, or more minutes help")

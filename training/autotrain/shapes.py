@@ -91,6 +91,9 @@ def choose_shape(data: DataFacts, images: int, free: float, speeds: Speeds,
     """Return the largest shape that data and time allow, and why it is no larger."""
     if size is not None:
         same_size = [shape for shape in _with_start(start, images) if shape.size == size]
+        started = [shape for shape in same_size if shape.start is not None]
+        if started and images < SMALL_DATA:
+            return started[0], "--size"
         affordable = [shape for shape in same_size if _affordable(shape, free, speeds)]
         return (affordable or same_size[:1])[-1], "--size"
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
+from tokenloom_common.errors import UserError
 from training.autotrain.choices import (
     Choices,
     Times,
@@ -23,6 +26,8 @@ from training.autotrain.recipes import (
 )
 from training.autotrain.shapes import USUAL_WIDTH, Shape
 from training.config.tokenizer import TokenizerRunConfig
+from training.engine.deepspeed_json import deepspeed_json
+from training.engine.launch import resolve_precision
 from training.planning.fits import MemoryFit, MemoryOptions, least_memory
 from training.planning.plan import tokenizer_plan
 
@@ -91,7 +96,15 @@ class MeasuredSpeeds:
         return config
 
     def _read(self, stage: str, values: dict[str, Any]) -> Any:
-        return read_stage(stage, STAND_INS[stage], self.overrides, values)
+        config = read_stage(stage, STAND_INS[stage], self.overrides, values)
+        device = torch.device("cuda" if self.machine.gpus else "cpu")
+        try:
+            # refuses now a batch or a DeepSpeed file that the script would refuse when it starts
+            deepspeed_json(config, self.machine.processes, resolve_precision(config, device),
+                           parameters=1)
+        except UserError as error:
+            raise UserError(f"--{stage}.*: {error}") from None
+        return config
 
     def _assumed(self, shape: Shape, width: int) -> Choices:
         """Choices of this shape before there are times: what is not yet chosen costs no time."""

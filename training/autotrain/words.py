@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from training.autotrain.choices import HELD_OUT_FROM, WIDTHS, Choices
 from training.autotrain.facts import DataFacts, MachineFacts
+from training.autotrain.launching import CPU_PROCESSES, MOST_GPUS
 from training.autotrain.shapes import SMALL_DATA, minutes_text
 
 
@@ -36,7 +37,9 @@ def _data_lines(choices: Choices, data: DataFacts, machine: MachineFacts) -> lis
     else:
         held_out, why = "none", f"{data.images:,} images are too few to spare some"
     lines.append(Line("held out", held_out, why))
-    lines.append(Line("devices", machine.devices, "all that there are"))
+    why = (f"a power of two, at most {MOST_GPUS}" if machine.gpus
+           else f"at most {CPU_PROCESSES} processes on a CPU")
+    lines.append(Line("devices", machine.devices, why))
     return lines
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from tokenloom_common.errors import OneLineParser, UserError
+from training.autotrain.overrides import split_overrides
 from training.autotrain.places import check_places
 from training.commands.reading_options import add_reading_options, given_reading
 
@@ -32,8 +33,8 @@ done). The same command goes on where it was stopped; the time before counts.
 def train(argv: Sequence[str] | None = None) -> int:
     """Check, choose, train and report; returns 0. Raises UserError and its kin."""
     started = time.monotonic()
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    overrides, others = split_overrides(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(others)
     # the place first, then the data: neither needs torch
     check_places(arguments.out, arguments.data)
     reading = given_reading(arguments)
@@ -41,7 +42,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     from training.autotrain.choices import check_minutes
     from training.autotrain.job import train as run
     from training.autotrain.plan import TrainOptions, shipped_start
-    from training.autotrain.recipes import check_overrides, split_overrides
+    from training.autotrain.recipes import check_overrides
     from training.autotrain.shapes import check_size
     from training.data.sources.drops import check_bad_fraction
     from training.data.sources.open_dataset import open_dataset
@@ -51,17 +52,18 @@ def train(argv: Sequence[str] | None = None) -> int:
     check_minutes(arguments.minutes)
     check_bad_fraction(arguments.max_bad_fraction)
     check_size(arguments.size)
-    overrides = split_overrides(rest)
     check_overrides(overrides)
     if is_token_folder(arguments.data):
         raise UserError(f"{arguments.data}: token shards, which training/train_seq2seq.py takes; "
                         "give captioned images")
     open_dataset(arguments.data, split=arguments.split, **reading)
     setup_console(is_first=True)
+    # a model of the user's own shape cannot begin with another one's weights
+    own_model = any(key.startswith("--model") for key in overrides["tokenizer"][::2])
     options = TrainOptions(
         data=arguments.data, out=arguments.out, minutes=arguments.minutes, split=arguments.split,
         size=arguments.size, seed=arguments.seed,
-        start_from=None if arguments.from_scratch else shipped_start(),
+        start_from=None if arguments.from_scratch or own_model else shipped_start(),
         max_bad_fraction=arguments.max_bad_fraction, reading=reading, overrides=overrides)
     run(options, arguments.dry_run, started)
     return 0
@@ -84,7 +86,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--size", type=int, help="pixels on a side: 32, 64, 128 or 256")
     parser.add_argument("--split", "--data.split", help="of the data (default: train, or the only "
                         "one)")
-    parser.add_argument("--seed", type=_seed, default=0,
+    parser.add_argument("--seed", type=seed_number, default=0,
                         help="of weights, order and held-out images (default 0)")
     parser.add_argument("--max-bad-fraction", "--data.max_bad_fraction", type=float, default=0.01,
                         help="share of unusable images that is tolerated (default 0.01; ten "
@@ -93,7 +95,8 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _seed(text: str) -> Any:
+def seed_number(text: str) -> int:
+    """Read a seed as the scripts take it; an argparse error for anything else."""
     number = int(text) if text.isdecimal() else -1
     if not 0 <= number < 1 << 31:
         raise argparse.ArgumentTypeError(f"'{text}': give a number from 0 to {(1 << 31) - 1}")
