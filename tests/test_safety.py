@@ -20,7 +20,8 @@ from tokenloom_common.errors import UserError
 
 @pytest.mark.parametrize("prompt", [
     "porn", "a PORN star", "a pörn star", "p0rn", "p o r n", "a p.o.r.n star", "a p o r n picture", "po\u200brn",
-    "p o r n!", "child  porn", "nudes", "n@ked man", "ｐｏｒｎ", "a school-shooting", "$uicide"])
+    "p o r n!", "i n c e s t", "a i n c e s t scene", "child  porn",
+    "nudes", "n@ked man", "ｐｏｒｎ", "a school-shooting", "$uicide"])
 def test_harmful_words_are_found_however_they_are_written(prompt):
     assert load_word_list().check_prompt(prompt) is not None
 

@@ -106,25 +106,32 @@ def _readings(text: str) -> Iterator[list[str]]:
     """Yield the words of a prompt as they stand, spelled letters as one, and with leet undone."""
     words = plain_words(text)
     yield words
-    yield list(_joined(words))
+    yield from _joined(words)
 
     undone = []
     for chunk in without_marks(text).split():
         # numbers stay numbers: 1945 is no word
         has_letter = any(letter.isalpha() for letter in chunk)
         undone.append(chunk.translate(_LEET) if has_letter else chunk)
-    yield list(_joined(split_words(" ".join(undone))))
+    yield from _joined(split_words(" ".join(undone)))
 
 
-def _joined(words: list[str]) -> Iterator[str]:
-    """Yield words, with _SPELLED_LETTERS or more single letters in a row as one word."""
+def _joined(words: list[str]) -> Iterator[list[str]]:
+    """Yield words with _SPELLED_LETTERS or more single letters in a row as one word, in two ways.
+
+    A first letter a or i is the word's own ("i n c e s t"), or a word before it ("a p o r n star").
+    """
+    for is_own in (True, False):
+        yield list(_with_spelled(words, is_own))
+
+
+def _with_spelled(words: list[str], is_own: bool) -> Iterator[str]:
     letters = ""
     for word in [*words, ""]:  # "" ends the last row
         if len(word) == 1:
             letters += word
             continue
-        # "a p o r n picture": the article before spelled letters is a word of its own
-        if len(letters) > _SPELLED_LETTERS and letters[0] in "ai":
+        if not is_own and len(letters) > _SPELLED_LETTERS and letters[0] in "ai":
             yield letters[0]
             letters = letters[1:]
         if len(letters) >= _SPELLED_LETTERS:
