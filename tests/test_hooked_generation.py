@@ -249,6 +249,15 @@ def test_a_refused_prompt_is_said_and_the_others_are_drawn(run, folder, tmp_path
     assert [path.rpartition("/")[2] for path in shown.out] == ["octopus-seed0.png"]
 
 
+@pytest.mark.parametrize("given", [["--safety", "my_painting:Nothing", "--safety", "words"],
+                                   ["--safety", "words", "--safety", "my_painting:Nothing"]])
+def test_every_safety_that_is_given_counts(run, mine, folder, given):
+    shown = run("generate", "p0rn", "octopus", *given, "--model", folder, "--out", "a")
+    assert (shown.code, shown.out, len(shown.err)) == (1, [], 2)
+    assert "'p0rn': the prompt was refused (words:" in shown.err[0]
+    assert "'octopus': the picture of seed 0 was refused (my_painting:Nothing: nothing)" in shown.err[1]
+
+
 def test_refused_prompts_alone_make_no_folder(run, folder, tmp_path):
     shown = run("generate", "a nude", "--safety", "words", "--model", folder, "--out", tmp_path / "a")
     assert (shown.code, shown.out) == (1, [])

