@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from inference.commands.picture_index import PictureIndex
+from inference.commands.picture_index import PictureIndex, picture_key
 from inference.image_files.read import read_recipe
 from inference.image_files.recipe import Recipe
 from inference.sampling import SamplingParams
@@ -112,6 +113,17 @@ def test_lines_without_their_file_and_foreign_lines_count_for_nothing(tmp_path):
     found, names = PictureIndex(tmp_path).pictures()
     assert sum(found.values()) == 1
     assert names == {"here.png", "other.png"}
+
+
+def test_the_newest_line_of_a_file_counts(tmp_path):
+    newer = replace(RECIPE, seed=8)
+    index = PictureIndex(tmp_path)
+    index.add(tmp_path / "a.png", RECIPE)
+    index.add(tmp_path / "a.png", newer)
+    (tmp_path / "a.png").touch()
+    found, names = PictureIndex(tmp_path).pictures()
+    assert found == Counter([picture_key(newer, ".png")])
+    assert names == {"a.png"}
 
 
 # ---- a prompts file goes on

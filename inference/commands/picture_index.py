@@ -28,10 +28,10 @@ def check_index(out: Path) -> None:
     path = out / NAME
     if not os.path.lexists(path):
         return
-    other = UserError(f"--out {out}: its {NAME} was not written by this command; "
-                      "give another folder")
+    foreign_index = UserError(f"--out {out}: its {NAME} was not written by this command; "
+                              "give another folder")
     if not path.is_file():
-        raise other
+        raise foreign_index
     try:
         with path.open("r+b") as file:  # for writing, since lines are to be added
             first = file.readline(_BLOCK_BYTES)
@@ -40,9 +40,9 @@ def check_index(out: Path) -> None:
         raise UserError(f"--out {out}: its {NAME} cannot be written to ({reason})") from None
     # a first line without its end was cut when it was written: it is repaired
     if first.endswith(b"\n") and _file_and_values(first) is None:
-        raise other
+        raise foreign_index
     if first and not first.endswith(b"\n") and not first.startswith(b'{"file": '):
-        raise other
+        raise foreign_index
 
 
 class PictureIndex:
@@ -74,29 +74,29 @@ class PictureIndex:
     def pictures(self) -> tuple[Counter[str], set[str]]:
         """Return how often each picture (`picture_key`) is there, and the names of their files.
 
-        Pictures whose file is gone are left out.
+        Of several lines of a file the last one counts. Pictures whose file is gone are left out.
         """
         from inference.image_files.recipe import Recipe
 
-        found: Counter[str] = Counter()
-        names: set[str] = set()
+        latest: dict[str, dict] = {}
         try:
             with self.path.open("rb") as file:
                 for line in file:
                     indexed = _file_and_values(line)
-                    if indexed is None:
-                        continue
-                    name, values = indexed
-                    if name in names or not (self.path.parent / name).is_file():
-                        continue
-                    names.add(name)
-                    with suppress(UserError):  # a line that somebody changed
-                        recipe = Recipe.parse(json.dumps(values))
-                        found[picture_key(recipe, Path(name).suffix)] += 1
+                    if indexed is not None:
+                        name, values = indexed
+                        latest[name] = values
         except FileNotFoundError:
             pass
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+        found: Counter[str] = Counter()
+        names = {name for name in latest if (self.path.parent / name).is_file()}
+        for name in names:
+            with suppress(UserError):  # a line that somebody changed
+                recipe = Recipe.parse(json.dumps(latest[name]))
+                found[picture_key(recipe, Path(name).suffix)] += 1
         return found, names
 
     def _cut_torn_line(self) -> None:
