@@ -15,7 +15,7 @@ from inference.commands.picture_index import PictureIndex, picture_key
 from inference.image_files.read import read_recipe
 from inference.image_files.recipe import Recipe
 from inference.sampling import SamplingParams
-from tests import command_line
+from tests import command_line, tiny
 from tests.command_line import contents
 from tokenloom_common.errors import RunFailedError
 
@@ -155,6 +155,18 @@ def test_what_is_missing_or_changed_is_drawn(draw, tmp_path):
     assert sorted(Path(path).name for path in changed.out) == ["a-red-heart-seed5-1.png", "octopus-seed9.png"]
     assert changed.err == ["tokenloom generate: 4 of 6 there already"]
     assert len(first.out) == 5
+
+
+def test_what_is_missing_of_a_line_with_a_layout_a_picture_is_drawn(run, tmp_path):
+    model = tiny.model_folder(tmp_path / "model", layout_kind="colors", layout_classes=27, layout_grid=(2, 2))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "octopus", "num_images": 2, "layout": [[0, 1, 2, 3], [4, 5, 6, 7]]}')
+    command = ["generate", "--threads", 1, "--prompts", tmp_path / "p.jsonl", "--model", model, "--out", tmp_path / "out"]
+    assert run(*command).code == 0
+    before = contents(tmp_path / "out")
+    (tmp_path / "out/octopus-seed1.png").unlink()
+    again = run(*command)
+    assert (again.code, again.err) == (0, ["tokenloom generate: 1 of 2 there already"])
+    assert contents(tmp_path / "out")["octopus-seed1.png"] == before["octopus-seed1.png"]
 
 
 @pytest.mark.parametrize("options", [("--temperature", 0.5), ("--output-format", "webp"), ("--weights", "int8"),

@@ -246,13 +246,19 @@ def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Ima
         raise ValueError("a grid needs at least 1 picture and 1 column, "
                          f"got {len(images)} and {columns}")
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)  # rounded up
-    cell_width = max(image.width for image in images) + gap
-    cell_height = max(image.height for image in images) + gap
+    width = max(image.width for image in images)
+    height = max(image.height for image in images)
 
-    # no gap behind the last column and row
-    sheet = Image.new("RGB", (columns * cell_width - gap, rows * cell_height - gap), "white")
+    sheet = Image.new("RGB", grid_size(len(images), columns, width, height, gap), "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        sheet.paste(image, (column * cell_width, row * cell_height))
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
     return sheet
+
+
+def grid_size(images: int, columns: int, width: int, height: int, gap: int = 2) -> tuple[int, int]:
+    """Return width and height in pixels of the `image_grid` of images of width x height."""
+    columns = min(columns, images)
+    rows = -(-images // columns)  # rounded up
+    # no gap behind the last column and row
+    return columns * (width + gap) - gap, rows * (height + gap) - gap

@@ -18,7 +18,7 @@ from inference.commands.hook_options import (
 )
 from inference.commands.options import calibrate_threads, check_pictures_folder, given_params
 from inference.commands.picture_files import make_folder
-from inference.commands.picture_output import PictureOutput
+from inference.commands.picture_output import PictureOutput, check_grid
 from inference.commands.redraw import (
     Origin,
     read_origin,
@@ -68,6 +68,10 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
         return 1
     recipes = [maker.recipes(request, prompt) for request, prompt in asked]
     _check_attention_words(model, asked, args.attention or [])
+    output_format = args.output_format or "png"
+    if args.grid:
+        of_all = [recipe for of_request in recipes for recipe in of_request]
+        check_grid(of_all, model.image_tokenizer.config.resolution, output_format)
     _set_threads(model, asked, args, device)
     if args.model is None:
         side = model.image_tokenizer.config.resolution
@@ -77,7 +81,7 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
 
     # made last before the work: a refused command leaves no empty folder
     make_folder(out)
-    output = PictureOutput(out, args.output_format or "png", not args.no_metadata, origin)
+    output = PictureOutput(out, output_format, not args.no_metadata, origin, args.grid)
     if args.prompts is not None:
         requests = [request for request, _ in asked]
         is_whole = _draw_file(model, requests, recipes, output, hooks, args)

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from tokenloom_common.errors import RunFailedError
 
+MAX_STEM_BYTES = 220
+"""Of a file's name, which most file systems limit to 255: a number and the ending come behind."""
+
 
 def make_folder(out: Path) -> None:
     """Create the folder of --out, which was checked at the start of the command, if need be."""
@@ -26,12 +29,12 @@ def save_picture(data: bytes, folder: Path, stem: str, ending: str = ".png",
     """Write an image file's bytes atomically under a free name, and return its path.
 
     That is the first of stem.png, stem-1.png, stem-2.png, ... which does not exist, also while
-    other processes write there. known: names of files that are accounted for; another one that
-    holds these very bytes is taken instead of being written again. RunFailedError with the path and
-    the reason.
+    other processes write there; a stem above MAX_STEM_BYTES is cut. known: names of files that are
+    accounted for; another one that holds these very bytes is taken instead of being written again.
+    RunFailedError with the path and the reason.
     """
-    # cut, so that the name is not too long
-    aside = folder / f".{stem[:100]}.{uuid.uuid4().hex[:8]}.tmp"
+    stem = _cut(stem, MAX_STEM_BYTES)
+    aside = folder / f".picture.{uuid.uuid4().hex[:8]}.tmp"
     path = folder / f"{stem}{ending}"
     number = 0
     try:
@@ -68,8 +71,15 @@ def _publish(aside: Path, path: Path) -> bool:
 def slug(text: str) -> str:
     """Return a caption as part of a file name: "A red heart!" -> "a-red-heart"."""
     words = re.sub(r"[^\w]+", "-", text.lower()).strip("-_")[:60]
-    # file systems limit the bytes of a name, most of them to 255; 60 characters may be more.
     # Under LC_ALL=C names may be ASCII alone
     encoding = sys.getfilesystemencoding()
-    cut = words.encode(encoding, errors="ignore")[:180].decode(encoding, errors="ignore")
-    return cut.lstrip("-_") or "picture"
+    known = words.encode(encoding, errors="ignore").decode(encoding)
+    return _cut(known, 180).lstrip("-_") or "picture"
+
+
+def _cut(name: str, limit: int) -> str:
+    """Return as many characters of a name as take at most `limit` bytes."""
+    data = os.fsencode(name)
+    if len(data) <= limit:
+        return name
+    return data[:limit].decode(sys.getfilesystemencoding(), errors="ignore")

@@ -15,7 +15,8 @@ from inference.commands.redraw import Origin, as_it_was
 from inference.image_files.encode import FORMATS, encode_image
 from inference.image_files.recipe import Recipe
 from inference.requests import PromptRequest
-from tokenizer_image.images import image_grid
+from tokenizer_image.images import grid_size, image_grid
+from tokenloom_common.errors import UserError
 
 GRID_COLUMNS = 8  # at most
 
@@ -24,15 +25,16 @@ class PictureOutput:
     """A folder to which pictures are added, each printed when it is there.
 
     with_metadata: whether files carry their recipe; index.jsonl always does. origin: what is drawn
-    again.
+    again. with_grid: whether pictures are kept for `save_grid`.
     """
 
     def __init__(self, out: Path, output_format: str, with_metadata: bool,
-                 origin: Origin | None = None) -> None:
+                 origin: Origin | None = None, with_grid: bool = False) -> None:
         self.out = out
         self.output_format = output_format
         self.with_metadata = with_metadata
         self.origin = origin
+        self.with_grid = with_grid
         self.index = PictureIndex(out)
         self._saved: list[tuple[Image.Image, Recipe]] = []
         self._known: set[str] | None = None  # files of the index, once `missing` has read it
@@ -41,7 +43,8 @@ class PictureOutput:
         """Write a picture under a free name, and its line of the index."""
         if self.origin is not None:
             recipe = as_it_was(recipe, self.origin)
-        self._saved.append((image, recipe))
+        if self.with_grid:
+            self._saved.append((image, recipe))
         path = self._write(image, _stem(recipe), recipe, self._known)
         self.index.add(path, recipe)
         if self._known is not None:
@@ -82,7 +85,10 @@ class PictureOutput:
                 left_recipes.append(of_request)
                 continue
             for recipe in left:
-                left_requests.append(replace(request, num_images=1, seed=recipe.seed))
+                # the request may have a layout for each of its pictures
+                layout = recipe.extra.get("layout")
+                left_requests.append(
+                    replace(request, num_images=1, seed=recipe.seed, layout=layout))
                 left_recipes.append([recipe])
         return left_requests, left_recipes
 
@@ -93,6 +99,16 @@ class PictureOutput:
         path = save_picture(data, self.out, stem, FORMATS[self.output_format].ending, known)
         print(path, flush=True)
         return path
+
+
+def check_grid(recipes: Sequence[Recipe], side: int, output_format: str) -> None:
+    """Raise UserError if the sheet of these pictures of `side` pixels is too large for a format."""
+    width, height = grid_size(len(recipes), grid_columns(recipes), side, side)
+    limit = FORMATS[output_format].max_side
+    if max(width, height) > limit:
+        raise UserError(f"--grid: the sheet would have {width:,} x {height:,} pixels, and "
+                        f"{output_format} has at most {limit:,} a side; give --output-format png, "
+                        "or fewer pictures")
 
 
 def grid_columns(recipes: Sequence[Recipe]) -> int:

@@ -35,17 +35,18 @@ _START_OF_IMAGE = b"\xff\xd8"
 
 
 class Format(NamedTuple):
-    """A file format: Pillow's name, the ending of files, the MIME type."""
+    """A file format: Pillow's name, the ending of files, the MIME type, most pixels of a side."""
 
     pillow: str
     ending: str
     mime: str
+    max_side: int
 
 
 FORMATS = {
-    "png": Format("PNG", ".png", "image/png"),
-    "jpeg": Format("JPEG", ".jpg", "image/jpeg"),
-    "webp": Format("WEBP", ".webp", "image/webp"),
+    "png": Format("PNG", ".png", "image/png", (1 << 31) - 1),
+    "jpeg": Format("JPEG", ".jpg", "image/jpeg", 65_500),  # libjpeg's own limit
+    "webp": Format("WEBP", ".webp", "image/webp", (1 << 14) - 1),
 }
 """Names of output formats."""
 
