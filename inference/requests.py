@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +39,13 @@ class PromptRequest:
     params: SamplingParams | None = None
     negative_prompt: str | None = None
     layout: Any = None
+
+
+class AskedRequest(NamedTuple):
+    """A request, and its prompt as it was asked for, before it was expanded."""
+
+    request: PromptRequest
+    asked_prompt: str
 
 
 @dataclass(frozen=True)

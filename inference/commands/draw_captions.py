@@ -30,7 +30,13 @@ from inference.hooks.applied import Hooks
 from inference.image_files.recipe import Recipe
 from inference.picture_recipes import RecipeMaker
 from inference.pipeline import TextToImage
-from inference.requests import PromptLine, PromptRequest, prompt_requests, read_prompt_lines
+from inference.requests import (
+    AskedRequest,
+    PromptLine,
+    PromptRequest,
+    prompt_requests,
+    read_prompt_lines,
+)
 from inference.sampling import SamplingParams
 from inference.shipped import DEFAULT_NAME
 from tokenloom_common.devices import choose_device
@@ -63,16 +69,16 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
     params = given_params(args, model.default_params, args.guidance)
     wanted = _requests(args, params, layout, prompt_lines, origin)
     hooks = load_hooks(args, safety, model, "tokenloom generate")
-    asked = hooked_requests(wanted, hooks, model)
-    if not asked:  # each refusal has been said
+    allowed = hooked_requests(wanted, hooks, model)
+    if not allowed:  # each refusal has been said
         return 1
-    recipes = [maker.recipes(request, prompt) for request, prompt in asked]
-    _check_attention_words(model, asked, args.attention or [])
+    recipes = [maker.recipes(one.request, one.asked_prompt) for one in allowed]
+    _check_attention_words(model, allowed, args.attention or [])
     output_format = args.output_format or "png"
     if args.grid:
         of_all = [recipe for of_request in recipes for recipe in of_request]
         check_grid(of_all, model.image_tokenizer.config.resolution, output_format)
-    _set_threads(model, asked, args, device)
+    _set_threads(model, allowed, args, device)
     if args.model is None:
         side = model.image_tokenizer.config.resolution
         print(f"tokenloom generate: drawn by the model that ships with Tokenloom ({DEFAULT_NAME}, "
@@ -83,11 +89,11 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
     make_folder(out)
     output = PictureOutput(out, output_format, not args.no_metadata, origin, args.grid)
     if args.prompts is not None:
-        requests = [request for request, _ in asked]
+        requests = [one.request for one in allowed]
         is_whole = _draw_file(model, requests, recipes, output, hooks, args)
     else:
-        is_whole = _draw_each(model, asked, maker, output, hooks, args)
-    return 0 if is_whole and len(asked) == len(wanted) else 1
+        is_whole = _draw_each(model, allowed, maker, output, hooks, args)
+    return 0 if is_whole and len(allowed) == len(wanted) else 1
 
 
 def _read_prompts(args: argparse.Namespace, out: Path) -> list[PromptLine]:
@@ -101,27 +107,27 @@ def _read_prompts(args: argparse.Namespace, out: Path) -> list[PromptLine]:
 
 
 def _requests(args: argparse.Namespace, params: SamplingParams, layout: Any,
-              lines: list[PromptLine], origin: Origin | None) -> list[tuple[PromptRequest, str]]:
-    """Return what is to be drawn, and each prompt as it was asked for."""
+              lines: list[PromptLine], origin: Origin | None) -> list[AskedRequest]:
+    """Return what is to be drawn."""
     if origin is not None:
         return redrawn_requests(origin, args, layout)
     defaults = PromptRequest("", args.num_images, args.seed or 0, params, args.negative_prompt,
                              layout)
     if args.prompts is None:
-        return [(replace(defaults, prompt=prompt), prompt) for prompt in args.prompt]
+        return [AskedRequest(replace(defaults, prompt=prompt), prompt) for prompt in args.prompt]
     requests = prompt_requests(Path(args.prompts), lines, defaults, params)
-    return [(request, request.prompt) for request in requests]
+    return [AskedRequest(request, request.prompt) for request in requests]
 
 
-def _check_attention_words(model: TextToImage, asked: list[tuple[PromptRequest, str]],
+def _check_attention_words(model: TextToImage, allowed: list[AskedRequest],
                            words: list[str]) -> None:
     """Raise UserError, before sampling, for a word of --attention that a caption does not have."""
-    for request, _ in asked:
+    for one in allowed:
         for word in words:
-            word_positions(model.text_tokenizer, request.prompt, word)
+            word_positions(model.text_tokenizer, one.request.prompt, word)
 
 
-def _set_threads(model: TextToImage, asked: list[tuple[PromptRequest, str]],
+def _set_threads(model: TextToImage, allowed: list[AskedRequest],
                  args: argparse.Namespace, device: str) -> None:
     """On the CPU, unless --threads is given, measure and set the fastest number of threads."""
     if device != "cpu" or args.threads is not None:
@@ -129,25 +135,25 @@ def _set_threads(model: TextToImage, asked: list[tuple[PromptRequest, str]],
     # it depends on the rows of a step
     drawn = args.rerank_from or args.num_images
     if args.prompts is not None:
-        drawn = sum(request.num_images for request, _ in asked)
-    params = asked[0][0].params or model.default_params
+        drawn = sum(one.request.num_images for one in allowed)
+    params = allowed[0].request.params or model.default_params
     calibrate_threads(model, min(args.batch_size, drawn), params)
 
 
-def _draw_each(model: TextToImage, asked: list[tuple[PromptRequest, str]], maker: RecipeMaker,
+def _draw_each(model: TextToImage, allowed: list[AskedRequest], maker: RecipeMaker,
                output: PictureOutput, hooks: Hooks, args: argparse.Namespace) -> bool:
     """Draw one request after another, save its images, their attention overlays, and the grid.
 
     False if an image was refused.
     """
     is_whole = True
-    for request, prompt in progress(asked, "generate", unit="caption"):
+    for request, asked_prompt in progress(allowed, "generate", unit="caption"):
         result = model.generate(
             request.prompt, num_images=request.num_images, params=request.params,
             seed=request.seed, batch_size=args.batch_size, negative_prompt=request.negative_prompt,
             layout=request.layout, rerank_from=args.rerank_from, jacobi=args.jacobi)
-        recipes = maker.of_seeds(request, result.seeds, result.scores, prompt)
-        refused = refused_images(result.images, prompt, result.seeds, hooks)
+        recipes = maker.of_seeds(request, result.seeds, result.scores, asked_prompt)
+        refused = refused_images(result.images, asked_prompt, result.seeds, hooks)
         for number, (image, recipe) in enumerate(zip(result.images, recipes, strict=True)):
             if refused[number]:
                 is_whole = False

@@ -17,7 +17,7 @@ from inference.hooks.safety import BUILT_IN, SafetyFilter, load_safety
 if TYPE_CHECKING:
     from PIL import Image
 
-    from inference.requests import PromptRequest
+    from inference.requests import AskedRequest
 
 SHOWN_NOTES = 3  # of prompts without a known word; a prompts file may hold thousands
 
@@ -54,19 +54,21 @@ def load_hooks(args: argparse.Namespace, safety: SafetyFilter | None, model: obj
     return Hooks(expander, safety, partial(_say, command))
 
 
-def hooked_requests(asked: Sequence[tuple[PromptRequest, str]], hooks: Hooks,
-                    model: object) -> list[tuple[PromptRequest, str]]:
+def hooked_requests(wanted: Sequence[AskedRequest], hooks: Hooks,
+                    model: object) -> list[AskedRequest]:
     """Return the requests that are not refused, with what the hooks make of their prompts.
 
-    asked: what is to be drawn, and the prompt as it was asked for; where the two differ, it was
-    expanded before. All is done before anything is drawn, each prompt once, and refusals are said.
-    Without an expander, prompts of which the model was shown no word are said as well.
+    A prompt that differs from the asked one was expanded before. All is done before anything is
+    drawn, each prompt once, and refusals are said. Without an expander, prompts of which the model
+    was shown no word are said as well.
     """
+    from inference.requests import AskedRequest  # imports torch
+
     prepared: dict[tuple[str, str], PreparedPrompt] = {}
-    for request, prompt in asked:
-        if (request.prompt, prompt) not in prepared:
-            revised = None if request.prompt == prompt else request.prompt
-            prepared[request.prompt, prompt] = hooks.prepare(prompt, revised)
+    for request, asked_prompt in wanted:
+        if (request.prompt, asked_prompt) not in prepared:
+            revised = None if request.prompt == asked_prompt else request.prompt
+            prepared[request.prompt, asked_prompt] = hooks.prepare(asked_prompt, revised)
 
     for one in prepared.values():
         if one.refusal is not None:
@@ -75,10 +77,10 @@ def hooked_requests(asked: Sequence[tuple[PromptRequest, str]], hooks: Hooks,
         _say_unknown([one.drawn for one in prepared.values() if one.refusal is None], hooks, model)
 
     kept = []
-    for request, prompt in asked:
-        one = prepared[request.prompt, prompt]
+    for request, asked_prompt in wanted:
+        one = prepared[request.prompt, asked_prompt]
         if one.refusal is None:
-            kept.append((replace(request, prompt=one.drawn), prompt))
+            kept.append(AskedRequest(replace(request, prompt=one.drawn), asked_prompt))
     return kept
 
 

@@ -12,7 +12,7 @@ from inference.commands.options import WEIGHTS, given_params
 from inference.image_files.fingerprint import model_fingerprint
 from inference.image_files.read import image_format, read_image_file, read_recipes
 from inference.image_files.recipe import Recipe
-from inference.requests import PromptRequest
+from inference.requests import AskedRequest, PromptRequest
 from inference.shipped import default_model_folder
 from tokenloom_common.errors import MissingFileError, UserError, choose
 
@@ -104,12 +104,12 @@ def warn_of_other_model(origin: Origin, fingerprint: str) -> None:
 
 
 def redrawn_requests(origin: Origin, args: argparse.Namespace,
-                     layout: Any) -> list[tuple[PromptRequest, str]]:
-    """Return requests for a file's pictures, and the prompts as they were asked for.
+                     layout: Any) -> list[AskedRequest]:
+    """Return requests for a file's pictures.
 
     Options that are given replace what the recipes say. UserError for a value out of range.
     """
-    requests = []
+    wanted = []
     for recipe in origin.recipes:
         request = PromptRequest(
             recipe.drawn_prompt, args.num_images,
@@ -117,10 +117,10 @@ def redrawn_requests(origin: Origin, args: argparse.Namespace,
             given_params(args, recipe.params, args.guidance),
             recipe.negative_prompt if args.negative_prompt is None else args.negative_prompt,
             recipe.extra.get("layout") if layout is None else layout)
-        requests += [(replace(request, prompt=prompt), prompt) for prompt in args.prompt]
+        wanted += [AskedRequest(replace(request, prompt=prompt), prompt) for prompt in args.prompt]
         if not args.prompt:
-            requests.append((request, recipe.prompt))
-    return requests
+            wanted.append(AskedRequest(request, recipe.prompt))
+    return wanted
 
 
 def as_it_was(recipe: Recipe, origin: Origin) -> Recipe:

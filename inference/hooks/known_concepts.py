@@ -19,14 +19,15 @@ from inference.hooks.expansion import Expansion
 from inference.hooks.texts import plain_words
 from tokenloom_common.errors import UserError
 
-# a caption may hold them or not without being another one; then what a request to draw begins with
+# stop words, then words of a request
 _WITHOUT_MEANING_TEXT = """
     a an the my your his her its our their this that these those some any of on in at to for from
     with without by over under near and or but as is are be it i you we they me
     please draw drawing paint painting show make create generate give want picture pictures image
     images photo photograph illustration icon emoji style like very really cute nice"""
 _WITHOUT_MEANING = frozenset(_WITHOUT_MEANING_TEXT.split())
-_POSITION_WEIGHT = 0.85  # of each word beside the one before: the thing itself is named first
+# weight of each word relative to the word before it: the thing itself is named first
+_POSITION_WEIGHT = 0.85
 _KEYWORD_WEIGHT = 0.5  # beside a word of a concept's name
 _UNASKED_WEIGHT = 0.35  # taken off for each word of a name that the prompt does not have
 _SPELLING = 0.8  # similarity (difflib) to a word of a name that a word is a misspelling of

