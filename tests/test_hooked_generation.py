@@ -205,8 +205,11 @@ def test_expand_draws_the_nearest_concept_says_so_and_records_both(run, knowing,
 def test_from_image_does_not_expand_again(run, mine, knowing):
     (path,) = run("generate", "red", "--expand", "my_painting:paint", "--model", knowing, "--out", "a").out
     assert recipe(path).revised_prompt == "red heart"
-    (again,) = run("generate", "--from-image", path, "--expand", "my_painting:other", "--out", "b").out
+    (again,) = run("generate", "--from-image", path, "--out", "b").out
     assert recipe(again).drawn_prompt == "red heart"
+    refused = run("generate", "--from-image", path, "--expand", "my_painting:other", "--out", "c")
+    assert (refused.code, refused.out, len(refused.err)) == (2, [], 1)
+    assert "--expand and --from-image" in refused.err[0]
 
 
 def test_attention_words_are_those_of_the_revised_prompt(run, mine, knowing):

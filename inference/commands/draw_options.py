@@ -24,6 +24,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("--prompts is empty; give a file")
     if args.from_image is not None and args.prompts is not None:
         raise UserError("--from-image and --prompts: give one of them")
+    if args.from_image is not None and args.expand is not None and not args.prompt:
+        raise UserError("--expand and --from-image: a picture's own prompt is not expanded; give a "
+                        "caption beside it, or leave --expand out")
     if args.prompts is not None:
         _check_prompts_file(args)
     elif args.prompt or args.from_image is None:
