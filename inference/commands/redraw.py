@@ -67,11 +67,23 @@ def take_from(origin: Origin, args: argparse.Namespace) -> None:
     if args.weights is None:
         args.weights = first.extra.get("weights")
     if args.matcher is None and args.rerank_from is not None:
-        args.matcher = first.extra.get("matcher")
+        args.matcher = _matcher_of(origin)
     if args.model is None:
         args.model = _model_of(origin)
     elif args.model == first.model and args.revision is None:
         args.revision = first.extra.get("revision")
+
+
+def _matcher_of(origin: Origin) -> str:
+    """Return the folder of the matcher that chose a picture; a folder alone, as `_model_of`."""
+    matcher = origin.recipes[0].extra.get("matcher")
+    if matcher is None:
+        raise UserError(f"{origin.name}: its recipe names no matcher for --rerank-from; give one: "
+                        "--matcher DIR")
+    if not matcher or not Path(matcher).is_dir():
+        raise MissingFileError(f"{origin.name}: its matcher {matcher!r} is no folder here; say "
+                               "where it is: --matcher DIR")
+    return matcher
 
 
 def _model_of(origin: Origin) -> str | None:
