@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from inference.generation.batch import Request
+from inference.hooks.expansion import MAX_PROMPT_CHARACTERS
 from inference.sampling import SamplingParams
 from seq2seq import TextBatch, TextSource
 from tokenloom_common.errors import UserError, nearest_name
@@ -22,7 +23,6 @@ JSON_LINES = (".jsonl", ".ndjson")
 """Endings of prompts files with a JSON object a line."""
 OTHER_FORMATS = (".json", ".csv", ".tsv", ".yaml", ".yml")
 """Endings of files whose lines are no captions; as text they would be drawn as they stand."""
-MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = (1 << 63) - 1  # of the last image; noise keys are int64
 
 

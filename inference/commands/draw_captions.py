@@ -26,6 +26,7 @@ from inference.commands.redraw import (
     take_from,
     warn_of_other_model,
 )
+from inference.commands.request_checks import check_requests
 from inference.hooks.applied import Hooks
 from inference.image_files.recipe import Recipe
 from inference.picture_recipes import RecipeMaker
@@ -68,6 +69,7 @@ def draw_captions(args: argparse.Namespace, out: Path) -> int:
         warn_of_other_model(origin, maker.fingerprint)
     params = given_params(args, model.default_params, args.guidance)
     wanted = _requests(args, params, layout, prompt_lines, origin)
+    check_requests(model, wanted, args, prompt_lines, origin)
     hooks = load_hooks(args, safety, model, "tokenloom generate")
     allowed = hooked_requests(wanted, hooks, model)
     if not allowed:  # each refusal has been said

@@ -9,6 +9,9 @@ from typing import NamedTuple, Protocol
 
 from inference.hooks.user_code import HookFailedError, UserFunction
 
+MAX_PROMPT_CHARACTERS = 10_000
+"""Of a prompt that is drawn, as it was given or expanded."""
+
 
 class Expansion(NamedTuple):
     """A prompt to be drawn, and a note to the user why it is another one than they gave."""
@@ -37,7 +40,10 @@ class FunctionExpander:
 
 
 def checked_expansion(value: object, name: str) -> Expansion:
-    """Return what an expander returned as an Expansion. HookFailedError for anything but text."""
+    """Return what an expander returned as an Expansion.
+
+    HookFailedError for anything but text, and for more than MAX_PROMPT_CHARACTERS.
+    """
     expansion = Expansion(value) if isinstance(value, str) else value
     if not isinstance(expansion, Expansion):
         raise HookFailedError(f"{name}: must return text or an Expansion, returned "
@@ -48,4 +54,7 @@ def checked_expansion(value: object, name: str) -> Expansion:
                               f"{type(note).__name__}; both must be text, or the note None")
     if not prompt.strip():
         raise HookFailedError(f"{name}: returned empty text")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise HookFailedError(f"{name}: returned {len(prompt):,} characters, the limit is "
+                              f"{MAX_PROMPT_CHARACTERS:,}")
     return expansion
