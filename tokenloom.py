@@ -111,10 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         return run_command(_show_help, arguments, "tokenloom")
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"tokenloom {version('tokenloom')}")
-        return 0
+        return run_command(_show_version, arguments, "tokenloom")
 
     name, *rest = arguments
     if name not in COMMANDS:
@@ -128,6 +125,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(importlib.import_module(module), function)(arguments)
 
     return run_command(run, rest, f"tokenloom {name}")
+
+
+def _show_version(argv: Sequence[str] | None) -> int:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        print(f"tokenloom {version('tokenloom')}")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        print("tokenloom unknown (not installed)")
+    return 0
 
 
 def _show_help(argv: Sequence[str] | None) -> int:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def test_an_unknown_command_is_one_line_with_the_nearest_name(run, argv, words):
     assert len(shown.err) == 1
     assert shown.err[0].startswith("tokenloom: error: unknown command")
     assert words in shown.err[0]
+
+
+def test_the_version_of_a_checkout_that_is_not_installed_is_unknown(run, monkeypatch):
+    def not_there(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", not_there)
+    assert run("--version") == (0, ["tokenloom unknown (not installed)"], [])
 
 
 def test_no_command_shows_the_help_and_fails(run):
