@@ -107,6 +107,14 @@ def test_when_no_picture_is_readable_the_exit_code_is_2(run, folder, tmp_path):
     assert shown.err[-1] == f"tokenloom reconstruct: error: none of {len(bad)} pictures could be read"
 
 
+def test_a_folder_among_pictures_is_refused_before_any_is_drawn(run, folder, tmp_path):
+    (good,) = write(tmp_path / "in", {"cat": encode(photo(), "PNG")})
+    shown = run("reconstruct", good, tmp_path, "--model", folder, "--out", tmp_path / "out")
+    assert (shown.code, shown.out) == (2, [])
+    assert shown.err == [f"tokenloom reconstruct: error: {tmp_path}: not a file; give the picture itself"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_of_one_name_and_runs_after_one_another_never_overwrite(run, folder, tmp_path):
     paths = [write(tmp_path / name, {"cat": encode(photo(seed=seed), "PNG")})[0] for seed, name in enumerate("ab")]
     first = run("reconstruct", *paths, "--model", folder, "--out", tmp_path / "out")

@@ -47,6 +47,8 @@ def rebuild_pictures(args: argparse.Namespace, out: Path) -> int:
     for name in args.image:  # a wrong name is said before any picture is drawn
         if not Path(name).exists():
             raise MissingFileError(f"{name}: no such file")
+        if not Path(name).is_file():
+            raise UserError(f"{name}: not a file; give the picture itself")
     make_folder(out)
 
     failed = 0
