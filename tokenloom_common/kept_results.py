@@ -5,10 +5,13 @@ A file that cannot be read or written is the same as none: results are then foun
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,8 +31,8 @@ MOST_BYTES = 1 << 20
 class KeptResults:
     """JSON values by key in the file `name` of the cache folder.
 
-    Processes may write at the same time: the file is replaced whole, so that a reader sees one or
-    the other; of two results written in the same moment, one may be lost.
+    Processes may write at the same time: one after another, held by a lock file beside it. The file
+    is replaced whole, so that a reader, which does not wait, sees one or the other.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,16 +48,22 @@ class KeptResults:
         """Return the value of a key, None if there is none. A caller checks it: a user may edit."""
         return self._read().get(key)
 
-    def put(self, key: str, value: Any) -> None:
-        """Keep a value if the file can be written, and forget the oldest above MOST_RESULTS."""
+    def put(self, key: str, value: Any, may_replace: Callable[[Any], bool] | None = None) -> None:
+        """Keep a value if the file can be written, and forget the oldest above MOST_RESULTS.
+
+        may_replace: asked whether the value that is kept for the key may go; None: it may.
+        """
         path = self.path
         if path is None:
             return
-        results = self._read()
-        results.pop(key, None)  # the newest is last
-        results[key] = value
         try:
-            self._write(path, results)
+            with self._locked(path):
+                results = self._read()
+                if key in results and may_replace is not None and not may_replace(results[key]):
+                    return
+                results.pop(key, None)  # the newest is last
+                results[key] = value
+                self._write(path, results)
         except OSError as error:
             log.debug("%s: not kept (%s)", path, one_line(error))
 
@@ -64,11 +73,20 @@ class KeptResults:
         if path is None:
             raise UserError("no folder for caches; set XDG_CACHE_HOME to one")
         try:
-            self._write(path, self._read())
+            with self._locked(path):
+                self._write(path, self._read())
         except OSError as error:
             raise UserError(f"{path}: cannot be written to ({one_line(error)}); set XDG_CACHE_HOME "
                             "to a folder that can") from None
         return path
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """Let one process at a time read and write; the others wait, which takes a moment."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".{path.name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released by the system when the file is closed
+            yield
 
     def _write(self, path: Path, results: dict[str, Any]) -> None:
         newest = dict(list(results.items())[-MOST_RESULTS:])

@@ -39,14 +39,13 @@ def keep(key: str, choice: Any, thorough: bool) -> None:
 
     thorough: measured without a limit of time.
     """
-    if thorough or not is_thorough(key):
-        KEPT.put(key, {"choice": choice, "thorough": thorough})
+    may_replace = None if thorough else _is_hasty
+    KEPT.put(key, {"choice": choice, "thorough": thorough}, may_replace)
 
 
 def is_thorough(key: str) -> bool:
     """Whether a choice is kept that was measured without a limit of time."""
-    entry = KEPT.get(key)
-    return isinstance(entry, dict) and entry.get("thorough") is True
+    return not _is_hasty(KEPT.get(key))
 
 
 def kept_strategy(key: str) -> MatmulStrategy | None:
@@ -67,6 +66,10 @@ def kept_threads(key: str, most: int) -> int | None:
     choice = _kept(key)
     possible = type(choice) is int and 1 <= choice <= most
     return choice if possible else None
+
+
+def _is_hasty(entry: Any) -> bool:
+    return not isinstance(entry, dict) or entry.get("thorough") is not True
 
 
 def _kept(key: str) -> Any:
