@@ -119,11 +119,11 @@ def test_calibrate_prints_what_it_measures_and_keeps_it(folder, capsys, monkeypa
     assert shown.err == ""
     assert lines[0].startswith("processor: ")
     assert [line.split(": ")[1] for line in lines[1:3]] == ["too small for a choice"] * 2
-    assert [line.split(" rows:")[0] for line in lines[3:-1]] == [f"step of {rows:>2}" for rows in (1, 2, 4, 8, 16, 32)]
+    assert [line.split(" rows:")[0] for line in lines[3:-1]] == [f"step of {rows:>2}" for rows in (1, 2, 4, 8, 16, 32, 64)]
     assert all("1 thread " in line and "2 threads " in line and " ms -> " in line for line in lines[3:-1])
     assert lines[-1] == f"kept in {tmp_path / 'calibration.json'}"
     keys = json.loads((tmp_path / "calibration.json").read_text())["results"]
-    assert len(keys) == 6
+    assert len(keys) == 7
     assert all(is_thorough(key) for key in keys)
 
 
@@ -144,6 +144,30 @@ def test_calibrate_refuses_a_cache_that_cannot_be_written_before_the_model(capsy
     assert f"{tmp_path / 'file' / 'calibration.json'}: cannot be written to" in shown.err
     assert shown.err.count("\n") == 1
     assert KEPT.path is not None
+
+
+def test_an_empty_name_is_not_the_model_that_ships(capsys):
+    assert tokenloom.main(["calibrate", ""]) == 2
+    assert "the model's folder is an empty name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "rows"), [
+    (["octopus"], 2), (["octopus", "--num-images", 40], 64), (["octopus", "--num-images", 40, "--guidance", 1], 32),
+    (["octopus", "--num-images", 2, "--batch-size", 4], 4), (["--prompts", "p.txt", "--batch-size", 4], 4),
+    (["--prompts", "p.txt", "--batch-size", 16], 6), (["--prompts", "p.txt", "--batch-size", 16, "--guidance", 1], 3)])
+def test_threads_are_measured_for_the_rows_of_a_step(folder, monkeypatch, tmp_path, options, rows):
+    measured = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("octopus\na red heart\na blue heart\n")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    monkeypatch.setattr("inference.commands.options.thread_trial", lambda _, rows, most: measured.append(rows) or (None, ""))
+    monkeypatch.setattr("inference.decoder.calibration.fastest_threads", lambda *_: None)
+    monkeypatch.setattr("inference.commands.draw_captions.make_folder", lambda out: None)
+    monkeypatch.setattr("inference.commands.draw_captions._draw_each", lambda *_: True)
+    monkeypatch.setattr("inference.commands.draw_captions._draw_file", lambda *_: True)
+    assert tokenloom.main(["generate", "--model", str(folder), "--device", "cpu", *map(str, options)]) == 0
+    assert measured == [rows]
 
 
 def test_calibrate_names_a_folder_that_is_not_there(capsys):

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from inference.decoder.projection import Precision
     from inference.pipeline import TextToImage
 
-ROWS = (1, 2, 4, 8, 16, 32)  # of a step: the number of pictures, twice that with guidance
+# of a step: the number of pictures, twice that with guidance; up to the default batch with it
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def calibrate(argv: Sequence[str] | None = None) -> int:
     """Measure products and thread counts for a model, print them, and keep what is fastest."""
     args = _parser().parse_args(argv)
-    folder = args.model or default_model_folder()
+    folder = default_model_folder() if args.model is None else args.model
     place = KeptResults(CALIBRATION_NAME).check_writable()
 
     free = free_cores()

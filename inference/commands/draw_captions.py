@@ -134,12 +134,18 @@ def _set_threads(model: TextToImage, allowed: list[AskedRequest],
     """On the CPU, unless --threads is given, measure and set the fastest number of threads."""
     if device != "cpu" or args.threads is not None:
         return
-    # it depends on the rows of a step
-    drawn = args.rerank_from or args.num_images
-    if args.prompts is not None:
-        drawn = sum(one.request.num_images for one in allowed)
-    params = allowed[0].request.params or model.default_params
-    calibrate_threads(model, min(args.batch_size, drawn), params)
+    branches = []  # rows of one picture of each request
+    for one in allowed:
+        params = one.request.params or model.default_params
+        branches.append(1 if params.guidance_scale == 1 else 2)
+
+    if args.prompts is None:  # one request after another, in batches of pictures
+        rows = branches[0] * min(args.batch_size, args.rerank_from or args.num_images)
+    else:  # all requests in one batch of rows
+        needed = sum(count * one.request.num_images
+                     for count, one in zip(branches, allowed, strict=True))
+        rows = min(args.batch_size, needed)
+    calibrate_threads(model, rows)
 
 
 def _draw_each(model: TextToImage, allowed: list[AskedRequest], maker: RecipeMaker,

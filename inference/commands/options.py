@@ -98,15 +98,14 @@ def check_speed_options(args: argparse.Namespace) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), free_cores()))
 
 
-def calibrate_threads(model: TextToImage, images: int, params: SamplingParams) -> None:
-    """Set torch's threads, which are the most, to the fastest number for a step of these images."""
+def calibrate_threads(model: TextToImage, rows: int) -> None:
+    """Set torch's threads, which are the most, to the fastest number for a step of these rows."""
     import torch
 
     from inference.decoder.calibration import fastest_threads
 
     most = torch.get_num_threads()
     if most > 1:
-        rows = images if params.guidance_scale == 1 else 2 * images
         make_step, key = thread_trial(model, rows, most)
         fastest_threads(make_step, most, key)
 
