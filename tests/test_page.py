@@ -162,8 +162,10 @@ def test_a_seed_keeps_all_its_digits(page):
 
 def test_a_wrong_value_is_said_at_its_field_and_nothing_is_sent(page):
     page.type("#prompt", "cat")
+    page.type("#seed", "5")
     for name, value, says in [
-            ("count", "0", "A whole number, 1 to 8."), ("guidance", "", "A number is needed here."),
+            ("count", "0", "A whole number, 1 to 8."), ("count", "1.5", "A whole number, 1 to 8."),
+            ("guidance", "", "A number is needed here."),
             ("top_k", "1.5", "A whole number of at least 0."), ("top_p", "1.5", "A number, above 0, up to 1."),
             ("top_p", "0", "A number, above 0, up to 1."), ("seed", "-1", "A seed is a whole number"),
             ("seed", "9223372036854775800", "A seed is a whole number from 0 to"), ("prompt", "", "Say what")]:

@@ -25,9 +25,9 @@ export function newSeed() {
   return String(crypto.getRandomValues(new Uint32Array(1))[0]);
 }
 
-/** Whether a seed is one, also for the last of `count` pictures. */
+/** Whether a seed is one, also for the last of `count` pictures; a typed count may be a fraction. */
 export function isSeed(text, count) {
-  return /^\d{1,19}$/.test(text) && BigInt(text) + BigInt(Math.max(count, 1)) - 1n <= MAX_SEED;
+  return /^\d{1,19}$/.test(text) && BigInt(text) + BigInt(Math.max(Math.ceil(count), 1)) - 1n <= MAX_SEED;
 }
 
 /** Return guidance or temperature of each variation: nearest first, none equal to the settings. */
