@@ -21,6 +21,11 @@ export function newRun(settings) {
   return { settings, pictures };
 }
 
+/** Whether a picture is still to be drawn. */
+export function isOpen(picture) {
+  return picture.state !== "done";
+}
+
 export function newSeed() {
   return String(crypto.getRandomValues(new Uint32Array(1))[0]);
 }
@@ -57,7 +62,7 @@ export function variationsOf(settings) {
  * A picture that fails keeps its error; the others go on.
  */
 export async function drawRun(run, { signal, changed, waiting }) {
-  const open = run.pictures.filter((picture) => picture.state !== "done");
+  const open = run.pictures.filter(isOpen);
   for (const picture of open) {
     Object.assign(picture, { state: "waiting", error: null });
     changed(picture);

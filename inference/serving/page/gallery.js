@@ -59,10 +59,9 @@ export class Gallery {
     byId("history").replaceChildren(...this.runs.map((entry) => this.#entry(entry)));
   }
 
-  /** Return the remembered run with an address, if every picture of it was drawn. */
+  /** Return the remembered run with an address, or null. Some of its pictures may not be drawn yet. */
   find(address) {
-    const complete = (run) => run.pictures.every((picture) => picture.state === "done");
-    return this.runs.find((run) => run.address === address && complete(run)) ?? null;
+    return this.runs.find((run) => run.address === address) ?? null;
   }
 
   #tile(picture) {

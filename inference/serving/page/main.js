@@ -3,7 +3,7 @@
 import { fetchModels, setKey } from "./api.js";
 import { fromAddress, toAddress } from "./address.js";
 import { byId, element, hide } from "./dom.js";
-import { drawRun, newRun, newSeed } from "./drawing.js";
+import { drawRun, isOpen, newRun, newSeed } from "./drawing.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { LayoutEditor } from "./layout.js";
@@ -21,7 +21,7 @@ const gallery = new Gallery({ broughtBack: (run) => bringBack(run) });
 
 // ---- drawing
 
-/** Draw what the form holds; `changes` override it ("vary", a new seed). sameEntry: as `remember` has it. */
+/** Draw what the form holds; `changes` override it ("vary", a new seed). sameEntry: as `putAddress` has it. */
 async function draw(changes = {}, { sameEntry = false } = {}) {
   if (!await modelsKnown()) return;
   if (!form.check()) return;
@@ -29,16 +29,18 @@ async function draw(changes = {}, { sameEntry = false } = {}) {
   if (!settings.seed) settings.seed = newSeed();
   byId("seed").value = settings.seed;
 
-  const run = newRun(settings);
-  run.address = toAddress(settings);
-  const known = gallery.find(run.address);
+  const address = toAddress(settings);
+  if (current?.run.address === address) return;  // pressed twice
+  const known = gallery.find(address);
   if (known) {
     bringBack(known, { sameEntry });
-    say("The same words, seed and settings give the same pictures. Again draws with a new seed.");
+    if (known.pictures.some(isOpen)) await finish(known);
+    else say("The same words, seed and settings give the same pictures. Again draws with a new seed.");
     return;
   }
   stop();
-  remember(run.address, sameEntry);
+  const run = { ...newRun(settings), address };
+  putAddress(address, sameEntry);
   gallery.show(run);
   // on a phone the pictures are below the form
   if (matchMedia("(max-width: 899px)").matches) byId("output").scrollIntoView();
@@ -48,19 +50,20 @@ async function draw(changes = {}, { sameEntry = false } = {}) {
 /** Draw what is not yet drawn of a run, and say how it went. */
 async function finish(run) {
   const abort = new AbortController();
-  current = { run, abort };
+  const mine = { run, abort };
+  current = mine;
   clearMessage();
   showBusy(true);
   const changed = (picture) => {
     gallery.update(picture);
-    if (current?.run === run) say(progress(run));
+    if (current === mine) say(progress(run));
   };
   const waiting = (seconds, error) => {
-    if (current?.run === run) showWait(seconds, error);
+    if (current === mine) showWait(seconds, error);
   };
   await drawRun(run, { signal: abort.signal, changed, waiting });
   gallery.remember(run);
-  if (current?.run !== run) return;  // another one has begun
+  if (current !== mine) return;  // cancelled, or another one has begun
   current = null;
   showBusy(false);
   showWait(0);
@@ -93,13 +96,13 @@ function bringBack(run, { sameEntry = false } = {}) {
   stop();
   clearMessage();
   form.fill(run.settings);
-  remember(run.address, sameEntry);
+  putAddress(run.address, sameEntry);
   gallery.show(run);
   say("Brought back from this session.");
 }
 
 /** Put a run's address in place. sameEntry: no new entry for the Back button, when it was an address that led here. */
-function remember(address, sameEntry) {
+function putAddress(address, sameEntry) {
   document.title = `${byId("prompt").value.trim()} · Tokenloom`;
   if (location.hash === address) return;
   if (sameEntry) history.replaceState(null, "", address);

@@ -1,0 +1,40 @@
+"""Pressing Draw, Enter or Try again once more: nothing that is drawn or typed is thrown away."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.page_browser import Page
+from tests.page_server import Behaviour
+
+pytestmark = pytest.mark.long
+ENTER = "\ue007"
+
+
+def prompts(page: Page) -> list[str]:
+    return [str(body["prompt"]) for body in page.server.behaviour.requests]
+
+
+def test_pressing_draw_twice_goes_on_with_what_is_drawn(page):
+    page.server.behaviour.held = True
+    page.type("#prompt", "red cat")
+    page.keys(ENTER, ENTER, ENTER)
+    page.wait(lambda: "drawing" in page.states(), "the first part of a picture")
+    page.find("#draw").click()
+    page.server.behaviour.held = False
+    page.finished(4)
+    assert len(prompts(page)) == 4 and page.server.behaviour.cancelled == 0
+
+
+def test_drawing_after_a_cancel_draws_what_is_missing(page):
+    page.server.behaviour.failures = [(429, "the queue is full", {"retry_after": 60})]
+    page.type("#prompt", "red cat")
+    page.keys(ENTER)
+    page.wait(lambda: page.states().count("done") == 3, "three pictures")
+    page.find("#cancel").click()
+    page.wait(lambda: page.all("#history button"), "the history")
+    page.find("#draw").click()
+    page.wait(lambda: len(prompts(page)) > 4, "one more request")
+    page.finished(4)
+    page.told("All 4 pictures are finished.")
+    assert len(prompts(page)) == 5 and len(page.all("#history button")) == 1
