@@ -38,3 +38,15 @@ def test_drawing_after_a_cancel_draws_what_is_missing(page):
     page.finished(4)
     page.told("All 4 pictures are finished.")
     assert len(prompts(page)) == 5 and len(page.all("#history button")) == 1
+
+
+@pytest.mark.parametrize("address", ["", "#/?prompt=blue+dog&seed=5&count=2"])
+def test_trying_again_after_a_failed_start_draws_what_was_typed(page, address):
+    page.server.behaviour = Behaviour(models_failure=True)
+    page.open(address)
+    page.told("The server failed.")
+    page.type("#prompt", "red cat")
+    page.server.behaviour.models_failure = False
+    page.find("#message-again").click()
+    page.finished(4)
+    assert prompts(page) == ["red cat"] * 4

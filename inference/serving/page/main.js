@@ -141,11 +141,12 @@ function showError(error, run) {
   if (error.status === 401) askForKey(run);
 }
 
-/** Finish a run after an error, or, if there is none yet, do what the start could not. */
+/** Finish a run after an error. Without one, draw what was typed meanwhile, or else what the address says. */
 async function goOn(run) {
   clearMessage();
   if (!await modelsKnown()) return;
   if (run) await finish(run);
+  else if (byId("prompt").value.trim()) await draw();
   else await openAddress();
 }
 
