@@ -119,6 +119,24 @@ def test_the_key_is_asked_for_only_when_the_server_wants_one(page):
     assert "sesame" not in page.hash() and page.js("return localStorage.length") == 0
 
 
+def test_a_key_that_cannot_be_sent_is_said_at_its_field(page):
+    page.server.behaviour.key = "sesame"
+    start(page)
+    page.wait(lambda: page.find("#key").is_displayed(), "the field of the key")
+    sent = len(page.server.behaviour.keys)
+    for wrong in ("“sesame”", "open sesame", ""):
+        page.type("#key", wrong)
+        page.keys(ENTER)
+        page.reads("#key-error", "A key is letters, digits and signs")
+        assert page.js("return document.activeElement.id") == "key"
+        page.js("document.getElementById('key-error').textContent = ''")
+    assert len(page.server.behaviour.keys) == sent
+    page.type("#key", "sesame")
+    page.keys(ENTER)
+    page.finished(4)
+    assert page.find("#key").get_attribute("aria-invalid") == "false"
+
+
 def test_a_page_opened_without_the_key_draws_its_address_once_it_has_it(page):
     page.server.behaviour.key = "sesame"
     page.open("#/?prompt=red+cat&seed=5&count=2")

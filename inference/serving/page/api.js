@@ -17,12 +17,13 @@ export class ApiError extends Error {
 /** No answer at all, or one that broke off. */
 export class Unreachable extends Error {}
 
-export function setKey(key) {
-  sessionStorage.setItem(KEY, key);
+/** Whether a text can be a key: the server takes no others, and fetch() sends none above U+00FF. */
+export function isKey(text) {
+  return /^[\x21-\x7e]+$/.test(text);
 }
 
-export function hasKey() {
-  return Boolean(sessionStorage.getItem(KEY));
+export function setKey(key) {
+  sessionStorage.setItem(KEY, key);
 }
 
 /** Return the server's models as /v1/models lists them. */

@@ -1,6 +1,6 @@
 // Ties the page together: form -> address -> run -> gallery.
 
-import { fetchModels, setKey } from "./api.js";
+import { fetchModels, isKey, setKey } from "./api.js";
 import { fromAddress, toAddress } from "./address.js";
 import { byId, element, hide } from "./dom.js";
 import { drawRun, isOpen, newRun, newSeed } from "./drawing.js";
@@ -174,7 +174,15 @@ function askForKey(run) {
   byId("key-section").hidden = false;
   byId("key").focus();
   byId("use-key").onclick = () => {
-    setKey(byId("key").value.trim());
+    const key = byId("key").value.trim();
+    const sendable = isKey(key);
+    byId("key-error").textContent = sendable ? "" : "A key is letters, digits and signs of ASCII, without spaces.";
+    byId("key").setAttribute("aria-invalid", String(!sendable));
+    if (!sendable) {
+      byId("key").focus();
+      return;
+    }
+    setKey(key);
     hide(byId("key-section"), byId("prompt"));
     goOn(run);
   };
