@@ -4,6 +4,7 @@ import { fetchModels, isKey, setKey } from "./api.js";
 import { fromAddress, toAddress } from "./address.js";
 import { byId, element, hide } from "./dom.js";
 import { drawRun, isOpen, newRun, newSeed } from "./drawing.js";
+import { listenForFiles } from "./files.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { LayoutEditor } from "./layout.js";
@@ -204,28 +205,6 @@ async function fillFromFile(file) {
   }
 }
 
-function listenForFiles() {
-  byId("recipe-file").addEventListener("change", async ({ target }) => {
-    await fillFromFile(target.files[0]);
-    target.value = "";  // the same file may be chosen again
-  });
-  const hasFile = (event) => event.dataTransfer?.types.includes("Files");
-  addEventListener("dragover", (event) => {
-    if (!hasFile(event)) return;
-    event.preventDefault();
-    byId("drop-veil").hidden = false;
-  });
-  addEventListener("dragleave", (event) => {
-    if (event.relatedTarget === null) byId("drop-veil").hidden = true;
-  });
-  addEventListener("drop", (event) => {
-    if (!hasFile(event)) return;
-    event.preventDefault();
-    byId("drop-veil").hidden = true;
-    fillFromFile(event.dataTransfer.files[0]);
-  });
-}
-
 // ---- start
 
 /** Return whether the models are known; asks the server again if it did not say. */
@@ -294,6 +273,6 @@ for (const text of EXAMPLES) {
 }
 byId("settings").open = matchMedia("(min-width: 900px)").matches;
 listen();
-listenForFiles();
+listenForFiles(fillFromFile);
 await modelsKnown();
 await openAddress();
