@@ -25,6 +25,8 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from inference.serving.errors import ApiError
+
 PAGE = Path(__file__).resolve().parents[1] / "inference" / "serving" / "page"
 SECURITY = {"Content-Security-Policy":
             "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
@@ -48,7 +50,7 @@ class Behaviour:
     note: str | None = None
     forget: bool = False  # the words of pictures
     models_failure: bool = False
-    late_error: str | None = None  # of a stream, in place of the whole picture
+    late_error: ApiError | None = None  # of a stream, in place of the whole picture
     keys: list[str | None] = field(default_factory=list)
     cut: bool = False  # the stream ends before its picture does
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -107,8 +109,8 @@ class PageServer:
                 if whole and self.behaviour.cut:
                     return
                 if whole and self.behaviour.late_error:
-                    error = {"message": self.behaviour.late_error, "type": "image_generation_user_error"}
-                    yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n"
+                    event = {"type": "error", **self.behaviour.late_error.body()}
+                    yield f"event: error\ndata: {json.dumps(event)}\n\n"
                     return
                 kind = "completed" if whole else "partial_image"
                 data = {"type": f"image_generation.{kind}", "b64_json": _base64(picture(body, step / STEPS))}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from inference.serving.errors import as_api_error, refused, too_late
 from tests.page_browser import Page
 from tests.page_server import Behaviour
+from tokenloom_common.errors import UserError
 
 pytestmark = pytest.mark.long
 ENTER = "\ue007"
@@ -93,11 +95,18 @@ def test_a_stream_that_breaks_off_is_no_finished_picture(page):
     assert not page.find("#download").is_displayed()
 
 
-def test_an_error_within_a_stream_is_said(page):
-    page.server.behaviour.late_error = "the safety filter refused the images of seeds 3 (nudity)"
+@pytest.mark.parametrize(("error", "says", "again"), [
+    (refused("the safety filter refused the images of seeds 3 (nudity)"),
+     "Not drawn. The safety filter refused the images of seeds 3 (nudity).", False),
+    (too_late(120), "Drawing took longer than the server allows. Not finished within 120 s", True),
+    (as_api_error(UserError("the layout does not fit")), "Not drawn. The layout does not fit.", False),
+    (as_api_error(RuntimeError("a bug")), "The server failed. The server failed; its log has the reason", True)])
+def test_an_error_within_a_stream_is_said_as_that_of_a_reply(page, error, says, again):
+    page.server.behaviour.late_error = error
     start(page)
-    page.told("The safety filter refused the images of seeds 3 (nudity).")
-    assert set(page.states()) == {"failed"}
+    page.told(says)
+    assert page.text("#message-text").startswith(says)
+    assert set(page.states()) == {"failed"} and page.find("#message-again").is_displayed() == again
 
 
 def test_the_key_is_asked_for_only_when_the_server_wants_one(page):

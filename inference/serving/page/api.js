@@ -2,6 +2,11 @@
 
 const KEY = "tokenloom-key";
 const BUSY = new Set([429, 503]);
+/** Code of an error within a stream -> its status as a reply (inference/serving/errors.py); others are 500. */
+const STATUS_OF_CODE = {
+  moderation_blocked: 400, invalid_value: 400, bad_request: 400,
+  unavailable: 503, shutting_down: 503, deadline_exceeded: 504,
+};
 
 /** An answer of the server other than success, with what OpenAI's error bodies say. */
 export class ApiError extends Error {
@@ -50,7 +55,7 @@ export async function streamPicture(body, { signal, onPartial }) {
 
   let finished = null;
   for await (const event of serverEvents(response)) {
-    if (event.error) throw new ApiError(event.error.status ?? 500, event.error);
+    if (event.error) throw new ApiError(STATUS_OF_CODE[event.error.code] ?? 500, event.error);
     if (event.type === "image_generation.partial_image") {
       onPartial(decodeBase64(event.b64_json));
     } else if (event.type === "image_generation.completed") {
