@@ -181,3 +181,24 @@ def test_the_focus_is_not_lost_when_what_has_it_disappears(page):
     page.keys(ENTER)
     page.finished(4)
     assert page.js("return document.activeElement.id") == "draw"
+
+
+def test_more_like_this_leaves_the_focus_on_the_selected_picture(page):
+    start(page)
+    page.finished(4)
+    page.js("document.getElementById('like').focus()")
+    page.keys(ENTER)
+    page.finished(4)
+    assert page.js("return document.activeElement === document.querySelector('#grid [aria-pressed=true]')")
+
+
+def test_the_focus_stays_on_a_run_when_another_joins_the_history(page):
+    page.draw("blue dog")
+    page.server.behaviour.failures = [(429, "the queue is full", {"retry_after": 60})]
+    page.type("#prompt", "red cat")
+    page.keys(ENTER)
+    page.wait(lambda: page.states().count("done") == 3, "three pictures")
+    page.js("document.querySelector('#history button').focus()")
+    page.keys(ENTER)  # ends the other run, which joins the history
+    page.wait(lambda: len(page.all("#history button")) == 2, "the other run")
+    assert "blue dog" in page.js("return document.activeElement.ariaLabel ?? ''")

@@ -1,6 +1,6 @@
 // Shows a run: its pictures in a grid, the selected one large with its words, tools and recipe; and earlier runs.
 
-import { byId, element, moveWithArrows, singleTabStop } from "./dom.js";
+import { byId, element, hide, moveWithArrows, singleTabStop } from "./dom.js";
 import { WordLine } from "./word_line.js";
 
 const MAX_RUNS = 60;  // what the history keeps: pictures stay in memory
@@ -10,6 +10,7 @@ export class Gallery {
   constructor({ broughtBack }) {
     this.run = null;
     this.runs = [];
+    this.entries = new Map();  // element of the history -> its run
     this.selected = null;
     this.broughtBack = broughtBack;
     this.words = new WordLine(byId("stage-picture"));
@@ -55,8 +56,20 @@ export class Gallery {
     for (const forgotten of this.runs.splice(MAX_RUNS)) {
       forgotten.pictures.forEach((picture) => URL.revokeObjectURL(picture.url));
     }
+    this.#showHistory();
+  }
+
+  /** Make the history anew; a focus on a run stays on it. */
+  #showHistory() {
+    const focused = document.activeElement.closest("#history li");
+    const run = this.entries.get(focused);
+    this.entries = new Map(this.runs.map((entry) => [this.#entry(entry), entry]));
     byId("history-section").hidden = false;
-    byId("history").replaceChildren(...this.runs.map((entry) => this.#entry(entry)));
+    byId("history").replaceChildren(...this.entries.keys());
+    if (!run) return;
+    // the last one in place of one that is forgotten
+    const next = [...this.entries.keys()].at(this.runs.indexOf(run));
+    next.firstChild.focus({ preventScroll: true });
   }
 
   /** Return the remembered run with an address, or null. Some of its pictures may not be drawn yet. */
@@ -88,7 +101,8 @@ export class Gallery {
     const done = picture.state === "done";
     byId("stage").hidden = false;
     showState(byId("stage"), picture);
-    byId("tools").hidden = !done;
+    if (done) byId("tools").hidden = false;
+    else hide(byId("tools"), byId("grid").children[this.run.pictures.indexOf(picture)].firstChild);
     if (done) {
       byId("download").href = picture.url;
       byId("download").download = fileName(picture);
