@@ -146,7 +146,7 @@ class PageServer:
 
 
 def picture(body: dict[str, Any], share: float, **values: Any) -> bytes:
-    """Return a PNG whose upper `share` is drawn, with the request and `values` as its recipe."""
+    """Return a PNG whose upper `share` is drawn; its recipe is the request and `values`, without what is None."""
     seed = int(body["seed"])
     image = Image.new("RGB", (32, 32), (90, 90, 90))
     pen = ImageDraw.Draw(image)
@@ -155,7 +155,8 @@ def picture(body: dict[str, Any], share: float, **values: Any) -> bytes:
     info = PngInfo()
     recipe = {"prompt": body["prompt"], "seed": seed, "negative_prompt": body.get("negative_prompt"),
               **{name: body[name] for name in SAMPLING}, "model": body["model"], **values}
-    info.add_itxt("tokenloom", json.dumps(recipe, ensure_ascii=False))
+    given = {name: value for name, value in recipe.items() if value is not None}
+    info.add_itxt("tokenloom", json.dumps(given, ensure_ascii=False))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

@@ -309,6 +309,8 @@ def test_a_file_without_a_recipe_is_said_and_the_form_stays(page, content, says,
 
 @pytest.mark.parametrize(("values", "says"), [
     ({"model_fingerprint": "other"}, "another model (small)"), ({"min_p": 0.2}, "another min p"),
+    ({"model_fingerprint": "other", "model": None}, "another model (the one that ships with Tokenloom)"),
+    ({"model": "gone"}, "There is no model “gone” here: “small” draws instead."),
     ({"weights": "int8"}, "another weights")])
 def test_a_recipe_that_will_give_another_picture_is_said(page, values, says, tmp_path):
     file = tmp_path / "bird.png"

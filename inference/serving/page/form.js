@@ -42,8 +42,12 @@ export class Form {
   /** Fill in what `settings` names. Return notes about what could not be taken over. */
   fill(settings) {
     const notes = [];
-    if (this.models.has(settings.model)) byId("model").value = settings.model;
+    const named = this.#served(settings);
+    if (named !== null) byId("model").value = named;
     this.#useModel();
+    // where there is a fingerprint, it says more than the name does
+    const missing = settings.model && named === null && !settings.drawnBy?.model_fingerprint;
+    if (missing) notes.push(`There is no model “${settings.model}” here: “${byId("model").value}” draws instead.`);
     if (settings.drawnBy) notes.push(...this.#differences(settings.drawnBy));
     for (const name of FIELDS) {
       if (settings[name] !== undefined && settings[name] !== "") byId(name).value = settings[name];
@@ -56,12 +60,25 @@ export class Form {
     return notes;
   }
 
+  /** Return the served model that settings name, or null: by its fingerprint, or else by its name. */
+  #served({ model, drawnBy }) {
+    const fingerprint = drawnBy?.model_fingerprint;
+    const ids = [...this.models.keys()];
+    // a recipe of the shipped model names none, and a name may be a folder's elsewhere
+    const same = ids.filter((id) => fingerprint && this.models.get(id).fingerprint === fingerprint);
+    if (same.length > 0) return same.includes(model) ? model : same[0];
+    return this.models.has(model) ? model : null;
+  }
+
   /** Say why the chosen model will draw another picture than the recipe's. */
   #differences(recipe) {
     const chosen = byId("model").value;
     const model = this.models.get(chosen) ?? {};
     const other = recipe.model_fingerprint && model.fingerprint && recipe.model_fingerprint !== model.fingerprint;
-    if (other) return [`It was drawn by another model (${recipe.model}): “${chosen}” will draw another picture.`];
+    if (other) {
+      const name = recipe.model ?? "the one that ships with Tokenloom";
+      return [`It was drawn by another model (${name}): “${chosen}” will draw another picture.`];
+    }
     const differing = NOT_IN_FORM.filter((name) => {
       const own = model.sampling?.[name] ?? (name === "weights" ? model.weights : undefined);
       return recipe[name] !== undefined && own !== undefined && recipe[name] !== own;
