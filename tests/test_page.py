@@ -248,6 +248,10 @@ def test_words_that_the_server_has_forgotten_are_said(page):
     page.server.behaviour.forget = True
     page.draw("red cat")
     page.reads("#words-hint", "no longer keeps")
+    page.server.behaviour.forget = False
+    page.find("#draw").click()  # as the hint says
+    page.wait(lambda: len(page.all("#words button")) == 2, "words")
+    assert len(asked(page)) == 5 and page.states() == ["done"] * 4
 
 
 # ---- history and files

@@ -15,15 +15,15 @@ export function newRun(settings) {
     const seed = settings.vary ? settings.seed : String(BigInt(settings.seed) + BigInt(index));
     pictures.push({
       ...settings, ...variations[index], seed, index, state: "waiting", bytes: null, url: null, id: null,
-      revisedPrompt: null, note: null, words: null, error: null,
+      revisedPrompt: null, note: null, words: null, forgotten: false, error: null,
     });
   }
   return { settings, pictures };
 }
 
-/** Whether a picture is still to be drawn. */
+/** Whether a picture is still to be drawn, or again, as the server has forgotten what its words painted. */
 export function isOpen(picture) {
-  return picture.state !== "done";
+  return picture.state !== "done" || picture.forgotten;
 }
 
 export function newSeed() {
@@ -64,7 +64,7 @@ export function variationsOf(settings) {
 export async function drawRun(run, { signal, changed, waiting }) {
   const open = run.pictures.filter(isOpen);
   for (const picture of open) {
-    Object.assign(picture, { state: "waiting", error: null });
+    Object.assign(picture, { state: "waiting", error: null, forgotten: false, words: null });
     changed(picture);
   }
   const waits = new Map();  // picture -> seconds: the longest is told

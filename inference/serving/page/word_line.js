@@ -36,8 +36,9 @@ export class WordLine {
       singleTabStop(byId("words"));
       byId("words-hint").textContent = words.length > 0 ? HINT : "";
     } catch (error) {
+      picture.forgotten = error.status === 404;
       if (this.picture !== picture) return;
-      byId("words-hint").textContent = error.status === 404
+      byId("words-hint").textContent = picture.forgotten
         ? "The server no longer keeps what the words painted; draw the picture again to see it."
         : `What the words painted cannot be shown: ${error.message}.`;
     }
