@@ -38,6 +38,11 @@ function contrast(first, second) {
   return (high + 0.05) / (low + 0.05);
 }
 
+function ring(element) {
+  const { outlineStyle, outlineWidth, outlineColor, outlineOffset } = getComputedStyle(element);
+  return [outlineStyle, outlineWidth, outlineColor, outlineOffset].join(" ");
+}
+
 const checks = {
   text_contrast() {
     const findings = [];
@@ -123,6 +128,10 @@ const checks = {
     const box = element.getBoundingClientRect();
     const findings = [];
     if (style.outlineStyle === "none" || parseFloat(style.outlineWidth) < 2) findings.push(`no ring: ${nameOf(element)}`);
+    const focused = ring(element);
+    element.blur();
+    if (ring(element) === focused) findings.push(`looks the same without the focus: ${nameOf(element)}`);
+    element.focus({ focusVisible: true });
     if (ratio < 3) findings.push(`faint ring (${ratio.toFixed(2)}): ${nameOf(element)}`);
     if (box.bottom < 0 || box.top > innerHeight) findings.push(`out of sight: ${nameOf(element)}`);
     return findings;
