@@ -14,7 +14,7 @@ export function newRun(settings) {
   for (let index = 0; index < Number(settings.count); index++) {
     const seed = settings.vary ? settings.seed : String(BigInt(settings.seed) + BigInt(index));
     pictures.push({
-      ...settings, ...variations[index], seed, index, state: "waiting", bytes: null, url: null, id: null,
+      ...settings, ...variations[index], seed, index, state: "waiting", url: null, id: null,
       revisedPrompt: null, note: null, words: null, forgotten: false, error: null,
     });
   }
@@ -89,9 +89,10 @@ async function drawPicture(picture, { signal, changed, waiting }) {
     changed(picture);
   };
   try {
-    const drawn = await untilFree(() => streamPicture(bodyOf(picture), { signal, onPartial }), signal, waiting);
+    const { bytes, ...drawn } = await untilFree(
+      () => streamPicture(bodyOf(picture), { signal, onPartial }), signal, waiting);
     Object.assign(picture, { ...drawn, state: "done" });
-    showBytes(picture, drawn.bytes);
+    showBytes(picture, bytes);  // the URL holds them
   } catch (error) {
     Object.assign(picture, { state: error.name === "AbortError" ? "cancelled" : "failed", error });
   }
@@ -129,8 +130,14 @@ function pause(milliseconds, signal) {
   });
 }
 
-function showBytes(picture, bytes) {
+/** Let go of what a picture shows. */
+export function release(picture) {
   if (picture.url) URL.revokeObjectURL(picture.url);
+  picture.url = null;
+}
+
+function showBytes(picture, bytes) {
+  release(picture);
   picture.url = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
 }
 

@@ -1,6 +1,7 @@
 // Shows a run: its pictures in a grid, the selected one large with its words, tools and recipe; and earlier runs.
 
 import { byId, element, hide, moveWithArrows, singleTabStop } from "./dom.js";
+import { release } from "./drawing.js";
 import { WordLine } from "./word_line.js";
 
 const MAX_RUNS = 60;  // what the history keeps: pictures stay in memory
@@ -19,6 +20,9 @@ export class Gallery {
 
   /** Show a run in place of the one before. */
   show(run) {
+    // a run that was ended before a picture was finished is not kept
+    const leaves = this.run !== null && this.run !== run && !isKept(this.run);
+    if (leaves) this.run.pictures.forEach(release);
     this.run = run;
     this.selected = null;
     byId("empty").hidden = true;
@@ -51,11 +55,12 @@ export class Gallery {
 
   /** Add the run that is shown to the history, or redraw its entry. */
   remember(run) {
-    if (!run.pictures.some((picture) => picture.state === "done")) return;
-    this.runs = [run, ...this.runs.filter((other) => other !== run)];
-    for (const forgotten of this.runs.splice(MAX_RUNS)) {
-      forgotten.pictures.forEach((picture) => URL.revokeObjectURL(picture.url));
+    if (!isKept(run)) {
+      if (run !== this.run) run.pictures.forEach(release);
+      return;
     }
+    this.runs = [run, ...this.runs.filter((other) => other !== run)];
+    for (const forgotten of this.runs.splice(MAX_RUNS)) forgotten.pictures.forEach(release);
     this.#showHistory();
   }
 
@@ -112,6 +117,10 @@ export class Gallery {
     byId("facts").replaceChildren(...factsOf(picture));
     this.words.show(picture);
   }
+}
+
+function isKept(run) {
+  return run.pictures.some((picture) => picture.state === "done");
 }
 
 function showState(holder, picture) {
