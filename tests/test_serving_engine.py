@@ -204,6 +204,24 @@ def test_draining_finishes_what_is_there_and_refuses_more(folder):
         engine.submit(ask())
 
 
+def test_a_job_that_came_just_before_the_end_is_drawn(folder):
+    engine = make_engine(folder)
+    jobs, step = [], engine.step
+
+    def step_and_submit() -> bool:
+        more = step()
+        if not more and not jobs:  # between the thread's last step and its end
+            jobs.append(engine.submit(ask()))
+            engine._closed = "the server is shutting down"
+        return more
+
+    engine.step = step_and_submit
+    engine.start()
+    engine._thread.join(60)
+    assert not engine.healthy
+    assert len(finished(jobs[0])) == 1
+
+
 def test_what_is_not_done_when_draining_ends_fails_with_a_reason(folder):
     clock = Clock()
     engine = make_engine(folder, rows=2, clock=clock)

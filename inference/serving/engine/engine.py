@@ -181,7 +181,8 @@ class Engine:
                 if self.step():
                     continue
                 with self._changed:
-                    if self._closed:
+                    # a job that came after the step was taken, and is drawn
+                    if self._closed and not self._has_work():
                         return
                     self._changed.wait_for(lambda: self._awake)
         except BaseException:  # nobody else would hear of it
@@ -202,7 +203,10 @@ class Engine:
         if batch is not None:
             self._draw(batch)
         with self._changed:
-            return bool(self._queue or self._running or len(self._questions))
+            return self._has_work()
+
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._running or len(self._questions))
 
     def _open_jobs(self) -> list[Job]:
         with self._changed:
