@@ -199,13 +199,17 @@ class Generations:
             drawing.partials = True
             metrics.first_partial_seconds.observe(seconds)
         elif isinstance(event, Failed):
-            raise self._failure(event)
+            raise self._failure(drawing, event)
 
-    def _failure(self, event: Failed) -> Exception:
+    def _failure(self, drawing: Drawing, event: Failed) -> Exception:
         if event.kind == "deadline":
             return too_late(self.service.limits.deadline)
         if event.kind == "shutdown":
             return draining()
+        if event.kind == "invalid":
+            # either text may be the one that the model cannot read
+            param = "prompt" if drawing.asked.negative_prompt is None else None
+            return ApiError(400, event.reason, param, "invalid_value")
         return event.error()
 
     async def _passes(self, drawing: Drawing, event: Finished) -> bool:

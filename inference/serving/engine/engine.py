@@ -33,7 +33,7 @@ from inference.serving.engine.kept_images import KeptImage, KeptImages, WordQues
 from inference.serving.engine.loaded_models import LoadedModels, names_of
 from inference.serving.engine.models import Models
 from inference.serving.engine.requests import check_request
-from tokenloom_common.errors import one_line
+from tokenloom_common.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +260,11 @@ class Engine:
                 self._end([job], one_line(error), "error")
 
     def _admit(self, job: Job, batch: ModelBatch) -> None:
-        batch.admit(job)
+        try:
+            batch.admit(job)
+        except UserError as error:  # not logged: it may quote the prompt
+            self._end([job], one_line(error), "invalid")
+            return
         with self._changed:
             self._queue.remove(job)
             self._running[job] = batch

@@ -21,9 +21,9 @@ from inference.requests import PromptRequest
 from inference.sampling import SamplingParams
 from tokenloom_common.errors import RunFailedError, UserError
 
-FailureKind = Literal["cancelled", "deadline", "shutdown", "error"]
+FailureKind = Literal["cancelled", "deadline", "shutdown", "invalid", "error"]
 """Why an image was not drawn: cancelled by the caller; not done by the deadline; the server stops;
-anything else (out of memory, a damaged model)."""
+a prompt that the model cannot read; anything else (out of memory, a damaged model)."""
 MAX_PARTIAL_IMAGES = 3
 
 
