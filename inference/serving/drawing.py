@@ -71,9 +71,11 @@ class Drawing:
     def note(self) -> str | None:
         """Notes about the prompt that a person is shown."""
         notes = [self.prepared.note] if self.prepared.note else []
-        if self.text_tokens >= self.described["text_length"]:
-            notes.append(f"the prompt fills all {self.described['text_length']} text tokens that "
-                         "this model reads; what is beyond them is not drawn")
+        length = self.described["text_length"]
+        # 1: a class, which always fills it
+        if length > 1 and self.text_tokens >= length:
+            notes.append(f"the prompt fills all {length} text tokens that this model reads; what "
+                         "is beyond them is not drawn")
         return "; ".join(notes) or None
 
     def refusal(self) -> ApiError:
