@@ -64,6 +64,12 @@ def own_settings() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread() -> None:
+    """Compute on one thread: sums of more are rounded in another way. `own_settings` takes it back."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def only_process_group() -> Iterator[tuple[Processes, dict[str, str]]]:
     """DeepSpeed keeps global state of the first process group it sees: there is one for all tests, with its environment."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from inference.serving.service import Service
 from tests.fake_engine import FakeEngine
 
 KEY = "0123456789abcdef0123456789abcdef"
+ROUTE = "/v1/images/generations"
 
 
 class Running:
@@ -63,3 +65,32 @@ def wait_for(condition: Any, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.002)
+
+
+# ---- requests by their bytes
+
+def send(port: int, content: bytes) -> socket.socket:
+    """Return a connection of its own on which these bytes were sent."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.sendall(content)
+    return connection
+
+
+def request_bytes(body: dict, extra: str = "") -> bytes:
+    """Return a generation request. extra: lines of its head."""
+    content = json.dumps(body).encode()
+    head = (f"POST {ROUTE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{extra}"
+            f"Content-Length: {len(content)}\r\n\r\n")
+    return head.encode() + content
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """Return all that comes until the server closes the connection."""
+    parts = []
+    try:
+        while part := connection.recv(65_536):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    connection.close()
+    return b"".join(parts)

@@ -18,13 +18,7 @@ from tests import tiny
 from tests.decoder_shapes import SHAPES, build
 from tests.scheduling import KINDS, PLAIN, check_equal, job
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

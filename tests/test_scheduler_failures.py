@@ -15,13 +15,7 @@ from tests.decoder_shapes import build
 from tests.scheduling import KINDS, PLAIN, alone, check_equal, job
 from tokenloom_common.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,9 @@ from inference.serving.page_files import PAGE, read_page
 from inference.serving.routes import GuardedRoute
 from inference.serving.service import Service
 from tests.fake_engine import FakeEngine
-from tests.serving_http import KEY, running, wait_for
+from tests.serving_http import KEY, ROUTE, running, send, until_closed, wait_for
 
 PUBLIC = {"/health", "/", "/page/{name:path}"}
-ROUTE = "/v1/images/generations"
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +61,10 @@ def test_every_route_but_the_public_ones_needs_the_key(server, path):
                                   "/v1/models?x=/health", "/v1/models#/health"])
 def test_no_spelling_of_a_path_gets_around_the_key(server, path):
     sent = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    reply = raw(server.port, sent)
+    reply = until_closed(send(server.port, sent.encode()))
     # a model's name is never said, and nothing but a public route answers
     assert b"fake" not in reply
     assert reply.split()[1] in (b"401", b"404")
-
-
-def raw(port: int, text: str) -> bytes:
-    import socket
-
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(text.encode())
-        parts = []
-        while part := connection.recv(65_536):
-            parts.append(part)
-    return b"".join(parts)
 
 
 def test_a_key_is_not_kept_in_words():
@@ -162,7 +150,8 @@ def test_the_page_is_served_with_its_types_and_kept_by_browsers(server):
 @pytest.mark.parametrize("name", [
     "../app.py", "..%2fapp.py", "%2e%2e/app.py", "/etc/passwd", "....//app.py", "page.css%00", ".", "", "..\\app.py"])
 def test_only_the_pages_own_files_are_served(server, name):
-    assert raw(server.port, f"GET /page/{name} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").split()[1] == b"404"
+    sent = f"GET /page/{name} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert until_closed(send(server.port, sent.encode())).split()[1] == b"404"
 
 
 def test_files_of_other_kinds_are_not_part_of_the_page(tmp_path):

@@ -13,9 +13,8 @@ import pytest
 from inference.serving import images
 from inference.serving.limits import Limits
 from tests.fake_engine import FakeEngine
-from tests.serving_http import running, wait_for
+from tests.serving_http import ROUTE, request_bytes, running, send, until_closed, wait_for
 
-ROUTE = "/v1/images/generations"
 ASKED = {"prompt": "a red heart", "seed": 1}
 
 
@@ -24,32 +23,6 @@ def server():
     """Jobs wait until a test plays them."""
     with running(FakeEngine(plays=False)) as one:
         yield one
-
-
-def send(port: int, content: bytes) -> socket.socket:
-    """A connection of its own on which these bytes were sent."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-    connection.sendall(content)
-    return connection
-
-
-def request_bytes(body: dict, extra: str = "") -> bytes:
-    content = json.dumps(body).encode()
-    head = (f"POST {ROUTE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{extra}"
-            f"Content-Length: {len(content)}\r\n\r\n")
-    return head.encode() + content
-
-
-def until_closed(connection: socket.socket) -> bytes:
-    """All that comes until the server closes the connection."""
-    parts = []
-    try:
-        while part := connection.recv(65_536):
-            parts.append(part)
-    except ConnectionResetError:
-        pass
-    connection.close()
-    return b"".join(parts)
 
 
 def error_of(reply: bytes) -> tuple[int, dict]:
@@ -88,7 +61,7 @@ def test_what_is_no_http_is_answered_in_the_same_shape(server):
 
 # ---- queue and deadline
 
-def test_a_full_queue_is_429_with_the_time_to_wait(monkeypatch):
+def test_a_full_queue_is_429_with_the_time_to_wait():
     with running(FakeEngine(plays=False, queue=2)) as server:
         waiting = [send(server.port, request_bytes(ASKED)) for _ in range(2)]
         wait_for(lambda: len(server.engine.waiting) == 2)

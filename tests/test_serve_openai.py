@@ -16,9 +16,7 @@ from inference.image_files.read import read_recipe
 from inference.serving.auth import ApiKey
 from inference.serving.limits import Limits
 from tests.fake_engine import FakeEngine
-from tests.serving_http import KEY, running, wait_for
-
-ROUTE = "/v1/images/generations"
+from tests.serving_http import KEY, ROUTE, running, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,7 @@ from tests import tiny
 from tests.serving_engine import PLAIN, Clock, ask, failed, finished, make_engine, run
 from tokenloom_common.errors import MissingFileError, UserError
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
