@@ -6,18 +6,23 @@ import io
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from starlette.routing import Route
 
 from inference.serving.app import build_app
 from inference.serving.auth import ApiKey, is_loopback
-from inference.serving.logs import SAYS_PROMPTS, start_logging
+from inference.serving.engine import Overloaded
+from inference.serving.logs import SAY_PROMPTS, start_logging
 from inference.serving.page_files import PAGE, read_page
 from inference.serving.routes import GuardedRoute
 from inference.serving.service import Service
+from seq2seq import BPETokenizer, BPETokenizerConfig, FrozenTextEncoder
+from tests import tiny
 from tests.fake_engine import FakeEngine
 from tests.serving_http import KEY, ROUTE, running, send, until_closed, wait_for
+from tests.test_bpe_tokenizer import bpe_files
 
 PUBLIC = {"/health", "/", "/page/{name:path}"}
 
@@ -131,7 +136,18 @@ def test_words_of_an_image_that_is_kept(server):
     reply = server.http.get("/v1/images/image-7/words", headers=bearer(KEY))
     assert reply.json() == {"words": [{"word": "a", "start": 0, "end": 1, "weights": [[0.5] * 4] * 4}]}
     reply = server.http.get("/v1/images/nope/words", headers=bearer(KEY))
-    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "image_not_found")
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (404, "image_not_found", "image")
+
+
+def test_words_that_there_is_no_room_for_say_why(server, monkeypatch):
+    def words(image_id: str):
+        raise Overloaded(2.5, "the image's model does not fit")
+
+    monkeypatch.setattr(server.engine, "words", words)
+    reply = server.http.get("/v1/images/image-7/words", headers=bearer(KEY))
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "3")
+    assert reply.json()["error"]["message"] == "the image's model does not fit; try again in 3 s"
 
 
 # ---- the page's files
@@ -167,7 +183,7 @@ def test_files_of_other_kinds_are_not_part_of_the_page(tmp_path):
 def logged():
     """Lines of the log."""
     stream = io.StringIO()
-    loggers = [logging.getLogger(name) for name in ("", "inference.serving", "uvicorn.error", SAYS_PROMPTS)]
+    loggers = [logging.getLogger(name) for name in ("", "inference.serving", "uvicorn.error", *SAY_PROMPTS)]
     kept = [(logger.handlers, logger.level) for logger in loggers]
     start_logging(stream=stream)
 
@@ -194,11 +210,19 @@ def test_a_log_line_says_everything_but_the_prompt(server, logged):
     assert len(line["user"]) == 16
 
 
-def test_what_is_longer_than_the_model_reads_is_said_in_the_reply_and_not_in_the_log(logged):
-    from tests import tiny
+def bpe_source(folder: Path) -> BPETokenizer:
+    files = bpe_files(folder)
+    config = BPETokenizerConfig(vocab_size=400, text_length=12)
+    return BPETokenizer.from_files(files / "vocab.json", files / "merges.txt", config)
 
-    tokenizer = tiny.text_tokenizer()
-    tokenizer.encode(["my secret " * 50])
+
+def frozen_source(folder: Path) -> FrozenTextEncoder:
+    return FrozenTextEncoder.load(str(tiny.bert_folder(folder / "bert")), 12)
+
+
+@pytest.mark.parametrize("source", [lambda folder: tiny.text_tokenizer(), bpe_source, frozen_source])
+def test_what_is_longer_than_the_model_reads_is_said_in_the_reply_and_not_in_the_log(logged, tmp_path, source):
+    source(tmp_path).encode(["my secret " * 50])
     with running(FakeEngine(plays=False)) as server, ThreadPoolExecutor() as pool:
         reply = pool.submit(server.http.post, ROUTE, json={"prompt": "my secret " * 50})
         wait_for(lambda: server.engine.waiting)

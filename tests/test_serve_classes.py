@@ -17,7 +17,8 @@ from tokenizer_image.fingerprint import code_fingerprint
 def server(tmp_path_factory):
     labels, tokenizer = ClassLabels.collect(["cat", "dog"]), tiny.vqgan()
     model = tiny.seq2seq(text_vocab_size=labels.vocab_size, text_length=1, tokenizer_fingerprint=code_fingerprint(tokenizer))
-    folder = save_model_folder(tmp_path_factory.mktemp("models") / "pets", tokenizer, model, labels, SamplingParams(), "# pets\n")
+    place = tmp_path_factory.mktemp("models") / "pets"
+    folder = save_model_folder(place, tokenizer, model, labels, SamplingParams(), "# pets\n")
     engine = Engine(Models({"pets": folder}, ModelOptions(rows=4, device="cpu")))
     engine.load("pets")
     engine.start()

@@ -10,8 +10,8 @@ import time
 import traceback
 from typing import Any, TextIO
 
-SAYS_PROMPTS = "seq2seq.text_tokenizer"
-"""Its warnings quote captions that are longer than a model reads; replies say that in `note`."""
+SAY_PROMPTS = ("seq2seq.text_tokenizer", "seq2seq.bpe_tokenizer", "seq2seq.frozen_text")
+"""Their warnings quote captions that are longer than a model reads; replies say that in `note`."""
 
 
 class JsonLines(logging.Formatter):
@@ -35,7 +35,8 @@ def start_logging(prompts: bool = False, stream: TextIO | None = None) -> None:
     handler.setFormatter(JsonLines())
     logging.getLogger().handlers = [handler]
     if not prompts:
-        logging.getLogger(SAYS_PROMPTS).setLevel(logging.ERROR)
+        for name in SAY_PROMPTS:
+            logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("inference.serving").setLevel(logging.INFO)
     # its warnings are of what clients send, one for each
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
