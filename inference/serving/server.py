@@ -56,6 +56,12 @@ class BoundedProtocol(H11Protocol):
         if self._is_answering() and not self.cycle.more_body:
             self._stop_reading_clock()
 
+    def on_response_complete(self) -> None:
+        """Begin the next request, of which a part may have come during the reply."""
+        super().on_response_complete()
+        if self._is_answering() and self.cycle.more_body and self._read_timer is None:
+            self._expect_request()
+
     def pause_writing(self) -> None:
         """Begin the clock of a client that does not take its reply."""
         super().pause_writing()
@@ -150,7 +156,7 @@ def make_server(service: Service) -> DrainingServer:
     options: dict[str, Any] = {
         "http": Protocol, "ws": "none", "loop": "asyncio", "lifespan": "off",
         "log_config": None, "access_log": False, "server_header": False,
-        # another machine's word for who the client is would be believed
+        # X-Forwarded-For can be forged
         "proxy_headers": False,
         "timeout_keep_alive": limits.keep_alive, "timeout_graceful_shutdown": 5,
         "h11_max_incomplete_event_size": MAX_HEADER_BYTES}
