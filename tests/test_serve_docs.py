@@ -53,7 +53,7 @@ def test_the_page_names_every_field_and_option():
 def test_the_table_says_the_limits_that_hold():
     text = " ".join(PAGE.read_text(encoding="utf-8").split())
     own = limits.Limits()
-    for words in (f"body | {limits.MAX_BODY_BYTES // 1024} KiB", f"{limits.MAX_PROMPT_CHARACTERS:,} characters each",
+    for words in (f"body | {limits.MAX_BODY_BYTES // 1024} KiB", f"{limits.MAX_REQUEST_PROMPT:,} characters each",
                   f"pictures a request | {own.max_n} ", f"requests that wait | {own.queue} ",
                   f"| {own.deadline:g} s (`--deadline`)",
                   f"connections | {own.connections} ", f"signal | {own.drain:g} s",

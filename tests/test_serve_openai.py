@@ -182,6 +182,11 @@ def test_a_wrong_field_is_named_with_what_it_may_be(server, fields, param, words
     assert not server.engine.waiting
 
 
+def test_a_name_that_is_no_text_is_no_param(server):
+    error = post(server, '{"prompt": "a", "\\ud800": 1}').json()["error"]
+    assert (error["param"], error["code"]) == (None, "invalid_value")
+
+
 def test_a_missing_prompt_is_named(server):
     assert post(server, {"n": 1}).json()["error"]["code"] == "missing_required_parameter"
 

@@ -10,10 +10,10 @@ from starlette.requests import ClientDisconnect, Request
 
 from inference.serving.errors import ApiError
 
-MAX_PROMPT_CHARACTERS = 2000
+MAX_REQUEST_PROMPT = 2000
+"""Characters of a prompt; other commands take more."""
 MAX_IMAGES = 10
 """The largest n that OpenAI's API has; --max-n may lower it."""
-MAX_PARTIALS = 3
 MAX_BODY_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 16 * 1024
 MAX_LAYOUT_SIDE = 128

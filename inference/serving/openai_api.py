@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from inference.serving.engine.jobs import MAX_PARTIAL_IMAGES
 from inference.serving.errors import ApiError
 from inference.serving.limits import (
     MAX_IMAGES,
     MAX_LAYOUT_SIDE,
-    MAX_PARTIALS,
-    MAX_PROMPT_CHARACTERS,
+    MAX_REQUEST_PROMPT,
     Limits,
 )
 from tokenloom_common.errors import nearest_name
@@ -23,13 +23,10 @@ from tokenloom_common.errors import nearest_name
 MAX_SEED = (1 << 63) - MAX_IMAGES
 """Image i has seed + i, and the last one's is an int64 too."""
 MAX_NAME = 256
-Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+Prompt = Annotated[str, Field(max_length=MAX_REQUEST_PROMPT)]
 Identifier = Annotated[str, Field(max_length=MAX_NAME)]
 OutputFormat = Literal["png", "webp", "jpeg"]
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
-IGNORED = ("quality", "style", "moderation", "user", "safety_identifier")
-"""Fields that change no image; a user's identifier is logged as a hash."""
-
 
 
 class ImageRequest(BaseModel):
@@ -38,7 +35,7 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False,
                               use_attribute_docstrings=True)
 
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_REQUEST_PROMPT)]
     """A caption."""
     model: Identifier | None = None
     """A name of GET /v1/models; the server's first one when left out."""
@@ -66,13 +63,13 @@ class ImageRequest(BaseModel):
     """Accepted; logged as a hash."""
     stream: bool | None = None
     """Reply with server-sent events."""
-    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIALS)] | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None = None
     """With `stream`: previews of each image while it is drawn."""
     # not OpenAI's
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     """Image i is drawn with seed + i; a random one when left out."""
     negative_prompt: Prompt | None = None
-    """What guidance leads away from."""
+    """Unconditional text for classifier-free guidance."""
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     """1 = off; the model's own when left out, as for all that follow."""
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -158,8 +155,10 @@ def _explained(error: ValidationError) -> ApiError:
                         "missing_required_parameter")
 
     message = first["msg"].removeprefix("Value error, ")
-    if field is None:  # a rule about several fields: it begins with the first one's name
-        return ApiError(400, message, message.split()[0], "invalid_value")
+    if field is None:  # a rule about several fields begins with the first one's name
+        first_word = message.split()[0]
+        param = first_word if first_word in ImageRequest.model_fields else None
+        return ApiError(400, message, param, "invalid_value")
     if field in _REMEDIES:
         return ApiError(400, f"{field}: {_REMEDIES[field]}, got '{shown}'", field, "invalid_value")
     if first["type"] in ("string_too_long", "string_too_short"):
