@@ -108,9 +108,9 @@ class FakeEngine:
             job.play()
         return job
 
-    def words(self, number: str) -> Future:
-        if not number.startswith("image-"):
-            raise UnknownImageError(f"id '{number[:40]}': no image of this id is kept")
+    def words(self, image_id: str) -> Future:
+        if not image_id.startswith("image-"):
+            raise UnknownImageError(f"id '{image_id[:40]}': no image of this id is kept")
         answer: Future = Future()
         answer.set_result([WordMap("a", 0, 1, torch.full((4, 4), 0.5))])
         return answer

@@ -33,7 +33,7 @@ def test_an_event_loop_gets_all_events_of_another_thread_in_order():
 
     async def take():
         asyncio.get_running_loop().call_soon(asked.set)  # once the first wait has begun
-        return [event async for event in job.events()]
+        return [await job.next_event() for _ in events]
 
     thread = threading.Thread(target=publish)
     thread.start()

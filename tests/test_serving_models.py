@@ -9,7 +9,7 @@ import torch
 
 from inference import TextToImage
 from inference.memory.sizes import exact_and_human
-from inference.serving.engine import EngineRequest, ModelOptions, Models, UnknownModelError
+from inference.serving.engine import EngineRequest, ModelOptions, Models, Overloaded, UnknownModelError
 from inference.serving.engine.model_memory import attention_bytes, frozen_encoder_bytes
 from inference.serving.engine.models import find_models, model_name
 from seq2seq import FrozenTextEncoder
@@ -205,6 +205,19 @@ def test_words_of_a_model_that_left_load_it_again(folder, size):
     run(engine)
     assert [word.word for word in answer.result(0)] == ["a", "red", "heart"]
     assert engine.stats().loaded == ("a",)
+
+
+def test_words_of_a_model_that_there_is_no_room_for_say_so(folder, size):
+    engine = make_engine(folder, names=("a", "b"), memory=int(1.5 * size))
+    job = engine.submit(ask(model="a"))
+    run(engine)
+    [image] = finished(job)
+    engine.submit(ask(model="b"))
+    engine.step()
+    answer = engine.words(image.id)
+    engine.step()
+    with pytest.raises(Overloaded, match="does not fit beside those that are drawing; try again in 5 s"):
+        answer.result(0)
 
 
 def test_requests_of_models_with_own_settings_use_their_own(folder, tmp_path):

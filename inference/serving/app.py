@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -100,11 +99,11 @@ class Endpoints:
                 answer = self.service.engine.words(request.path_params["image"])
                 found = await while_connected(request, asyncio.wrap_future(answer))
         except Overloaded as error:
-            raise overloaded(error.retry_after) from None
+            raise overloaded(error.reason, error.retry_after) from None
         except NotServing as error:
             raise ApiError(503, str(error)) from None
         except UnknownImageError as error:
-            raise ApiError(404, str(error), "id", "image_not_found") from None
+            raise ApiError(404, str(error), "image", "image_not_found") from None
         return _json(Words(words=[
             Word(word=one.word, start=one.start, end=one.end, weights=one.weights.tolist())
             for one in found]))
@@ -114,5 +113,6 @@ class Endpoints:
         return page_response(self._page, request.path_params.get("name", "index.html"), request)
 
 
-def _json(body: BaseModel, status: int = 200, **headers: Any) -> Response:
-    return Response(body.model_dump_json(exclude_none=True), status, headers, "application/json")
+def _json(body: BaseModel, status: int = 200) -> Response:
+    content = body.model_dump_json(exclude_none=True)
+    return Response(content, status, media_type="application/json")

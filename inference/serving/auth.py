@@ -89,7 +89,7 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name; where it points is known to others alone
+    except ValueError:  # a host name may resolve to any address
         return False
 
 

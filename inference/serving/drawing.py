@@ -42,7 +42,7 @@ class Drawing:
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     text_tokens: int = 0
-    partials: bool = False
+    saw_partial: bool = False
     refused: list[RefusedImage] = field(default_factory=list)
 
     @property

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from http import HTTPStatus
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -57,11 +55,11 @@ class ApiError(Exception):
         return Response(json.dumps(self.body()), self.status, self.headers, "application/json")
 
 
-def overloaded(retry_after: float) -> ApiError:
-    """Return the 429 of a full queue."""
+def overloaded(reason: str, retry_after: float) -> ApiError:
+    """Return the 429 of a request that there is no room for now."""
     # a whole number of at least 1: the client sleeps for exactly this long
     seconds = max(1, math.ceil(retry_after))
-    return ApiError(429, f"the queue is full; try again in {seconds} s",
+    return ApiError(429, f"{reason}; try again in {seconds} s",
                     headers={"Retry-After": str(seconds)})
 
 
@@ -88,9 +86,6 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, UserError):
         return ApiError(400, one_line(error), code="invalid_value")
-    if isinstance(error, HTTPException):  # starlette's own: 404, 405
-        phrase = HTTPStatus(error.status_code).phrase.lower()
-        return ApiError(error.status_code, error.detail or phrase, headers=error.headers)
     return ApiError(500, "the server failed; its log has the reason under this request's id")
 
 

@@ -168,7 +168,7 @@ class Generations:
         try:
             job = service.engine.submit(drawing.request())
         except Overloaded as error:
-            raise overloaded(error.retry_after) from None
+            raise overloaded(error.reason, error.retry_after) from None
         except NotServing as error:
             raise ApiError(503, str(error), headers={"Retry-After": "5"}) from None
         left = drawing.asked.images
@@ -195,8 +195,8 @@ class Generations:
         if isinstance(event, Started):
             drawing.text_tokens = event.text_tokens
             metrics.queue_seconds.observe(seconds)
-        elif isinstance(event, Partial) and not drawing.partials:
-            drawing.partials = True
+        elif isinstance(event, Partial) and not drawing.saw_partial:
+            drawing.saw_partial = True
             metrics.first_partial_seconds.observe(seconds)
         elif isinstance(event, Failed):
             raise self._failure(drawing, event)

@@ -31,8 +31,10 @@ _MEANING = {
     400: "a request that cannot be drawn; `param` names the field", 401: "no key, or a wrong one",
     403: "a host that this server does not answer to", 404: "no such path, model or image",
     405: "another method", 413: f"a body of more than {MAX_BODY_BYTES:,} bytes",
-    415: "a body that is not JSON", 429: "the queue is full", 500: "the server failed",
-    503: "shutting down, or too many connections", 504: "not finished before the deadline",
+    415: "a body that is not JSON", 429: "the queue is full, or a model has no room now",
+    500: "the server failed",
+    503: "shutting down, too many connections, or a model that cannot be served",
+    504: "not finished before the deadline",
 }
 
 

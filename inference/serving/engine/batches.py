@@ -76,8 +76,7 @@ class ModelBatch:
     def warm_up(self) -> None:
         """Draw two tokens and decode an image that nobody sees.
 
-        The first request then waits neither for products to be compiled nor for threads to be
-        measured.
+        So that the first request does not pay for compiling kernels and choosing the thread count.
         """
         any_prompt = PromptRequest("0")  # a class too, of models of classes
         ticket = self.scheduler.submit(self.model.image_job(any_prompt))
@@ -161,8 +160,8 @@ class ModelBatch:
         layout = None if image.layout is None else image.layout.cpu()
         [pixels] = self.model.decode_tokens(tokens[None])
         self._observe("image_seconds", self._clock() - drawn.started)
-        number = self._keep(KeptImage(self.name, request.prompt, tokens, layout))
-        return Finished(image.index, pixels, request.seed + image.index, tokens, number, layout)
+        image_id = self._keep(KeptImage(self.name, request.prompt, tokens, layout))
+        return Finished(image.index, pixels, request.seed + image.index, tokens, image_id, layout)
 
     def _publish_partials(self) -> None:
         for ticket, drawn in self._drawn.items():

@@ -92,15 +92,15 @@ class Engine:
         self._wake()
         return job
 
-    def words(self, number: str) -> Future[list[WordMap]]:
+    def words(self, image_id: str) -> Future[list[WordMap]]:
         """Ask how much each part of a finished image attended to each word of its prompt.
 
-        number: the id of its Finished. UnknownImageError for one that is not kept, Overloaded for
+        image_id: of its Finished. UnknownImageError for one that is not kept, Overloaded for
         too many questions at once, NotServing where none are answered any more.
         """
         with self._changed:
             self._check_open()
-            answer = self._questions.ask(self.kept.get(number))
+            answer = self._questions.ask(self.kept.get(image_id))
         self._wake()
         return answer
 
@@ -287,7 +287,8 @@ class Engine:
             wanted = {job.request.model for job in self._queue}
         batch = self._loaded.get(image.model, wanted)
         if batch is None:
-            raise Overloaded(self.limits.turn)
+            raise Overloaded(self.limits.turn, "the image's model does not fit beside those that "
+                             "are drawing")
         layout = None if image.layout is None else image.layout[None]
         return batch.model.word_maps(image.prompt, image.tokens[None], layout)
 

@@ -60,8 +60,8 @@ class Speed:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.while_drawing = 0.0
-        """Tokens per second of drawing, over the last WINDOW seconds that had any; 0 before."""
+        self.tokens_per_busy_second = 0.0
+        """Over the last WINDOW seconds in which anything was drawn; 0 before."""
         self._seconds: deque[_Second] = deque(maxlen=WINDOW)
 
     def add(self, tokens: int, start: float, end: float) -> None:
@@ -73,13 +73,13 @@ class Speed:
         self._seconds[-1].busy += end - start
         busy = sum(second.busy for second in self._seconds)
         if busy:
-            self.while_drawing = sum(second.tokens for second in self._seconds) / busy
+            self.tokens_per_busy_second = sum(second.tokens for second in self._seconds) / busy
 
     def seconds_for(self, tokens: int) -> float:
         """Return the seconds that so many tokens should take, at least 1."""
-        if not self.while_drawing:
+        if not self.tokens_per_busy_second:
             return UNKNOWN_WAIT
-        return max(1.0, tokens / self.while_drawing)
+        return max(1.0, tokens / self.tokens_per_busy_second)
 
     def lately(self, now: float) -> float:
         """Tokens per second of the clock, idle time included."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,11 +36,12 @@ class UnknownImageError(UserError):
 
 
 class Overloaded(Exception):
-    """The queue is full. retry_after: seconds until what is in front should be drawn."""
+    """There is no room now. retry_after: seconds until what is in front should be drawn."""
 
-    def __init__(self, retry_after: float) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
+    def __init__(self, retry_after: float, reason: str = "the queue is full") -> None:
+        super().__init__(f"{reason}; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class NotServing(Exception):
@@ -192,11 +193,6 @@ class Job:
                 self._listener = partial(loop.call_soon_threadsafe, arrived.set)
             await arrived.wait()
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Iterate over the events in an event loop, to the last."""
-        while self._events or not self.done:
-            yield await self.next_event()
-
     # ---- for the engine
 
     @property
@@ -206,7 +202,7 @@ class Job:
             return sorted(self._left)
 
     def publish(self, event: Event) -> None:
-        """Hand an event to the caller. What an image's last event follows is dropped."""
+        """Hand an event to the caller. Events after an image's last one are dropped."""
         with self._changed:
             if isinstance(event, (Partial, Finished, Failed)) and event.index not in self._left:
                 return

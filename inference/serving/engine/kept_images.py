@@ -42,19 +42,19 @@ class KeptImages:
 
     def add(self, image: KeptImage) -> str:
         """Keep an image and return its id, which nobody can guess."""
-        number = secrets.token_hex(12)
+        image_id = secrets.token_hex(12)
         with self._lock:
-            self._images[number] = image
+            self._images[image_id] = image
             while len(self._images) > self.limit:
                 self._images.popitem(last=False)
-        return number
+        return image_id
 
-    def get(self, number: str) -> KeptImage:
+    def get(self, image_id: str) -> KeptImage:
         """Return an image by id. UnknownImageError if it is not kept."""
         with self._lock:
-            image = self._images.get(number)
+            image = self._images.get(image_id)
         if image is None:
-            raise UnknownImageError(f"no image '{number[:40]}': the last {self.limit} are kept")
+            raise UnknownImageError(f"no image '{image_id[:40]}': the last {self.limit} are kept")
         return image
 
 
@@ -77,7 +77,7 @@ class WordQuestions:
     def ask(self, image: KeptImage) -> Future[list[WordMap]]:
         """Queue a question. Overloaded where too many wait."""
         if len(self._waiting) >= self._limit:
-            raise Overloaded(1.0)
+            raise Overloaded(1.0, f"{self._limit} requests for words wait already")
         answer: Future[list[WordMap]] = Future()
         self._waiting.append((image, answer))
         return answer

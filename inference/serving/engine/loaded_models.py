@@ -79,7 +79,7 @@ class LoadedModels:
     def in_the_way(self, name: str, wanted: Collection[str]) -> set[str]:
         """Return the models that should take no more jobs, so that there is room for this one.
 
-        None while the others have their turn.
+        Empty while the others have their turn.
         """
         missing = self._missing(name)
         leaving: set[str] = set()

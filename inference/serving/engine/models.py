@@ -149,12 +149,6 @@ class Models:
             available = available_memory(self.device)
             self.budget = None if available is None else int(available * BUDGET_SHARE)
 
-    @classmethod
-    def from_folder(cls, folder: str | Path,
-                    options: ModelOptions = ModelOptions()) -> Models:
-        """Return the models of a folder of model folders."""
-        return cls(find_models(Path(folder)), options)
-
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the models, in their order."""
