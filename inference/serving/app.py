@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -80,9 +81,12 @@ class Endpoints:
         return Response(self._openapi, media_type="application/json")
 
     async def models(self, request: Request) -> Response:
-        """All models."""
-        names = self.service.model_names
-        return _json(ModelList(data=[await self._model(name) for name in names]))
+        """All models that can be served."""
+        found = []
+        for name in self.service.model_names:
+            with suppress(ApiError):
+                found.append(await self._model(name))
+        return _json(ModelList(data=found))
 
     async def model(self, request: Request) -> Response:
         """One model."""

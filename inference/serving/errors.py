@@ -75,17 +75,29 @@ def draining() -> ApiError:
                     headers={"Retry-After": "5"})
 
 
+def model_unavailable(name: str) -> ApiError:
+    """Return the 503 of a model that the server cannot load, whatever is asked of it."""
+    return ApiError(503, f"model {name} cannot be served; the server's log has the reason",
+                    "model", "model_unavailable")
+
+
+def invalid(error: UserError) -> ApiError:
+    """Return the 400 of a request that the engine refuses."""
+    return ApiError(400, one_line(error), code="invalid_value")
+
+
 def refused(reason: str, param: str | None = "prompt") -> ApiError:
     """Return the 400 of a prompt or a picture that the safety filter refuses."""
     return ApiError(400, reason, param, "moderation_blocked", "image_generation_user_error")
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Return the reply for any exception; nothing of an unforeseen one is told to the client."""
+    """Return the reply for any exception; nothing of an unforeseen one is told to the client.
+
+    A UserError is unforeseen too: here the user is who runs the server, and it may name its files.
+    """
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, UserError):
-        return ApiError(400, one_line(error), code="invalid_value")
     return ApiError(500, "the server failed; its log has the reason under this request's id")
 
 

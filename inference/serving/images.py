@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 
 from PIL import Image
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -25,7 +25,15 @@ from inference.serving.engine import (
     Partial,
     Started,
 )
-from inference.serving.errors import ApiError, as_api_error, draining, overloaded, refused, too_late
+from inference.serving.errors import (
+    ApiError,
+    as_api_error,
+    draining,
+    invalid,
+    overloaded,
+    refused,
+    too_late,
+)
 from inference.serving.limits import read_json
 from inference.serving.logs import hashed
 from inference.serving.openai_api import ImageRequest, check_size, parse_request
@@ -33,6 +41,7 @@ from inference.serving.replies import RefusedImage
 from inference.serving.routes import record_of
 from inference.serving.service import Service
 from inference.serving.sse import EventWriter, while_connected
+from tokenloom_common.errors import UserError
 
 log = logging.getLogger(__name__)
 Event = Started | Partial | Finished | Failed | None
@@ -63,8 +72,10 @@ class Generations:
                 raise draining()
             with service.in_flight():
                 await while_connected(request, self._answer(request, asked, send))
-        except ApiError as error:
-            service.metrics.rejected.labels(error.code).inc()
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            service.metrics.rejected.labels(as_api_error(error).code).inc()
             raise
         finally:
             service.metrics.request_seconds.observe(record.seconds)
@@ -96,7 +107,10 @@ class Generations:
         check_size(asked, drawing.size)
 
         values = {**described["sampling"], **asked.sampling()}
-        drawing.params = SamplingParams.parse(values, "sampling parameters")
+        try:
+            drawing.params = SamplingParams.parse(values, "sampling parameters")
+        except UserError as error:
+            raise invalid(error) from None
         drawing.seed = secrets.randbelow(RANDOM_SEEDS) if asked.seed is None else asked.seed
         record.fields["seed"] = drawing.seed
         drawing.prepared = await service.prepare(name, asked.prompt)
@@ -171,6 +185,8 @@ class Generations:
             raise overloaded(error.reason, error.retry_after) from None
         except NotServing as error:
             raise ApiError(503, str(error), headers={"Retry-After": "5"}) from None
+        except UserError as error:
+            raise invalid(error) from None
         left = drawing.asked.images
         reason = "client_left"
         try:

@@ -26,8 +26,8 @@ class Metrics:
             "tokenloom_requests_in_flight", "Generation requests that are queued or drawn",
             registry=self.registry)
         self.rejected = Counter(
-            "tokenloom_rejected", "Generation requests refused: full queue, deadline, draining, "
-            "safety filter, invalid", ("reason",), registry=self.registry)
+            "tokenloom_rejected", "Generation requests that ended in an error, by its code: full "
+            "queue, deadline, draining, safety filter, invalid, failed", ("reason",), registry=self.registry)
         self.cancelled = Counter(
             "tokenloom_cancelled", "Jobs stopped before their end: the client left, the "
             "deadline, an error", ("reason",), registry=self.registry)

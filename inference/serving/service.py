@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -16,11 +17,13 @@ from inference.hooks.concepts_file import Concepts
 from inference.hooks.known_concepts import unknown_note
 from inference.serving.auth import ApiKey
 from inference.serving.engine import Engine
-from inference.serving.errors import ApiError, draining, too_late
+from inference.serving.errors import ApiError, draining, model_unavailable, too_late
 from inference.serving.limits import Limits
+from inference.serving.logs import log_event
 from inference.serving.metrics import Metrics
-from tokenloom_common.errors import nearest_name
+from tokenloom_common.errors import nearest_name, one_line
 
+log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _NO_HOOKS = Hooks()
 
@@ -120,9 +123,17 @@ class Service:
         return self.engine.models.names
 
     async def describe(self, name: str) -> dict[str, Any]:
-        """Describe a model that is there, as GET /v1/models does."""
-        # away from the event loop: the first description reads the model's files
-        return await asyncio.to_thread(self.engine.models.describe, name)
+        """Describe a model that is there, as GET /v1/models does.
+
+        ApiError 503 for one that cannot be served, with the reason in the log.
+        """
+        try:
+            # away from the event loop: the first description reads the model's files
+            return await asyncio.to_thread(self.engine.models.describe, name)
+        except Exception as error:
+            log_event(log, logging.ERROR, "a model cannot be served", model=name,
+                      reason=one_line(error))
+            raise model_unavailable(name) from None
 
     def model_name(self, asked: str | None) -> str:
         """Return the name of a model that is there; the first one's for None. ApiError 404."""

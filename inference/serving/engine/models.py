@@ -161,17 +161,19 @@ class Models:
         return self._served[name]
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Return what GET /v1/models says of a model. The first call takes about a second."""
-        served = self[name]
-        _ = served.bytes  # here, where callers can wait, and not at the first request
-        return dict(served.description)
+        """Return what GET /v1/models says of a model. The first call takes about a second.
+
+        UserError for a model that can never be loaded.
+        """
+        self.check_budget(name)
+        return dict(self[name].description)
 
     def check_budget(self, name: str) -> None:
         """Raise UserError for a model that can never be loaded."""
-        served = self[name]
-        if self.budget is not None and served.bytes > self.budget:
+        needed = self[name].bytes  # also without a budget: reading files takes a while, and is kept
+        if self.budget is not None and needed > self.budget:
             raise UserError(
-                f"model {name} needs {exact_and_human(served.bytes)} with {self.options.rows} "
+                f"model {name} needs {exact_and_human(needed)} with {self.options.rows} "
                 f"rows, and models may take {exact_and_human(self.budget)}; give fewer rows "
                 "(--rows) or more memory (--memory)")
 
