@@ -2,8 +2,8 @@
 #
 #   docker build -t tokenloom .
 #   openssl rand -hex 32 > key.txt
-#   docker run -p 127.0.0.1:8000:8000 -v "$PWD/key.txt:/run/key.txt:ro" tokenloom
-#   docker run -p 127.0.0.1:8000:8000 -v "$PWD/key.txt:/run/key.txt:ro" -v "$PWD/demo/model:/model:ro" tokenloom \
+#   docker run --stop-timeout 45 -p 127.0.0.1:8000:8000 -v "$PWD/key.txt:/run/key.txt:ro" tokenloom
+#   docker run --stop-timeout 45 -p 127.0.0.1:8000:8000 -v "$PWD/key.txt:/run/key.txt:ro" -v "$PWD/demo/model:/model:ro" tokenloom \
 #       serve /model --host 0.0.0.0 --api-key-file /run/key.txt
 #
 # Inside a container the server listens on all addresses, so it needs a key. The file must be readable by user 10001.

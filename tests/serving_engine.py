@@ -23,21 +23,10 @@ class Clock:
         return self.now
 
 
-class Observed:
-    """An observer that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.values: list[tuple[str, float]] = []
-
-    def observe(self, name: str, value: float) -> None:
-        self.values.append((name, value))
-
-
-def make_engine(folder: Path, rows: int = 6, names=("tiny",), memory: int | None = None, clock=None, observer=None,
-                **limits) -> Engine:
+def make_engine(folder: Path, rows: int = 6, names=("tiny",), memory: int | None = None, clock=None, **limits) -> Engine:
     """Make an engine whose models of all `names` are the same folder; it has no thread."""
     models = Models(dict.fromkeys(names, folder), ModelOptions(rows=rows, memory=memory, device="cpu"))
-    return Engine(models, EngineLimits(**limits), observer, clock or Clock())
+    return Engine(models, EngineLimits(**limits), clock or Clock())
 
 
 def ask(prompt: str = "a red heart", images: int = 1, seed: int = 0, params=PLAIN, partial_images: int = 0, model: str = "tiny",

@@ -67,6 +67,11 @@ def wait_for(condition: Any, seconds: float = 30.0) -> None:
         time.sleep(0.002)
 
 
+def bearer(key: str) -> dict[str, str]:
+    """Return the header that carries a key."""
+    return {"Authorization": f"Bearer {key}"}
+
+
 # ---- requests by their bytes
 
 def send(port: int, content: bytes) -> socket.socket:

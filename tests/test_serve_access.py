@@ -1,12 +1,6 @@
-"""Who may ask a server for what: keys by route, hosts, headers; its page's files; what its log says."""
+"""Who may ask a server for what: keys by route, hosts, headers; its page's files."""
 
 from __future__ import annotations
-
-import io
-import json
-import logging
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from starlette.routing import Route
@@ -14,15 +8,11 @@ from starlette.routing import Route
 from inference.serving.app import build_app
 from inference.serving.auth import ApiKey, is_loopback
 from inference.serving.engine import Overloaded
-from inference.serving.logs import SAY_PROMPTS, start_logging
 from inference.serving.page_files import PAGE, read_page
 from inference.serving.routes import GuardedRoute
 from inference.serving.service import Service
-from seq2seq import BPETokenizer, BPETokenizerConfig, FrozenTextEncoder
-from tests import tiny
 from tests.fake_engine import FakeEngine
-from tests.serving_http import KEY, ROUTE, running, send, until_closed, wait_for
-from tests.test_bpe_tokenizer import bpe_files
+from tests.serving_http import KEY, ROUTE, bearer, running, send, until_closed
 
 PUBLIC = {"/health", "/", "/page/{name:path}"}
 
@@ -31,10 +21,6 @@ PUBLIC = {"/health", "/", "/page/{name:path}"}
 def server():
     with running(key=ApiKey(KEY)) as one:
         yield one
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
 
 
 def routes() -> list[Route]:
@@ -175,101 +161,3 @@ def test_files_of_other_kinds_are_not_part_of_the_page(tmp_path):
     for name in ("index.html", "a.py", ".hidden.js", "b.js~", "sub/c.js"):
         (tmp_path / name).write_text("x")
     assert set(read_page(tmp_path)) == {"index.html", "sub/c.js"}
-
-
-# ---- logs and metrics
-
-@pytest.fixture
-def logged():
-    """Lines of the log."""
-    stream = io.StringIO()
-    loggers = [logging.getLogger(name) for name in ("", "inference.serving", "uvicorn.error", *SAY_PROMPTS)]
-    kept = [(logger.handlers, logger.level) for logger in loggers]
-    start_logging(stream=stream)
-
-    def lines(count: int) -> list[dict]:
-        # a line is written once its reply has been sent
-        wait_for(lambda: len(stream.getvalue().splitlines()) >= count)
-        return [json.loads(line) for line in stream.getvalue().splitlines()]
-
-    yield lines
-    for logger, (handlers, level) in zip(loggers, kept, strict=True):
-        logger.handlers = handlers
-        logger.setLevel(level)
-
-
-def test_a_log_line_says_everything_but_the_prompt(server, logged):
-    asked = {"prompt": "my secret heart", "negative_prompt": "hidden", "n": 2, "seed": 4, "user": "jane@example.com"}
-    reply = server.http.post(ROUTE, json=asked, headers=bearer(KEY))
-    [line] = logged(1)
-    assert line["request"] == reply.headers["x-request-id"]
-    assert (line["route"], line["status"], line["n"], line["model"], line["prompt_characters"]) == (ROUTE, 200, 2, "fake", 15)
-    assert line["seconds"] >= 0
-    text = json.dumps(line)
-    assert not any(word in text for word in ("secret", "hidden", "jane", KEY))
-    assert len(line["user"]) == 16
-
-
-def bpe_source(folder: Path) -> BPETokenizer:
-    files = bpe_files(folder)
-    config = BPETokenizerConfig(vocab_size=400, text_length=12)
-    return BPETokenizer.from_files(files / "vocab.json", files / "merges.txt", config)
-
-
-def frozen_source(folder: Path) -> FrozenTextEncoder:
-    return FrozenTextEncoder.load(str(tiny.bert_folder(folder / "bert")), 12)
-
-
-@pytest.mark.parametrize("source", [lambda folder: tiny.text_tokenizer(), bpe_source, frozen_source])
-def test_what_is_longer_than_the_model_reads_is_said_in_the_reply_and_not_in_the_log(logged, tmp_path, source):
-    source(tmp_path).encode(["my secret " * 50])
-    with running(FakeEngine(plays=False)) as server, ThreadPoolExecutor() as pool:
-        reply = pool.submit(server.http.post, ROUTE, json={"prompt": "my secret " * 50})
-        wait_for(lambda: server.engine.waiting)
-        server.engine.waiting[0].play(text_tokens=12)
-        [image] = reply.result().json()["data"]
-    assert image["note"].startswith("the prompt fills all 12 text tokens that this model reads")
-    assert "secret" not in json.dumps(logged(1))
-
-
-def test_prompts_are_logged_where_that_is_asked_for(logged):
-    with running(log_prompts=True) as server:
-        server.http.post(ROUTE, json={"prompt": "my secret\nheart"})
-    [line] = logged(1)
-    assert line["prompt"] == "my secret\nheart"
-
-
-def test_a_refused_key_or_a_wrong_path_is_a_line_too_and_a_probe_is_none(server, logged):
-    server.http.get("/health")
-    server.http.get("/v1/models", headers=bearer("a wrong key that nobody has"))
-    server.http.get("/nope")
-    lines = logged(2)
-    assert [(line["status"], line["route"]) for line in lines] == [(401, "/v1/models"), (401, "none")]
-    assert "nobody" not in json.dumps(lines)
-
-
-def test_metrics_count_what_happened(server):
-    before = server.http.get("/metrics", headers=bearer(KEY)).text
-    server.http.post(ROUTE, json={"prompt": "a", "n": 3, "stream": True, "partial_images": 1}, headers=bearer(KEY))
-    server.http.post(ROUTE, json={"prompt": "a", "n": 30}, headers=bearer(KEY))
-    wait_for(lambda: value(server.http.get("/metrics", headers=bearer(KEY)).text, "tokenloom_request_seconds_count")
-             == value(before, "tokenloom_request_seconds_count") + 2)
-    after = server.http.get("/metrics", headers=bearer(KEY))
-    assert after.headers["content-type"].startswith("text/plain; version=0.0.4")
-
-    def grown(name: str) -> float:
-        return value(after.text, name) - value(before, name)
-
-    assert grown('tokenloom_images_total{model="fake"}') == 3
-    assert grown('tokenloom_rejected_total{reason="invalid_value"}') == 1
-    assert grown("tokenloom_request_seconds_count") == 2
-    assert grown("tokenloom_first_partial_seconds_count") == 1
-    assert grown("tokenloom_queue_seconds_count") == 1
-    names = {line.split()[2] for line in after.text.splitlines() if line.startswith("# TYPE")}
-    assert names >= {f"tokenloom_{name}" for name in (
-        "queue_jobs", "requests_in_flight", "tokens_per_second", "tokens_total", "rows_active")}
-
-
-def value(text: str, name: str) -> float:
-    found = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-    return float(found[0].split()[-1]) if found else 0.0

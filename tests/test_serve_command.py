@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from inference.commands.serve import serve
 from inference.hooks.concepts_file import Concept, Concepts
 from inference.serving import start
 from inference.serving.auth import KEY_VARIABLE
 from inference.serving.engine.models import ModelOptions
+from inference.serving.limits import Limits
 from inference.serving.start import ServeOptions, make_service, model_folders, run_server
 from inference.shipped import DEFAULT_NAME
 from tests import launching, tiny
-from tests.serving_http import KEY
+from tests.serving_http import KEY, wait_for
 from tokenloom import main
 from tokenloom_common.errors import UserError
 
@@ -153,6 +157,43 @@ def test_an_unknown_word_is_said_where_the_model_has_concepts(folder, tmp_path):
     service = make_service(ServeOptions(str(model), expand="known-concepts", loading=ModelOptions(device="cpu")))
     prepared = asyncio.run(service.prepare("with-concepts", "two harts"))
     assert (prepared.revised, "'harts'" in prepared.note) == ("red heart", True)
+
+
+def test_a_signal_while_the_model_is_loading_ends_the_server(folder, monkeypatch):
+    loading, may_go_on = threading.Event(), threading.Event()
+    service = make_service(ServeOptions(str(folder), loading=ModelOptions(device="cpu"), limits=Limits(drain=0.1)))
+
+    def load(name: str) -> None:
+        loading.set()
+        assert may_go_on.wait(60)
+
+    monkeypatch.setattr(service.engine, "load", load)
+    started: list[bool] = []
+    monkeypatch.setattr(service.engine, "start", lambda: started.append(True))
+    server = start.make_server(service)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+
+    def stop() -> None:
+        assert loading.wait(60)
+        wait_for(lambda: server.started)
+        server.handle_exit(signal.SIGTERM, None)
+
+    threading.Thread(target=stop).start()
+    assert run_server(server, listening) == 0  # although the model never comes
+    listening.close()
+    may_go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "load":
+            thread.join(60)
+    assert started == []
+
+
+def test_the_text_encoder_reaches_the_models(monkeypatch):
+    asked = []
+    monkeypatch.setattr(start, "serve_until_stopped", lambda options, listening: asked.append(options) or 0)
+    assert serve(["--port", "0", "--text-encoder", "t5"]) == 0
+    assert asked[0].loading.text_encoder == "t5"
 
 
 @pytest.mark.long

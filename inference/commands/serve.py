@@ -42,7 +42,7 @@ def serve(argv: Sequence[str] | None = None) -> int:
         limits = Limits(max_n=args.max_n, queue=args.queue, deadline=args.deadline)
         memory = None if args.memory is None else bytes_of(args.memory)
         loading = ModelOptions(rows=args.rows, memory=memory, device=choose_device(args.device),
-                               weights=args.weights)
+                               weights=args.weights, text_encoder=args.text_encoder)
         options = ServeOptions(
             args.model, None if args.models is None else Path(args.models), args.host, key, limits,
             loading, args.threads, args.log_prompts, args.expand, checked_safety(args))
@@ -121,6 +121,9 @@ def _parser() -> OneLineParser:
     models.add_argument(
         "--weights", choices=WEIGHTS, help="of the generators (default: float32 on the CPU, "
         "bfloat16 on CUDA); int8 is smaller and faster, and rounds")
+    models.add_argument(
+        "--text-encoder", metavar="DIR", help="where a model's frozen text encoder is, if not "
+        "where it was at training")
     models.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     models.add_argument(
         "--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")

@@ -100,8 +100,9 @@ class Endpoints:
         """Where each word of the prompt acted in an image that was drawn lately."""
         try:
             async with self.service.deadline():
-                answer = self.service.engine.words(request.path_params["image"])
-                found = await while_connected(request, asyncio.wrap_future(answer))
+                with self.service.in_flight():
+                    answer = self.service.engine.words(request.path_params["image"])
+                    found = await while_connected(request, asyncio.wrap_future(answer))
         except Overloaded as error:
             raise overloaded(error.reason, error.retry_after) from None
         except NotServing as error:

@@ -27,7 +27,8 @@ class Metrics:
             registry=self.registry)
         self.rejected = Counter(
             "tokenloom_rejected", "Generation requests that ended in an error, by its code: full "
-            "queue, deadline, draining, safety filter, invalid, failed", ("reason",), registry=self.registry)
+            "queue, deadline, draining, safety filter, invalid, failed", ("reason",),
+            registry=self.registry)
         self.cancelled = Counter(
             "tokenloom_cancelled", "Jobs stopped before their end: the client left, the "
             "deadline, an error", ("reason",), registry=self.registry)

@@ -74,6 +74,8 @@ def run_server(server: DrainingServer, listening: socket.socket) -> int:
     def load() -> None:
         try:
             service.engine.load(service.model_names[0])
+            if service.draining:  # stopped while it was loading
+                return
             service.engine.start()
             service.loading = False
             log_event(log, logging.INFO, "ready", model=service.model_names[0])
@@ -87,7 +89,7 @@ def run_server(server: DrainingServer, listening: socket.socket) -> int:
     try:
         server.run(sockets=[listening])
     finally:
-        loader.join()
+        loader.join(service.limits.drain)
         service.engine.close()
     if failures:
         raise failures[0]

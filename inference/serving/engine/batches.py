@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +25,6 @@ from tokenloom_common.errors import one_line
 log = logging.getLogger(__name__)
 
 
-class Observer(Protocol):
-    """Takes measured times: `queue_seconds` from submission to the first step, `image_seconds`
-    from there to a finished image, `first_partial_seconds` from submission to a job's first
-    partial image."""
-
-    def observe(self, name: str, value: float) -> None:
-        """Take a value."""
-        ...
-
-
 class StepCounts(NamedTuple):
     """Counts of one decoder step: tokens drawn, images finished, jobs of which an image failed."""
 
@@ -45,10 +35,9 @@ class StepCounts(NamedTuple):
 
 @dataclass
 class DrawnJob:
-    """A job in the batch, since when, and how many partial images each image has had."""
+    """A job in the batch, and how many partial images each image has had."""
 
     job: Job
-    started: float
     partials: dict[int, int]
 
 
@@ -56,7 +45,7 @@ class ModelBatch:
     """A model, its scheduler and the jobs in it. Used by one thread."""
 
     def __init__(self, name: str, model: TextToImage, rows: int, keep: Callable[[KeptImage], str],
-                 observer: Observer | None, clock: Callable[[], float]) -> None:
+                 clock: Callable[[], float]) -> None:
         """keep: stores a finished image, and returns its id."""
         self.name = name
         self.model = model
@@ -64,7 +53,6 @@ class ModelBatch:
         self.total = self.scheduler.total
         self.loaded_at = self.used_at = clock()
         self._keep = keep
-        self._observer = observer
         self._clock = clock
         self._drawn: dict[int, DrawnJob] = {}  # by ticket
 
@@ -98,10 +86,8 @@ class ModelBatch:
         request = job.request.request
         image_job = self.model.image_job(request)
         ticket = self.scheduler.submit(image_job)
-        now = self._clock()
-        self._drawn[ticket] = DrawnJob(job, now, dict.fromkeys(range(request.num_images), 0))
-        self.used_at = now
-        self._observe("queue_seconds", now - job.submitted)
+        self._drawn[ticket] = DrawnJob(job, dict.fromkeys(range(request.num_images), 0))
+        self.used_at = self._clock()
         text_tokens = int(image_job.captions.text_mask.sum())
         job.publish(Started(image_job.params, text_tokens))
 
@@ -159,7 +145,6 @@ class ModelBatch:
         tokens = image.image_tokens.cpu()
         layout = None if image.layout is None else image.layout.cpu()
         [pixels] = self.model.decode_tokens(tokens[None])
-        self._observe("image_seconds", self._clock() - drawn.started)
         image_id = self._keep(KeptImage(self.name, request.prompt, tokens, layout))
         return Finished(image.index, pixels, request.seed + image.index, tokens, image_id, layout)
 
@@ -180,14 +165,7 @@ class ModelBatch:
         except Exception:  # the image itself may still come
             log.exception("model %s: a partial image could not be decoded", self.name)
             return
-        job = drawn.job
-        if shown == 0 and index == 0:
-            self._observe("first_partial_seconds", self._clock() - job.submitted)
-        job.publish(Partial(index, pixels, shown, len(tokens)))
-
-    def _observe(self, name: str, value: float) -> None:
-        if self._observer is not None:
-            self._observer.observe(name, value)
+        drawn.job.publish(Partial(index, pixels, shown, len(tokens)))
 
 
 def partial_at(number: int, wanted: int, total: int) -> int:

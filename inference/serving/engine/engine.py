@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from inference.attention_maps import WordMap
-from inference.serving.engine.batches import ModelBatch, Observer
+from inference.serving.engine.batches import ModelBatch
 from inference.serving.engine.figures import EngineLimits, EngineStats, Speed
 from inference.serving.engine.jobs import (
     EngineRequest,
@@ -39,16 +39,14 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Owns the models and draws all jobs. observer: takes measured times. clock: in seconds."""
+    """Owns the models and draws all jobs. clock: in seconds."""
 
     def __init__(self, models: Models, limits: EngineLimits = EngineLimits(),  # noqa: B008
-                 observer: Observer | None = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.models = models
         self.limits = limits
         self.kept = KeptImages(limits.kept_images)
         self.speed = Speed()
-        self._observer = observer
         self._clock = clock
         self._questions = WordQuestions(self._words, limits.queue)
         self._loaded = LoadedModels(models, self._load, limits.turn, clock)
@@ -294,5 +292,4 @@ class Engine:
 
     def _load(self, name: str) -> ModelBatch:
         model = self.models[name].load()
-        return ModelBatch(name, model, self.models.options.rows, self.kept.add, self._observer,
-                          self._clock)
+        return ModelBatch(name, model, self.models.options.rows, self.kept.add, self._clock)
