@@ -201,3 +201,7 @@ def page_server() -> Iterator[PageServer]:
         yield stand_in
         server.should_exit = True
         thread.join(10)
+
+
+def pixels(file: bytes) -> bytes:
+    return Image.open(io.BytesIO(file)).convert("RGBA").tobytes()

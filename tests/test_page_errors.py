@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from inference.serving.errors import as_api_error, refused, too_late
+from inference.serving.errors import as_api_error, invalid, refused, too_late
 from tests.page_browser import Page
 from tests.page_server import Behaviour
 from tokenloom_common.errors import UserError
@@ -99,7 +99,7 @@ def test_a_stream_that_breaks_off_is_no_finished_picture(page):
     (refused("the safety filter refused the images of seeds 3 (nudity)"),
      "Not drawn. The safety filter refused the images of seeds 3 (nudity).", False),
     (too_late(120), "Drawing took longer than the server allows. Not finished within 120 s", True),
-    (as_api_error(UserError("the layout does not fit")), "Not drawn. The layout does not fit.", False),
+    (invalid(UserError("the layout does not fit")), "Not drawn. The layout does not fit.", False),
     (as_api_error(RuntimeError("a bug")), "The server failed. The server failed; its log has the reason", True)])
 def test_an_error_within_a_stream_is_said_as_that_of_a_reply(page, error, says, again):
     page.server.behaviour.late_error = error

@@ -5,6 +5,7 @@ import { ApiError, streamPicture } from "./api.js";
 const AT_ONCE = 4;  // browsers hold six connections to a server; the rest is for words and models
 const PARTIAL_IMAGES = 3;
 const MAX_TRIES = 40;
+const MAX_GUIDANCE = 100;  // the server's
 export const MAX_SEED = (1n << 63n) - 10n;  // the server counts on for n of up to 10
 
 /** The pictures of settings, not yet drawn. Picture i has seed + i; a variation keeps the seed. */
@@ -42,10 +43,12 @@ export function variationsOf(settings) {
   const variations = [];
   for (const step of [1, 2]) {
     const lower = rounded(guidance / (1 + 0.25 * step));
-    variations.push({ guidance: rounded(Math.max(guidance, 0.5) * (1 + 0.25 * step)) });
-    variations.push({ temperature: rounded(temperature + 0.1 * step) });
+    const higher = rounded(Math.min(MAX_GUIDANCE, Math.max(guidance, 0.5) * (1 + 0.25 * step)));
     // guidance 1 would switch the negative prompt off, which the server refuses
-    if (lower !== guidance && !(settings.negative && lower === 1)) variations.push({ guidance: lower });
+    const differs = (value) => value !== guidance && !(settings.negative && value === 1);
+    if (differs(higher)) variations.push({ guidance: higher });
+    variations.push({ temperature: rounded(temperature + 0.1 * step) });
+    if (differs(lower)) variations.push({ guidance: lower });
     if (temperature >= 0.1 * step) variations.push({ temperature: rounded(temperature - 0.1 * step) });
   }
   for (let step = 3; variations.length < Number(settings.count); step++) {

@@ -157,4 +157,5 @@ function growWithText(area) {
     area.style.height = `${area.scrollHeight + 2}px`;
   };
   area.addEventListener("input", fit);
+  addEventListener("resize", fit);  // lines wrap elsewhere
 }

@@ -10,12 +10,10 @@ const COLOR_NAMES = [
 
 /** The layout of the chosen model: hidden for models without. */
 export class LayoutEditor {
-  constructor(changed) {
+  constructor() {
     this.grid = null;
-    this.changed = changed;
     byId("layout-on").addEventListener("change", () => {
       byId("layout-editor").hidden = !byId("layout-on").checked;
-      changed();
     });
   }
 
@@ -75,7 +73,6 @@ export class LayoutEditor {
     fill.addEventListener("click", () => {
       this.values = this.values.map((row) => row.map(() => this.chosen));
       this.#showCells();
-      this.changed();
     });
     const hint = element("p", { className: "hint", textContent:
       "Choose a colour, then click or drag over the grid; with the keyboard, arrow keys move and Space paints" });
@@ -118,7 +115,6 @@ export class LayoutEditor {
     if (this.values[y][x] === this.chosen) return;
     this.values[y][x] = this.chosen;
     this.#showCells();
-    this.changed();
   }
 
   #showCells() {

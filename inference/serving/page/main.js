@@ -16,7 +16,7 @@ const EXAMPLES = ["octopus", "red heart", "smiling cat face with heart eyes", "r
 let ready = null;  // resolves, once the models are asked for, to whether they are known
 let current = null;  // {run, abort} while it is drawn
 
-const layout = new LayoutEditor(() => {});
+const layout = new LayoutEditor();
 const form = new Form(layout);
 const gallery = new Gallery({ broughtBack: (run) => bringBack(run) });
 
@@ -42,10 +42,14 @@ async function draw(changes = {}, { sameEntry = false } = {}) {
   stop();
   const run = { ...newRun(settings), address };
   putAddress(address, sameEntry);
+  showRun(run);
+  await finish(run);
+}
+
+function showRun(run) {
   gallery.show(run);
   // on a phone the pictures are below the form
   if (matchMedia("(max-width: 899px)").matches) byId("output").scrollIntoView();
-  await finish(run);
 }
 
 /** Draw what is not yet drawn of a run, and say how it went. */
@@ -98,7 +102,7 @@ function bringBack(run, { sameEntry = false } = {}) {
   clearMessage();
   form.fill(run.settings);
   putAddress(run.address, sameEntry);
-  gallery.show(run);
+  showRun(run);
   say("Brought back from this session.");
 }
 
@@ -200,6 +204,7 @@ async function fillFromFile(file) {
     say([`The recipe of ${file.name} is filled in; Draw makes it again.`, ...notes].join(" "));
     byId("prompt").focus();
   } catch (error) {
+    clearMessage();
     byId("message").hidden = false;
     byId("message-text").textContent = error.message;
   }
@@ -243,7 +248,7 @@ function listen() {
     }
   });
   addEventListener("keydown", (event) => {
-    if (event.key !== "Escape") return;
+    if (event.key !== "Escape" || event.isComposing) return;
     document.body.classList.add("no-tips");  // until the focus or the mouse moves on
     cancel();
   });
