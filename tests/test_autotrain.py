@@ -1,4 +1,4 @@
-"""`tokenloom train` around its choices: refusals, the scripts' keys, phases, time."""
+"""`tokenloom train` around its choices: refusals, the scripts' keys, time."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from tests import command_line
+from seq2seq import TextTokenizer
+from tests import command_line, tiny
 from tests.test_autotrain_choices import EMOJI, TWO_CORES, chosen
+from tokenizer_image import load_tokenizer
 from tokenloom_common.errors import MissingFileError, UserError
 from training.autotrain import stage
 from training.autotrain.clock import Clock
-from training.autotrain.facts import look_at_data
+from training.autotrain.facts import look_at_data, look_at_start
 from training.autotrain.job import train
 from training.autotrain.overrides import split_overrides
-from training.autotrain.phases import PhaseRunner
 from training.autotrain.places import PLAN, check_places, training_folder
-from training.autotrain.plan import Plan, TrainOptions, continued_plan
+from training.autotrain.plan import Plan, TrainOptions, changes_transformer, continued_plan
 from training.autotrain.recipes import check_overrides
 from training.autotrain.shapes import SHAPES
 from training.autotrain.speeds import MeasuredSpeeds
 from training.autotrain.stage import Stage, read_progress, run_stage, steps_until, worth_stopping
 from training.data.sources.open_dataset import open_dataset
+from training.evaluation.reconstruction import evaluate_reconstruction
 
 run = command_line.run
 
@@ -191,22 +193,24 @@ def test_a_held_out_split_of_the_data_is_found(tmp_path):
     assert (named.held_out, named.held_out_images) == ("validation", 4)
 
 
-# ---- phases
+def test_a_model_to_start_from_is_tried_on_the_data(tmp_path):
+    model = tiny.model_folder(tmp_path / "start")
+    source = open_dataset(str(pictures(tmp_path / "data")))
+    facts = look_at_start(model, source)
+    assert (facts.size, facts.grid, facts.codebook_size, facts.width) == (16, (4, 4), 32, 32)
+    tokenizer = load_tokenizer(model / "tokenizer_image")
+    assert facts.psnr == pytest.approx(evaluate_reconstruction(tokenizer, source)["psnr"])
+    words = TextTokenizer.from_pretrained(model / "text_tokenizer")
+    fits = [words.count(source.captions(row)[0]) <= tiny.TEXT_LENGTH for row in range(12)]
+    assert facts.captions_fit == sum(fits) / 12
+    assert 0 < facts.captions_fit < 1
 
-def test_a_phase_is_reused_until_an_input_before_it_changes(tmp_path):
-    calls: list[str] = []
 
-    def run_phases(job: str) -> None:
-        runner = PhaseRunner(tmp_path, job)
-        for name in ("first", "second"):
-            runner.phase(name, "", tmp_path / name,
-                         lambda name=name: (calls.append(name), (tmp_path / name).touch()))
-
-    run_phases("a")
-    run_phases("a")
-    assert calls == ["first", "second"]
-    run_phases("b")
-    assert calls == ["first", "second"] * 2
+@pytest.mark.parametrize(("stage", "key", "changes"), [
+    ("transformer", "--model.width", True), ("transformer", "--text.vocab_size", True),
+    ("tokenizer", "--train.trained_part", True), ("transformer", "--optim.lr", False), ("tokenizer", "--optim.lr", False)])
+def test_keys_that_make_another_transformer_begin_with_none(stage, key, changes):
+    assert changes_transformer({"tokenizer": [], "transformer": [], stage: [key, "1"]}) is changes
 
 
 # ---- time

@@ -18,7 +18,8 @@ PHOTOS = replace(EMOJI, images=30_000, shorter_side=480, distinct=29_000, words=
                  vocabulary=4096, text_ids=24, read_seconds=0.004)
 TWO_CORES = MachineFacts(cores=2, gpus=0, gpu_name=None, processes=2, memory=4 << 30)
 ONE_GPU = MachineFacts(cores=16, gpus=1, gpu_name="H200", processes=1, memory=100 << 30)
-SHIPPED = StartFacts("shipped", 64, (8, 8), 1024)
+SHIPPED = StartFacts("shipped", 64, (8, 8), 1024, width=320, psnr=17.0, captions_fit=1.0)
+KNOWING = replace(SHIPPED, psnr=23.0)
 
 
 class Speeds:
@@ -130,6 +131,18 @@ def test_a_start_is_taken_where_even_the_smallest_shape_from_scratch_takes_too_l
     assert chosen(minutes=minutes, speeds=FastTokenizer(), start=SHIPPED).shape.start == "shipped"
 
 
+def test_a_start_that_knows_the_data_gives_its_transformer_too():
+    choices = chosen(start=KNOWING)
+    assert choices.shape.start_width == choices.width == 320
+    assert chosen(start=SHIPPED).shape.start_width is None
+    assert chosen(start=replace(KNOWING, captions_fit=0.5)).shape.start_width is None
+    assert said(choices)["transformer"] == ("starts from shipped, and reads its ids",
+                                            "that model's images and words do for this data")
+    # its codes are kept, so that most of the time is the transformer's
+    assert choices.times.transformer > chosen(start=SHIPPED).times.transformer
+    assert (choices.guidance, choices.temperature) == (2.0, 0.5)
+
+
 def test_a_size_that_the_start_has_keeps_the_start():
     assert chosen(start=SHIPPED, size=64, minutes=120).shape == chosen(start=SHIPPED, minutes=120).shape
 
@@ -213,10 +226,10 @@ def test_text_length_and_vocabulary_come_from_the_captions():
 
 
 def test_every_choice_says_why():
-    for choices in (chosen(), chosen(PHOTOS, ONE_GPU), chosen(start=SHIPPED), chosen(size=128)):
+    for choices in (chosen(), chosen(PHOTOS, ONE_GPU), chosen(start=SHIPPED), chosen(size=128), chosen(start=KNOWING)):
         lines = said(choices)
         assert all(value and why for value, why in lines.values())
-        assert len(lines) == 11
+        assert len(lines) == (10 if choices.shape.start_width else 11)
 
 
 def test_every_shape_divides_its_size():

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from tests import tiny
-from tests.test_autotrain_choices import EMOJI, ONE_GPU, PHOTOS, SHIPPED, TWO_CORES, Speeds, chosen
+from tests.test_autotrain_choices import EMOJI, KNOWING, ONE_GPU, PHOTOS, SHIPPED, TWO_CORES, Speeds, chosen
 from tokenloom_common.errors import DataError, UserError
 from training.autotrain.clock import Clock
 from training.autotrain.job import AutoTrain
@@ -66,7 +66,7 @@ def test_choices_are_lines_of_name_value_and_reason():
 
 
 @pytest.mark.parametrize(("data", "machine", "minutes", "start"), [
-    (EMOJI, TWO_CORES, 2, None), (EMOJI, TWO_CORES, 20, SHIPPED), (PHOTOS, ONE_GPU, 60, None),
+    (EMOJI, TWO_CORES, 2, None), (EMOJI, TWO_CORES, 20, SHIPPED), (EMOJI, TWO_CORES, 20, KNOWING), (PHOTOS, ONE_GPU, 60, None),
     (PHOTOS, ONE_GPU, 6000, None)])
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
 def test_every_choice_makes_configs_that_the_scripts_take(data, machine, minutes, start, size):
@@ -80,8 +80,11 @@ def test_every_choice_makes_configs_that_the_scripts_take(data, machine, minutes
         assert config.train.steps == choices.tokenizer_steps
     else:  # the model's config is read from the folder, which is none here
         assert values["init_from"] == "shipped" and "model" not in values
-    config = read_stage("transformer", STAND_INS["transformer"], {"transformer": []},
-                        transformer_values(choices, code_tables=True))
+    values = transformer_values(choices, code_tables=True)
+    if choices.shape.start_width is not None:  # so is its transformer's
+        assert values.pop("init_from") == "shipped" and set(values["model"]) == {"dropout"} and "text" not in values
+        assert not values["code_tables_from_codebook"]
+    config = read_stage("transformer", STAND_INS["transformer"], {"transformer": []}, values)
     assert config.train.steps == choices.steps
     assert config.optim.warmup_steps < config.train.steps
 

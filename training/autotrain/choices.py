@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tokenloom_common.errors import UserError
 from training.autotrain.facts import LONGEST_TEXT, DataFacts, MachineFacts, StartFacts
@@ -78,6 +79,7 @@ class Choices:
     vocabulary: int
     text_length: int
     guidance: float
+    temperature: float
     top_k: int
     copied: int
     held_out: int
@@ -137,7 +139,7 @@ def choose(data: DataFacts, machine: MachineFacts, seconds: float, speeds: Speed
         tokenizer_batch=tokenizer_batch(machine), flip=0.5 if images < MIDDLE_DATA else 0.0,
         width=width, dropout=0.0, batch=row_batch(machine), vocabulary=data.vocabulary,
         text_length=min(LONGEST_TEXT, max(8, data.text_ids)),
-        guidance=2.0 if images < SMALL_DATA else 4.0, top_k=64 if images < SMALL_DATA else 256,
+        **_sampling(shape, images),
         copied=copied, held_out=held_out, images=images, times=times,
         whys={"size": shape_why, "width": width_why, "copy": copy_why})
     epochs = choices.steps * choices.batch / images
@@ -197,6 +199,8 @@ def _tokenizer_share(shape: Shape, speeds: Speeds, free: float) -> float:
 
 
 def _width(shape: Shape, images: int, seconds: float, speeds: Speeds) -> tuple[int, str]:
+    if shape.start_width is not None:
+        return shape.start_width, "that model's images and words do for this data"
     rows = seconds / speeds.row(shape, USUAL_WIDTH)
     if rows < shape.rows / 2:
         return SMALL_WIDTH, (f"{USUAL_WIDTH} would see {rows:,.0f} rows in its time, of "
@@ -207,6 +211,14 @@ def _width(shape: Shape, images: int, seconds: float, speeds: Speeds) -> tuple[i
             return LARGE_WIDTH, f"time for {wide_rows:,.0f} rows of {images:,} images"
         return USUAL_WIDTH, f"{LARGE_WIDTH} would see {wide_rows:,.0f} rows in its time"
     return USUAL_WIDTH, f"a larger one learns {images:,} images by heart"
+
+
+def _sampling(shape: Shape, images: int) -> dict[str, Any]:
+    if shape.start_width is not None:
+        return {"guidance": 2.0, "temperature": 0.5, "top_k": 128}
+    if images < SMALL_DATA:
+        return {"guidance": 2.0, "temperature": 1.0, "top_k": 64}
+    return {"guidance": 4.0, "temperature": 1.0, "top_k": 256}
 
 
 def _codebook_size(shape: Shape, images: int) -> int:

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from inference.memory.available import available_memory
+from inference.model_folder import load_model_folder
 from seq2seq import TextTokenizer
-from tokenizer_image import IMAGE_TOKENIZERS
-from tokenloom_common.config import read_mapping
-from tokenloom_common.errors import DataError, UserError
+from tokenloom_common.errors import DataError
 from tokenloom_common.progress import progress
 from training.autotrain.launching import launcher_devices, process_count
-from training.config.start_folders import find_tokenizer
 from training.data.sources.captioned_images import BAD_ITEM_ERRORS, CaptionedImages
 from training.data.sources.drops import format_reasons
 from training.data.sources.open_dataset import list_splits, open_dataset
 from training.data.sources.tree import counted
+from training.evaluation.image_metrics.pixel_metrics import psnr
+from training.evaluation.reconstruction import reconstructed_batches
 
 LOOKED_AT = 400  # images that are decoded for sizes and reading speed, spread over the data
 READ_CAPTIONS = 20_000  # that the statistics are taken of
@@ -34,6 +34,9 @@ HELD_OUT_SPLITS = ("validation", "val", "valid", "dev", "test", "unseen_concept"
 LEAST_VOCABULARY, MOST_VOCABULARY = 320, 4096
 LONGEST_TEXT = 96  # ids; longer captions are cut
 SHARE_WHOLE = 0.99  # of the captions that no text length may cut
+TRIED = 64  # images and their captions that a model to start from is tried on
+KNOWN_PSNR = 21.0  # dB; below it reconstructions look blurred
+KNOWN_CAPTIONS = 0.9  # share of captions
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,25 @@ class MachineFacts:
 
 @dataclass(frozen=True)
 class StartFacts:
-    """The image tokenizer of a trained model, to start from."""
+    """A trained model to start from, and how it takes the data.
+
+    codebook_size: of its image tokenizer; width: of its transformer.
+    psnr: of the data's images through its image tokenizer, in dB.
+    captions_fit: share of the captions that its transformer reads whole.
+    """
 
     folder: str
     size: int
     grid: tuple[int, int]
     codebook_size: int
+    width: int
+    psnr: float
+    captions_fit: float
+
+    @property
+    def knows_data(self) -> bool:
+        """Whether its codes and words do for the data, so that its transformer helps too."""
+        return self.psnr >= KNOWN_PSNR and self.captions_fit >= KNOWN_CAPTIONS
 
 
 def look_at_data(source: CaptionedImages, split: str | None, reading: dict[str, Any]) -> DataFacts:
@@ -173,13 +189,17 @@ def look_at_machine() -> MachineFacts:
     return MachineFacts(len(os.sched_getaffinity(0)), gpus, name, processes, memory)
 
 
-def look_at_start(folder: str | Path) -> StartFacts:
-    """Read the config of a trained model's image tokenizer. UserError where there is none."""
-    values = read_mapping(find_tokenizer(str(folder)) / "config.json")
-    kind = IMAGE_TOKENIZERS.get(str(values.get("kind")))
-    if kind is None:
-        raise UserError(f"{folder}: its image tokenizer is of an unknown kind "
-                        f"{values.get('kind')!r}")
-    known = {name: value for name, value in values.items() if name != "schema_version"}
-    config: Any = kind.config_class.parse(known, "config.json")
-    return StartFacts(str(folder), config.resolution, config.grid, config.codebook_size)
+def look_at_start(folder: str | Path, source: CaptionedImages) -> StartFacts:
+    """Try a trained model folder on some of the data's images and captions."""
+    model = load_model_folder(folder)
+    tokenizer, text = model.image_tokenizer, model.text_tokenizer
+    rows = _spread(len(source), TRIED)
+    values = [psnr(batch.reconstruction, batch.original)
+              for batch in reconstructed_batches(tokenizer, source, rows, TRIED, Counter(),
+                                                 quiet=True)]
+    fit = [isinstance(text, TextTokenizer) and text.count(caption) <= text.config.text_length
+           for row in rows for caption in source.captions(row)]
+    config = tokenizer.config
+    return StartFacts(str(folder), config.resolution, config.grid, config.codebook_size,
+                      model.seq2seq.config.width, float(torch.cat(values).mean()),
+                      sum(fit) / max(1, len(fit)))

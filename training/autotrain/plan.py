@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,22 @@ def make_plan(options: TrainOptions, clock: Clock) -> Plan:
     machine = look_at_machine()
     start: StartFacts | None = None
     if options.start_from is not None:
-        start = look_at_start(options.start_from)
+        start = look_at_start(options.start_from, source)
+        if changes_transformer(options.overrides):
+            start = replace(start, captions_fit=0.0)
     log.info("measuring the speed of training on this machine ...")
     with ProbeWorkers(machine.processes) as workers:
         speeds = MeasuredSpeeds(workers, data, machine, options.overrides)
         choices = choose(data, machine, clock.left, speeds, start, options.size)
     return Plan(choices, data, machine, speeds.start_seconds)
+
+
+def changes_transformer(overrides: dict[str, list[str]]) -> bool:
+    """Whether the user's keys make another transformer than that of the start, or other codes."""
+    keys = [f"{stage}{word.removeprefix('-')}" for stage, words in overrides.items()
+            for word in words[::2]]
+    return any(key.startswith(("transformer-model", "transformer-text",
+                               "tokenizer-train.trained_part")) for key in keys)
 
 
 def plan_lines(plan: Plan, options: TrainOptions) -> list[Line]:

@@ -66,6 +66,8 @@ def tokenizer_values(choices: Choices, machine: MachineFacts) -> dict[str, Any]:
     }
     if choices.shape.start is not None:
         values["init_from"] = choices.shape.start
+        if choices.shape.start_width is not None:
+            values["train"]["trained_part"] = "decoder"  # its transformer knows its codes
     else:
         values["model"] = _vqgan(choices, on_gpu)
     _add_pace(values, choices.times.picture_seconds * choices.tokenizer_batch)
@@ -106,25 +108,38 @@ def _codebook_decay(choices: Choices) -> float:
 def transformer_values(choices: Choices, code_tables: bool) -> dict[str, Any]:
     """Return the recipe of the transformer, without places.
 
-    code_tables: whether its tables of codes can begin as the tokenizer's codebook.
+    code_tables: whether its tables of codes could begin as the tokenizer's codebook.
     """
-    encoder, decoder = WIDTHS[choices.width]
-    values = {
-        "text": {"vocab_size": choices.vocabulary, "text_length": choices.text_length},
-        "model": {"kind": "encoder_decoder", "width": choices.width, "heads": choices.width // 64,
-                  "head_dim": 64, "encoder_layers": encoder, "decoder_layers": decoder,
-                  "dropout": choices.dropout},
+    starts = choices.shape.start_width is not None
+    values: dict[str, Any] = {
         "train": {"steps": choices.steps, "batch_size": choices.batch, "sample_every": 0,
                   "weight_ema": 0.99 if choices.steps >= 1000 else 0.0},
-        "optim": {"lr": 0.0005 if choices.width == LARGE_WIDTH else 0.002, "weight_decay": 0.05},
+        "optim": {"lr": _transformer_rate(choices), "weight_decay": 0.05},
         "caption_dropout": 0.1,
         # without it the model knows pictures by their first tokens and not by their captions
         "token_corruption": 0.5,
-        "code_tables_from_codebook": code_tables,
-        "sample_guidance": choices.guidance, "sample_top_k": choices.top_k,
+        "code_tables_from_codebook": code_tables and not starts,
+        "sample_guidance": choices.guidance, "sample_temperature": choices.temperature,
+        "sample_top_k": choices.top_k,
     }
+    if starts:
+        values["init_from"] = choices.shape.start
+        values["model"] = {"dropout": choices.dropout}
+    else:
+        encoder, decoder = WIDTHS[choices.width]
+        values["text"] = {"vocab_size": choices.vocabulary, "text_length": choices.text_length}
+        values["model"] = {
+            "kind": "encoder_decoder", "width": choices.width, "heads": choices.width // 64,
+            "head_dim": 64, "encoder_layers": encoder, "decoder_layers": decoder,
+            "dropout": choices.dropout}
     _add_pace(values, choices.times.row_seconds * choices.batch)
     return values
+
+
+def _transformer_rate(choices: Choices) -> float:
+    if choices.shape.start_width is not None:
+        return 0.0005
+    return 0.0005 if choices.width == LARGE_WIDTH else 0.002
 
 
 def _add_pace(values: dict[str, Any], seconds_per_step: float) -> None:

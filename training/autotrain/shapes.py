@@ -14,7 +14,8 @@ from training.autotrain.facts import DataFacts, StartFacts
 
 SMALL_DATA, MIDDLE_DATA, LARGE_DATA = 1000, 5000, 20_000  # images
 USUAL_WIDTH = 320  # of the transformer
-WARM_START_SAVES = 3  # times fewer images than from scratch
+WARM_START_SAVES = 3  # times fewer images or rows than from scratch
+DECODER_SAVES = 12  # times fewer images where the decoder alone is trained
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Shape:
 
     pictures: visits of images to train the tokenizer; rows: visits of rows for the transformer.
     codebook_size: None follows from the data. start: folder of the model that it begins from.
+    start_width: of that model's transformer, where it begins from that too and keeps the codes.
     """
 
     size: int
@@ -31,6 +33,7 @@ class Shape:
     rows: int
     codebook_size: int | None = None
     start: str | None = None
+    start_width: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -119,14 +122,18 @@ def choose_shape(data: DataFacts, images: int, free: float, speeds: Speeds,
 
 
 def _with_start(start: StartFacts | None, images: int) -> list[Shape]:
-    """The shapes; the one that a trained tokenizer has begins from it."""
+    """The shapes; the one of a trained model begins from it."""
     shapes = []
     for shape in SHAPES:
         fits = (start is not None and start.size == shape.size
                 and start.grid == (shape.size // shape.patch,) * 2)
         if start is not None and fits and images < LARGE_DATA:
+            saves = DECODER_SAVES if start.knows_data else WARM_START_SAVES
             shape = replace(shape, start=start.folder, codebook_size=start.codebook_size,
-                            pictures=shape.pictures // WARM_START_SAVES)
+                            pictures=shape.pictures // saves)
+            if start.knows_data:
+                shape = replace(shape, start_width=start.width,
+                                rows=shape.rows // WARM_START_SAVES)
         shapes.append(shape)
     return shapes
 

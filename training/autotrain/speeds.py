@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ class MeasuredSpeeds:
         """Seconds in which a transformer learns from one row."""
         key = ("row", shape.tokens, width)
         if key not in self._known:
-            choices = self._assumed(shape, width)
+            # one that starts from a model has its shape, and nothing of it is loaded here
+            choices = self._assumed(replace(shape, start_width=None), width)
             values = transformer_values(choices, code_tables=True)
             config = self._read("transformer", values)
             side = shape.size // shape.patch
@@ -114,4 +116,5 @@ class MeasuredSpeeds:
             channels=channels_of(self.machine), tokenizer_batch=tokenizer_batch(self.machine),
             flip=0.0, width=width, dropout=0.0, batch=row_batch(self.machine),
             vocabulary=self.data.vocabulary, text_length=max(8, self.data.text_ids), guidance=2.0,
-            top_k=64, copied=self.data.images, held_out=0, images=self.data.images, times=times)
+            temperature=1.0, top_k=64, copied=self.data.images, held_out=0,
+            images=self.data.images, times=times)

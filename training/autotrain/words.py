@@ -46,17 +46,32 @@ def _data_lines(choices: Choices, data: DataFacts, machine: MachineFacts) -> lis
 def _model_lines(choices: Choices, data: DataFacts, machine: MachineFacts) -> list[Line]:
     shape, whys = choices.shape, choices.whys
     origin = f"starts from {shape.start}" if shape.start else "from scratch"
-    encoder, decoder = WIDTHS[choices.width]
-    recipe = "emoji32_seq2seq.yaml" if choices.images < SMALL_DATA else "emoji64_seq2seq.yaml"
     return [
         Line("image size", f"{shape.size} px", whys["size"]),
         Line("image tokenizer", f"{shape.grid} tokens of {choices.codebook_size:,} codes, {origin}",
              _tokenizer_why(choices, machine)),
-        Line("transformer", f"width {choices.width}, {encoder} + {decoder} layers", whys["width"]),
-        Line("captions", f"{choices.text_length} ids of {choices.vocabulary:,}",
-             f"99 % of them fit into {data.text_ids}, {data.mean_words:.1f} words on average"),
-        Line("guidance", f"{choices.guidance:g}, top-k {choices.top_k}, caption dropout 0.1",
-             f"as in {recipe}, measured on data of this size")]
+        *(_started_lines(choices) if shape.start_width else _own_lines(choices, data))]
+
+
+def _started_lines(choices: Choices) -> list[Line]:
+    """The transformer, where that of another model is trained on."""
+    return [Line("transformer", f"starts from {choices.shape.start}, and reads its ids",
+                 choices.whys["width"]),
+            Line("guidance", f"{choices.guidance:g}, temperature {choices.temperature:g}, top-k "
+                 f"{choices.top_k}, caption dropout 0.1", "as in shipped_seq2seq.yaml")]
+
+
+def _own_lines(choices: Choices, data: DataFacts) -> list[Line]:
+    """The transformer, where it is a new one."""
+    encoder, decoder = WIDTHS[choices.width]
+    recipe = "emoji32_seq2seq.yaml" if choices.images < SMALL_DATA else "emoji64_seq2seq.yaml"
+    return [Line("transformer", f"width {choices.width}, {encoder} + {decoder} layers",
+                 choices.whys["width"]),
+            Line("captions", f"{choices.text_length} ids of {choices.vocabulary:,}",
+                 f"99 % of them fit into {data.text_ids}, {data.mean_words:.1f} words on average"),
+            Line("guidance", f"{choices.guidance:g}, temperature {choices.temperature:g}, top-k "
+                 f"{choices.top_k}, caption dropout 0.1",
+                 f"as in {recipe}, measured on data of this size")]
 
 
 def _time_lines(choices: Choices) -> list[Line]:
@@ -77,8 +92,10 @@ def _time_lines(choices: Choices) -> list[Line]:
 
 
 def _tokenizer_why(choices: Choices, machine: MachineFacts) -> str:
+    if choices.shape.start_width is not None:
+        return "its codes are kept, its decoder learns the rest"
     if choices.shape.start:
-        return "its codes are those of that model; fewer images teach it the rest"
+        return "fewer images teach it the rest"
     return f"{choices.channels} channels on a {'GPU' if machine.gpus else 'CPU'}"
 
 
