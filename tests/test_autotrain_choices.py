@@ -197,6 +197,12 @@ def test_images_are_held_out_unless_the_data_has_a_split_or_is_tiny():
     assert said(own, data)["held out"][0] == "80 images of split validation"
 
 
+def test_the_best_on_held_out_images_is_kept_where_there_are_enough_to_tell():
+    assert not chosen().keeps_best  # learnt by heart
+    assert chosen(replace(EMOJI, images=1500)).keeps_best
+    assert not chosen(replace(EMOJI, images=1500, held_out="test", held_out_images=3)).keeps_best
+
+
 def test_what_takes_too_long_to_read_is_read_in_part_and_said():
     slow = replace(PHOTOS, images=1_000_000, read_seconds=0.02)
     choices = chosen(slow, minutes=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tokenloom_common.errors import RunFailedError, StoppedBySignalError, UserError
-from training.autotrain import launching
+from training.autotrain import launching, stage
 from training.autotrain.launching import launch, launcher_devices
 
 
@@ -37,6 +38,46 @@ def test_the_launcher_gets_the_gpus_that_the_user_chose(monkeypatch, visible, op
             launcher_devices()
     else:
         assert launcher_devices() == options
+
+
+def best_of(run_dir: Path, step: int, newest: int) -> None:
+    """Write a run's folder with two checkpoints, of which one measured best."""
+    for number in (step, newest):
+        (run_dir / "checkpoints" / f"step-{number:08d}").mkdir(parents=True, exist_ok=True)
+    for name in ("text_tokenizer", "model"):
+        (run_dir / name).mkdir()
+    (run_dir / "latest.json").write_text("{}")
+    (run_dir / "best.json").write_text(json.dumps({"step": step, "checkpoint": f"checkpoints/step-{step:08d}"}))
+
+
+def test_the_best_checkpoint_becomes_the_model(tmp_path, monkeypatch):
+    asked = []
+
+    def export(script: str, *arguments: object) -> bool:
+        folder = tmp_path / "run_best"
+        asked.append((script, arguments))
+        assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "latest.json", "text_tokenizer"]
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000020"]
+        (folder / "model").mkdir()
+        (folder / "model" / "best").touch()
+        return True
+
+    monkeypatch.setattr(stage, "launch", export)
+    best_of(tmp_path / "run", 20, 60)
+    stage.export_best("train.py", tmp_path / "run", ["--seed", 1])
+    assert asked == [("train.py", ("--seed", 1, "--run_dir", tmp_path / "run_best", "--train.steps", 20))]
+    assert (tmp_path / "run" / "model" / "best").exists()
+    assert not (tmp_path / "run_best").exists()
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_newest_checkpoint_is_not_exported_twice(tmp_path, monkeypatch, measured):
+    monkeypatch.setattr(stage, "launch", lambda *arguments: pytest.fail("launched"))
+    best_of(tmp_path / "run", 60, 60)
+    if not measured:
+        (tmp_path / "run" / "best.json").unlink()
+    stage.export_best("train.py", tmp_path / "run", [])
+    assert (tmp_path / "run" / "model").is_dir()
 
 
 SAVES_ON_SIGNAL = """

@@ -80,12 +80,14 @@ def test_every_choice_makes_configs_that_the_scripts_take(data, machine, minutes
         assert config.train.steps == choices.tokenizer_steps
     else:  # the model's config is read from the folder, which is none here
         assert values["init_from"] == "shipped" and "model" not in values
-    values = transformer_values(choices, code_tables=True)
+    values = transformer_values(choices, code_tables=True, keep_best=choices.keeps_best)
     if choices.shape.start_width is not None:  # so is its transformer's
         assert values.pop("init_from") == "shipped" and set(values["model"]) == {"dropout"} and "text" not in values
         assert not values["code_tables_from_codebook"]
-    config = read_stage("transformer", STAND_INS["transformer"], {"transformer": []}, values)
+    places = [*STAND_INS["transformer"], "--data.validation_split", HELD_OUT]
+    config = read_stage("transformer", places, {"transformer": []}, values)
     assert config.train.steps == choices.steps
+    assert config.checkpoint.keep_best is choices.keeps_best is (data is PHOTOS)
     assert config.optim.warmup_steps < config.train.steps
 
 

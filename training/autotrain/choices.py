@@ -88,6 +88,14 @@ class Choices:
     whys: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint that does best on held-out images is the result, not the last.
+
+        A few hundred images are learnt by heart: their captions are what the model will be asked.
+        """
+        return self.images >= SMALL_DATA and self.held_out >= HELD_OUT_BOUNDS[0]
+
+    @property
     def tokenizer_steps(self) -> int:
         """Steps of the image tokenizer at the measured speed."""
         return steps_in(self.times.tokenizer, self.times.picture_seconds * self.tokenizer_batch)

@@ -41,7 +41,7 @@ from training.autotrain.plan import (
 from training.autotrain.prepare import HELD_OUT, open_copy, write_copy
 from training.autotrain.recipes import read_stage, tokenizer_values, transformer_values
 from training.autotrain.report import draw_curves, figure_rows, next_steps, page
-from training.autotrain.stage import Stage, run_stage
+from training.autotrain.stage import Stage, export_best, run_stage
 from training.autotrain.words import notes_of
 from training.data.sources.open_dataset import open_dataset
 from training.runs.run_folder import hold_folder
@@ -117,13 +117,25 @@ class AutoTrain:
     def _train_transformer(self, run_dir: Path) -> None:
         choices = self.choices
         code_tables = has_vector_per_code(load_tokenizer(self.tokenizer / "model"))
-        recipe = self._write_recipe("transformer", transformer_values(choices, code_tables))
-        after = choices.times.report + ENDING * self.plan.start_seconds
+        keep_best = self._keeps_best()
+        recipe = self._write_recipe("transformer",
+                                    transformer_values(choices, code_tables, keep_best))
+        # the best one takes another start
+        ending = ENDING + 1 if keep_best else ENDING
+        after = choices.times.report + ending * self.plan.start_seconds
         arguments = ["--config", recipe, "--data.path", self.tokens, "--image_tokenizer",
-                     self.tokenizer / "model", "--run_dir", run_dir, "--seed", self.options.seed,
-                     *self._validation()]
-        self._run("transformer", "train_seq2seq.py", run_dir, arguments, self.clock.budget - after,
-                  choices.times.row_seconds, TRANSFORMER_TOLERANCE)
+                     self.tokenizer / "model", "--seed", self.options.seed, *self._validation()]
+        self._run("transformer", "train_seq2seq.py", run_dir, [*arguments, "--run_dir", run_dir],
+                  self.clock.budget - after, choices.times.row_seconds, TRANSFORMER_TOLERANCE)
+        if keep_best:
+            export_best("train_seq2seq.py", run_dir,
+                        [*arguments, *self.options.overrides.get("transformer", [])])
+
+    def _keeps_best(self) -> bool:
+        """Whether the best checkpoint is wanted, and the user's keys leave it to this command."""
+        keys = self.options.overrides.get("transformer", [])[::2]
+        own = any(key.startswith(("--checkpoint.", "--train.validate_every")) for key in keys)
+        return self.choices.keeps_best and not own
 
     def _run(self, name: str, script: str, run_dir: Path, arguments: list[object], until: float,
              seconds_each: float, tolerance: float) -> None:

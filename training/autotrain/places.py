@@ -16,7 +16,7 @@ OUT_NAMES = (*MODEL_FILES, SAMPLES, CURVES, REPORT)
 """What --OUT holds: the model folder, the sheets and the page."""
 PLAN, TIME, FIGURES = "plan.json", "time.json", "figures.json"
 TRAINING_NAMES = (PLAN, TIME, FIGURES, "data", "tokenizer", "tokenizer.yaml", "tokens",
-                  "transformer", "transformer.yaml", "phases", ".*")
+                  "transformer", "transformer.yaml", "transformer_best", "phases", ".*")
 NEED_BYTES = 64 << 20  # of the smallest models with their checkpoints
 
 

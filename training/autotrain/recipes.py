@@ -105,10 +105,11 @@ def _codebook_decay(choices: Choices) -> float:
     return round(min(0.99, max(0.9, 1 - latents / 20)), 3)
 
 
-def transformer_values(choices: Choices, code_tables: bool) -> dict[str, Any]:
+def transformer_values(choices: Choices, code_tables: bool, keep_best: bool) -> dict[str, Any]:
     """Return the recipe of the transformer, without places.
 
     code_tables: whether its tables of codes could begin as the tokenizer's codebook.
+    keep_best: whether the checkpoint that does best on held-out images is kept.
     """
     starts = choices.shape.start_width is not None
     values: dict[str, Any] = {
@@ -132,7 +133,14 @@ def transformer_values(choices: Choices, code_tables: bool) -> dict[str, Any]:
             "kind": "encoder_decoder", "width": choices.width, "heads": choices.width // 64,
             "head_dim": 64, "encoder_layers": encoder, "decoder_layers": decoder,
             "dropout": choices.dropout}
-    _add_pace(values, choices.times.row_seconds * choices.batch)
+    seconds_per_step = choices.times.row_seconds * choices.batch
+    _add_pace(values, seconds_per_step)
+    if keep_best:
+        # a look at the held-out rows, forward alone, takes no more than a twentieth of the time
+        measure_seconds = choices.held_out * choices.times.row_seconds / 3
+        every = max(CHECKPOINT_SECONDS, 20 * measure_seconds)
+        values["checkpoint"] |= {"every_steps": round(every / seconds_per_step), "keep_best": True}
+        values["train"]["validate_every"] = values["checkpoint"]["every_steps"]
     return values
 
 

@@ -65,7 +65,7 @@ class MeasuredSpeeds:
         if key not in self._known:
             # one that starts from a model has its shape, and nothing of it is loaded here
             choices = self._assumed(replace(shape, start_width=None), width)
-            values = transformer_values(choices, code_tables=True)
+            values = transformer_values(choices, code_tables=True, keep_best=False)
             config = self._read("transformer", values)
             side = shape.size // shape.patch
             derived = {"text_vocab_size": choices.vocabulary, "text_feature_width": None,

@@ -6,7 +6,9 @@ on with another number of steps, so that its learning rate still falls to its en
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from typing import NamedTuple
 from training.autotrain.choices import LEAST_STEPS
 from training.autotrain.clock import Clock
 from training.autotrain.launching import launch
+from training.config.start_folders import TEXT_FOLDER
 from training.runs.metrics import read_metrics
+from training.runs.retention import BEST
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +104,29 @@ def run_stage(stage: Stage, clock: Clock) -> None:
         clock.save()
         if finished:
             return
+
+
+def export_best(script: str, run_dir: Path, arguments: Sequence[object]) -> None:
+    """Replace RUN/model by the export of the checkpoint that measured best on held-out images.
+
+    arguments: of the script, without its run folder.
+    """
+    if not (run_dir / BEST).is_file():  # too short to be measured on its way
+        return
+    best = json.loads((run_dir / BEST).read_text(encoding="utf-8"))
+    if best["step"] == _saved_step(run_dir):
+        return
+    log.info("the model of step %d is taken: it did best on held-out images", best["step"])
+    # a run that has nothing left to do exports its checkpoint
+    folder = run_dir.with_name(f"{run_dir.name}_best")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run_dir / best["checkpoint"], folder / best["checkpoint"])
+    shutil.copytree(run_dir / TEXT_FOLDER, folder / TEXT_FOLDER)
+    shutil.copy2(run_dir / "latest.json", folder)
+    launch(script, *arguments, "--run_dir", folder, "--train.steps", best["step"])
+    shutil.rmtree(run_dir / "model")
+    shutil.move(folder / "model", run_dir / "model")
+    shutil.rmtree(folder)
 
 
 class _Watch:
