@@ -120,7 +120,7 @@ def test_the_same_command_again_reuses_everything(trained, capsys):
 
 
 def test_another_command_for_the_same_place_is_refused(trained):
-    with pytest.raises(UserError, match="begun with another seed"):
+    with pytest.raises(UserError, match="begun with another --seed"):
         train(TrainOptions(trained.data, trained.out, 1.0, seed=4, overrides=OVERRIDES), dry_run=False)
 
 
