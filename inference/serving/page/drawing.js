@@ -5,7 +5,7 @@ import { ApiError, streamPicture } from "./api.js";
 const AT_ONCE = 4;  // browsers hold six connections to a server; the rest is for words and models
 const PARTIAL_IMAGES = 3;
 const MAX_TRIES = 40;
-const MAX_GUIDANCE = 100;  // the server's
+const MAX_SAMPLING = 100;  // the server's bound of guidance and of temperature
 export const MAX_SEED = (1n << 63n) - 10n;  // the server counts on for n of up to 10
 
 /** The pictures of settings, not yet drawn. Picture i has seed + i; a variation keeps the seed. */
@@ -41,22 +41,22 @@ export function variationsOf(settings) {
   const guidance = Number(settings.guidance);
   const temperature = Number(settings.temperature);
   const variations = [];
-  for (const step of [1, 2]) {
-    const lower = rounded(guidance / (1 + 0.25 * step));
-    const higher = rounded(Math.min(MAX_GUIDANCE, Math.max(guidance, 0.5) * (1 + 0.25 * step)));
+  const add = (name, value) => {
     // guidance 1 would switch the negative prompt off, which the server refuses
-    const differs = (value) => value !== guidance && !(settings.negative && value === 1);
-    if (differs(higher)) variations.push({ guidance: higher });
-    variations.push({ temperature: rounded(temperature + 0.1 * step) });
-    if (differs(lower)) variations.push({ guidance: lower });
-    if (temperature >= 0.1 * step) variations.push({ temperature: rounded(temperature - 0.1 * step) });
+    const refused = value < 0 || value > MAX_SAMPLING || (name === "guidance" && value === 1 && settings.negative);
+    const text = String(value);  // as typed values are
+    // "1.0" and 1 are the same guidance
+    const known = value === Number(settings[name]) || variations.some((other) => other[name] === text);
+    if (!refused && !known) variations.push({ [name]: text });
+  };
+
+  for (let step = 1; step <= 2 || variations.length < Number(settings.count); step++) {
+    add("guidance", rounded(Math.max(guidance, 0.5) * (1 + 0.25 * step)));
+    add("temperature", rounded(temperature + 0.1 * step));
+    add("guidance", rounded(guidance / (1 + 0.25 * step)));
+    add("temperature", rounded(temperature - 0.1 * step));
   }
-  for (let step = 3; variations.length < Number(settings.count); step++) {
-    variations.push({ temperature: rounded(temperature + 0.1 * step) });
-  }
-  // "1.0" and 1 are the same guidance; as text, as typed values are
-  return variations.map((changed) => Object.fromEntries(
-    Object.entries(changed).map(([name, value]) => [name, String(value)])));
+  return variations;
 }
 
 /**

@@ -47,7 +47,8 @@ export class Form {
     this.#useModel();
     // where there is a fingerprint, it says more than the name does
     const missing = settings.model && named === null && !settings.drawnBy?.model_fingerprint;
-    if (missing) notes.push(`There is no model “${settings.model}” here: “${byId("model").value}” draws instead.`);
+    const chosen = byId("model").value;
+    if (missing) notes.push(`There is no model “${settings.model}” here: “${chosen}” draws instead.`);
     if (settings.drawnBy) notes.push(...this.#differences(settings.drawnBy));
     for (const name of FIELDS) {
       if (settings[name] !== undefined && settings[name] !== "") byId(name).value = settings[name];
@@ -157,5 +158,5 @@ function growWithText(area) {
     area.style.height = `${area.scrollHeight + 2}px`;
   };
   area.addEventListener("input", fit);
-  addEventListener("resize", fit);  // lines wrap elsewhere
+  addEventListener("resize", fit);  // also when a phone is turned, or the page zoomed
 }

@@ -20,9 +20,7 @@ export class Gallery {
 
   /** Show a run in place of the one before. */
   show(run) {
-    // a run that was ended before a picture was finished is not kept
-    const leaves = this.run !== null && this.run !== run && !isKept(this.run);
-    if (leaves) this.run.pictures.forEach(release);
+    if (this.run !== null && this.run !== run && !this.#keeps(this.run)) this.run.pictures.forEach(release);
     this.run = run;
     this.selected = null;
     byId("empty").hidden = true;
@@ -55,10 +53,7 @@ export class Gallery {
 
   /** Add the run that is shown to the history, or redraw its entry. */
   remember(run) {
-    if (!isKept(run)) {
-      if (run !== this.run) run.pictures.forEach(release);
-      return;
-    }
+    if (!hasFinished(run)) return;
     this.runs = [run, ...this.runs.filter((other) => other !== run)];
     for (const forgotten of this.runs.splice(MAX_RUNS)) forgotten.pictures.forEach(release);
     this.#showHistory();
@@ -75,6 +70,11 @@ export class Gallery {
     // the last one in place of one that is forgotten
     const next = [...this.entries.keys()].at(this.runs.indexOf(run));
     next.firstChild.focus({ preventScroll: true });
+  }
+
+  /** Whether a run is in the history, or will be when its drawing ends. */
+  #keeps(run) {
+    return this.runs.includes(run) || hasFinished(run);
   }
 
   /** Return the remembered run with an address, or null. Some of its pictures may not be drawn yet. */
@@ -119,7 +119,7 @@ export class Gallery {
   }
 }
 
-function isKept(run) {
+function hasFinished(run) {
   return run.pictures.some((picture) => picture.state === "done");
 }
 

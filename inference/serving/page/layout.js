@@ -11,7 +11,6 @@ const COLOR_NAMES = [
 /** The layout of the chosen model: hidden for models without. */
 export class LayoutEditor {
   constructor() {
-    this.grid = null;
     byId("layout-on").addEventListener("change", () => {
       byId("layout-editor").hidden = !byId("layout-on").checked;
     });

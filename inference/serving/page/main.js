@@ -42,14 +42,8 @@ async function draw(changes = {}, { sameEntry = false } = {}) {
   stop();
   const run = { ...newRun(settings), address };
   putAddress(address, sameEntry);
-  showRun(run);
+  show(run);
   await finish(run);
-}
-
-function showRun(run) {
-  gallery.show(run);
-  // on a phone the pictures are below the form
-  if (matchMedia("(max-width: 899px)").matches) byId("output").scrollIntoView();
 }
 
 /** Draw what is not yet drawn of a run, and say how it went. */
@@ -102,8 +96,14 @@ function bringBack(run, { sameEntry = false } = {}) {
   clearMessage();
   form.fill(run.settings);
   putAddress(run.address, sameEntry);
-  showRun(run);
+  show(run);
   say("Brought back from this session.");
+}
+
+function show(run) {
+  gallery.show(run);
+  // on a phone the pictures are below the form
+  if (matchMedia("(max-width: 899px)").matches) byId("output").scrollIntoView();
 }
 
 /** Put a run's address in place. sameEntry: no new entry for the Back button, when it was an address that led here. */
@@ -204,7 +204,7 @@ async function fillFromFile(file) {
     say([`The recipe of ${file.name} is filled in; Draw makes it again.`, ...notes].join(" "));
     byId("prompt").focus();
   } catch (error) {
-    clearMessage();
+    clearMessage();  // an earlier error's Try again is not this one's
     byId("message").hidden = false;
     byId("message-text").textContent = error.message;
   }
@@ -248,7 +248,7 @@ function listen() {
     }
   });
   addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || event.isComposing) return;
+    if (event.key !== "Escape" || event.isComposing) return;  // as with Enter
     document.body.classList.add("no-tips");  // until the focus or the mouse moves on
     cancel();
   });
