@@ -146,7 +146,6 @@ def test_fifty_of_fifty_cancelled_jobs_free_their_rows_within_one_step(folder):
         run(engine)
         assert all(event.kind == "cancelled" for event in failed(job))
         assert len(finished(keep)) == 1
-    assert engine.stats().cancelled == 50
 
 
 def test_a_job_cancelled_in_the_queue_is_never_drawn(folder):
@@ -176,10 +175,9 @@ def test_at_the_deadline_a_job_fails_and_its_rows_are_free(folder):
     engine.step()
     assert rows(engine) == 1
     for job, images in ((drawn, 4), (waits, 1)):
-        assert [event.reason for event in failed(job)] == ["not done within 10 s"] * images
+        assert failed(job) == [Failed(index, "not done within 10 s", "deadline") for index in range(images)]
     run(engine)
     assert len(finished(later)) == 1
-    assert engine.stats().failed == {"deadline": 2}
 
 
 def test_draining_finishes_what_is_there_and_refuses_more(folder):
@@ -260,7 +258,6 @@ def test_the_queue_is_bounded_and_says_when_to_come_again(folder):
         with pytest.raises(Overloaded) as known:  # 4 images of 16 tokens, 4 tokens a second
             engine.submit(ask())
     assert known.value.retry_after == pytest.approx(16.0)
-    assert engine.stats().rejected == 2
     assert engine.stats().queued == 3
 
 
@@ -301,7 +298,6 @@ def test_a_failing_decoder_costs_the_newest_job_only(folder, monkeypatch):
     later = engine.submit(ask())
     run(engine)
     assert len(finished(later)) == 1
-    assert engine.stats().failed == {"error": 1}
 
 
 def test_an_image_that_cannot_be_decoded_fails_alone(folder, monkeypatch):
@@ -317,7 +313,6 @@ def test_an_image_that_cannot_be_decoded_fails_alone(folder, monkeypatch):
     events = bad.take()
     assert [type(event) for event in events] == [Started, Partial, Failed, Finished]
     assert events[2] == Failed(0, "RuntimeError: no memory", "error")
-    assert engine.stats().failed == {"error": 1}
 
 
 def test_a_model_that_is_loaded_beforehand_is_warm_and_its_batch_empty(folder, monkeypatch):
@@ -390,18 +385,19 @@ def test_only_the_last_images_are_kept(folder):
 @pytest.mark.long
 def test_nothing_is_left_behind_by_many_jobs(folder):
     engine = make_engine(folder, rows=4, kept_images=8)
+    drawn = 0
     for seed in range(40):
         job = engine.submit(ask(images=2, seed=seed, partial_images=seed % 4))
         engine.step()
         if seed % 3 == 0:
             job.cancel()
         run(engine)
+        drawn += len(finished(job))
     batch = engine._loaded.batches[0]
     assert not engine._queue
     assert not engine._running
     assert not batch._drawn
     assert not batch.scheduler._queue
     assert len(engine.kept) == 8
-    stats = engine.stats()
-    assert (stats.finished, stats.cancelled, stats.images) == (52, 14, 0)
-    assert stats.tokens > 52 * 16
+    assert drawn == 52
+    assert engine.stats().tokens > 52 * 16

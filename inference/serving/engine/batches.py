@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +22,6 @@ from inference.serving.engine.kept_images import KeptImage
 from tokenloom_common.errors import one_line
 
 log = logging.getLogger(__name__)
-
-
-class StepCounts(NamedTuple):
-    """Counts of one decoder step: tokens drawn, images finished, jobs of which an image failed."""
-
-    tokens: int = 0
-    finished: int = 0
-    failed: int = 0
 
 
 @dataclass
@@ -98,8 +89,8 @@ class ModelBatch:
                 self.scheduler.cancel(ticket)
                 del self._drawn[ticket]
 
-    def step(self) -> StepCounts:
-        """Draw one token of every image, and publish what is complete.
+    def step(self) -> int:
+        """Draw one token of every image, and publish what is complete; returns the tokens drawn.
 
         If the decoder fails, the newest job fails with it, and the others go on.
         """
@@ -110,20 +101,18 @@ class ModelBatch:
             newest = self._drawn[max(self._drawn)].job
             self.drop(newest)
             newest.fail(one_line(error), "error")
-            return StepCounts(failed=1)
+            return 0
 
         tokens = len(ended) + self.scheduler.drawing
-        failed: set[int] = set()
         for image in ended:
-            if not self._publish_ended(image):
-                failed.add(image.ticket)
+            self._publish_ended(image)
         self._publish_partials()
-        return StepCounts(tokens, len(ended) - len(failed), len(failed))
+        return tokens
 
     # ---- events
 
-    def _publish_ended(self, image: FinishedImage | FailedImage) -> bool:
-        """Publish the last event of an image; returns whether it is there."""
+    def _publish_ended(self, image: FinishedImage | FailedImage) -> None:
+        """Publish the last event of an image."""
         drawn = self._drawn[image.ticket]
         event: Finished | Failed
         if isinstance(image, FailedImage):
@@ -137,7 +126,6 @@ class ModelBatch:
         drawn.job.publish(event)
         if drawn.job.done:
             del self._drawn[image.ticket]
-        return isinstance(event, Finished)
 
     def _finished(self, drawn: DrawnJob, image: FinishedImage) -> Finished:
         """Decode and keep an image."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -58,7 +58,6 @@ class Engine:
         self._end_at: float | None = None  # when those that are left fail
         self._queue: deque[Job] = deque()
         self._running: dict[Job, ModelBatch] = {}
-        self._counts: Counter[str] = Counter()
 
     # ---- for callers, from any thread
 
@@ -84,7 +83,6 @@ class Engine:
         with self._changed:
             self._check_open()
             if len(self._queue) >= self.limits.queue:
-                self._counts["rejected"] += 1
                 raise Overloaded(self._wait())
             self._queue.append(job)
         self._wake()
@@ -105,19 +103,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return the engine's figures."""
         batches = self._loaded.batches
-        with self._changed:
-            counts = Counter(self._counts)
-            queued, running = len(self._queue), len(self._running)
-            images = sum(len(job.left) for job in (*self._queue, *self._running))
-        failed = {name.removeprefix("failed "): count for name, count in counts.items()
-                  if name.startswith("failed ")}
         return EngineStats(
-            queued=queued, running=running, images=images,
+            queued=len(self._queue),
             active_rows=sum(batch.scheduler.active_rows for batch in batches),
             rows=sum(batch.scheduler.rows for batch in batches),
             tokens=self.speed.tokens, tokens_per_second=self.speed.lately(self._clock()),
-            finished=counts["finished"], rejected=counts["rejected"],
-            cancelled=counts["cancelled"], failed=failed,
             loaded=names_of(batches), model_bytes=self._loaded.bytes)
 
     def _check_open(self) -> None:
@@ -230,7 +220,6 @@ class Engine:
                 if job in self._queue:
                     self._queue.remove(job)
                 batch = self._running.pop(job, None)
-                self._counts["cancelled" if kind == "cancelled" else f"failed {kind}"] += 1
             if batch is not None:
                 batch.drop(job)
             job.fail(reason, kind)
@@ -270,12 +259,9 @@ class Engine:
     def _draw(self, batch: ModelBatch) -> None:
         """Draw one token of every image of a batch."""
         start = self._clock()
-        done = batch.step()
-        self.speed.add(done.tokens, start, self._clock())
+        tokens = batch.step()
+        self.speed.add(tokens, start, self._clock())
         with self._changed:
-            self._counts["finished"] += done.finished
-            if done.failed:
-                self._counts["failed error"] += done.failed
             for job in [job for job in self._running if job.done]:
                 del self._running[job]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 WINDOW = 10
 """Seconds that a speed looks back."""
@@ -26,24 +26,16 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Figures of this moment, and counts since the start.
+    """Figures of this moment, and the tokens since the start.
 
-    queued, running: jobs; images: those of them that have not ended. loaded: names of models;
-    model_bytes: their predicted memory. finished: images. rejected: jobs that found the queue
-    full. cancelled: jobs. failed: jobs by `jobs.FailureKind`, without the cancelled ones.
+    queued: jobs that wait. loaded: names of models; model_bytes: their predicted memory.
     """
 
     queued: int
-    running: int
-    images: int
     active_rows: int
     rows: int
     tokens: int
     tokens_per_second: float
-    finished: int
-    rejected: int
-    cancelled: int
-    failed: dict[str, int] = field(default_factory=dict)
     loaded: tuple[str, ...] = ()
     model_bytes: int = 0
 
