@@ -21,7 +21,7 @@ from inference.serving.limits import Limits
 from inference.serving.start import ServeOptions, make_service, model_folders, run_server
 from inference.shipped import DEFAULT_NAME
 from tests import launching, tiny
-from tests.serving_http import KEY, wait_for
+from tests.serving_http import KEY, request_bytes, send, until_closed, wait_for
 from tokenloom import main
 from tokenloom_common.errors import UserError
 
@@ -58,6 +58,7 @@ def refused(capsys, monkeypatch, tmp_path):
     (["--threads", "0"], "--threads 0 must be 1 to"),
     (["--memory", "8 apples"], "--memory '8 apples': expected a number and a unit"),
     (["--models", "nowhere"], "--models nowhere: no such folder"),
+    (["--models", ".", "--text-encoder", "t5"], "--text-encoder is of one model"),
     (["nowhere/model"], "nowhere/model"),
     (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines, so a key is needed"),
     (["--host", "no.such.host.invalid"], "so a key is needed"),
@@ -187,6 +188,38 @@ def test_a_signal_while_the_model_is_loading_ends_the_server(folder, monkeypatch
         if thread.name == "load":
             thread.join(60)
     assert started == []
+
+
+def test_what_was_asked_for_while_the_model_was_loading_is_drawn_before_the_end(folder, monkeypatch):
+    loading, may_go_on, replies = threading.Event(), threading.Event(), []
+    service = make_service(ServeOptions(str(folder), loading=ModelOptions(device="cpu")))
+    load_model = service.engine.load
+
+    def load(name: str) -> None:
+        loading.set()
+        assert may_go_on.wait(60)
+        load_model(name)
+
+    monkeypatch.setattr(service.engine, "load", load)
+    server = start.make_server(service)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+
+    def stop() -> None:
+        assert loading.wait(60)
+        wait_for(lambda: server.started)
+        connection = send(listening.getsockname()[1], request_bytes({"prompt": "a red heart"}))
+        wait_for(lambda: service.active)
+        server.handle_exit(signal.SIGTERM, None)
+        may_go_on.set()
+        replies.append(until_closed(connection))
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    assert run_server(server, listening) == 0
+    stopping.join(60)
+    listening.close()
+    assert b"200 OK" in replies[0]
 
 
 def test_the_text_encoder_reaches_the_models(monkeypatch):

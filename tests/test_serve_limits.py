@@ -6,6 +6,8 @@ import json
 import signal
 import socket
 import threading
+import time
+from concurrent.futures import Future
 
 import httpx
 import pytest
@@ -219,10 +221,29 @@ def test_a_stopped_server_finishes_what_it_draws():
         reply = server.http.post(ROUTE, json=ASKED)
         assert (reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"]) == (
             503, "shutting_down", "5")
+        assert server.http.get("/v1/images/image-7/words").json()["error"]["code"] == "shutting_down"
         assert server.http.get("/health").status_code == 200
         server.engine.waiting[0].play()
         assert b"200 OK" in until_closed(connection)
         wait_for(lambda: server.server.should_exit)
+
+
+def test_the_end_of_a_stop_does_not_move():
+    with running(limits=Limits(drain=20)) as server:
+        assert server.server.seconds_left == 20
+        server.server._drain_until = time.monotonic() - 1  # a stop that has used its time
+        assert server.server.seconds_left == 0
+
+
+def test_words_that_are_waited_for_are_answered_before_the_end():
+    answer: Future = Future()
+    with running() as server:
+        server.engine.words = lambda image_id: answer
+        connection = send(server.port, b"GET /v1/images/image-7/words HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_for(lambda: server.service.active == 1)
+        server.server.handle_exit(signal.SIGTERM, None)
+        answer.set_result([])
+        assert b'{"words":[]}' in until_closed(connection)
 
 
 def test_what_is_not_done_in_time_is_told_so():

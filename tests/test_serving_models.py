@@ -147,8 +147,9 @@ def test_a_model_beyond_the_budget_is_refused_with_both_numbers(folder, size):
         engine.submit(ask())
     assert exact_and_human(size) in str(caught.value)
     assert "--rows" in str(caught.value)
-    with pytest.raises(UserError, match="model tiny needs"):
-        engine.load("tiny")
+    for call in (engine.load, engine.models.describe):
+        with pytest.raises(UserError, match="model tiny needs"):
+            call("tiny")
 
 
 def test_a_model_that_memory_has_no_room_for_fails_its_jobs_only(folder, monkeypatch):

@@ -29,6 +29,8 @@ def serve(argv: Sequence[str] | None = None) -> int:
 
     key = read_key(args.api_key_file)
     check_key_needed(args.host, key)
+    if args.text_encoder is not None and args.models is not None:
+        raise UserError("--text-encoder is of one model; serve that one without --models")
     if args.models is not None and not Path(args.models).is_dir():
         raise MissingFileError(f"--models {args.models}: no such folder")
     listening = _bind(args.host, args.port)  # before seconds of imports
@@ -122,8 +124,8 @@ def _parser() -> OneLineParser:
         "--weights", choices=WEIGHTS, help="of the generators (default: float32 on the CPU, "
         "bfloat16 on CUDA); int8 is smaller and faster, and rounds")
     models.add_argument(
-        "--text-encoder", metavar="DIR", help="where a model's frozen text encoder is, if not "
-        "where it was at training")
+        "--text-encoder", metavar="DIR", help="where MODEL's frozen text encoder is, if not where "
+        "it was at training")
     models.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     models.add_argument(
         "--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from inference.serving.auth import check_host, is_loopback
 from inference.serving.engine import NotServing, Overloaded, UnknownImageError
-from inference.serving.errors import ApiError, overloaded
+from inference.serving.errors import ApiError, draining, overloaded
 from inference.serving.images import Generations
 from inference.serving.metrics import CONTENT_TYPE
 from inference.serving.openapi import openapi_document
@@ -98,6 +98,8 @@ class Endpoints:
 
     async def words(self, request: Request) -> Response:
         """Where each word of the prompt acted in an image that was drawn lately."""
+        if self.service.draining:
+            raise draining()
         try:
             async with self.service.deadline():
                 with self.service.in_flight():

@@ -128,6 +128,13 @@ class DrainingServer(uvicorn.Server):
         log_event(log, logging.WARNING, "ended by a second signal", active=self.service.active)
         os._exit(128 + sig)
 
+    @property
+    def seconds_left(self) -> float:
+        """Seconds that the stop may still take."""
+        if self._drain_until is None:
+            return self.service.limits.drain
+        return max(0.0, self._drain_until - time.monotonic())
+
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop serving; asked ten times a second."""
         if self._drain_until is not None:

@@ -74,11 +74,12 @@ def run_server(server: DrainingServer, listening: socket.socket) -> int:
     def load() -> None:
         try:
             service.engine.load(service.model_names[0])
-            if service.draining:  # stopped while it was loading
+            if service.draining and not service.active:  # stopped while it was loading
                 return
-            service.engine.start()
+            service.engine.start()  # also to draw what was asked for before the stop
             service.loading = False
-            log_event(log, logging.INFO, "ready", model=service.model_names[0])
+            if not service.draining:
+                log_event(log, logging.INFO, "ready", model=service.model_names[0])
         except BaseException as error:
             failures.append(error)
             server.should_exit = True
@@ -89,7 +90,7 @@ def run_server(server: DrainingServer, listening: socket.socket) -> int:
     try:
         server.run(sockets=[listening])
     finally:
-        loader.join(service.limits.drain)
+        loader.join(server.seconds_left)
         service.engine.close()
     if failures:
         raise failures[0]
