@@ -81,9 +81,34 @@ def test_a_phone_shows_the_pictures_that_are_drawn(page):
     page.open()
     assert not page.find("#seed").is_displayed()  # settings are folded
     page.draw("red cat")
-    in_sight = "const box = document.getElementById('grid').getBoundingClientRect(); return [box.top, innerHeight]"
-    top, height = page.js(in_sight)
-    assert 0 <= top < height / 2
+    assert pictures_in_sight(page)
+    page.js("scrollTo(0, 0)")
+    page.find("#draw").click()  # nothing new to draw
+    page.told("the same pictures")
+    assert pictures_in_sight(page)
+    page.js("scrollTo(0, document.body.scrollHeight)")
+    page.find("#history button").click()
+    page.told("Brought back")
+    assert pictures_in_sight(page)
+
+
+def pictures_in_sight(page: Page) -> bool:
+    top, height = page.js("return [document.getElementById('grid').getBoundingClientRect().top, innerHeight]")
+    return 0 <= top < height / 2
+
+
+def test_a_long_prompt_is_whole_after_the_window_has_changed_and_leaves_draw_in_sight(page):
+    page.size(800, PHONE[1])
+    page.open()
+    page.js("""const prompt = document.getElementById('prompt');
+        prompt.value = arguments[0]; prompt.dispatchEvent(new Event('input'))""", LONG)
+    page.size(*PHONE)
+    page.wait(lambda: page.js("""const {scrollHeight, clientHeight} = document.getElementById('prompt');
+        return scrollHeight <= clientHeight"""), "a field of the prompt that holds it")
+    page.js("""const prompt = document.getElementById('prompt');
+        prompt.value = arguments[0]; prompt.dispatchEvent(new Event('input'))""", "cat " * 500)
+    assert page.js("""return document.getElementById('draw').getBoundingClientRect().bottom < innerHeight
+        && getComputedStyle(document.getElementById('prompt')).overflowY === 'auto'""")
 
 
 def test_the_browser_tells_assistive_technology_a_name_for_everything(page):

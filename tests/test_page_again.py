@@ -40,6 +40,34 @@ def test_drawing_after_a_cancel_draws_what_is_missing(page):
     assert len(prompts(page)) == 5 and len(page.all("#history button")) == 1
 
 
+def test_an_escape_that_ends_the_input_of_a_character_cancels_nothing(page):
+    page.server.behaviour.held = True
+    page.type("#prompt", "slow cat")
+    page.keys(ENTER)
+    page.wait(lambda: "drawing" in page.states(), "the first part of a picture")
+    page.js("""document.getElementById('prompt').dispatchEvent(
+        new KeyboardEvent('keydown', {key: 'Escape', isComposing: true, bubbles: true}))""")
+    assert page.find("#cancel").is_displayed()
+    page.server.behaviour.held = False
+    page.finished(4)
+
+
+def test_parts_of_a_cancelled_run_are_let_go(page):
+    page.js("""window.live = new Set();
+        const [create, revoke] = [URL.createObjectURL, URL.revokeObjectURL];
+        URL.createObjectURL = blob => { const url = create(blob); live.add(url); return url; };
+        URL.revokeObjectURL = url => { live.delete(url); revoke(url); };""")
+    page.server.behaviour.held = True
+    page.type("#prompt", "red cat")
+    page.keys(ENTER)
+    page.wait(lambda: page.states() == ["drawing"] * 4, "the first part of each picture")
+    page.find("#cancel").click()
+    page.wait(lambda: page.states() == ["cancelled"] * 4, "the end of the run")
+    page.server.behaviour.held = False
+    page.draw("blue dog")
+    assert page.js("return live.size") == 4
+
+
 @pytest.mark.parametrize("address", ["", "#/?prompt=blue+dog&seed=5&count=2"])
 def test_trying_again_after_a_failed_start_draws_what_was_typed(page, address):
     page.server.behaviour = Behaviour(models_failure=True)

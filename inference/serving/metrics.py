@@ -23,7 +23,7 @@ class Metrics:
             "tokenloom_requests", "Requests answered, by route and status (499: the client left)",
             ("route", "method", "status"), registry=self.registry)
         self.in_flight = Gauge(
-            "tokenloom_requests_in_flight", "Requests for images or words that are not answered yet",
+            "tokenloom_requests_in_flight", "Requests for images or words without their answer",
             registry=self.registry)
         self.rejected = Counter(
             "tokenloom_rejected", "Generation requests that ended in an error, by its code: full "
