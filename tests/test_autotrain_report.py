@@ -38,7 +38,9 @@ def advice(**changed) -> str:
 def test_advice_follows_from_what_was_measured():
     assert advice().splitlines()[0] == "tokenloom generate x"
     assert "--minutes 60" in advice(reconstruction_psnr=18.0)
-    assert "captions tell the model little" in advice(captions_tell=0.01)
+    assert "captions tell the model little" in advice(captions_tell=0.01, caption_accuracy=0.4)
+    assert "known by heart (1.00)" in advice(captions_tell=-0.4, caption_accuracy=1.0)
+    assert "tell the model little" not in advice(captions_tell=-0.4, caption_accuracy=1.0)
     assert "in part (0.40)" in advice(caption_accuracy=0.4)
     assert "images that the model has seen" in advice(measured_on="training images")
 

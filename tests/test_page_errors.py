@@ -100,7 +100,7 @@ def test_a_stream_that_breaks_off_is_no_finished_picture(page):
      "Not drawn. The safety filter refused the images of seeds 3 (nudity).", False),
     (too_late(120), "Drawing took longer than the server allows. Not finished within 120 s", True),
     (invalid(UserError("the layout does not fit")), "Not drawn. The layout does not fit.", False),
-    (as_api_error(RuntimeError("a bug")), "The server failed. The server failed; its log has the reason", True)])
+    (as_api_error(RuntimeError("a bug")), "The server failed; its log has the reason", True)])
 def test_an_error_within_a_stream_is_said_as_that_of_a_reply(page, error, says, again):
     page.server.behaviour.late_error = error
     start(page)

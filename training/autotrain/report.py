@@ -53,11 +53,15 @@ def next_steps(figures: dict[str, Any], minutes: float, command: str, generate: 
     if figures["reconstruction_psnr"] < 21:
         steps.append(f"reconstructions are blurry ({figures['reconstruction_psnr']:.1f} dB): give "
                      f"more minutes ({command} --minutes {3 * minutes:g})")
-    if figures["captions_tell"] < 0.05:
+    accuracy = figures.get("caption_accuracy")
+    tells_little = figures["captions_tell"] < 0.05
+    if tells_little and accuracy is not None and accuracy >= 0.8:
+        steps.append(f"the captions of the training images are known by heart ({accuracy:.2f}); "
+                     "more images help with captions that are new to the model")
+    elif tells_little:
         steps.append("captions tell the model little: captions that say what is in the picture, "
                      "more images of the same things, or more minutes help")
-    accuracy = figures.get("caption_accuracy")
-    if accuracy is not None and accuracy < 0.8 and figures["captions_tell"] >= 0.05:
+    elif accuracy is not None and accuracy < 0.8:
         steps.append(f"pictures follow their captions in part ({accuracy:.2f}): more minutes help")
     if len(steps) == 1:
         steps.append("more images and more minutes make more general models; docs/training.md")

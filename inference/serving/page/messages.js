@@ -18,7 +18,11 @@ export function explain(error) {
     return { text: `Drawing took longer than the server allows. ${said} ${KEPT}`, again: true };
   }
   if (error.retryAfter !== null) return { text: `The server has been busy for long. ${said} ${KEPT}`, again: true };
-  if (error.status >= 500) return { text: `The server failed. ${said} ${KEPT}`, again: true };
+  if (error.status >= 500) {
+    // a mistake in the server says so itself; a server that stops or lacks a model says only that
+    const failed = said.startsWith("The server failed") ? said : `The server failed. ${said}`;
+    return { text: `${failed} ${KEPT}`, again: true };
+  }
   return { text: `Not drawn. ${said}`, again: false };
 }
 
