@@ -1,10 +1,10 @@
-"""The whole way in one command: emoji -> `tokenloom train` -> pictures and a report.
+"""The whole way in one command: pictures at once, then a model of one's own and a report.
 
     python -m training.demo --out demo                # `make demo`; 17 minutes on 2 CPU cores
     python -m training.demo --out demo --size quick   # two minutes, with poor pictures
 
-Builds a set of captioned emoji in OUT/data, and calls `tokenloom train` on it, which leaves
-OUT/model. Then it measures what that command cannot know:
+Draws first.png with the model that ships, builds a set of captioned emoji in OUT/data, and calls
+`tokenloom train` on it, which leaves OUT/model. Then it measures what that command cannot know:
 concepts that training showed in one style only, and concepts that it never showed (samples.png,
 report.json). A second run reuses what is done.
 """
@@ -50,6 +50,8 @@ log = logging.getLogger("training.demo")
 PIXELS = 64
 QUESTIONS = 100  # captions per split that are sampled and measured
 SHOWN = 24  # of these, in samples.png
+FIRST_CAPTIONS = ("octopus", "red heart", "rocket, noto style", "smiling face with sunglasses",
+                  "a tiger face emoji", "pizza, fluent 3d style", "green apple", "snowman")
 
 # the emoji sets: two from npm, or the one that a pip package brings
 STYLES, PIP_STYLES = ("noto", "fluent-3d"), ("twemoji",)
@@ -88,11 +90,24 @@ class Demo(PhaseRunner):
         """Run all phases. UserError where another demo was begun in the folder."""
         continued_plan(self.options)  # before any work
         self.out.mkdir(parents=True, exist_ok=True)
+        self.draw_first()
         # a phase that reads only earlier results has no inputs of its own: the chain has theirs
         self.phase("data", repr(self.data_arguments()), self.data, self.build_data)
         self.phase("train", "", self.model, lambda: train(self.options, dry_run=False))
         self.phase("report", "", self.out / "report.json", self.report)
         self._finish_report()
+
+    def draw_first(self) -> None:
+        """Draw with the model that ships, so that there is something to see at once."""
+        path = self.out / "first.png"
+        if path.exists():
+            return
+        # no phase: what is trained does not depend on it
+        model = TextToImage.from_pretrained()
+        images = model.generate(list(FIRST_CAPTIONS), seed=self.seed).images
+        cells = list(zip(FIRST_CAPTIONS, images, strict=True))
+        labelled_grid([("drawn by the model that ships", cells)]).save(path)
+        log.info("drawn by the model that ships: %s; now one of your own is trained", path)
 
     def data_arguments(self) -> dict[str, Any]:
         """Arguments of `build_emoji`: without npm, the emoji of the pip package."""

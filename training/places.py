@@ -30,7 +30,8 @@ EXPORTED_FILES = (*CONVERTED_FILES, "matcher", "matcher_index.json")
 """Name patterns of RUN/model, which the end of a run replaces as a whole."""
 FEATURE_FILES = ("index.json", "captions.json", "features.npy", "offsets.npy")
 """Names of a cache of text features."""
-DEMO_FILES = ("data", "model", "model.training", "phases", "samples.png", "report.json", ".*")
+DEMO_FILES = ("first.png", "data", "model", "model.training", "phases", "samples.png",
+              "report.json", ".*")
 DEMO_BYTES = 20 << 20  # of the quick one
 HEAD_START = 3.0  # seconds: a launcher kills the first process as soon as another has ended
 
