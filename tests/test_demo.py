@@ -10,7 +10,8 @@ import pytest
 from tokenloom_common.errors import RunFailedError, UserError
 from training import demo
 from training.autotrain.places import training_folder
-from training.demo import Demo
+from training.autotrain.recipes import check_overrides
+from training.demo import SIZES, Demo
 from training.places import check_demo_folder
 
 
@@ -25,6 +26,11 @@ def run_phases(out: Path, inputs: str, calls: list[str]) -> Demo:
     trial.phase("first", inputs, out / "first", lambda: make("first"))
     trial.phase("second", "", out / "second", lambda: make("second"))
     return trial
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_keys_of_each_size_are_those_of_the_scripts(tmp_path, size):
+    check_overrides(Demo(tmp_path, size, 0).options.overrides)
 
 
 def test_a_second_run_reuses_what_is_done_and_says_so(tmp_path, caplog):

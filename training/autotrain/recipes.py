@@ -39,14 +39,15 @@ def check_overrides(overrides: dict[str, list[str]]) -> None:
 def read_stage(stage: str, arguments: Sequence[str], overrides: dict[str, list[str]],
                recipe: dict[str, Any] | None = None) -> Any:
     """Read the config of a stage: recipe < its script's arguments < the user's keys."""
+    own = overrides.get(stage, [])
     try:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{stage}.yaml"
             file.write_text(yaml.safe_dump(recipe or {}), encoding="utf-8")
-            options = ["--config", str(file), *arguments, *overrides[stage]]
+            options = ["--config", str(file), *arguments, *own]
             return load_config(STAGES[stage], options, stage, "")
     except UserError as error:
-        if overrides[stage]:
+        if own:
             message = str(error).replace("--", f"--{stage}.", 1)
             prefix = "" if message != str(error) else f"--{stage}.*: "
             raise UserError(f"{prefix}{message}") from None
