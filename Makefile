@@ -1,4 +1,4 @@
-# make demo       draws with the model that ships, then trains one of your own (about 17 minutes on 2 CPU cores)
+# make demo       draws with the model that ships, then trains one of your own (15 minutes on 2 CPU cores)
 # make test       the tests, on two processes (`make test-all`: the slow ones too)
 # make test-fast  the tests of under half a second each: after every change
 # make examples   the README's commands and the docs' code as they stand, a quick benchmark of training

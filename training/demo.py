@@ -1,12 +1,13 @@
 """The whole way in one command: pictures at once, then a model of one's own and a report.
 
-    python -m training.demo --out demo                # `make demo`; 17 minutes on 2 CPU cores
+    python -m training.demo --out demo                # `make demo`; 15 minutes on 2 CPU cores
     python -m training.demo --out demo --size quick   # two minutes, with poor pictures
 
 Draws first.png with the model that ships, builds a set of captioned emoji in OUT/data, and calls
 `tokenloom train` on it, which leaves OUT/model. Then it measures what that command cannot know:
-concepts that training showed in one style only, and concepts that it never showed (samples.png,
-report.json). A second run reuses what is done.
+concepts that the training showed in one style only, and concepts that it did not show
+(samples.png, report.json). The model that it starts from has seen most of them. A second run
+reuses what is done.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ FIRST_CAPTIONS = ("octopus", "red heart", "rocket, noto style", "smiling face wi
 # the emoji sets: two from npm, or the one that a pip package brings
 STYLES, PIP_STYLES = ("noto", "fluent-3d"), ("twemoji",)
 SPLITS = {
-    "train": "captions seen in training",
-    "unseen_style": "concepts seen in the other style only",
-    "unseen_concept": "concepts never seen"}
+    "train": "captions of the training",
+    "unseen_style": "concepts that the training showed in the other style only",
+    "unseen_concept": "concepts that the training did not show"}
 """Split -> its heading in samples.png."""
 
 
